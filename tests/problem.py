@@ -57,7 +57,7 @@ class Together:
     def with_callbacks(self, callbacks):
         return Together(self.step.with_callbacks(callbacks), self.steps_per_call)
 
-    def many(self, state, batches):
+    def multi_step(self, state, batches):
         return ManySteps(self.step, self.steps_per_call)(state, batches)
 
 

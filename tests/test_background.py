@@ -16,8 +16,8 @@ from torch import nn
 from torch._inductor import config as inductor
 
 import fxtrain as fx
-from fxtrain.compiler import _trace as traced
-from fxtrain.compiler import _worker as worker
+from fxtrain.compiler.build import _compile_thread as worker
+from fxtrain.compiler.build import _trace as traced
 from fxtrain.data import bucketed
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
@@ -136,7 +136,7 @@ class TestSwitching:
                 compiler.finish()
             for each in (number, number + 1):
                 plain, _ = step(plain, batch(each))
-            ours, _ = compiled.many(ours, [batch(number), batch(number + 1)])
+            ours, _ = compiled.multi_step(ours, [batch(number), batch(number + 1)])
             assert_same(ours, plain)
         assert (compiled.graphs, compiled.pending, compiled.uncompiled_steps) == (1, 0, 4)
 
@@ -202,7 +202,7 @@ class TestOtherThreads:
 class TestSizes:
     def test_each_size_compiles_once_in_order_of_first_batch(self, compiler):
         compiled, state = fx.compile(fx.train_step(loss_fn, TX), background=True, on_recompile="error"), start()
-        compiled.expect(3)
+        compiled.expect_shapes(3)
         for rows in (12, 9, 15, 9):
             state, _ = compiled(state, batch(rows, rows))
         assert (compiled.graphs, compiled.pending) == (0, 3)
@@ -336,7 +336,7 @@ class TestResume:
         step = fx.compile(fx.train_step(loss_fn, TX), background=True)
         state = start()
         for number in range(2):
-            state, _ = step.donating()(state, batch(number))
+            state, _ = step.with_donation()(state, batch(number))
         compiler.finish()
         self.run(step, tmp_path, 3)
         with warnings.catch_warnings():
@@ -347,7 +347,7 @@ class TestResume:
 PENDING_STEP = """
 import os, signal, threading, time, torch
 import fxtrain as fx
-from fxtrain.compiler import _trace as traced
+from fxtrain.compiler.build import _trace as traced
 
 begun = threading.Event()
 
@@ -377,7 +377,7 @@ raise SystemExit(code)
 """
 PENDING_JOB = """
 import signal, threading, time, torch
-from fxtrain.compiler._worker import Job
+from fxtrain.compiler.build._compile_thread import Job
 
 begun = threading.Event()
 job = Job(lambda: begun.set() or time.sleep(60), torch.device("cpu"))

@@ -122,7 +122,7 @@ def test_changed_text_does_not_recompile():
     compiled = fx.compile(step, on_recompile="error")
     found = fx.fit(state, compiled, [mixed(i) for i in range(3)], epochs=2)
     expected = fx.fit(state, step, [mixed(i) for i in range(3)], epochs=2)
-    assert compiled.donating().graphs == 1
+    assert compiled.with_donation().graphs == 1
     assert found.state.params["weight"].allclose(expected.state.params["weight"])
 
 

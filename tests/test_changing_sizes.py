@@ -10,9 +10,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxtrain as fx
-from fxtrain.compiler import _routes as routes
-from fxtrain.compiler._regions import compile_in_regions
-from fxtrain.compiler._trace import compile_traced
+from fxtrain.compiler.build import _routes as routes
+from fxtrain.compiler.build._regions import compile_in_regions
+from fxtrain.compiler.build._trace import compile_traced
 from fxtrain.data import bucketed, next_tokens, packed, pad, padded
 
 TX = fx.optim.adam(1e-2)
@@ -76,7 +76,7 @@ def test_undeclared_sizes_warn_once():
 def test_declared_sizes_do_not_cover_state_changes():
     data = bucketed(texts(), 3, sizes=3, multiple=4)
     step = fx.compile(fx.train_step(loss_fn, TX), backend="eager", on_recompile="error")
-    step.expect(data.num_shapes)
+    step.expect_shapes(data.num_shapes)
     step(start(), data[0])
     with pytest.raises(RuntimeError, match=r"state\.params"):
         step(start().replace(params={**start().params, "more": torch.ones(1)}), data[0])

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compiler._checked import compile_checked
-from fxtrain.compiler._uncompiled import uncompiled
-from fxtrain.compiler._values import UncheckedReadError
+from fxtrain.compiler.build._specialization import compile_specialized
+from fxtrain.compiler.build._uncompiled import uncompiled
+from fxtrain.compiler.build._value_reads import UncheckedReadError
 
 TX = fx.optim.adamw(1e-2)
 
@@ -129,13 +129,13 @@ def start():
 
 
 class Checked:
-    """A step compiled by ``compile_checked``, with the uncompiled step as its fallback."""
+    """A step compiled by ``compile_specialized``, with the uncompiled step as its fallback."""
 
     def __init__(self, loss_fn, **options):
         self.step = fx.train_step(loss_fn, TX, **options)
         self.calls = 0
         first = examples(0) if options else batch(0)
-        self.artefact = compile_checked(
+        self.executable = compile_specialized(
             self.step, start(), first, mode=None, in_place=False, backend="eager", otherwise=self.otherwise
         )
 
@@ -144,12 +144,12 @@ class Checked:
         return uncompiled(self.step, state, batch, in_place=False)
 
     def __call__(self, state, batch):
-        new, output = self.artefact.run(tree.leaves(state), tree.leaves(batch))
+        new, output = self.executable.run(tree.leaves(state), tree.leaves(batch))
         return tree.unflatten(tree.structure(state), new), output
 
     @property
     def graphs(self):
-        return self.artefact.run._graphs
+        return self.executable.run._graphs
 
 
 def assert_same(ours, theirs):
@@ -178,11 +178,11 @@ class TestEqualsEager:
 
     def test_evaluation(self):
         measure = fx.eval_step(by_branch)
-        artefact = compile_checked(
+        executable = compile_specialized(
             measure, start(), batch(0), mode=None, in_place=False, backend="eager", otherwise=pytest.fail
         )
         for number in range(3):
-            _, output = artefact.run(tree.leaves(start()), tree.leaves(batch(number)))
+            _, output = executable.run(tree.leaves(start()), tree.leaves(batch(number)))
             assert_same(output.metrics, measure(start(), batch(number)).metrics)
 
     def test_mixed_precision(self):
@@ -261,14 +261,14 @@ class TestErrors:
 class TestRoute:
     def test_checked_route_ends_when_values_keep_changing(self, monkeypatch):
         # Eager graphs suffice here and are fast, because the tests above compare results.
-        from fxtrain.compiler import _routes as routes
-        from fxtrain.compiler import _trace as traced
+        from fxtrain.compiler.build import _routes as routes
+        from fxtrain.compiler.build import _trace as traced
 
         def fast(compiler):
             return lambda *args, **options: compiler(*args, **{**options, "backend": "eager"})
 
         monkeypatch.setattr(routes, "compile_traced", fast(traced.compile_traced))
-        monkeypatch.setattr(routes, "compile_checked", fast(compile_checked))
+        monkeypatch.setattr(routes, "compile_specialized", fast(compile_specialized))
 
         def without_dynamo(*_, **__):
             raise RuntimeError("no dynamo here")

@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compiler import _matmuls as matmul
-from fxtrain.compiler._cudagraphs import Replay
-from fxtrain.compiler._scalars import with_scalars_once
+from fxtrain.compiler.build._cudagraphs import CudaGraphReplay
+from fxtrain.compiler.passes import _matmuls as matmul
+from fxtrain.compiler.passes._scalars import hoist_scalars
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -280,7 +280,7 @@ class TestErrors:
 
 
 class TestReplay:
-    """Replay of captured graphs, simulated without a GPU."""
+    """CudaGraphReplay of captured graphs, simulated without a GPU."""
 
     def test_replays_from_second_call_with_same_memory(self):
         calls, replays = [], []
@@ -299,7 +299,7 @@ class TestReplay:
 
             return replay, outputs
 
-        replay = Replay(add, 1, capture)
+        replay = CudaGraphReplay(add, 1, capture)
         state = torch.zeros(2)
         seen = [replay([state, torch.full((2,), float(i))])[0] for i in (1, 2, 3)]
         assert [value.tolist() for value in seen] == [[10.0, 10.0], [30.0, 30.0], [60.0, 60.0]]
@@ -342,7 +342,7 @@ class TestMatmuls:
             return torch.addmm(more, x, other) if bias else x @ other
 
         given = torch.randn(rows, 96), torch.randn((112, 96) if turned else (96, 112)), torch.randn(112)
-        graph = changed(matmul.with_faster_products, function, given)
+        graph = changed(matmul.speed_up_matmuls, function, given)
         assert ("fxtrain.linear.default" in operations(graph)) == (rows == 256)
         assert "aten.addmm.default" not in operations(graph)
         torch.testing.assert_close(graph(*given), function(*given), rtol=1e-4, atol=1e-4)
@@ -357,13 +357,13 @@ class TestMatmuls:
 
     def test_unsupported_dtype_is_unchanged(self):
         given = torch.randn(256, 96, dtype=torch.float64), torch.randn(96, 112, dtype=torch.float64)
-        graph = changed(matmul.with_faster_products, torch.mm, given)
+        graph = changed(matmul.speed_up_matmuls, torch.mm, given)
         assert operations(graph) == {"aten.mm.default"}
 
     def test_bfloat16_keeps_fused_bias(self):
         """A separate bias would be rounded twice."""
         given = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((112,), (4, 96), (96, 112))]
-        graph = changed(matmul.with_faster_products, torch.addmm, given)
+        graph = changed(matmul.speed_up_matmuls, torch.addmm, given)
         assert operations(graph) == {"aten.addmm.default"}
 
     @pytest.mark.slow
@@ -396,7 +396,7 @@ class TestScalars:
     )
     def test_expensive_scalars_are_computed_once(self, function, shapes, expected):
         given = [torch.randn(shape) for shape in shapes]
-        graph = changed(with_scalars_once, function, given)
+        graph = changed(hoist_scalars, function, given)
         kept = [node for node in graph.graph.nodes if str(node.target) == "fxtrain.once.default"]
         assert len(kept) == expected
         assert all(node.meta["val"].numel() <= 3 for node in kept)
@@ -411,7 +411,7 @@ class TestScalars:
             return x * view, x * y
 
         given = torch.randn(64), torch.rand(1)
-        graph = changed(with_scalars_once, function, given)
+        graph = changed(hoist_scalars, function, given)
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
     @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain.compiler._compiled import RecompileError
-from fxtrain.compiler._ownership import is_sole, shared
+from fxtrain.compiler.call._ownership import is_sole, shared
 from fxtrain.core import DonatedError
 
 pytestmark = pytest.mark.slow  # Inductor compiles
@@ -30,7 +30,7 @@ def average():
 CALLBACK = average()
 PURE = problem.step(callbacks=CALLBACK)
 UNDONATED = fx.compile(PURE)
-DONATED = UNDONATED.donating()
+DONATED = UNDONATED.with_donation()
 BATCH = problem.data()[0]
 
 

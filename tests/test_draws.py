@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxtrain as fx
 from fxtrain import rng
 
-draws = importlib.import_module("fxtrain.compiler._dropout")
+draws = importlib.import_module("fxtrain.compiler.passes._dropout")
 
 SEED, STEP = torch.tensor(5), torch.tensor(3)
 X, Y = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.ones(4, 4)
@@ -31,7 +31,7 @@ def graph_of(function, *inputs):
         return make_fx(drawing, tracing_mode="fake", _allow_non_fake_inputs=True)(SEED, STEP, *inputs)
 
     together = traced()
-    draws.with_draws_together(together.graph)
+    draws.merge_dropout_masks(together.graph)
     together.recompile()
     return traced(), together
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compiler._fresh import fresh
 from fxtrain.diagnostics import Break, explain
 
 TX = fx.optim.sgd(0.1)
@@ -169,7 +168,7 @@ class TestRoute:
         assert f"\n  route       {route}: the step as one graph" in repr(found)
         assert ("which each call checks" in repr(found)) == ("checks" in route)
         assert str(only) in repr(found)
-        assert len(step.possible) > 1  # the step itself has chosen no route yet
+        assert len(step.possible_routes) > 1  # the step itself has chosen no route yet
 
     def test_regions_route_is_the_same_before_and_after_first_call(self, capfd):
         step = fx.compile(fx.train_step(branches, TX), backend="eager")
@@ -256,7 +255,7 @@ class TestPurity:
     def test_copied_step_compiles_separate_graphs(self):
         state, step = start(), fx.compile(fx.train_step(square, TX), backend="eager", on_recompile="error")
         step(state, BATCH)
-        copied = fresh(step)
+        copied = step.fresh()
         for size in (2, 3):
             copied(state, {"x": torch.ones(size, 4)})  # recompiles without an error
         assert (step.graphs, copied.graphs) == (1, 2)

@@ -69,6 +69,24 @@ def test_module_imports_only_lower_layers(path):
         assert there == here or RANK[there] < RANK[here], f"{here} (layer {RANK[here]}) imports {there}"
 
 
+COMPILER_FLOORS = ["passes", "build", "call", ""]  # the last are the files that hold what users see
+
+
+def floor(parts):
+    return COMPILER_FLOORS.index(parts[0] if parts and parts[0] in COMPILER_FLOORS else "")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "compiler").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_compiler_imports_point_down(path):
+    here = floor(path.relative_to(ROOT / "compiler").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fxtrain.compiler"):
+            there = floor(node.module.split(".")[2:])
+            assert there <= here, f"{node.module} is above {COMPILER_FLOORS[here] or 'the top floor'}"
+
+
 def test_every_file_has_a_layer_a_docstring_and_at_most_500_lines():
     assert {room(path) for path in FILES} == set(RANK)
     for path in FILES:

@@ -16,9 +16,9 @@ import fxtrain as fx
 from fxtrain import testing
 from fxtrain._torch_internals import INTERFACES
 from fxtrain.checkpoint._manifest import read_manifest
-from fxtrain.compiler._checked import compile_checked
-from fxtrain.compiler._regions import InManyGraphs
-from fxtrain.compiler._values import UncheckedReadError
+from fxtrain.compiler.build._regions import CompileWithGraphBreaks
+from fxtrain.compiler.build._specialization import compile_specialized
+from fxtrain.compiler.build._value_reads import UncheckedReadError
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 
@@ -276,7 +276,7 @@ class TestWarning:
         handler.emit = records.append
         logger = logging.getLogger("torch._dynamo")  # its records do not propagate to the logger of torch
         logger.addHandler(handler)
-        double = InManyGraphs("eager", None)(lambda x: x * 2)
+        double = CompileWithGraphBreaks("eager", None)(lambda x: x * 2)
         try:
             for rows in range(2, 12):  # more sizes than Dynamo's limit of recompilations
                 double(torch.ones(rows))
@@ -326,7 +326,9 @@ class TestValuesFromOutside:
         tx = fx.optim.sgd(0.1)
         step, state = fx.train_step(functools.partial(loss_fn, True), tx), fx.init(Outside(), tx)
         with pytest.raises((UncheckedReadError, RuntimeError), match="expected "):
-            compile_checked(step, state, torch.ones(3, 2), mode=None, in_place=False, otherwise=None, backend="eager")
+            compile_specialized(
+                step, state, torch.ones(3, 2), mode=None, in_place=False, otherwise=None, backend="eager"
+            )
 
     def test_regions_read_current_values(self, loss_fn):
         how, found = self.losses(functools.partial(loss_fn, True))

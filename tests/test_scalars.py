@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import optim, schedules
-from fxtrain.compiler._scalars import with_exact_corrections, with_scalars_once
+from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 
 RATES = {
     "linear": schedules.linear(0.1, 0.0, transition_steps=10),
@@ -24,7 +24,7 @@ AVERAGES = {
 def read_by_vectors(function, *arguments):
     """Returns the float64 scalars that vector operations of a traced graph read after the pass."""
     traced = make_fx(function, tracing_mode="fake")(*arguments)
-    graph = with_scalars_once(traced.graph)
+    graph = hoist_scalars(traced.graph)
     return [
         source
         for node in graph.nodes
@@ -60,7 +60,7 @@ def test_bias_corrections_are_computed_as_one_vector():
     def update(grads, state, weights):
         return tx.update(grads, state, weights)
 
-    graph = with_scalars_once(make_fx(update, tracing_mode="fake")(params, tx.init(params), params).graph)
+    graph = hoist_scalars(make_fx(update, tracing_mode="fake")(params, tx.init(params), params).graph)
     corrections = [node for node in graph.nodes if "expm1" in str(node.target)]
     assert [tuple(node.meta["val"].shape) for node in corrections] == [(2,), (2,)]
     parted = [node.all_input_nodes[0] for node in graph.nodes if "unbind" in str(node.target)]
@@ -77,7 +77,7 @@ def test_compiled_bias_corrections_are_as_precise_as_eager():
     count = torch.tensor([0, 1, 2, 5, 10, 100, 1000, 10**4, 10**6, 2**40, -5])
     weights = torch.linspace(-1, 1, 11)
     graph = make_fx(corrections, tracing_mode="fake")(count, torch.tensor(0.5), weights)
-    with_exact_corrections(graph.graph)
+    make_bias_corrections_exact(graph.graph)
     graph.recompile()
     replaced = [node.target.namespace for node in graph.graph.nodes if "expm1" in str(node.target)]
     assert replaced == ["fxtrain", "fxtrain", "aten"]  # expm1 of weights is left to Inductor

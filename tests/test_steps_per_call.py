@@ -40,7 +40,7 @@ def test_multi_step_call_equals_single_steps_bitwise(donate):
     state = fx.attach(problem.start(), callbacks)
     single, outputs = taken(fx.compile(step), state, DATA[:2])
     several = fx.compile(step, steps_per_call=2, donate=donate)
-    together, many = several.many(state.copy(), DATA[:2])
+    together, many = several.multi_step(state.copy(), DATA[:2])
     assert same(together, single)
     assert [float(output.metrics["loss"]) for output in many] == [float(o.metrics["loss"]) for o in outputs]
     assert int(together.slots["calls"]) == 2
@@ -182,7 +182,7 @@ def test_rewind_returns_to_a_snapshot_taken_by_snapshot_every(snapshot_every, wa
             "expected steps_per_call=1 for an evaluation step, got 2",
         ),
         (
-            lambda step: fx.compile(step, steps_per_call=2).many(problem.start(), DATA[:3]),
+            lambda step: fx.compile(step, steps_per_call=2).multi_step(problem.start(), DATA[:3]),
             ValueError,
             r"expected 2 batches \(steps_per_call\), got 3",
         ),
@@ -207,15 +207,15 @@ def test_callback_on_step_begin_is_refused():
 
 
 def test_many_accepts_one_step_per_call():
-    state, (output,) = fx.compile(problem.step(), backend="eager").many(problem.start(), DATA[:1])
+    state, (output,) = fx.compile(problem.step(), backend="eager").multi_step(problem.start(), DATA[:1])
     assert int(state.step) == 1
     assert "loss" in output.metrics
 
 
 def test_remainder_of_an_epoch_runs_as_single_steps(monkeypatch):
     calls = []
-    many, one = problem.Together.many, problem.Together.__call__
-    monkeypatch.setattr(problem.Together, "many", lambda self, *given: (calls.append(3), many(self, *given))[1])
+    many, one = problem.Together.multi_step, problem.Together.__call__
+    monkeypatch.setattr(problem.Together, "multi_step", lambda self, *given: (calls.append(3), many(self, *given))[1])
     monkeypatch.setattr(problem.Together, "__call__", lambda self, *given: (calls.append(1), one(self, *given))[1])
     run(3)
     assert calls == [3, 3, 1, 1, 3, 3, 1, 1]

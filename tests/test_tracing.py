@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compiler._concatenation import with_dense_concatenations
-from fxtrain.compiler._ctc import OpaqueCTC
-from fxtrain.compiler._effects import FileInTraceError, effects_noticed
+from fxtrain.compiler.build._ctc import OpaqueCTC
+from fxtrain.compiler.build._side_effects import FileInTraceError, detecting_side_effects
+from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.core import compiling
 from fxtrain.diagnostics._counts import trace
 
@@ -146,7 +146,7 @@ class TestConcatenations:
     def test_concatenation_with_empty_tensors_is_dense(self, function, shapes, replaced):
         given = [torch.randn(shape) for shape in shapes]
         graph = make_fx(function, tracing_mode="fake")(*given)
-        with_dense_concatenations(graph.graph)
+        replace_trivial_concatenations(graph.graph)
         graph.recompile()
         assert ("aten.cat" not in graph.code) == replaced
         # Inductor applies these decompositions before it generates code.
@@ -161,7 +161,7 @@ class TestConcatenations:
             return torch.cat([x[x > 0], x[x < 0]])
 
         graph = make_fx(function, tracing_mode="fake")(torch.randn(4))
-        with_dense_concatenations(graph.graph)
+        replace_trivial_concatenations(graph.graph)
         graph.recompile()
         for x in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0, 0.0])):
             torch.testing.assert_close(graph(x), function(x), rtol=0, atol=0)
@@ -283,12 +283,12 @@ class TestEffects:
             write(path)
             return model(batch).square().mean()
 
-        with pytest.raises(FileInTraceError, match=r"test_tracing\.py:\d+"), effects_noticed():
+        with pytest.raises(FileInTraceError, match=r"test_tracing\.py:\d+"), detecting_side_effects():
             loss_fn(lambda batch: batch, torch.ones(2))
         assert path.read_text() == "before"
 
     def test_file_access_in_other_threads_is_allowed(self, tmp_path):
-        with effects_noticed():
+        with detecting_side_effects():
             thread = threading.Thread(target=(tmp_path / "other").write_text, args=("written",))
             thread.start()
             thread.join()

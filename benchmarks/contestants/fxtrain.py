@@ -47,7 +47,7 @@ def eight(workload: Workload, feed: Feed) -> dict[str, Any]:
     batches = iter(feed)
     while some := list(itertools.islice(batches, 8)):
         if len(some) == 8:
-            state, _ = step.many(state, some)
+            state, _ = step.multi_step(state, some)
         else:
             for batch in some:
                 state, _ = step(state, batch)

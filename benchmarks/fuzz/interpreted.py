@@ -7,8 +7,8 @@ by a Python function that computes the new state and copies it into the old leav
 from __future__ import annotations
 
 from fxtrain.compiler._compiled import Compiled
-from fxtrain.compiler._routes import Route, Routes
-from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.compiler.build._routes import Route, Routes
+from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.step import Step
 
 
@@ -26,7 +26,7 @@ def interpreted(step: Step, *, donate: bool, steps_per_call: int) -> Compiled:
 
 def undonating(step: Compiled) -> Compiled:
     """Returns ``step`` without its donating variant, so that ``fit`` uses it unchanged."""
-    step.donating = lambda: step
+    step.with_donation = lambda: step
     return step
 
 

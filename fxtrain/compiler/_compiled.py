@@ -1,4 +1,4 @@
-"""Compiled steps: the function ``compile`` and the object that it returns."""
+"""Compiled steps: the objects that ``compile`` returns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 
 from fxtrain import tree
-from fxtrain.compiler._graph import Found, Graph
-from fxtrain.compiler._heap import keep_freed_memory
-from fxtrain.compiler._pending import Pending
+from fxtrain.compiler._background import BackgroundGraphs
 from fxtrain.compiler._recompile_reasons import advice, batches_of, changes, described, is_other_batch
-from fxtrain.compiler._routes import Routes, routes_to
-from fxtrain.compiler._trace import AHEAD, Artefact
-from fxtrain.core import Callback, StepOutput, TrainState, check_choice, check_positive_int, describe
+from fxtrain.compiler.build._executable import Executable, Run
+from fxtrain.compiler.build._routes import Routes
+from fxtrain.compiler.call._graph import Found, Graph
+from fxtrain.compiler.call._malloc import keep_freed_memory
+from fxtrain.core import Callback, StepOutput, TrainState
 from fxtrain.core._frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
@@ -55,12 +55,12 @@ class Compiled:
         self.step = step
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
-        self._compiler: Callable[..., Artefact] = routes
+        self._compiler: Callable[..., Executable] = routes
         self._routes, self._on_recompile, self._options = routes, on_recompile, options
         self._graphs: list[Graph] = []  # most recently used first
         self._known: list[dict[str, str]] = []
         self._seconds = 0.0
-        self._pending = Pending(step, routes, options) if background else None
+        self._pending = BackgroundGraphs(step, routes, options) if background else None
         self._declared = 1  # the number of batch shapes up to which a new graph raises no warning
         self._has_warned_of_batches = False
         self._donating: Compiled | None = None
@@ -75,10 +75,10 @@ class Compiled:
 
         The first call decides the route. Bitwise guarantees hold within one route.
         """
-        return self.possible[0]
+        return self.possible_routes[0]
 
     @property
-    def possible(self) -> tuple[str, ...]:
+    def possible_routes(self) -> tuple[str, ...]:
         """All values that ``route`` may take: several before the first call, one afterwards."""
         names = self._routes.names
         if not self.background or not self._routes.has_trace:
@@ -130,7 +130,7 @@ class Compiled:
         own = self._seconds + (self._pending.seconds if self._pending is not None else 0.0)
         return own + (self._several.seconds if self._several is not None else 0.0)
 
-    def donating(self) -> Compiled:
+    def with_donation(self) -> Compiled:
         """Returns the same step with ``donate=True``. ``fit`` uses it, because it owns its state."""
         if self.donates or not isinstance(self.step, Step):
             return self
@@ -163,7 +163,7 @@ class Compiled:
             del self._others[next(iter(self._others))]
         return self._others[key]
 
-    def expect(self, kinds: int | None) -> None:
+    def expect_shapes(self, kinds: int | None) -> None:
         """Declares how many more batch shapes to expect. Each compiles a graph without a warning or an error.
 
         ``fit`` and ``evaluate`` call this with the number that their data source declares.
@@ -175,9 +175,9 @@ class Compiled:
         if self._declared > 1:
             _log.info("%r takes batches of %d shapes and compiles a graph for each.", self.step, kinds)
         if self._several is not None:
-            self._several.expect(kinds)
+            self._several.expect_shapes(kinds)
 
-    def many(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
+    def multi_step(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
         """Takes ``steps_per_call`` steps in one graph.
 
         Args:
@@ -202,7 +202,7 @@ class Compiled:
             self._several.step = ManySteps(self.step, self.steps_per_call)
             self._several._graphs, self._several._known, self._several._seconds = [], [], 0.0
             if self.background:
-                self._several._pending = Pending(self._several.step, self._routes, self._options)
+                self._several._pending = BackgroundGraphs(self._several.step, self._routes, self._options)
         return self._several(state, tuple(batches))
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
@@ -231,6 +231,33 @@ class Compiled:
                 graph.raise_uncompiled(found, batch)
             raise
 
+    def fresh(self, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:
+        """Returns a copy of this step without graphs, which compiles in the foreground and never warns.
+
+        Args:
+            wrap: Wraps the ``run`` function of each executable.
+
+        Example:
+            >>> import fxtrain as fx
+            >>> step = fx.compile(fx.eval_step(lambda model, batch: {"mean": batch.mean()}), backend="eager")
+            >>> _ = step(fx.init(torch.nn.ReLU()), torch.ones(2))
+            >>> step.graphs, step.fresh().graphs
+            (1, 0)
+        """
+        made = copy.copy(self)
+        # Copied, because the copy may choose another route.
+        compiler = made._routes = copy.copy(self._routes)
+
+        def compile_and_wrap(*args: Any, **options: Any) -> Executable:
+            executable = compiler(*args, **options)
+            return executable._replace(run=wrap(executable.run))
+
+        made._compiler = compile_and_wrap
+        made._graphs, made._known, made._donating, made._several = [], [], None, None
+        made._others = {}
+        made._on_recompile, made._pending = "allow", None
+        return made
+
     def _found(self, state: TrainState, batch: Any) -> Found | None:
         """Returns the inputs of the first graph that accepts state and batch, and moves it to the front."""
         for index, graph in enumerate(self._graphs):
@@ -256,11 +283,11 @@ class Compiled:
             return
         _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
         began = time.perf_counter()
-        artefact = self._compiler(self.step, entered, batch, in_place=self.donates)
+        executable = self._compiler(self.step, entered, batch, in_place=self.donates)
         seconds = time.perf_counter() - began
         self._seconds += seconds
         _log.info("Compiled %r in %.1f s.", self.step, seconds)
-        self._graphs.insert(0, Graph(self.step, state, batch, artefact, **self._options))
+        self._graphs.insert(0, Graph(self.step, state, batch, executable, **self._options))
         if not is_again:
             self._known.append(kinds)
 
@@ -290,140 +317,6 @@ class Compiled:
 
     def __repr__(self) -> str:
         return f"<compiled {self.step!r}>"
-
-
-def compile(  # noqa: A001
-    step: Callable[..., Any],
-    *,
-    donate: bool = False,
-    backend: str | Callable[..., Any] | None = None,
-    mode: str | None = None,
-    dynamic: bool = False,
-    fullgraph: bool = False,
-    steps_per_call: int = 1,
-    on_recompile: OnRecompile = "warn",
-    background: bool = False,
-) -> Compiled:
-    """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
-
-    The first call traces and compiles the step. Changed values never recompile it, because counters and learning rates
-    are tensors. Slots that only the loop uses stay outside the graph, so callbacks of the loop can be added or removed
-    without recompiling. Everything else that the step reads besides its arguments (modules, closures, globals,
-    environment variables) is a constant of the graph and keeps its value from the time of the trace. Random samples
-    from Python and numpy, clocks and files are either read at each call or refused.
-
-    A step whose Python code needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, has
-    no such graph. The first of these routes that works is taken instead, with one warning that names the line:
-
-    1. One graph for the values that were read. Each call checks that they are the same, and a few other values get
-       graphs of their own.
-    2. One graph by Dynamo.
-    3. The loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer and the traced
-       callbacks as one graph.
-    4. The forward and backward passes uncompiled, and the rest as one graph.
-
-    All routes compute the same result.
-
-    The first call takes from ten seconds to minutes. torch caches compiled code on disk (``TORCHINDUCTOR_CACHE_DIR``),
-    so that a later process starts in a few seconds. The logger ``fxtrain.compiler`` reports at level INFO what is
-    compiled and how long it took.
-
-    On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
-    system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.
-
-    Args:
-        step: From ``train_step`` or ``eval_step``, or any pure function ``(state, batch) -> (state, output)``.
-        donate: Whether the new state reuses the buffers of the old one in place, which saves the memory and the time of
-            a second state. Any later access to the old state raises ``DonatedError``. Leaves that are referenced
-            elsewhere (a parameter, a view, a dict of them) are copied first and stay valid.
-        backend: A backend of ``torch.compile``, by name or as a function. It is called through Dynamo, which checks its
-            assumptions about Python at each call, so dispatch overhead is higher. By default, the step is traced and
-            compiled by Inductor.
-        mode: As in ``torch.compile``. ``"reduce-overhead"`` replays CUDA graphs. ``"ahead-of-time"`` builds a shared
-            library that runs without Python between its kernels. It takes about twice as long to build, makes small
-            steps faster, and is cached with torch's other compiled code.
-        dynamic: Whether batch sizes are symbolic: one graph for all sizes, slower than a graph for each. Dropout masks
-            and other random samples are those of the uncompiled step at every size. Sizes 0 and 1 are never symbolic,
-            so a batch of one example compiles another graph. Code that reads a size as a number, such as ``len(x)`` or
-            torch's recurrent layers, compiles a graph for each size, and the warning names the sizes. Use
-            ``x.shape[0]``, or pad to few sizes.
-        fullgraph: Whether a step that cannot be one graph is an error.
-        steps_per_call: How many steps ``fit`` takes per dispatch, in one graph. Useful if calling a graph takes longer
-            than computing it. Traced callbacks are folded at each step. Callbacks of the loop are folded after all of
-            them, so their requests take effect up to this many steps later. Compile time grows in proportion. Steps
-            left over at the end of an epoch are taken one by one.
-        on_recompile: What to do if the structure, a shape or a dtype of state or batch changes: ``"warn"`` compiles
-            another graph and says what changed, ``"error"`` raises ``RecompileError``, and ``"allow"`` compiles
-            silently. Batches that vary in size cause one warning. Sizes declared by a data source, such as
-            ``fxtrain.data.bucketed``, compile a graph each without a warning or an error.
-        background: Whether to compile in a worker thread while steps run uncompiled. The second call traces the step,
-            which takes seconds, and hands the graph to the worker. Calls switch to the graph as soon as it is ready.
-            The worker compiles one graph at a time, in the order in which sizes first appeared. Uncompiled steps are
-            slower while it works. Results agree within the tolerance of compiled steps, but are not bitwise
-            reproducible, because timing decides at which step the switch happens. A resume warns about this. A step
-            that cannot be traced, or that Inductor refuses, is compiled in the foreground by the routes above.
-            ``pending`` and ``uncompiled_steps`` of the compiled step count graphs and steps. Pending graphs are
-            discarded when the process ends. Requires a single process, and excludes ``backend``, ``mode`` and
-            ``dynamic``.
-
-    Returns:
-        The compiled step, called like ``step``.
-
-    Raises:
-        TypeError: ``step`` is already compiled.
-        ValueError: An argument is out of range, or two exclude each other. At the first call: ``background`` is set and
-            ``torch.distributed`` runs several processes.
-        GraphBreakError: At the first call: ``fullgraph`` is set and the step cannot be one graph.
-        Exception: At the first call: the step raises it uncompiled.
-
-    Example:
-        >>> import torch, fxtrain as fx
-        >>> tx = fx.optim.sgd(0.1)
-        >>> step = fx.train_step(lambda model, batch: model(batch).mean(), tx)
-        >>> step = fx.compile(step, backend="aot_eager", donate=True)
-        >>> old = fx.init(torch.nn.Linear(2, 1), tx)
-        >>> state, output = step(old, torch.ones(4, 2))
-        >>> int(state.step)
-        1
-        >>> old.params  # doctest: +IGNORE_EXCEPTION_DETAIL
-        Traceback (most recent call last):
-        ...
-        DonatedError: ...
-    """
-    if isinstance(step, Compiled):
-        raise TypeError(f"expected a step that is not compiled, got {step!r}. Compile its .step for other options.")
-    check_choice("on_recompile", on_recompile, ("warn", "error", "allow"))
-    check_positive_int("steps_per_call", steps_per_call)
-    pure = step if isinstance(step, Step | EvalFunction) else Step(step)
-    if steps_per_call > 1 and isinstance(pure, EvalFunction):
-        raise ValueError(
-            f"expected steps_per_call=1 for an evaluation step, got {steps_per_call}. It is called batch by batch."
-        )
-    if mode == AHEAD and (backend is not None or dynamic):
-        raise ValueError(
-            f"expected mode={AHEAD!r} without backend and dynamic, got backend={describe(backend)}, {dynamic=}. Leave "
-            "these options out, or choose another mode."
-        )
-    if background and (backend is not None or mode is not None or dynamic):
-        raise ValueError(
-            f"expected background=True without backend, mode and dynamic, got backend={describe(backend)}, {mode=}, "
-            f"{dynamic=}. Only Inductor's graphs for fixed sizes are compiled in the background. Leave these options "
-            "out, or compile in the foreground."
-        )
-
-    def made(step: Step | EvalFunction, *, donate: bool, routes: Routes | None = None) -> Compiled:
-        return Compiled(
-            step,
-            routes=routes or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph),
-            on_recompile=on_recompile,
-            steps_per_call=steps_per_call,
-            background=background,
-            remake=made,
-            donate=donate,
-            dynamic=dynamic,
-        )
-
-    return made(pure, donate=donate and isinstance(pure, Step))
 
 
 def _refuse_sparse(batch: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from fxtrain._torch_internals import Operator, TorchDispatchMode, explaining_backend
-from fxtrain.compiler._refusals import SHAPE, VALUE, Break, break_at, first_line, refusal
+from fxtrain.compiler.build._graph_breaks import SHAPE, VALUE, Break, break_at, break_from_error, first_line
 from fxtrain.core import Batch, StepFn, TrainState
 from fxtrain.step import EvalFunction
 
@@ -62,7 +62,7 @@ def found_by_dynamo(step: StepFn | EvalFunction, state: TrainState, batch: Batch
     try:
         torch.compile(own, backend=explain)(state, batch)
     except Exception as error:
-        return 0, [refusal(error)]
+        return 0, [break_from_error(error)]
     output = explain.output()
     return output.graph_count, [break_at(each.user_stack, first_line(each.reason)) for each in output.break_reasons]
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import attention_on_cpu, is_view, make_fx, new_fake_mode
-from fxtrain.compiler._ctc import OpaqueCTC
-from fxtrain.compiler._effects import effects_noticed
-from fxtrain.compiler._literals import KnownLiterals
-from fxtrain.compiler._worker import turn
+from fxtrain.compiler.build._compile_thread import turn
+from fxtrain.compiler.build._ctc import OpaqueCTC
+from fxtrain.compiler.build._literals import KnownLiterals
+from fxtrain.compiler.build._side_effects import detecting_side_effects
 from fxtrain.core import Batch, TrainState, compiling
 from fxtrain.step import EvalFunction, Step
 
@@ -51,7 +51,7 @@ def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphMo
     # Without symbols for unknown values, a read raises at its line, and not later in the compiler.
     mode = new_fake_mode()
     fakes = [mode.from_tensor(leaf) for leaf in (*leaves, *inputs)]
-    with turn(), mode, compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
+    with turn(), mode, compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
         return make_fx(flat, tracing_mode="real")(*fakes)
 
 

@@ -14,14 +14,13 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
-from fxtrain.compiler._fresh import fresh
-from fxtrain.compiler._quiet import quietly
 from fxtrain.compiler._recompile_reasons import described
-from fxtrain.compiler._routes import Choice
-from fxtrain.compiler._trace import Run
+from fxtrain.compiler.build._executable import Run
+from fxtrain.compiler.build._muted_logs import without_torch_messages
+from fxtrain.compiler.build._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
 from fxtrain.data import for_step, to_device
-from fxtrain.diagnostics._breaks import found_by_dynamo, found_by_running, joined, refusal
+from fxtrain.diagnostics._breaks import break_from_error, found_by_dynamo, found_by_running, joined
 from fxtrain.diagnostics._counts import counted, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import attach
@@ -93,8 +92,8 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
             counts = counted(trace(pure, entered, batch))
     except Exception as error:
         # Running the step raises its own error, if it has one.
-        breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0
-    with quietly():
+        breaks, graphs = [break_from_error(error), *found_by_running(pure, state, batch)], 0
+    with without_torch_messages():
         if "traced" not in like.route:
             graphs, breaks = found_by_dynamo(pure, entered, batch)
         choice = _choice(like, pure, entered, batch) if breaks else like._routes.choice
@@ -138,7 +137,7 @@ def _choice(like: Compiled, pure: Step | EvalFunction, state: TrainState, batch:
     try:
         return like._routes.choose(pure, state, batch)
     except Exception as error:
-        return Choice(None, refusal(error))
+        return Choice(None, break_from_error(error))
 
 
 def _is_one_graph(choice: Choice) -> bool:
@@ -162,7 +161,7 @@ def _compiled(
         return timed_run
 
     # A copy, so that the given step keeps its graphs.
-    compiled = fresh(like, timed)
+    compiled = like.fresh(timed)
     before = kernel_count()
     with warnings.catch_warnings():
         # The report contains it.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 
 from fxtrain.compiler import Compiled
-from fxtrain.compiler._fresh import fresh
 from fxtrain.core import Batch, StepFn, TrainState, check_positive_int
 from fxtrain.data import to_device
 from fxtrain.fold import attach
@@ -112,7 +111,7 @@ def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], 
 
 def _take_steps(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> None:
     # A separate compiled step, so that its graphs are freed after the trial.
-    step = fresh(step) if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
+    step = step.fresh() if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
     state = attach(state, step).copy()
     for _ in range(_STEPS):
         state, _ = step(state, to_device(make_batch(size), state.step.device))

@@ -23,7 +23,7 @@ class Dispatch:
     def __init__(self, step: Any, data: Any, *, steps: int | None, snapshot_every: int | None) -> None:
         self._at_once: int = getattr(step, "steps_per_call", 1)
         self._one = leaving_compilation(step)
-        self._several = leaving_compilation(getattr(step, "many", step))
+        self._several = leaving_compilation(getattr(step, "multi_step", step))
         self._may_differ: bool = data.num_shapes != 1 or data.dynamic_dims > 0
         self._data, self._steps, self._snapshot_every = data, steps, snapshot_every
 

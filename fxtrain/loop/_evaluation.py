@@ -147,7 +147,7 @@ class Evaluations:
 
 def declare_shapes(step: Any, data: Any) -> None:
     """Declares to a compiled step how many shapes the batches of a data source have."""
-    expect = getattr(step, "expect", None)
+    expect = getattr(step, "expect_shapes", None)
     if expect is not None and data is not None:
         expect(data.num_shapes)
 

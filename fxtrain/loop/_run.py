@@ -63,7 +63,7 @@ class Run:
         declared = cast(LoopStep, step) if hasattr(step, "fires") else Step(step)
         given, callbacks = shared(declared, compose(as_composed(plan.callbacks), *evaluation_requests(plan)))
         # The loop owns its state, so a compiled step may donate it.
-        self._step: LoopStep = getattr(given, "donating", lambda: given)()
+        self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
         self._plan, self._callbacks = plan, callbacks
         self._interrupts = Interrupts(lambda: self._checkpoints.under_way)
         self._publish = Publisher(plan.observers, history, state.step.device)

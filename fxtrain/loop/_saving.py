@@ -115,7 +115,7 @@ class Checkpoints:
         return {_COMPILED_BY: getattr(self._step, "route", "nothing"), **getattr(self._step, "settings", {})}
 
     def _possible(self) -> dict[str, tuple[str, ...]]:
-        possible = getattr(self._step, "possible", None)
+        possible = getattr(self._step, "possible_routes", None)
         return {} if possible is None else {_COMPILED_BY: possible}
 
     def _warn_of_another_route(self) -> None:

@@ -35,7 +35,7 @@ class WrappedStep(Generic[R]):
         with self._context():
             return self._step(state, batch)
 
-    def many(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
+    def multi_step(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
         """Takes several steps in one call of the wrapped step, inside one context.
 
         Args:
@@ -43,11 +43,13 @@ class WrappedStep(Generic[R]):
             batches: One batch for each step.
         """
         with self._context():
-            return self.__getattr__("many")(state, batches)
+            return self.__getattr__("multi_step")(state, batches)
 
-    def donating(self) -> WrappedStep[R]:
+    def with_donation(self) -> WrappedStep[R]:
         """Returns the same step for a caller that owns its state, such as ``fit``."""
-        return WrappedStep(self.__getattr__("donating")(), self._context) if hasattr(self._step, "donating") else self
+        if not hasattr(self._step, "with_donation"):
+            return self
+        return WrappedStep(self.__getattr__("with_donation")(), self._context)
 
     def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> WrappedStep[R]:
         """Returns the step that also folds the traced callbacks among ``callbacks``, as ``Step.with_callbacks``."""

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import is_transformed, modes_work_below_compile, new_fake_mode, storage_id
-from fxtrain.compiler._quiet import without_logs
-from fxtrain.compiler._trace import Artefact, Run, compile_traced
-from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.compiler.build._muted_logs import without_torch_logs
+from fxtrain.compiler.build._executable import Executable, Run
+from fxtrain.compiler.build._trace import compile_traced
+from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling
 from fxtrain.model import forward_wrapped_by
 from fxtrain.model._closeness import are_close
@@ -46,7 +47,7 @@ def compile_in_regions(
     mode: str | None,
     in_place: bool,
     forward: str | None,
-) -> Artefact:
+) -> Executable:
     """Compiles the step with its forward and backward passes between graphs.
 
     Args:
@@ -63,13 +64,13 @@ def compile_in_regions(
         NoGradientsError: The step calls no function from ``fxtrain.gradients``.
         Exception: The rest of the step cannot be traced.
     """
-    wrap = InManyGraphs(backend, mode) if forward == "compiled" else None
+    wrap = CompileWithGraphBreaks(backend, mode) if forward == "compiled" else None
     if isinstance(step, EvalFunction):
-        artefact = uncompiled(step, state, batch, in_place=False, wrap=wrap)
+        executable = uncompiled(step, state, batch, in_place=False, wrap=wrap)
         if wrap is not None:
-            _, output = artefact.run(tree.leaves(state), tree.leaves(batch))
+            _, output = executable.run(tree.leaves(state), tree.leaves(batch))
             _check_close(output, step(state, batch))
-        return artefact
+        return executable
     compiler = functools.partial(compile_traced, mode=mode, backend=backend)
     regions = _Regions(step, state, batch, compiler, wrap, in_place=in_place)
     if regions.segment((), tree.leaves(state), tree.leaves(batch), []) is None:
@@ -77,7 +78,7 @@ def compile_in_regions(
     # Runs on copies, so that errors of the compiler are raised here.
     regions(*(tree.leaves(tree.clone(part)) for part in (state, batch)))
     regions.is_checked = True
-    return Artefact(regions, range(len(tree.leaves(state))) if in_place else None)
+    return Executable(regions, range(len(tree.leaves(state))) if in_place else None)
 
 
 class _Regions:
@@ -88,7 +89,7 @@ class _Regions:
         step: Step,
         state: TrainState,
         batch: Any,
-        compiler: Callable[..., Artefact],
+        compiler: Callable[..., Executable],
         wrap: Any,
         *,
         in_place: bool,
@@ -199,7 +200,7 @@ class _Cut:
         self._run: Run | None = None
 
     def compile(
-        self, compiler: Callable[..., Artefact], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any
+        self, compiler: Callable[..., Executable], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any
     ) -> bool:
         """Compiles the graph if one is needed. Returns False if the step calls for no further gradients."""
         state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
@@ -237,7 +238,7 @@ class _Cut:
         return [value for value, source in zip(values, self._sources, strict=True) if source is None]
 
 
-class InManyGraphs:
+class CompileWithGraphBreaks:
     """Compiles functions by ``torch.compile``, in as many graphs as each needs.
 
     Raises:
@@ -266,7 +267,7 @@ class InManyGraphs:
         compiled = torch.compile(function, **self._options)
 
         def call(*args: Any) -> Any:
-            with without_logs():
+            with without_torch_logs():
                 # Dynamo may recompile in later steps, and logs its limits then.
                 return compiled(*args)
 

@@ -61,7 +61,7 @@ class Break:
         return " | ".join(part for part in (self.where, self.code, self.within, self.reason) if part)
 
 
-def refusal(error: BaseException) -> Break:
+def break_from_error(error: BaseException) -> Break:
     """Returns the place and the explanation of an error from a tracer or a compiler."""
     text = str(error)
     reason = _BY_EXCEPTION.get(type(error).__name__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals import Operator, is_in_place, make_fx, operator_name
-from fxtrain.compiler._writes import written_over
+from fxtrain.compiler.passes._in_place import storages_written
 
 _SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"))
 
@@ -30,14 +30,14 @@ class _Draw(NamedTuple):
     reader: Any  # the first outside reader
 
 
-def with_draws_together(graph: Any) -> Any:
+def merge_dropout_masks(graph: Any) -> Any:
     """Generates dropout masks of one shape together.
 
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned. A graph with other in-place writes than
             the final update of the state is left unchanged.
     """
-    if written_over(graph):
+    if storages_written(graph):
         return graph
     integer_nodes = _merge_counter_nodes(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}

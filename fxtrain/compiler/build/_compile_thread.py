@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fxtrain._torch_internals import compile_lock, nested_calls_inlined
-from fxtrain.compiler._quiet import without_logs
+from fxtrain.compiler.build._muted_logs import without_torch_logs
 
 _EXIT_TIMEOUT_SECONDS = 2.0
 
@@ -81,7 +81,7 @@ class Job:
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            with _turn, compile_lock(), _without_generator_resets(), without_logs(), _current(self._device):
+            with _turn, compile_lock(), _without_generator_resets(), without_torch_logs(), _current(self._device):
                 torch.set_grad_enabled(self._grad_enabled)
                 self.result = self._function()
         except Exception as error:

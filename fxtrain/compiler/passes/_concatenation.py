@@ -15,7 +15,7 @@ from torch import Tensor
 from fxtrain._torch_internals import is_known_true
 
 
-def with_dense_concatenations(graph: Any) -> Any:
+def replace_trivial_concatenations(graph: Any) -> Any:
     """Replaces each ``cat`` that has only one non-empty input with a contiguous copy of it.
 
     Args:

@@ -12,7 +12,7 @@ Call = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
 
-class Replay:
+class CudaGraphReplay:
     """Calls a function, and replays it as a CUDA graph while the state stays at the same addresses.
 
     The first call with new addresses runs the function, the second one captures it. A donated state is updated in

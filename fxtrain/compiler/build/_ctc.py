@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxtrain.compiler._operators import ctc
+from fxtrain.compiler.passes._operators import ctc
 
 _REDUCTIONS = ("none", "mean", "sum")
 

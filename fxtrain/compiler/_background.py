@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler._graph import Graph
-from fxtrain.compiler._quiet import quietly
-from fxtrain.compiler._routes import Routes
-from fxtrain.compiler._uncompiled import uncompiled
-from fxtrain.compiler._worker import Job, is_idle, turn
+from fxtrain.compiler.build._compile_thread import Job, is_idle, turn
+from fxtrain.compiler.build._muted_logs import without_torch_messages
+from fxtrain.compiler.build._routes import Routes
+from fxtrain.compiler.build._uncompiled import uncompiled
+from fxtrain.compiler.call._graph import Graph
 from fxtrain.core import TrainState
 from fxtrain.step import EvalFunction, Step
 
@@ -34,7 +34,7 @@ class _Entry:
     seconds: float = 0.0  # spent on tracing
 
 
-class Pending:
+class BackgroundGraphs:
     """The graphs of one step that are not compiled yet, in the order of their first batches.
 
     Args:
@@ -78,8 +78,8 @@ class Pending:
                 f"expected one process for a step compiled with background=True, got {processes}. Processes that get "
                 "their graphs at different steps would deadlock. Leave out background=True."
             )
-        artefact = uncompiled(self._step, entered, batch, in_place=self._options["donate"])
-        graph = Graph(self._step, state, batch, artefact, **self._options)
+        executable = uncompiled(self._step, entered, batch, in_place=self._options["donate"])
+        graph = Graph(self._step, state, batch, executable, **self._options)
         self._entries.append(_Entry(graph, kinds, tree.map(_blank, batch)))
         return graph
 
@@ -118,7 +118,7 @@ class Pending:
             if not self._routes.has_trace:
                 # An earlier graph fell back to a route that only works in the foreground.
                 return False
-            with quietly():
+            with without_torch_messages():
                 finish = self._routes.trace(
                     self._step, self._step.enter(state), batch, in_place=self._options["donate"]
                 )
@@ -144,7 +144,7 @@ class Pending:
             _log.debug("The error was:", exc_info=job.error)
             return False
         _log.info("Compiled %r in the background in %.1f s.", self._step, entry.seconds + job.seconds)
-        entry.graph.run_by(job.result)
+        entry.graph.replace_executable(job.result)
         self._entries.remove(entry)
         return True
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from fxtrain._torch_internals import dispatch_keys_kept
-from fxtrain.compiler._checked import compile_checked
-from fxtrain.compiler._dynamo import compile_by_dynamo, fails
-from fxtrain.compiler._quiet import quietly
-from fxtrain.compiler._refusals import Break, refusal
-from fxtrain.compiler._regions import NoGradientsError, compile_in_regions
-from fxtrain.compiler._trace import AHEAD, Artefact, compile_traced, trace_step
-from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.compiler.build._specialization import compile_specialized
+from fxtrain.compiler.build._dynamo import compile_by_dynamo, fails
+from fxtrain.compiler.build._muted_logs import without_torch_messages
+from fxtrain.compiler.build._graph_breaks import Break, break_from_error
+from fxtrain.compiler.build._regions import NoGradientsError, compile_in_regions
+from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.build._trace import AHEAD, compile_traced, trace_step
+from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.core import TrainState
 from fxtrain.core._frames import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
@@ -40,21 +41,21 @@ class Route(NamedTuple):
 
     Args:
         name: The backend and the route, for records and explanations.
-        compile: ``(step, state, batch, in_place=...) -> Artefact``. It raises if the route does not work for the step.
+        compile: ``(step, state, batch, in_place=...) -> Executable``. It raises if the route does not work for the step.
         outcome: What is compiled, as a clause.
         is_whole: Whether it makes one graph of the whole step.
-        has_otherwise: Whether ``compile`` also takes ``otherwise=``, a function ``(state, batch) -> Artefact`` that
+        has_otherwise: Whether ``compile`` also takes ``otherwise=``, a function ``(state, batch) -> Executable`` that
             tries later routes, for calls that its graphs do not hold for.
         trace: The part of ``compile`` that must run in the calling thread. It returns a function that makes the
-            artefact in any thread.
+            executable in any thread.
     """
 
     name: str
-    compile: Callable[..., Artefact]
+    compile: Callable[..., Executable]
     outcome: str
     is_whole: bool
     has_otherwise: bool = False
-    trace: Callable[..., Callable[[], Artefact]] | None = None
+    trace: Callable[..., Callable[[], Executable]] | None = None
 
 
 class Choice(NamedTuple):
@@ -120,8 +121,8 @@ class Routes:
             rehearsed(step, state, batch, in_place=False)
         return rehearsed.choice
 
-    def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
-        """Compiles an artefact by the first route that works, with one warning if others failed before it."""
+    def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Executable:
+        """Compiles an executable by the first route that works, with one warning if others failed before it."""
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
 
     @property
@@ -131,7 +132,7 @@ class Routes:
 
     def trace(
         self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool
-    ) -> Callable[[], Artefact]:
+    ) -> Callable[[], Executable]:
         """Traces the step by the route in use. Returns a function that compiles it in any thread.
 
         Raises:
@@ -145,7 +146,7 @@ class Routes:
 
     def _compile(
         self, step: Any, state: TrainState, batch: Any, found: Break | None, first: int, *, in_place: bool
-    ) -> Artefact:
+    ) -> Executable:
         with contextlib.ExitStack() as after_failure:
             return self._first_possible(step, state, batch, found, first, after_failure, in_place=in_place)
 
@@ -159,7 +160,7 @@ class Routes:
         after_failure: contextlib.ExitStack,
         *,
         in_place: bool,
-    ) -> Artefact:
+    ) -> Executable:
         for index in range(first, len(self._routes)):
             route = self._routes[index]
             options: dict[str, Any] = {}
@@ -167,8 +168,8 @@ class Routes:
                 known = found or _VALUES_CHANGE
                 options["otherwise"] = functools.partial(self._beyond, step, found=known, first=index + 1)
             try:
-                with quietly():
-                    artefact = _compiled(route, step, state, batch, in_place=in_place, **options)
+                with without_torch_messages():
+                    executable = _compiled(route, step, state, batch, in_place=in_place, **options)
             except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
                 raise
             except NoGradientsError as error:
@@ -181,21 +182,21 @@ class Routes:
                     # Raises the step's own error, if it has one.
                     step(state, batch)
                     if is_raised_by_users(error):
-                        with quietly():
+                        with without_torch_messages():
                             again = functools.partial(_compiled, route, step, state, batch, in_place=False, **options)
                             if not fails(again):
                                 raise
-                    found = refusal(error)
+                    found = break_from_error(error)
                 continue
             self._chosen, self._is_chosen, self._found = index, True, found or self._found
             if found is not None:
                 warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=6)
-            return artefact
+            return executable
         assert found is not None
         raise GraphBreakError(_refused(step, found)) from None
 
-    def _beyond(self, step: Any, state: TrainState, batch: Any, *, found: Break, first: int) -> Artefact:
-        """Compiles an artefact for all values, because those that the step reads keep changing.
+    def _beyond(self, step: Any, state: TrainState, batch: Any, *, found: Break, first: int) -> Executable:
+        """Compiles an executable for all values, because those that the step reads keep changing.
 
         Later graphs use its route too.
         """
@@ -232,7 +233,7 @@ def routes_to(
     online = None if mode == AHEAD else mode
     checked = Route(
         f"{title}, traced with checks{suffix}",
-        functools.partial(compile_checked, mode=mode, backend=backend),
+        functools.partial(compile_specialized, mode=mode, backend=backend),
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,
@@ -266,8 +267,8 @@ def routes_to(
     return Routes([*whole, *others], fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
 
 
-def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Artefact:
-    # Dynamo's artefact always returns a new state.
+def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Executable:
+    # Dynamo's executable always returns a new state.
     return compile_by_dynamo(step, state, batch, **options)
 
 
@@ -290,7 +291,7 @@ def _garbage_kept() -> Generator[None]:
             gc.enable()
 
 
-def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:
+def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Executable:
     try:
         return route.compile(step, state, batch, **options)
     except ValuesNeededError:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler._trace import Artefact
+from fxtrain.compiler.build._executable import Executable
 from fxtrain.core import TrainState
 from fxtrain.model import forward_wrapped_by
 from fxtrain.step import EvalFunction, Step
@@ -16,8 +16,8 @@ from fxtrain.step import EvalFunction, Step
 
 def uncompiled(
     step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool, wrap: Any = None
-) -> Artefact:
-    """Returns an artefact that runs the step uncompiled.
+) -> Executable:
+    """Returns an executable that runs the step uncompiled.
 
     Args:
         step: The step.
@@ -46,4 +46,4 @@ def uncompiled(
         return (), output
 
     writes = in_place and isinstance(step, Step)
-    return Artefact(run, range(state_structure.num_leaves) if writes else None)
+    return Executable(run, range(state_structure.num_leaves) if writes else None)

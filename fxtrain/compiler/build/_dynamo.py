@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import new_fake_mode, recompile_limit_error, restoring_saved_tensor_hooks
-from fxtrain.compiler._trace import Artefact
+from fxtrain.compiler.build._executable import Executable
 from fxtrain.core import TrainState, compiling
 from fxtrain.core._frames import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
@@ -33,10 +33,10 @@ def compile_by_dynamo(
     backend: str | Callable[..., Any],
     mode: str | None,
     dynamic: bool,
-) -> Artefact:
+) -> Executable:
     """Compiles the step by ``torch.compile`` as one graph.
 
-    Takes the arguments of ``compile_traced``, except that the artefact never works in place.
+    Takes the arguments of ``compile_traced``, except that the executable never works in place.
     """
     _check(step, state, batch)
     # Dynamo's graph disables the hooks while torch.func runs, and an error there leaves them disabled.
@@ -68,7 +68,7 @@ def compile_by_dynamo(
             model.restore()
         return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)
 
-    return Artefact(run, None)
+    return Executable(run, None)
 
 
 def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: bool = False) -> None:
@@ -100,7 +100,7 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: b
 def fails(function: Callable[[], Any]) -> bool:
     """Whether a call raises.
 
-    A user error that does not recur is not the compiler's refusal.
+    A user error that does not recur is not the compiler's break_from_error.
     """
     try:
         function()

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxtrain._torch_internals import Operator, is_in_place, storage_id
 
 
-def written_over(graph: Any) -> set[int]:
+def storages_written(graph: Any) -> set[int]:
     """Returns the storages, as from ``storage_id``, of all tensors in in-place operations of a graph from ``make_fx``.
 
     The final update of the state is excluded, because it comes after all reads.

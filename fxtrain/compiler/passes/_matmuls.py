@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxtrain.compiler._operators import linear, once
+from fxtrain.compiler.passes._operators import linear, once
 
 _MIN_ONEDNN_FLOPS = 4_000_000
 _FIRST_FULL_WIDTH_FAMILY = 26  # the first AMD family that executes 512-bit vectors at full width
 
 
-def with_faster_products(graph: Any) -> Any:
+def speed_up_matmuls(graph: Any) -> Any:
     """Replaces matmuls on a CPU with faster equivalents.
 
     Args:

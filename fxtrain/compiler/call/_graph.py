@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler._ownership import is_foreign, is_sole, shared
-from fxtrain.compiler._trace import Artefact
+from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.call._ownership import is_foreign, is_sole, shared
 from fxtrain.core import TrainState, invalidate
 from fxtrain.core._state import build
 from fxtrain.step import EvalFunction, Step
@@ -24,13 +24,13 @@ Found = tuple[list[Tensor], list[Any], list[Tensor], bool]
 
 
 class Graph:
-    """One compiled artefact and the structure that it accepts.
+    """One compiled executable and the structure that it accepts.
 
     Args:
         step: The step that was compiled.
         state: An example of the states that it accepts.
         batch: An example of the batches that it accepts.
-        artefact: The compiled artefact.
+        executable: The compiled executable.
         donate: Whether it donates the old state.
         dynamic: Whether it accepts batches of other sizes.
     """
@@ -40,14 +40,14 @@ class Graph:
         step: Step | EvalFunction,
         state: TrainState,
         batch: Any,
-        artefact: Artefact,
+        executable: Executable,
         *,
         donate: bool,
         dynamic: bool,
     ) -> None:
         leaves, self._structure = tree.flatten(step.enter(state))
         inputs, batch_structure = tree.flatten(batch)
-        self._donate, self._conditions = donate, artefact.conditions
+        self._donate, self._conditions = donate, executable.conditions
         self._step, self._taker = step, repr(step)
         self._is_step = isinstance(step, Step)
         self._kinds_of_batch = loose_kinds if dynamic else kinds
@@ -59,10 +59,10 @@ class Graph:
         self._flatten_batch = flatten_batch or _general(batch_structure, lambda batch: batch)
         self._is_checked = flatten_batch is not None and not dynamic
         self._seen: list[weakref.ref[Tensor]] = []  # the state leaves that it updates in place
-        self.run_by(artefact)
+        self.replace_executable(executable)
 
     def find(self, state: TrainState, batch: Any) -> Found | None:
-        """Returns the inputs of the artefact, or None if it does not accept this state or batch."""
+        """Returns the inputs of the executable, or None if it does not accept this state or batch."""
         try:
             leaves, containers = self._flatten(state)
             inputs, _ = self._flatten_batch(batch)
@@ -115,10 +115,10 @@ class Graph:
         _, output = self._run(leaves, inputs)
         return after, output
 
-    def run_by(self, artefact: Artefact) -> None:
-        """Replaces the artefact with another one of the same step, state and batch."""
-        self._run, self._in_place = artefact.run, artefact.written is not None
-        self._written = artefact.written or ()
+    def replace_executable(self, executable: Executable) -> None:
+        """Replaces the executable with another one of the same step, state and batch."""
+        self._run, self._in_place = executable.run, executable.written is not None
+        self._written = executable.written or ()
         self._seen = []
 
     def raise_uncompiled(self, found: Found, batch: Any) -> None:

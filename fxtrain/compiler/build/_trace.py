@@ -11,7 +11,7 @@ import itertools
 import operator
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,22 +28,20 @@ from fxtrain._torch_internals import (
     mode_options,
     storage_id,
 )
-from fxtrain.compiler._aot import compile_ahead
-from fxtrain.compiler._concatenation import with_dense_concatenations
-from fxtrain.compiler._ctc import OpaqueCTC
-from fxtrain.compiler._cudagraphs import Replay
-from fxtrain.compiler._dropout import with_draws_together
-from fxtrain.compiler._effects import effects_noticed
-from fxtrain.compiler._literals import KnownLiterals
-from fxtrain.compiler._matmuls import with_faster_products
-from fxtrain.compiler._scalars import with_exact_corrections, with_scalars_once
-from fxtrain.compiler._symbolic import Conditions, SymbolicSizes, dense
-from fxtrain.compiler._worker import turn
+from fxtrain.compiler.build._aot import compile_ahead
+from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
+from fxtrain.compiler.build._ctc import OpaqueCTC
+from fxtrain.compiler.build._cudagraphs import CudaGraphReplay
+from fxtrain.compiler.passes._dropout import merge_dropout_masks
+from fxtrain.compiler.build._side_effects import detecting_side_effects
+from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.build._literals import KnownLiterals
+from fxtrain.compiler.passes._matmuls import speed_up_matmuls
+from fxtrain.compiler.passes._scalars import make_bias_corrections_exact, hoist_scalars
+from fxtrain.compiler.build._symbolic_sizes import SymbolicSizes, dense
+from fxtrain.compiler.build._compile_thread import turn
 from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
-
-Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any]]
-"""Maps the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
 
 AHEAD = "ahead-of-time"
 REPLAYED = "reduce-overhead"
@@ -55,14 +53,6 @@ _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
 _EMPTY = types.CellType()
 
 
-class Artefact(NamedTuple):
-    """A compiled step."""
-
-    run: Run
-    written: Sequence[int] | None  # indices of the state leaves that it updates in place; None if it returns new ones
-    conditions: Conditions | None = None  # on the sizes of batches, if they are symbolic
-
-
 def compile_traced(
     step: Callable[[TrainState, Any], Any],
     state: TrainState,
@@ -72,7 +62,7 @@ def compile_traced(
     in_place: bool,
     backend: str | Callable[..., Any] | None = None,
     dynamic: bool = False,
-) -> Artefact:
+) -> Executable:
     """Compiles the step as one graph. No other thread compiles at the same time.
 
     Args:
@@ -99,7 +89,7 @@ def trace_step(
     in_place: bool,
     backend: str | Callable[..., Any] | None = None,
     dynamic: bool = False,
-) -> Callable[[], Artefact]:
+) -> Callable[[], Executable]:
     """Traces a step and returns a function that compiles it.
 
     The trace accesses the user's modules. The returned function does not, so it may run in another thread. Takes the
@@ -128,18 +118,18 @@ def trace_step(
         return values[len(changed) :]
 
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
-    with compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
+    with compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
     # Only a training step keeps its masks in memory in any case, for its backward pass.
     if isinstance(step, Step) and symbolic is None:
-        with_draws_together(graph.graph)
+        merge_dropout_masks(graph.graph)
     # Only Inductor's ``expm1`` depends on the loop.
     if backend is None:
-        with_exact_corrections(graph.graph)
-    with_dense_concatenations(graph.graph)
+        make_bias_corrections_exact(graph.graph)
+    replace_trivial_concatenations(graph.graph)
     # These passes compare sizes, which would add conditions on later batches.
     if symbolic is None:
-        with_scalars_once(with_faster_products(graph.graph))
+        hoist_scalars(speed_up_matmuls(graph.graph))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu and not dynamic
     read = _without_unread(graph)
@@ -152,7 +142,7 @@ def trace_step(
     unflatten, is_step = tree.generate_unflatten(output_structure), isinstance(step, Step)
     has_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
-    def compile_traced_graph() -> Artefact:
+    def compile_traced_graph() -> Executable:
         if backend is not None:
             call = _compiled_by(backend, graph)
         elif mode == AHEAD:
@@ -160,7 +150,7 @@ def trace_step(
         else:
             call = _compiled(graph, options, has_autocast)
         if replayed:
-            call = Replay(call, sum(index < count for index in read))
+            call = CudaGraphReplay(call, sum(index < count for index in read))
 
         if in_place or not is_step:
 
@@ -178,8 +168,8 @@ def trace_step(
 
         written = changed if in_place else None
         if symbolic is None:
-            return Artefact(run, written)
-        return Artefact(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
+            return Executable(run, written)
+        return Executable(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
 
     return compile_traced_graph
 
@@ -211,10 +201,10 @@ def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callab
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     outputs = len(graph.graph.output_node().args[0])
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
-    artefact: Any = compile_graph(graph, fakes, options)
+    executable: Any = compile_graph(graph, fakes, options)
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
-    bare = None if constants is not None or has_autocast else _unwrapped(artefact, outputs)
-    return bare or (lambda tensors: artefact(*tensors))
+    bare = None if constants is not None or has_autocast else _unwrapped(executable, outputs)
+    return bare or (lambda tensors: executable(*tensors))
 
 
 def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[..., Sequence[Tensor]]:
@@ -225,14 +215,14 @@ def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[...,
     return lambda tensors: made(*tensors)
 
 
-def _unwrapped(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
+def _unwrapped(executable: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
     """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
 
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
     none of this: ``_copy_aliases`` copies views, and Inductor itself writes leaves in place.
     """
     kind = compiled_graph_class()
-    found, seen, todo = [], set[int](), [artefact]
+    found, seen, todo = [], set[int](), [executable]
     while todo:
         part = todo.pop()
         if id(part) in seen or isinstance(part, type):

@@ -31,7 +31,7 @@ class FileInTraceError(RuntimeError):
 
 
 @contextlib.contextmanager
-def effects_noticed() -> Generator[None]:
+def detecting_side_effects() -> Generator[None]:
     """A context for a trace that detects side effects in this thread.
 
     Raises:

@@ -13,19 +13,19 @@ from fxtrain._torch_internals import LOGGER
 
 
 @contextlib.contextmanager
-def quietly() -> Generator[None]:
+def without_torch_messages() -> Generator[None]:
     """A context without torch's logs in this thread and without Dynamo's warnings."""
-    with without_logs(), warnings.catch_warnings():
+    with without_torch_logs(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dynamo (detected|does not know how)")
         yield
 
 
 @contextlib.contextmanager
-def without_logs() -> Generator[None]:
+def without_torch_logs() -> Generator[None]:
     """A context that drops torch's log records in this thread, except from loggers set by ``TORCH_LOGS``.
 
     Example:
-        >>> with without_logs():
+        >>> with without_torch_logs():
         ...     logging.getLogger("torch._dynamo").warning("a page about a graph break")
     """
     own = _OfThread(threading.get_ident())

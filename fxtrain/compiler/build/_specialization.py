@@ -19,23 +19,24 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler._trace import Artefact, Run, compile_traced
-from fxtrain.compiler._values import CheckedReads, Reads, UncheckedReadError
+from fxtrain.compiler.build._executable import Executable, Run
+from fxtrain.compiler.build._trace import compile_traced
+from fxtrain.compiler.build._value_reads import CheckedReads, Reads, UncheckedReadError
 from fxtrain.core import TrainState
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
 
-Otherwise = Callable[[TrainState, Any], Artefact]
-"""Compiles the step for a state and a batch by a later route. The artefact returns a new state."""
+Otherwise = Callable[[TrainState, Any], Executable]
+"""Compiles the step for a state and a batch by a later route. The executable returns a new state."""
 
 _MAX_GRAPHS = 8
 # A number that has changed twice is assumed to change with every batch.
 _MAX_NUMBER_CHANGES = 2
 
 
-def compile_checked(
+def compile_specialized(
     step: Step | EvalFunction,
     state: TrainState,
     batch: Any,
@@ -44,7 +45,7 @@ def compile_checked(
     in_place: bool,
     otherwise: Otherwise,
     backend: str | Callable[..., Any] | None = None,
-) -> Artefact:
+) -> Executable:
     """Compiles a step into one graph per set of values that it reads.
 
     Takes the arguments of ``compile_traced``, and:
@@ -59,12 +60,12 @@ def compile_checked(
     """
     # The old state is kept, because it is needed if the values turn out to differ.
     del in_place
-    checked = _Checked(step, tree.structure(state), tree.structure(batch), mode, backend, otherwise)
+    checked = _Specialized(step, tree.structure(state), tree.structure(batch), mode, backend, otherwise)
     try:
         checked.add(tree.leaves(state), tree.leaves(batch))
     except UnseededError as error:
         raise UncheckedReadError(str(error)) from error
-    return Artefact(checked, None)
+    return Executable(checked, None)
 
 
 @dataclasses.dataclass
@@ -75,14 +76,14 @@ class _Graph:
     reads: Reads
 
 
-class _Checked:
+class _Specialized:
     """The graphs of a step, one per set of values read, most recently used first."""
 
     def __init__(self, step: Any, state: Any, batch: Any, mode: Any, backend: Any, otherwise: Any) -> None:
         self._step, self._state, self._batch = step, state, batch
         self._mode, self._backend = mode, backend
         self._otherwise: Otherwise = otherwise
-        self._other: Artefact | None = None
+        self._other: Executable | None = None
         self._graphs: list[_Graph] = []
         self._number_changes = 0  # how often a number (not a bool) has changed
 
@@ -92,9 +93,9 @@ class _Checked:
         known = [graph.reads.values for graph in self._graphs]
         traced = (_ReadingStep if isinstance(self._step, Step) else _ReadingFunction)(self._step, given, known)
         state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
-        artefact = compile_traced(traced, state, batch, mode=self._mode, in_place=False, backend=self._backend)
+        executable = compile_traced(traced, state, batch, mode=self._mode, in_place=False, backend=self._backend)
         assert traced.reads is not None
-        self._graphs.insert(0, _Graph(artefact.run, traced.reads))
+        self._graphs.insert(0, _Graph(executable.run, traced.reads))
         return self._graphs[0]
 
     def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:

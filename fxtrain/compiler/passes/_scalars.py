@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals import Operator, operator_name, storage_id
-from fxtrain.compiler._operators import expm1, once
-from fxtrain.compiler._writes import written_over
+from fxtrain.compiler.passes._in_place import storages_written
+from fxtrain.compiler.passes._operators import expm1, once
 
 _MIN_ELEMENTS_PER_SCALAR = 8  # the elements of a vector
 
@@ -30,7 +30,7 @@ _VALUE_PRESERVING = frozenset(
 )
 
 
-def with_scalars_once(graph: Any) -> Any:
+def hoist_scalars(graph: Any) -> Any:
     """Materializes expensive scalars on a CPU in memory.
 
     Tensors that are later overwritten, directly or through a view, are left unchanged.
@@ -38,7 +38,7 @@ def with_scalars_once(graph: Any) -> Any:
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    expensive_nodes, written = set[Any](), written_over(graph)
+    expensive_nodes, written = set[Any](), storages_written(graph)
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
@@ -67,7 +67,7 @@ def with_scalars_once(graph: Any) -> Any:
     return graph
 
 
-def with_exact_corrections(graph: Any) -> Any:
+def make_bias_corrections_exact(graph: Any) -> Any:
     """Makes each ``expm1`` of a vector of counts on a CPU give the same bits in every loop.
 
     These are the bias corrections of an optimizer, one per parameter. A graph of several steps fuses them with other

@@ -1,0 +1,146 @@
+"""The function ``compile``, which makes compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fxtrain.compiler._compiled import Compiled, OnRecompile
+from fxtrain.compiler.build._routes import Routes, routes_to
+from fxtrain.compiler.build._trace import AHEAD
+from fxtrain.core import check_choice, check_positive_int, describe
+from fxtrain.step import EvalFunction, Step
+
+
+def compile(  # noqa: A001
+    step: Callable[..., Any],
+    *,
+    donate: bool = False,
+    backend: str | Callable[..., Any] | None = None,
+    mode: str | None = None,
+    dynamic: bool = False,
+    fullgraph: bool = False,
+    steps_per_call: int = 1,
+    on_recompile: OnRecompile = "warn",
+    background: bool = False,
+) -> Compiled:
+    """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
+
+    The first call traces and compiles the step. Changed values never recompile it, because counters and learning rates
+    are tensors. Slots that only the loop uses stay outside the graph, so callbacks of the loop can be added or removed
+    without recompiling. Everything else that the step reads besides its arguments (modules, closures, globals,
+    environment variables) is a constant of the graph and keeps its value from the time of the trace. Random samples
+    from Python and numpy, clocks and files are either read at each call or refused.
+
+    A step whose Python code needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, has
+    no such graph. The first of these routes that works is taken instead, with one warning that names the line:
+
+    1. One graph for the values that were read. Each call checks that they are the same, and a few other values get
+       graphs of their own.
+    2. One graph by Dynamo.
+    3. The loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer and the traced
+       callbacks as one graph.
+    4. The forward and backward passes uncompiled, and the rest as one graph.
+
+    All routes compute the same result.
+
+    The first call takes from ten seconds to minutes. torch caches compiled code on disk (``TORCHINDUCTOR_CACHE_DIR``),
+    so that a later process starts in a few seconds. The logger ``fxtrain.compiler`` reports at level INFO what is
+    compiled and how long it took.
+
+    On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
+    system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.
+
+    Args:
+        step: From ``train_step`` or ``eval_step``, or any pure function ``(state, batch) -> (state, output)``.
+        donate: Whether the new state reuses the buffers of the old one in place, which saves the memory and the time of
+            a second state. Any later access to the old state raises ``DonatedError``. Leaves that are referenced
+            elsewhere (a parameter, a view, a dict of them) are copied first and stay valid.
+        backend: A backend of ``torch.compile``, by name or as a function. It is called through Dynamo, which checks its
+            assumptions about Python at each call, so dispatch overhead is higher. By default, the step is traced and
+            compiled by Inductor.
+        mode: As in ``torch.compile``. ``"reduce-overhead"`` replays CUDA graphs. ``"ahead-of-time"`` builds a shared
+            library that runs without Python between its kernels. It takes about twice as long to build, makes small
+            steps faster, and is cached with torch's other compiled code.
+        dynamic: Whether batch sizes are symbolic: one graph for all sizes, slower than a graph for each. Dropout masks
+            and other random samples are those of the uncompiled step at every size. Sizes 0 and 1 are never symbolic,
+            so a batch of one example compiles another graph. Code that reads a size as a number, such as ``len(x)`` or
+            torch's recurrent layers, compiles a graph for each size, and the warning names the sizes. Use
+            ``x.shape[0]``, or pad to few sizes.
+        fullgraph: Whether a step that cannot be one graph is an error.
+        steps_per_call: How many steps ``fit`` takes per dispatch, in one graph. Useful if calling a graph takes longer
+            than computing it. Traced callbacks are folded at each step. Callbacks of the loop are folded after all of
+            them, so their requests take effect up to this many steps later. Compile time grows in proportion. Steps
+            left over at the end of an epoch are taken one by one.
+        on_recompile: What to do if the structure, a shape or a dtype of state or batch changes: ``"warn"`` compiles
+            another graph and says what changed, ``"error"`` raises ``RecompileError``, and ``"allow"`` compiles
+            silently. Batches that vary in size cause one warning. Sizes declared by a data source, such as
+            ``fxtrain.data.bucketed``, compile a graph each without a warning or an error.
+        background: Whether to compile in a worker thread while steps run uncompiled. The second call traces the step,
+            which takes seconds, and hands the graph to the worker. Calls switch to the graph as soon as it is ready.
+            The worker compiles one graph at a time, in the order in which sizes first appeared. Uncompiled steps are
+            slower while it works. Results agree within the tolerance of compiled steps, but are not bitwise
+            reproducible, because timing decides at which step the switch happens. A resume warns about this. A step
+            that cannot be traced, or that Inductor refuses, is compiled in the foreground by the routes above.
+            ``pending`` and ``uncompiled_steps`` of the compiled step count graphs and steps. Pending graphs are
+            discarded when the process ends. Requires a single process, and excludes ``backend``, ``mode`` and
+            ``dynamic``.
+
+    Returns:
+        The compiled step, called like ``step``.
+
+    Raises:
+        TypeError: ``step`` is already compiled.
+        ValueError: An argument is out of range, or two exclude each other. At the first call: ``background`` is set and
+            ``torch.distributed`` runs several processes.
+        GraphBreakError: At the first call: ``fullgraph`` is set and the step cannot be one graph.
+        Exception: At the first call: the step raises it uncompiled.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: model(batch).mean(), tx)
+        >>> step = fx.compile(step, backend="aot_eager", donate=True)
+        >>> old = fx.init(torch.nn.Linear(2, 1), tx)
+        >>> state, output = step(old, torch.ones(4, 2))
+        >>> int(state.step)
+        1
+        >>> old.params  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ...
+        DonatedError: ...
+    """
+    if isinstance(step, Compiled):
+        raise TypeError(f"expected a step that is not compiled, got {step!r}. Compile its .step for other options.")
+    check_choice("on_recompile", on_recompile, ("warn", "error", "allow"))
+    check_positive_int("steps_per_call", steps_per_call)
+    pure = step if isinstance(step, Step | EvalFunction) else Step(step)
+    if steps_per_call > 1 and isinstance(pure, EvalFunction):
+        raise ValueError(
+            f"expected steps_per_call=1 for an evaluation step, got {steps_per_call}. It is called batch by batch."
+        )
+    if mode == AHEAD and (backend is not None or dynamic):
+        raise ValueError(
+            f"expected mode={AHEAD!r} without backend and dynamic, got backend={describe(backend)}, {dynamic=}. Leave "
+            "these options out, or choose another mode."
+        )
+    if background and (backend is not None or mode is not None or dynamic):
+        raise ValueError(
+            f"expected background=True without backend, mode and dynamic, got backend={describe(backend)}, {mode=}, "
+            f"{dynamic=}. Only Inductor's graphs for fixed sizes are compiled in the background. Leave these options "
+            "out, or compile in the foreground."
+        )
+
+    def made(step: Step | EvalFunction, *, donate: bool, routes: Routes | None = None) -> Compiled:
+        return Compiled(
+            step,
+            routes=routes or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph),
+            on_recompile=on_recompile,
+            steps_per_call=steps_per_call,
+            background=background,
+            remake=made,
+            donate=donate,
+            dynamic=dynamic,
+        )
+
+    return made(pure, donate=donate and isinstance(pure, Step))

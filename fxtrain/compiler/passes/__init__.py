@@ -1,0 +1,1 @@
+"""Passes that optimize a traced graph before it is compiled, and the operators that they insert."""
