@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, Scalar, TrainState, Updated, check_int, describe, did_you_mean, wide_dtype
+from fxtrain.core import Control, Scalar, TrainState, Tree, Updated, check_int, describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, When, as_trigger, stateful
 from fxtrain.optim._moments import wide
 
@@ -18,7 +18,7 @@ class AveragedState(NamedTuple):
     """State of ``ema`` and ``swa``."""
 
     # (params, buffers) or (params, ()) in float32 or wider. Leaves that are not floating or complex hold the latest.
-    average: Any
+    average: Tree
     weight: Tensor  # float64 []: 1, or with debias the total weight of the parameters in the average
     count: Tensor  # int64 []: updates in the average
 

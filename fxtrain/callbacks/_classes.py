@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain.callbacks._predictions import Logits, class_scores
-from fxtrain.core import Control, EvalBegin, EvalEnd, EvalStep, TrainState, check_int, describe
+from fxtrain.core import Batch, Control, EvalBegin, EvalEnd, EvalStep, TrainState, check_int, describe
 from fxtrain.fold import Handler, stateful
 from fxtrain.values import ConfusionMatrix, Figure
 
@@ -140,7 +139,7 @@ def curves(
     return stateful(name, lambda state: _zeros(state, 2, classes, bins), update)
 
 
-def _figures(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
+def _figures(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Figure | float]:
     """Returns the figures and scalars for counts, int64 [negative or positive, classes, bins]."""
     from matplotlib.figure import Figure as Canvas
 
@@ -154,7 +153,7 @@ def _figures(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]
     tpr_from, fpr_from = torch.cat([start, tpr], 1), torch.cat([start, fpr], 1)
     auc = torch.trapezoid(tpr_from, fpr_from, dim=1)
     average = (precision * tpr_from.diff(dim=1)).sum(1)
-    log: dict[str, Any] = {}
+    log: dict[str, Figure | float] = {}
     if occurs.any():
         log = {f"{name}/auc": float(auc[occurs].mean()), f"{name}/average_precision": float(average[occurs].mean())}
     drawings = {
@@ -188,7 +187,7 @@ def _one_hot(classes: Tensor, count: int) -> Tensor:
     return classes[:, None] == torch.arange(count, device=classes.device)
 
 
-def _truth(name: str, batch: Any, truth: str, classes: int) -> Tensor:
+def _truth(name: str, batch: Batch, truth: str, classes: int) -> Tensor:
     found = batch.get(truth) if isinstance(batch, Mapping) else None
     if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point():
         raise TypeError(
@@ -198,7 +197,7 @@ def _truth(name: str, batch: Any, truth: str, classes: int) -> Tensor:
     return found
 
 
-def _row_weights(batch: Any) -> Tensor:
+def _row_weights(batch: Batch) -> Tensor:
     """Returns the weight of each row, float64 [N]: the mask, or 1 without one."""
     mask = batch.get("mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:

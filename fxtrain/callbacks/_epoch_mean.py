@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fxtrain import metrics
@@ -32,11 +30,11 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     """
     watched = names or ("loss",)
 
-    def init(state: TrainState) -> dict[str, Any]:
+    def init(state: TrainState) -> dict[str, metrics.Average]:
         return {metric: metrics.Average.empty(device=state.step.device) for metric in watched}
 
     def update(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
-        slot: dict[str, Any] = state.slots[name]
+        slot: dict[str, metrics.Average] = state.slots[name]
         if isinstance(event, EpochEnd):
             # If all batches of an epoch were skipped there is no mean, and the epoch before ended at the same step.
             log = {
@@ -57,7 +55,7 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     return slotted(name, init, update)
 
 
-def _average(value: Any, weight: Tensor | None) -> Any:
+def _average(value: metrics.Metric | Tensor, weight: Tensor | None) -> metrics.Metric:
     if isinstance(value, metrics.Metric):
         return value
     seen = metrics.Average.from_model_output(value)

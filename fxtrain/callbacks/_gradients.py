@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,12 +58,12 @@ def grad_norms(
     """
     check_choice("norm", norm, NORMS)
 
-    def measure(state: TrainState, stats: UpdateStats, before: Any) -> GradNorms:
+    def measure(state: TrainState, stats: UpdateStats, before: GradNorms | None) -> GradNorms:
         groups = list(layers(state).values())
         everything = [[index for group in groups for index in group]]
         return GradNorms(stats.norms("grads", norm, everything)[0], stats.norms("grads", norm, groups))
 
-    def show(state: TrainState, values: GradNorms) -> dict[str, Any]:
+    def show(state: TrainState, values: GradNorms) -> dict[str, Tensor]:
         names = list(layers(state))
         several = {"max": values.layers.max(), "min": values.layers.min(), "mean": values.layers.mean()}
         return {
@@ -137,11 +137,11 @@ def grad_flow(
             f"exploding={describe(exploding)}."
         )
 
-    def measure(state: TrainState, stats: UpdateStats, before: Any) -> GradFlow:
+    def measure(state: TrainState, stats: UpdateStats, before: GradFlow | None) -> GradFlow:
         norms = stats.norms("grads", "l2", list(layers(state).values()))
         return GradFlow(norms, norms[:-1] / norms[1:])
 
-    def show(state: TrainState, values: GradFlow) -> dict[str, Any]:
+    def show(state: TrainState, values: GradFlow) -> dict[str, Tensor]:
         names, (norms, gains) = list(layers(state))[:-1], values
         # A gain is not finite where the next layer has no gradient.
         known = gains.isfinite()

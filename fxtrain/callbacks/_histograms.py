@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def histograms(
         positive = smallest * torch.pow(10.0, exponents)
         return torch.cat([-positive.flip(0), positive])
 
-    def measure(state: TrainState, stats: UpdateStats, before: Any) -> Histograms:
+    def measure(state: TrainState, stats: UpdateStats, before: Histograms | None) -> Histograms:
         leaves = tree.leaves(getattr(stats, of))
         samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter, "parameter")]
         bounds = edges(samples[0].device)
@@ -91,7 +91,7 @@ def histograms(
         seen = torch.stack([counts.new_full((), values.shape[0]) for values in samples])
         return Histograms(counts, seen)
 
-    def show(state: TrainState, values: Histograms) -> dict[str, Any]:
+    def show(state: TrainState, values: Histograms) -> dict[str, Histogram]:
         names = leaf_names(state)
         ends = torch.tensor([10 * largest])
         bounds = torch.cat([-ends, edges(ends.device), ends])

@@ -7,7 +7,7 @@ conditional branch of the graph. Publishing happens in the loop: unless its trig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,21 +15,24 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals import is_recorded
 from fxtrain.callbacks._update_stats import UpdateStats, trainable
-from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated
+from fxtrain.core import Control, Logged, StepEnd, TrainState, Tree, Updated
 from fxtrain.fold import Handler, When, as_trigger, on, slotted
+
+_Values = TypeVar("_Values")
+_Seen = TypeVar("_Seen")
 
 
 class MonitorState(NamedTuple):
     """State of a monitor."""
 
     step: Tensor  # int64 []: the step measured last; -1 before the first
-    values: Any  # its measurements, a pytree of tensors
+    values: Tree  # its measurements, a pytree of tensors
 
 
 def monitor(
     name: str,
-    measure: Callable[[TrainState, UpdateStats, Any], Any],
-    show: Callable[[TrainState, Any], Mapping[str, Any]],
+    measure: Callable[[TrainState, UpdateStats, _Values | None], _Values],
+    show: Callable[[TrainState, _Values], Mapping[str, object]],
     *,
     every: When = 1,
     publish: When | None = None,
@@ -94,7 +97,7 @@ def monitor(
     return slotted(name, init, on(Updated | StepEnd, update))
 
 
-def _where(flag: Tensor, function: Callable[[Any, Any], Any], seen: Any, otherwise: Any) -> Any:
+def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _Seen, otherwise: _Values) -> _Values:
     """Returns ``function(seen, otherwise)`` if the flag holds, else ``otherwise``.
 
     The function is called only if the flag holds, except under ``vmap``, where both branches are computed.

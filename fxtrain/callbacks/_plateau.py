@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.callbacks._watched_metric import Better, Metric, direction, measured, needing
-from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, describe, wide_dtype
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, Tree, check_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Handler, slotted
 
@@ -111,7 +111,7 @@ def reduce_on_plateau(
     return needing(slotted(name, init, update), metric)
 
 
-def schedule_hyperparam(hyperparam: str, schedule: Callable[[Any], Any]) -> Handler:
+def schedule_hyperparam(hyperparam: str, schedule: Callable[[Tensor], Tensor | float]) -> Handler:
     """Sets an injected hyperparameter, such as weight decay or momentum, from a schedule.
 
         value(step) = schedule(steps taken before it)
@@ -146,6 +146,6 @@ def schedule_hyperparam(hyperparam: str, schedule: Callable[[Any], Any]) -> Hand
     return Handler(f"schedule_hyperparam {hyperparam}", update, frozenset({EpochBegin, StepEnd}))
 
 
-def _shown(opt_state: Any, hyperparam: str, name: str) -> dict[str, Tensor]:
+def _shown(opt_state: Tree, hyperparam: str, name: str) -> dict[str, Tensor]:
     found = optim.get_hyperparams(opt_state)
     return {f"{name}/{path}": value for path, value in found.items() if path.rpartition(".")[2] == hyperparam}

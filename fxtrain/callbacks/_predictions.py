@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, EvalStep, TrainState, check_int, check_positive_int, describe
+from fxtrain.core import Batch, Control, EvalStep, TrainState, Tree, check_int, check_positive_int, describe
 from fxtrain.fold import Handler, on
-from fxtrain.values import Table
+from fxtrain.values import Image, Table
 
-Logits = Callable[[Any], Tensor]
+Logits = Callable[[Tree], Tensor]
 
 
 def predictions(
-    show: Callable[[Any], Any],
+    show: Callable[[Batch], Sequence[object] | Tensor | Image],
     *,
     truth: str = "y",
     logits: Logits | None = None,
@@ -80,20 +79,20 @@ def predictions(
     return on(EvalStep, callback)
 
 
-def _rows(batch: Any, limit: int) -> Any:
+def _rows(batch: Batch, limit: int) -> Batch:
     """Returns the first rows of a batch. Lists without tensors, such as texts, are columns too."""
 
-    def is_column(part: Any) -> bool:
+    def is_column(part: object) -> bool:
         return isinstance(part, list | tuple) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
 
-    def cut(part: Any) -> Any:
+    def cut(part: Tree) -> Tree:
         is_cut = is_column(part) or (isinstance(part, Tensor | np.ndarray) and part.ndim > 0)
         return part[:limit] if is_cut else part
 
     return tree.map(cut, batch, is_leaf=is_column)
 
 
-def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:
+def class_scores(name: str, outputs: Tree, logits: Logits | None) -> Tensor:
     """Returns class probabilities, float32 [N, C], from the outputs of an evaluation step.
 
     Args:
@@ -113,5 +112,6 @@ def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:
     return found.detach().float().softmax(-1)
 
 
-def _named(classes: Tensor, labels: Sequence[str]) -> list[Any]:
-    return [labels[index] if 0 <= index < len(labels) else index for index in classes.tolist()]
+def _named(classes: Tensor, labels: Sequence[str]) -> list[str | int]:
+    indices: list[int] = classes.tolist()
+    return [labels[index] if 0 <= index < len(labels) else index for index in indices]

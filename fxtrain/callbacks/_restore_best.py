@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks._watched_metric import Better, Metric, called, direction, measured, needing
-from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, describe, wide_dtype
+from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, Tree, describe, wide_dtype
 from fxtrain.fold import Handler, slotted
 
 
@@ -26,7 +26,7 @@ class RestoreBestState(NamedTuple):
 
     best: Tensor  # float64 []: the best value so far; before the first, the worst value (nan if mode is a function)
     step: Tensor  # int64 []: its step; -1 before the first
-    kept: Any  # its (params, buffers), or () with a checkpointer
+    kept: Tree  # its (params, buffers), or () with a checkpointer
 
 
 def restore_best(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
 from fxtrain import fold, rng
 from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState
 from fxtrain.fold import Handler
-from fxtrain.model import view
+from fxtrain.model import View, view
 
 
-def samples(make: Callable[[Any, rng.Key], Any], *, name: str = "samples", on: type[LoopEvent] = EvalEnd) -> Handler:
+def samples(
+    make: Callable[[View, rng.Key], object], *, name: str = "samples", on: type[LoopEvent] = EvalEnd
+) -> Handler:
     """Logs samples generated from the model.
 
     The random key depends only on the seed and the step. Neither a resume nor another batch size changes it.

@@ -117,7 +117,7 @@ def _verbatim(text: str) -> str:
 
 
 def generate(
-    model: Callable[[Tensor], Any],
+    model: Callable[[Tensor], object],
     prompt: Sequence[int],
     numbers: Sequence[float],
     *,
@@ -160,7 +160,7 @@ def generate(
     return tokens[len(prompt) :]
 
 
-def _last_logits(output: Any) -> Tensor:
+def _last_logits(output: object) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise TypeError(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, Updated
+from fxtrain.core import TrainState, Tree, Updated
 from fxtrain.tree import as_name, leaf_paths
 
 KINDS = ("grads", "weights", "updates")
@@ -33,11 +32,11 @@ class UpdateStats:
         kept: Cache of reductions; None where nothing may be cached, as in a conditional branch of the graph.
     """
 
-    weights: Any
-    grads: Any
-    updates: Any
+    weights: Tree
+    grads: Tree
+    updates: Tree
     skipped: Tensor
-    kept: dict[Any, Tensor] | None = None
+    kept: dict[tuple[str, str], Tensor] | None = None
 
     @classmethod
     def at(cls, state: TrainState, event: Updated) -> UpdateStats:
@@ -85,7 +84,7 @@ class UpdateStats:
         return torch.stack([torch.full((), size, device=leaves[0].device) for size in sizes])
 
 
-def trainable(state: TrainState) -> Any:
+def trainable(state: TrainState) -> Tree:
     """Returns the trainable parameters of a state, structured like the gradients."""
     return state.params if state.model is None else state.model.split(state.params)
 
@@ -110,7 +109,7 @@ def layers(state: TrainState) -> dict[str, list[int]]:
     return found
 
 
-def _as_defined(node: Any, path: tuple[Any, ...] = ()) -> list[str]:
+def _as_defined(node: Tree, path: tuple[object, ...] = ()) -> list[str]:
     """Returns leaf names in insertion order, because flattening sorts keys."""
     if isinstance(node, dict):
         return [name for key, child in node.items() for name in _as_defined(child, (*path, key))]

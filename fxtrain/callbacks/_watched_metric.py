@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import describe, did_you_mean, wide_dtype
+from fxtrain.core import EvalEnd, Metrics, StepEnd, Updated, describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, needs
 
-Metric = str | Callable[[Mapping[str, Any]], Any]
+Metric = str | Callable[[Metrics], Tensor | float]
 """A metric's name, or a function of all metrics of an event, such as ``lambda metrics: metrics["loss"] / 2``."""
 
 Better = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ def called(metric: Metric) -> str:
     return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
 
 
-def measured(event: Any, metric: Metric, who: str, device: torch.device) -> Tensor:
+def measured(event: StepEnd | EvalEnd | Updated, metric: Metric, who: str, device: torch.device) -> Tensor:
     """Returns the metric at an event, as a tensor of shape [] on ``device`` in its own precision.
 
     float32 and float64 are kept, so a threshold is compared in the metric's own dtype: a float32 accuracy of 0.9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def weight_stats(
         WeightStats(norm=tensor([5.]), mean=tensor([-0.5000]), std=tensor([3.5000]), max=tensor([4.]))
     """
 
-    def measure(state: TrainState, stats: UpdateStats, before: Any) -> WeightStats:
+    def measure(state: TrainState, stats: UpdateStats, before: WeightStats | None) -> WeightStats:
         leaves = tree.leaves(stats.weights)
         squares, counts = stats.sums("weights", "squares"), stats.counts("weights", [[i] for i in range(len(leaves))])
         total = torch.stack([(leaf.real if leaf.is_complex() else leaf).sum(dtype=torch.float32) for leaf in leaves])
@@ -59,7 +59,7 @@ def weight_stats(
         variance = (squares / counts - mean * mean).clamp(min=0)
         return WeightStats(squares.sqrt(), mean, variance.sqrt(), stats.sums("weights", "max"))
 
-    def show(state: TrainState, values: WeightStats) -> dict[str, Any]:
+    def show(state: TrainState, values: WeightStats) -> dict[str, Tensor]:
         names = leaf_names(state)
         chosen = {
             f"{names[i]}/{statistic}": column[i]
@@ -135,9 +135,9 @@ def update_ratios(
             torch.where(stats.skipped, still, torch.where(ratios > frozen_below, 0, still + 1)),
         )
 
-    def show(state: TrainState, values: UpdateRatios) -> dict[str, Any]:
+    def show(state: TrainState, values: UpdateRatios) -> dict[str, Tensor | Text]:
         names, (ratios, still) = leaf_names(state), values
-        shown: dict[str, Any] = {"mean": ratios.mean(), "max": ratios.max(), "min": ratios.min()}
+        shown: dict[str, Tensor | Text] = {"mean": ratios.mean(), "max": ratios.max(), "min": ratios.min()}
         shown["frozen"] = (still >= patience).sum()
         shown |= {names[i]: ratios[i] for i in matching(names, parameter, "parameter")}
         if worst:

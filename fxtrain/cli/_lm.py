@@ -7,9 +7,8 @@ import math
 import pathlib
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from fxtrain.cli._run_folder import (
     write_json,
 )
 from fxtrain.cli._transformer import Config, Transformer
+from fxtrain.data import Source
 
 STEPS = 1000  # default if neither steps nor epochs are given
 MUON_LR_RATIO = 20 / 3  # to AdamW's learning rate
@@ -198,7 +198,7 @@ class _Job:
     def _transform(self) -> fx.optim.GradientTransformation:
         """Returns Muon for block matrices and AdamW for embedding and norms, with warmup and cosine decay."""
 
-        def schedule(peak: float) -> Any:
+        def schedule(peak: float) -> fx.schedules.Schedule:
             warmup = max(1, self.steps // 10)
             decay = max(self.steps, warmup + 1)  # a run of one step consists of warmup
             return fx.schedules.warmup_cosine_decay(
@@ -213,7 +213,7 @@ class _Job:
             adam_b2=0.95,
         )
 
-    def _monitors(self) -> Any:
+    def _monitors(self) -> fx.Composed:
         """Returns the gradient monitors, which publish at checkpoints so that each checkpoint includes its values."""
         options = self.options
         if not options.gradient_monitor:
@@ -223,17 +223,18 @@ class _Job:
             due = due | fx.every(options.gradient_monitor_interval)
         return fx.compose(fx.callbacks.grad_norms(layer="*", publish=due), fx.callbacks.grad_flow(publish=due))
 
-    def _validation(self) -> Any:
+    def _validation(self) -> Source:
         """Returns windows over the validation text, in order."""
         size = min(64, (len(self.corpus.validation) - 1) // self.options.length)
         return fx.data.windows(self.corpus.validation, self.options.length, size, shuffle=False)
 
-    def _part_of_validation(self, batches: int = 16) -> Any:
+    def _part_of_validation(self, batches: int = 16) -> Source:
         """Returns a few batches spread evenly over the validation text, for cheap evaluations during training."""
         whole = self._validation()
-        if batches >= whole.epoch_length:
+        length = whole.epoch_length
+        if length is None or batches >= length:
             return whole
-        return fx.data.sequence([whole[index * whole.epoch_length // batches] for index in range(batches)])
+        return fx.data.sequence([whole[index * length // batches] for index in range(batches)])
 
     def _print_header(self) -> None:
         options = self.options
@@ -246,7 +247,7 @@ class _Job:
         print(f"device      {self.device}{threads}, {how}")
         print(f"run         {self.folder}\n", flush=True)
 
-    def _report(self, state: fx.TrainState, eval_step: Any) -> None:
+    def _report(self, state: fx.TrainState, eval_step: Callable[..., fx.StepOutput]) -> None:
         whole = self._validation()
         # All models are measured on the bytes of the full batches.
         text = self.corpus.validation[: whole.epoch_length * whole[0]["x"].numel() + 1]
@@ -313,7 +314,7 @@ class Bytes:
         return bytes(tokens).decode(errors="replace")
 
 
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _loss(model: Callable[[Tensor], Tensor], batch: dict[str, Tensor]) -> Tensor:
     """Returns the cross entropy in nats per byte."""
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
 
@@ -358,7 +359,7 @@ def _steps(options: Options, epoch_length: int | None) -> int:
     return min((count for count in (options.steps, by_epochs) if count is not None), default=STEPS)
 
 
-def _as_json(options: Options) -> dict[str, Any]:
+def _as_json(options: Options) -> dict[str, object]:
     """Returns the options as values that JSON can represent."""
     named = dataclasses.asdict(options)
     return {

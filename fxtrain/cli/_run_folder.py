@@ -7,7 +7,8 @@ import itertools
 import json
 import pathlib
 import typing
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 from fxtrain.disk import replace_file
 from fxtrain.report import _validation as validation
@@ -30,11 +31,11 @@ class FolderError(Exception):
 class Started(NamedTuple):
     """The options and text that a run was started with."""
 
-    options: dict[str, Any]
+    options: Mapping[str, object]
     digest: str  # of the text
 
 
-def make_folder(runs: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
+def make_folder(runs: pathlib.Path, config: Mapping[str, object]) -> pathlib.Path:
     """Creates a new folder for a run, named after the current time, and writes the configuration to it.
 
     Runs that start in the same second are numbered.
@@ -72,7 +73,7 @@ def _new_folder(runs: pathlib.Path) -> pathlib.Path:
     raise AssertionError("itertools.count is infinite")
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a JSON file atomically: a crash leaves the old file or the new one."""
     replace_file(path, json.dumps(value, indent=2).encode())
 
@@ -102,7 +103,7 @@ def read_config(folder: pathlib.Path) -> Started:
         raise FolderError(f"{expected}, whose {_CONFIG} is damaged: {error}. {_REMEDY}") from None
 
 
-def saved_options(kind: type[Options], saved: dict[str, Any], **given: Any) -> Options:
+def saved_options(kind: type[Options], saved: Mapping[str, object], **given: object) -> Options:
     """Returns the saved options of a run. Their types are checked here, because a wrong one would fail later.
 
     Args:
@@ -123,7 +124,7 @@ def saved_options(kind: type[Options], saved: dict[str, Any], **given: Any) -> O
     return kind(**{name: _as_type(name, value, types[name]) for name, value in saved.items()}, **given)
 
 
-def _as_type(name: str, value: Any, kind: Any) -> Any:
+def _as_type(name: str, value: object, kind: object) -> object:
     for each in typing.get_args(kind) or (kind,):
         if each is pathlib.Path and isinstance(value, str):
             return pathlib.Path(value)

@@ -7,7 +7,9 @@ import errno
 import io
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
+
+from typing_extensions import Buffer
 
 _READER_GONE = frozenset((errno.EPIPE, errno.EIO, errno.ECONNRESET))  # errors of a pipe, a terminal and a socket
 
@@ -19,7 +21,7 @@ class _Lasting(io.FileIO):
         super().__init__(handle, "w", closefd=False)
         self.failure: OSError | None = None
 
-    def write(self, content: Any, /) -> int:
+    def write(self, content: Buffer, /) -> int:
         if self.failure is None:
             try:
                 return super().write(content)

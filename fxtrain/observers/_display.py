@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from fxtrain.core import LoopEvent, encodable, printable
 from fxtrain.observers._running_averages import fraction
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
 _MIN_REDRAW_SECONDS = 0.2
@@ -92,7 +96,7 @@ class Lines:
 class Terminal:
     """Redraws a panel in place on a terminal, which rich controls until ``close``."""
 
-    def __init__(self, console: Any) -> None:
+    def __init__(self, console: Console) -> None:
         from rich.live import Live
 
         self.width: int = console.width
@@ -105,7 +109,7 @@ class Terminal:
         )
         self._live.start()
 
-    def draw(self, content: Any) -> None:
+    def draw(self, content: RenderableType) -> None:
         self.width = self._live.console.width  # the window may be resized
         self._live.update(content, refresh=True)
 
@@ -126,7 +130,7 @@ class Cell:
         self.width = 100
         self._handle: Any = None
 
-    def draw(self, content: Any) -> None:
+    def draw(self, content: RenderableType) -> None:
         import IPython.display
         from rich.console import Console
 
@@ -200,7 +204,7 @@ class Panel:
         self._event, self._frame, self._drawn = event, frame, event.time
         self._place.draw(self._draw())
 
-    def _draw(self) -> Any:
+    def _draw(self) -> RenderableType:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -221,7 +225,7 @@ class Panel:
             table.add_row(_label("end"), _text(self._end))
         return table
 
-    def _bar(self, share: float | None, width: int, text: str) -> Any:
+    def _bar(self, share: float | None, width: int, text: str) -> RenderableType:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -238,14 +242,14 @@ def _print_line(text: str, file: TextIO | None) -> None:
     print(encodable(printable(text), getattr(file, "encoding", None)), file=file, flush=True)
 
 
-def _text(text: str, style: str = "") -> Any:
+def _text(text: str, style: str = "") -> Text:
     """Returns a line for rich, as a ``Text`` because brackets in names would be parsed as markup in a string."""
     from rich.text import Text
 
     return Text(printable(text), style=style)
 
 
-def _label(text: str) -> Any:
+def _label(text: str) -> Text:
     return _text(text, style="bold")
 
 
@@ -253,7 +257,7 @@ def _labeled(columns: list[Column]) -> list[str]:
     return [f"{label} {value}" if label else value for label, value in columns]
 
 
-def _styled(columns: list[Column]) -> Any:
+def _styled(columns: list[Column]) -> Text:
     from rich.text import Text
 
     parts = [

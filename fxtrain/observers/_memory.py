@@ -6,13 +6,13 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fxtrain.core import TrainState
 from fxtrain.fold import When
 from fxtrain.observers._periodic import PeriodicReadings
+from fxtrain.writers import Writer
 
 _MIB = 2**20
 _STATM = Path("/proc/self/statm")  # sizes in pages; the second is the resident set
@@ -23,7 +23,7 @@ _DEVICE_STATISTICS = {
 }
 
 
-def memory(*writers: Any, every: When = 100) -> PeriodicReadings:
+def memory(*writers: Writer, every: When = 100) -> PeriodicReadings:
     """Writes the memory use of the process, in MiB (2**20 bytes).
 
     - ``memory/host_resident_mib``: resident host memory. Linux only.

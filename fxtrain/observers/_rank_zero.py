@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 
-from fxtrain.core import FitEnd
+from fxtrain.core import Control, FitEnd, Observer, TrainState
 
 
-def rank_zero(observer: Callable[..., None]) -> Callable[..., None]:
+def rank_zero(observer: Observer) -> Observer:
     """Returns ``observer`` in the process of rank 0, and an observer that does nothing in all others.
 
     The others copy no metrics to the host. The rank is read when this is called: from torch.distributed if it is
@@ -37,5 +35,5 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def _do_nothing(state: Any, event: FitEnd, control: Any) -> None:
+def _do_nothing(state: TrainState, event: FitEnd, control: Control) -> None:
     """Does nothing. It subscribes to ``FitEnd`` alone, so it costs nothing during training."""

@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fxtrain.core import (
     EvalEnd,
     FitBegin,
     FitEnd,
+    Flag,
     Interrupted,
     LoopEvent,
     Restored,
@@ -41,7 +42,7 @@ Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | In
 
 _MAX_QUEUED_LINES = 10_000  # while they cannot be written
 _MAX_UNREAD = 100  # steps whose request flags may stay unread on the device
-_RECORDED_FIELDS: Mapping[type[Any], tuple[str, ...]] = {
+_RECORDED_FIELDS: Mapping[type[LoopEvent], tuple[str, ...]] = {
     FitBegin: ("total_steps", "total_epochs", "resumed"),
     Restored: ("path", "missing", "extra", "environment_changes"),
     Saved: ("path", "metrics"),
@@ -52,7 +53,7 @@ _RECORDED_FIELDS: Mapping[type[Any], tuple[str, ...]] = {
 """The recorded events, and which of their fields are recorded."""
 
 
-def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> RecordRun:
+def record_run(folder: str | os.PathLike[str], config: Mapping[str, object] | None = None) -> RecordRun:
     """Records the configuration, environment, sessions and events of a run in its folder.
 
     - ``run.json``: the configuration, and a list of sessions. Each has its environment (versions, device, threads,
@@ -101,7 +102,7 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
 class RecordRun:
     """Records a run. Created by ``record_run``."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any] | None) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, object] | None) -> None:
         self._run, self._events = folder / "run.json", folder / "events.jsonl"
         self._config = config
         self._content: dict[str, Any] = {}
@@ -206,7 +207,7 @@ class RecordRun:
         if self._lines:
             self._try(self._write_pending)
 
-    def _line(self, line: dict[str, Any]) -> None:
+    def _line(self, line: dict[str, object]) -> None:
         self._lines.append(json.dumps(jsonable(line), allow_nan=False).encode() + b"\n")
         if len(self._lines) > _MAX_QUEUED_LINES:
             self._lines.popleft()
@@ -235,7 +236,7 @@ def _append(path: Path, lines: bytes) -> None:
         sync_folder(path.parent)
 
 
-def _byte(file: Any, place: int) -> bytes:
+def _byte(file: BinaryIO, place: int) -> bytes:
     file.seek(place)
     return file.read(1)
 
@@ -258,7 +259,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _flags(control: Control) -> list[Any]:
+def _flags(control: Control) -> list[Flag | int]:
     return [flag for reasons in control.requests.values() for flag in reasons.values()]
 
 
@@ -266,7 +267,7 @@ def _reasons(control: Control, kind: str) -> list[str]:
     return [reason for reason, flag in control.requests[kind].items() if flag]
 
 
-def _at(event: LoopEvent) -> dict[str, Any]:
+def _at(event: LoopEvent) -> dict[str, object]:
     return {"step": event.step, "epoch": event.epoch, "time": event.time}
 
 
@@ -274,7 +275,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _environment(state: TrainState | None) -> dict[str, Any]:
+def _environment(state: TrainState | None) -> dict[str, object]:
     device = None if state is None else state.step.device
     return {
         "fxtrain": _version("fxtrain"),

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fxtrain.core import name_of
+from fxtrain.core import Control, Event, Observer, TrainState, name_of
 
 
-def required(observer: Callable[..., None]) -> Callable[..., None]:
+def required(observer: Observer) -> Observer:
     """Makes failures of an observer, or of one of its writers, end the run.
 
     Other observers that fail are reported and dropped.
@@ -28,7 +28,7 @@ def required(observer: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(observer, updated=())  # keeps the annotation that subscribes the observer
-    def watched(state: Any, event: Any, control: Any) -> None:
+    def watched(state: TrainState, event: Event, control: Control) -> None:
         observer(state, event, control)
         raise_contained()
 

@@ -12,12 +12,15 @@ from fxtrain.core import TrainState, Tree, dtype_name
 
 
 class Leaf(NamedTuple):
+    """A parameter."""
+
     name: str  # dotted
     tensor: Tensor
     trainable: bool | None  # None if the state has no model
 
 
 def leaves_of(state: TrainState) -> list[Leaf]:
+    """Returns the parameters, in the order of the leaves of ``state.params``."""
     paths = [".".join(map(str, accessor.path)) for accessor in tree.accessors(state.params)]
     tensors: list[Tensor] = tree.leaves(state.params)
     masks = [None] * len(tensors) if state.model is None else tree.leaves(state.model.trainable)
@@ -52,19 +55,23 @@ def _joined(path: Sequence[object], name: str) -> str:
 
 
 def which_trainable(leaves: list[Leaf]) -> str:
-    told = {leaf.trainable for leaf in leaves}
-    if None in told or not told:
+    """Returns ``"all"``, ``"some"`` or ``"frozen"``, or an empty string if it is unknown."""
+    found = {leaf.trainable for leaf in leaves}
+    if None in found or not found:
         return ""
-    return "some" if len(told) > 1 else "all" if told == {True} else "frozen"
+    return "some" if len(found) > 1 else "all" if found == {True} else "frozen"
 
 
 def dtypes_of(leaves: list[Leaf]) -> str:
+    """Returns the names of the distinct dtypes, sorted."""
     return ", ".join(sorted({dtype_name(leaf.tensor.dtype) for leaf in leaves}))
 
 
 def numel_of(leaves: Iterable[Leaf]) -> int:
+    """Returns the number of elements in all leaves."""
     return total_numel(leaf.tensor for leaf in leaves)
 
 
 def total_numel(tensors: Iterable[Tensor]) -> int:
+    """Returns the number of elements in all tensors."""
     return sum(tensor.numel() for tensor in tensors)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 
 from fxtrain.core import TrainState
 from fxtrain.fold import When
 from fxtrain.observers._periodic import PeriodicReadings
+from fxtrain.writers import Writer
 
 _GIB = 2**30
 
 
-def system(*writers: Any, every: When = 100) -> PeriodicReadings:
+def system(*writers: Writer, every: When = 100) -> PeriodicReadings:
     """Writes the utilization of the machine.
 
     - ``system/cpu_percent``: of all cores, by all processes, since the previous reading.
