@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import is_transformed, modes_work_below_compile, new_fake_mode, storage_id
-from fxtrain.compiler.build._muted_logs import without_torch_logs
 from fxtrain.compiler.build._executable import Executable, Run
+from fxtrain.compiler.build._muted_logs import without_torch_logs
 from fxtrain.compiler.build._trace import compile_traced
 from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling

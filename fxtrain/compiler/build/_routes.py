@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fxtrain._torch_internals import dispatch_keys_kept
-from fxtrain.compiler.build._specialization import compile_specialized
 from fxtrain.compiler.build._dynamo import compile_by_dynamo, fails
-from fxtrain.compiler.build._muted_logs import without_torch_messages
-from fxtrain.compiler.build._graph_breaks import Break, break_from_error
-from fxtrain.compiler.build._regions import NoGradientsError, compile_in_regions
 from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.build._graph_breaks import Break, break_from_error
+from fxtrain.compiler.build._muted_logs import without_torch_messages
+from fxtrain.compiler.build._regions import NoGradientsError, compile_in_regions
+from fxtrain.compiler.build._specialization import compile_specialized
 from fxtrain.compiler.build._trace import AHEAD, compile_traced, trace_step
 from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.core import TrainState
@@ -41,7 +41,7 @@ class Route(NamedTuple):
 
     Args:
         name: The backend and the route, for records and explanations.
-        compile: ``(step, state, batch, in_place=...) -> Executable``. It raises if the route does not work for the step.
+        compile: ``(step, state, batch, in_place=...) -> Executable``. It raises if the route does not work for a step.
         outcome: What is compiled, as a clause.
         is_whole: Whether it makes one graph of the whole step.
         has_otherwise: Whether ``compile`` also takes ``otherwise=``, a function ``(state, batch) -> Executable`` that

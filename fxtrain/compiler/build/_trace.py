@@ -29,17 +29,17 @@ from fxtrain._torch_internals import (
     storage_id,
 )
 from fxtrain.compiler.build._aot import compile_ahead
-from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
+from fxtrain.compiler.build._compile_thread import turn
 from fxtrain.compiler.build._ctc import OpaqueCTC
 from fxtrain.compiler.build._cudagraphs import CudaGraphReplay
-from fxtrain.compiler.passes._dropout import merge_dropout_masks
-from fxtrain.compiler.build._side_effects import detecting_side_effects
 from fxtrain.compiler.build._executable import Executable
 from fxtrain.compiler.build._literals import KnownLiterals
-from fxtrain.compiler.passes._matmuls import speed_up_matmuls
-from fxtrain.compiler.passes._scalars import make_bias_corrections_exact, hoist_scalars
+from fxtrain.compiler.build._side_effects import detecting_side_effects
 from fxtrain.compiler.build._symbolic_sizes import SymbolicSizes, dense
-from fxtrain.compiler.build._compile_thread import turn
+from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
+from fxtrain.compiler.passes._dropout import merge_dropout_masks
+from fxtrain.compiler.passes._matmuls import speed_up_matmuls
+from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
 

@@ -1,0 +1,28 @@
+"""The result of a build: a compiled function of the leaves of a state and of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fxtrain.compiler.build._symbolic_sizes import Conditions
+from fxtrain.core import Tree
+
+Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Tree]]
+"""Maps the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
+
+
+class Executable(NamedTuple):
+    """A compiled step, without the checks of its inputs.
+
+    Args:
+        run: The function.
+        written: Indices of the state leaves that it updates in place; None if it returns new ones.
+        conditions: Conditions on the sizes of batches, if they are symbolic.
+    """
+
+    run: Run
+    written: Sequence[int] | None
+    conditions: Conditions | None = None
