@@ -234,7 +234,7 @@ class TestRecomputeStatistics:
         variance = torch.stack([x.var(0) for x in inside]).mean(0)
         torch.testing.assert_close(after.buffers["1.running_var"], variance)
         testing.assert_equal(after.params, state.params, "parameters")
-        assert {m.momentum for m in state.model._training.modules() if hasattr(m, "momentum")} == {0.1}
+        assert {m.momentum for m in state.model.named_modules(train=True).values() if hasattr(m, "momentum")} == {0.1}
 
     def test_empty_data_is_rejected(self):
         with pytest.raises(ValueError, match="at least one batch, got none"):

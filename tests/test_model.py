@@ -165,7 +165,7 @@ class TestInit:
 
         monkeypatch.setattr(nn.Parameter, "__deepcopy__", copy_without_memory)
         state = fx.init(Parts())
-        for skeleton in (state.model._training, state.model._evaluating):
+        for skeleton in (state.model.named_modules(train=train)[""] for train in (True, False)):
             values = [*skeleton.parameters(), *skeleton.buffers()]
             assert values
             assert {value.device.type for value in values} == {"meta"}

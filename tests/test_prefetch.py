@@ -73,8 +73,8 @@ def test_worker_process_does_not_inherit_a_held_lock():
             done.wait(60)
 
     thread = threading.Thread(target=hold)
-    data = from_loader(DataLoader(Augmented(), 4, num_workers=1))
-    data._order, data._epoch = data._drawn(0), 0
+    data = from_loader(DataLoader(Augmented(), 4, num_workers=1, sampler=range(23)))
+    data.begin_epoch(0, 0)  # generates the order, which takes the lock
     thread.start()
     held.wait(60)
     assert data[0]["i"].tolist() == [0, 1, 2, 3]

@@ -403,7 +403,7 @@ class TestRestoration:
             raise KeyError("in the middle")
 
         state = fx.init(Caches())
-        modules = state.model._training, state.model._evaluating
+        modules = [state.model.named_modules(train=train)[""] for train in (True, False)]
         before = list(map(self.contents, modules))
         for function in (writes, fails):
             for train in (True, False):
@@ -420,11 +420,11 @@ class TestRestoration:
     def test_modules_are_restored_after_compiled_calls(self):
         tx = fx.optim.sgd(0.1)
         state = fx.init(Caches(), tx)
-        before = self.contents(state.model._training)
+        before = self.contents(state.model.named_modules(train=True)[""])
         step = fx.compile(fx.train_step(loss_fn, tx), backend="eager", on_recompile="error")
         for _ in range(3):
             state, _ = step(state, X)
-            assert self.contents(state.model._training) == before
+            assert self.contents(state.model.named_modules(train=True)[""]) == before
 
     def test_returned_containers_keep_their_contents(self):
         class Reports(Base):
@@ -495,10 +495,10 @@ class TestRestoration:
         fx.eval_step(loss_fn)(first, X)
         state = copied(first)
         assert state.model == first.model
-        before = self.contents(state.model._evaluating)
+        before = self.contents(state.model.named_modules(train=False)[""])
         testing.assert_equal(fx.view(state)(X), fx.view(first)(X), "outputs")
         fx.eval_step(loss_fn)(state, X)
-        assert self.contents(state.model._evaluating) == before
+        assert self.contents(state.model.named_modules(train=False)[""]) == before
 
 
 class TestSharing:
@@ -522,7 +522,7 @@ class TestSharing:
             state, step = start, step if backend == "eager" else fx.compile(step, backend="eager")
             for _ in range(4):
                 state, output = step(state, tokens)
-            assert {leaf.device.type for leaf in start.model._training.parameters()} == {"meta"}
+            assert {leaf.device.type for leaf in start.model.named_modules(train=True)[""].parameters()} == {"meta"}
             if backend == "eager":
                 wanted = state
         testing.assert_equal(state.params, wanted.params, "compiled")
@@ -550,8 +550,8 @@ class TestSharing:
         loss_fn(module, X).backward()
         torch.testing.assert_close(found.grads["inner.weight"], module.inner.weight.grad)
         torch.testing.assert_close(found.grads["inner.bias"], module.inner.bias.grad)
-        for template in (state.model._training, state.model._evaluating):
-            assert template.get_submodule("0").weights[0].is_meta
+        for template in [state.model.named_modules(train=train)[""] for train in (True, False)]:
+            assert template.weights[0].is_meta
 
     def test_parameter_hidden_in_an_object_is_rejected(self):
         class Holder:

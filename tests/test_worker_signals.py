@@ -106,7 +106,8 @@ class Hanging(Dataset):
 def test_close_terminates_hanging_workers(persistent):
     data = from_loader(DataLoader(Hanging(), 2, num_workers=2, persistent_workers=persistent))
     assert data[0].equal(torch.tensor([0.0, 1.0]))
-    workers = data._iterator._workers
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
     began = time.monotonic()
     data.close()
     assert time.monotonic() - began < 6
