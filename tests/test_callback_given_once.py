@@ -202,8 +202,15 @@ class TestHandWrittenStep:
     @pytest.mark.parametrize("make", [UNCOMPILED, COMPILED, WRAPPED])
     def test_step_that_cannot_fold_others_is_refused(self, make):
         step = make(fx.Step(problem.step().function, fires=[fx.Updated]))
-        with pytest.raises(ValueError, match=r"step that folds ema, .* Updated .* Fold the callback in the function"):
+        with pytest.raises(ValueError, match=r"step that folds ema, .* Updated .* fold it in the function and declare"):
             fx.fit(problem.start(), step, problem.data(), callbacks=fx.callbacks.ema(0.9), steps=1)
+
+    def test_step_compiled_by_torch_must_be_given_its_traced_callbacks(self):
+        callback, seen = seen_at(fx.StepEnd, fx.Updated)
+        with pytest.raises(ValueError, match=r"compiled by torch.compile\. Give the callback to fxtrain.train_step"):
+            fit(torch.compile, (), callback, steps=1)
+        fit(lambda step: torch.compile(step, backend="eager"), callback, (), steps=2)
+        assert seen.count(fx.StepEnd) == 2
 
     def test_callback_that_it_folds_is_folded_in_loop_too(self):
         callback, seen = seen_at(fx.Updated, fx.StepEnd)

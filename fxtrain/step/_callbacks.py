@@ -78,9 +78,9 @@ def refused(handler: Handler) -> ValueError:
     """Returns the error for a step that cannot fold a callback besides its own."""
     kind = next(kind for kind in TRACED if kind in handler.events)
     return ValueError(
-        f"expected a step that folds {handler.name}, which subscribes to {kind.__name__} inside the step, got a "
-        "hand-written one without it. Fold the callback in the function, and declare it: "
-        "fxtrain.Step(function, callbacks=..., fires=...)."
+        f"expected a step that folds {handler.name}, which subscribes to {kind.__name__} inside the step, got one "
+        "without it that is hand-written or compiled by torch.compile. Give the callback to fxtrain.train_step, or "
+        "fold it in the function and declare it: fxtrain.Step(function, callbacks=..., fires=...)."
     )
 
 
