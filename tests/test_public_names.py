@@ -15,7 +15,7 @@ DOORS = sorted(
     for path in ROOT.glob("*/__init__.py")
     if path.parent.name not in ("_torch_internals", "cli", "equivalents")
 )
-MODULES = ["precision", "testing"]
+MODULES = ["testing"]
 
 
 def public(module):

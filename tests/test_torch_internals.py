@@ -11,7 +11,7 @@ import fxtrain
 from fxtrain import rng
 from fxtrain._torch_internals import INTERFACES
 from fxtrain.model._tensor_reads import TensorReads
-from fxtrain.precision import _Float32
+from fxtrain.precision._autocast import Float32Norms
 from fxtrain.step._missing_gradient import _Cuts
 
 ROOT = pathlib.Path(fxtrain.__file__).parent
@@ -90,7 +90,7 @@ def no_compiled_frames():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode", [lambda: rng.functional(rng.key(0)), _Float32, lambda: TensorReads([]), _Cuts])
+@pytest.mark.parametrize("mode", [lambda: rng.functional(rng.key(0)), Float32Norms, lambda: TensorReads([]), _Cuts])
 def test_compiled_frame_is_not_reused_for_another_operation(mode, no_compiled_frames):
     def function(x):
         return uncompiled(x)

@@ -1,61 +1,18 @@
-"""Mixed precision: the dtypes of parameters, computation and outputs, and dynamic loss scaling for float16."""
+"""The dtypes of parameters, computation and outputs."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
-from fxtrain._torch_internals import inlined_only
-from fxtrain.core import Control, Gradients, TrainState, describe, did_you_mean
-from fxtrain.fold import Handler, stateful
-
-SLOT = "loss_scale"
-HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossScale:
-    """The parameters of dynamic loss scaling.
-
-    The loss is multiplied by the scale, so that small gradients do not underflow in float16, and the gradients are
-    divided by it. If a gradient is not finite, the step is skipped and the scale is divided by ``factor``. After
-    ``period`` finite steps, the scale is multiplied by ``factor``.
-
-    Args:
-        initial: The initial scale.
-        factor: The factor by which the scale changes; above 1. A power of two causes no rounding errors.
-        period: Number of finite steps before the scale grows.
-        floor: The lower bound of the scale.
-
-    Raises:
-        ValueError: Unless factor > 1, period >= 1 and 0 < floor <= initial.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018.
-    """
-
-    initial: float = 2.0**15
-    factor: float = 2.0
-    period: int = 2000
-    floor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.initial > 0 and self.factor > 1 and self.period >= 1 and 0 < self.floor <= self.initial):
-            raise ValueError(f"expected factor > 1, period >= 1 and 0 < floor <= initial, got {self}.")
-
-
-class LossScaleState(NamedTuple):
-    """The state of dynamic loss scaling."""
-
-    scale: Tensor  # float32 []
-    good_steps: Tensor  # int64 []: finite steps since the scale last changed
+from fxtrain.core import Metrics, Tree, describe, did_you_mean
+from fxtrain.precision._autocast import HALF, autocast
+from fxtrain.precision._loss_scale import LossScale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +80,24 @@ class Policy:
         """Whether the forward pass runs under autocast."""
         return self.compute is not None and self.compute != self.param
 
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """Returns the context manager for the forward pass."""
         if not self.casts:
             return contextlib.nullcontext()
-        return _autocast(device, self.compute)
+        return autocast(device, self.compute)
 
-    def backward(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    def backward(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """Returns the context manager for the backward pass inside ``autocast``. Operations keep their dtypes."""
         return torch.autocast(device.type, enabled=False) if self.casts else contextlib.nullcontext()
 
-    def cast_output(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def cast_output(self, metrics: Metrics) -> dict[str, Tree]:
         """Returns ``metrics`` with floating-point tensors cast to ``output``. ``fxtrain.metrics`` values are kept."""
         return {
             name: value.to(self.output) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in metrics.items()
         }
 
-    def check(self, params: Any) -> None:
+    def check(self, params: Tree) -> None:
         """Raises TypeError if a floating-point parameter does not have the dtype ``param``."""
         if self.param is None:
             return
@@ -153,36 +110,6 @@ class Policy:
                     f"Cast the parameters with fxtrain.init(..., dtype={self.param})."
                 )
 
-
-@contextlib.contextmanager
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    # Cast weights are not cached, because the cache would keep tensors of a functorch level after its end.
-    with torch.autocast(device.type, dtype=dtype, cache_enabled=False), _Float32():
-        yield
-
-
-@inlined_only
-class _Float32(TorchFunctionMode):
-    """Computes norms and softmax in float32 on every device.
-
-    On the CPU, autocast leaves them in half precision. In norms it mixes dtypes, which ``vmap`` rejects.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.__name__ in _IN_FLOAT32:
-            if args and args[0].dtype in HALF:
-                return func(args[0].float(), *args[1:], **kwargs)
-            if "input" in kwargs and kwargs["input"].dtype in HALF:
-                return func(*args, **{**kwargs, "input": kwargs["input"].float()})
-        if func.__name__ == "unflatten":
-            return args[0].unflatten(*args[1:], **kwargs)  # Dynamo cannot call this Python method as a function
-        return func(*args, **kwargs)
-
-
-_IN_FLOAT32 = frozenset(
-    {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "softmax", "log_softmax"}
-)
 
 _NAMED = {
     None: Policy(param=None, output=None),
@@ -213,53 +140,3 @@ def policy_of(precision: str | Policy | None) -> Policy:
             f"{describe(precision)}.{did_you_mean(precision, names)}"
         )
     return _NAMED[precision]
-
-
-def dynamic_loss_scale(scale: LossScale) -> Handler:
-    """Returns the traced callback that skips steps whose gradients overflow and adjusts the loss scale."""
-
-    def init(state: TrainState) -> LossScaleState:
-        return LossScaleState(
-            scale=torch.tensor(scale.initial, device=state.step.device),
-            good_steps=torch.tensor(0, device=state.step.device),
-        )
-
-    def update(state: TrainState, event: Gradients, old: LossScaleState) -> tuple[LossScaleState, Control]:
-        finite = all_finite(event.grads)
-        grows = old.good_steps + 1 >= scale.period
-        up = torch.where(grows, old.scale * scale.factor, old.scale)
-        down = (old.scale / scale.factor).clamp(min=scale.floor)
-        new = LossScaleState(
-            # An infinite scale would never become finite again.
-            scale=torch.where(finite, torch.where(up.isfinite(), up, old.scale), down),
-            good_steps=torch.where(finite & ~grows, old.good_steps + 1, 0),
-        )
-        return new, Control(skip_update=~finite, reason="gradients overflowed at this loss scale")
-
-    return stateful(SLOT, init, update)
-
-
-def loss_scale_of(state: TrainState) -> Tensor:
-    """Returns the current loss scale of a state: float32 [].
-
-    Raises:
-        ValueError: If the state has no loss scale.
-    """
-    if SLOT not in state.slots:
-        raise ValueError(
-            f"expected the loss scale of the precision policy in the slot {SLOT!r}, got a state without it. Create the "
-            "hand-written step as Step(function, callbacks=fxtrain.precision.dynamic_loss_scale(policy.loss_scale)), "
-            "which attaches the slot and updates the scale."
-        )
-    return state.slots[SLOT].scale
-
-
-def all_finite(values: Any) -> Tensor:
-    """Whether every element of every leaf is finite: bool []."""
-    return finite_leaves(values).all()
-
-
-def finite_leaves(values: Any) -> Tensor:
-    """Whether every element of each leaf is finite: bool [leaves]."""
-    finite = [leaf.isfinite().all() for leaf in tree.leaves(values)]
-    return torch.stack(finite) if finite else torch.ones(0, dtype=torch.bool)
