@@ -14,7 +14,7 @@ are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynam
 ``data.map``.
 """
 
-from fxtrain.data._as_source import as_source as as_source
+from fxtrain.data._as_source import as_source
 from fxtrain.data._as_tensors import map_tensors as map_tensors
 from fxtrain.data._as_tensors import to_device as to_device
 from fxtrain.data._batch_checks import check_batch as check_batch
@@ -31,15 +31,17 @@ from fxtrain.data._placeholders import for_step as for_step
 from fxtrain.data._prefetch import prefetch
 from fxtrain.data._segments import attention_mask, next_tokens
 from fxtrain.data._sequence import sequence
-from fxtrain.data._source import Batches, Source, SourceLike
-from fxtrain.data._source import Exhausted as Exhausted
+from fxtrain.data._source import Exhausted, Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
+from fxtrain.data._types import Batches, SourceLike
 from fxtrain.data._windows import windows
 
 __all__ = [
     "Batches",
+    "Exhausted",
     "Source",
     "SourceLike",
+    "as_source",
     "attention_mask",
     "batches",
     "bucketed",

@@ -15,8 +15,9 @@ from fxtrain.data._graphs import is_graph
 from fxtrain.data._hugging_face import as_torch, has_state
 from fxtrain.data._iterables import from_iterable
 from fxtrain.data._sequence import sequence
-from fxtrain.data._source import Batches, Source, SourceLike
+from fxtrain.data._source import Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
+from fxtrain.data._types import Batches, SourceLike
 
 
 class Checked(Source):

@@ -143,11 +143,11 @@ class Bucketed(Ragged):
             fitting = {name: int(np.searchsorted(bounds, each)) for name, each in most.items()}
             self._sizes.append({name: bounds[number if each == top else fitting[name]] for name, each in most.items()})
         rest = self._carried[-1]
-        kinds = [(size, bound) for size, bound, batches in zip(rows, bounds, full, strict=True) if batches]
+        shapes = [(size, bound) for size, bound, batches in zip(rows, bounds, full, strict=True) if batches]
         if rest and drop_last is not True:
             last = (rest if drop_last is False else rows[-1], bounds[-1])
-            kinds += [last] if last not in kinds else []
-        if not kinds:
+            shapes += [last] if last not in shapes else []
+        if not shapes:
             raise ValueError(
                 f"expected at least {rows[-1]} examples, for a batch of length {bounds[-1]}, got {examples.count}. "
                 'Lower batch_size or tokens, or keep a short batch with drop_last=False or "pad".'
@@ -157,7 +157,7 @@ class Bucketed(Ragged):
         epoch_length = int(self._ends[-1]) + (rest > 0 and drop_last is not True)
         self._order = Order(epoch_length, seed=mix(seed, 1), shuffle=shuffle)
         self._cache: tuple[int, list[np.ndarray]] | None = None  # the carried-over examples of one epoch
-        super().__init__(examples, layout, lengths, sizes=kinds, epoch_length=epoch_length, seed=seed)
+        super().__init__(examples, layout, lengths, sizes=shapes, epoch_length=epoch_length, seed=seed)
 
     def choose(self, epoch: int, index: int) -> Choice:
         number = int(self._order.items(epoch, index, index + 1)[0])

@@ -140,8 +140,8 @@ class Packed(Source):
                 f"expected documents for at least batch_size={batch_size} rows of length {length}, got {rows}. Lower "
                 'batch_size, or keep a short batch with drop_last=False or "pad".'
             )
-        kinds = [(batch_size, length)] if full or drop_last == "pad" else []
-        self.sizes = (*kinds, *([(rest, length)] if rest and drop_last is False else []))
+        shapes = [(batch_size, length)] if full or drop_last == "pad" else []
+        self.sizes = (*shapes, *([(rest, length)] if rest and drop_last is False else []))
         """Rows and length of each batch shape."""
         super().__init__(num_shapes=len(self.sizes))
         self._order = Order(rows, seed=mix(seed, 1), shuffle=shuffle)

@@ -44,13 +44,13 @@ class PaddedBatches(Ragged):
         self._order = Order(count, seed=seed, shuffle=shuffle)
         # The longest of b examples is at least as long as the b-th shortest of all.
         ascending = np.sort(np.maximum.reduce(list(lengths.values())))
-        kinds = {batch_size: batch_size} if full else {}
+        examples_by_rows = {batch_size: batch_size} if full else {}
         if rest and drop_last is not True:
             rows = batch_size if drop_last == "pad" else rest
-            kinds[rows] = rest
+            examples_by_rows[rows] = rest
         sizes = [
             (rows, int(length))
-            for rows, real in sorted(kinds.items(), reverse=True)
+            for rows, real in sorted(examples_by_rows.items(), reverse=True)
             for length in np.unique(-(-ascending[real - 1 :] // multiple) * multiple)
         ]
         epoch_length = full + (rest > 0 and drop_last is not True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from optree import PyTreeSpec
 from torch import Tensor
-from typing_extensions import TypeAliasType
 
 from fxtrain import tree
 from fxtrain.core import Batch, Tree, describe
@@ -18,42 +17,24 @@ from fxtrain.data._batch_checks import ALL_DIMS, REMEDY, check_batch
 from fxtrain.data._placeholders import for_step
 
 
-@runtime_checkable
-class Batches(Protocol):
-    """A stream of batches by position: ``data[i]`` returns the same batch each time.
-
-    Positions continue across epochs: ``i // data.epoch_length`` is the epoch. A source may define ``close()``, which
-    releases threads and processes. If the position alone is not enough to continue quickly, it may also define
-    ``snapshot(position)``, which returns a uint8 tensor, and ``restore(position, snapshot)``.
-
-    If epochs differ in length, a source defines ``begin_epoch(epoch, length)``. The loop calls it before it reads the
-    first batch of an epoch, with the expected length (0 if unknown). From then on, ``epoch_length`` is the length of
-    that epoch, and positions are counted as if all epochs had it. If the epoch ends early, the source raises
-    ``Exhausted`` and corrects ``epoch_length``. If the epoch exceeds the expected length, ``epoch_length`` is None
-    until it ends, and positions count from its start.
-    """
-
-    @property
-    def epoch_length(self) -> int | None:
-        """Batches per epoch; None if not yet known, or if there is no end."""
-        ...
-
-    def __getitem__(self, position: int, /) -> Batch: ...
-
-
-SourceLike = TypeAliasType("SourceLike", Batches | Iterable[Batch] | Callable[[], Iterable[Batch]])
-"""Data that ``fit``, ``steps`` and ``evaluate`` accept.
-
-A ``Source`` or another object with the methods of ``Batches``, a ``DataLoader``, a list of batches, any other iterable
-of batches, or a function that returns one.
-"""
-
-
 class Exhausted(IndexError):  # noqa: N818
     """Raised when there is no batch at a position.
 
     A source with unknown epoch length raises it at the end of the first epoch, and then sets ``epoch_length``. Reading
     the same position again starts the next epoch, or raises again if there is none.
+
+    Args:
+        position: The position that was read.
+
+    Example:
+        >>> from fxtrain.data import from_iterable
+        >>> data = from_iterable(iter([torch.zeros(1)]))
+        >>> data[0]
+        tensor([0.])
+        >>> data[1]
+        Traceback (most recent call last):
+        ...
+        fxtrain.data._source.Exhausted: expected a batch at position 1, got the end of the data.
     """
 
     def __init__(self, position: int) -> None:
@@ -69,9 +50,9 @@ class Source:
     in graphs, and in lists of tensors of different sizes.
 
     Args:
-        dynamic_dims: Number of leading dimensions that may change size in any batch: usually 0, or ``ALL_DIMS``.
-        kinds: Number of batch shapes, or None if unknown. If there are several, a compiled step compiles a graph for
-            each, without a warning.
+        dynamic_dims: Number of leading dimensions that may change size in any batch: 0 for none, 64 for all.
+        num_shapes: Number of batch shapes, or None if unknown. If there are several, a compiled step compiles a
+            graph for each, without a warning.
 
     Example:
         >>> class Squares(Source):

@@ -2,23 +2,31 @@
 
 from fxtrain.model._batch_norm_statistics import recompute_statistics
 from fxtrain.model._captured_values import captured as captured
-from fxtrain.model._first_call_checks import ValuesNeededError as ValuesNeededError
+from fxtrain.model._first_call_checks import ValuesNeededError
 from fxtrain.model._freezing import with_trainable
-from fxtrain.model._host_seeding import UnseededError as UnseededError
+from fxtrain.model._host_seeding import UnseededError
 from fxtrain.model._init import init
+from fxtrain.model._loading import LoadReport
 from fxtrain.model._model import Model as Model
 from fxtrain.model._model import model_of as model_of
 from fxtrain.model._outside_values import CapturedStateError
 from fxtrain.model._parameter_trees import CallResult as CallResult
 from fxtrain.model._state_dict import load_state_dict, state_dict
+from fxtrain.model._types import Modules, StateDict, Transforms
 from fxtrain.model._version_counters import refuse_in_place_writes as refuse_in_place_writes
 from fxtrain.model._version_counters import versions as versions
-from fxtrain.model._view import View as View
-from fxtrain.model._view import view
+from fxtrain.model._view import View, view
 from fxtrain.model._wrapped_forward import forward_wrapped_by as forward_wrapped_by
 
 __all__ = [
     "CapturedStateError",
+    "LoadReport",
+    "Modules",
+    "StateDict",
+    "Transforms",
+    "UnseededError",
+    "ValuesNeededError",
+    "View",
     "init",
     "load_state_dict",
     "recompute_statistics",

@@ -27,7 +27,22 @@ _MAX_NAMED = 3
 
 
 class ValuesNeededError(RuntimeError):
-    """A check needs tensor values, but the function is being traced. Run the step once uncompiled before tracing it."""
+    """A check needs tensor values, but the function is being traced. Run the step once uncompiled before tracing it.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> from torch.fx.experimental.proxy_tensor import make_fx
+        >>> cache = {}
+        >>> def loss_fn(model, batch):
+        ...     cache["mask"] = torch.ones(1)
+        ...     return (model(batch) * cache["mask"]).mean()
+        >>> state, step = fx.init(torch.nn.Linear(1, 1)), fx.eval_step(loss_fn)
+        >>> try:
+        ...     make_fx(lambda state, batch: step(state, batch).metrics)(state, torch.ones(1, 1))
+        ... except ValuesNeededError as error:
+        ...     print(error)
+        expected loss_fn to change nothing outside the state while it is traced, got changes...
+    """
 
 
 def refuse_hidden_state(

@@ -16,7 +16,21 @@ from fxtrain.rng._host import host_seed
 
 
 class UnseededError(RuntimeError):
-    """A function took random samples that do not depend on the run's seed alone, or read a clock."""
+    """A function took random samples that do not depend on the run's seed alone, or read a clock.
+
+    Example:
+        >>> import random, torch, fxtrain as fx
+        >>> class Noisy(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x) * self.generator.random()
+        >>> module = Noisy(1, 1)
+        >>> module.generator = random.Random(0)
+        >>> try:
+        ...     fx.eval_step(lambda model, batch: model(batch).mean())(fx.init(module), torch.ones(1, 1))
+        ... except fx.model.UnseededError as error:
+        ...     print(error)
+        expected <lambda> to take random samples from the run's seed only, got samples from model.generator (Random)...
+    """
 
 
 class HostSeeding:

@@ -37,6 +37,13 @@ class LoadReport:
         mismatched: Names with another shape in the state dict, mapped to that shape and the model's. They keep their
             values in the given state.
         cast: Names with another dtype in the state dict, mapped to that dtype and the model's.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(2, 1))
+        >>> report = fx.load_state_dict(state, {"bias": torch.zeros(1)}, strict=False, report=True)
+        >>> report.loaded, report.missing, report.state.params["bias"]
+        (['bias'], ['weight'], tensor([0.]))
     """
 
     state: TrainState

@@ -20,7 +20,21 @@ from fxtrain.model._types import Out
 
 
 class CapturedStateError(RuntimeError):
-    """A traced function changes Python values outside the state, and a graph would not repeat the change."""
+    """A traced function changes Python values outside the state, and a graph would not repeat the change.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> sums = []
+        >>> def loss_fn(model, batch):
+        ...     sums.append(batch.sum())
+        ...     return model(batch).mean()
+        >>> step = fx.compile(fx.eval_step(loss_fn), backend="eager")
+        >>> try:
+        ...     step(fx.init(torch.nn.Linear(1, 1)), torch.ones(1, 1))
+        ... except CapturedStateError as error:
+        ...     print(error)
+        expected loss_fn to change nothing outside the state, got changes to sums...
+    """
 
 
 Access = tuple[Callable[[], object], Callable[[object], None]]

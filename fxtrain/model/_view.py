@@ -37,7 +37,23 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
 
 
 class View:
-    """A model with the parameters and buffers of a state. Made by ``view``."""
+    """A model with the parameters and buffers of a state. Made by ``view``.
+
+    Calls, methods, submodules and items are those of the model. Parameters and buffers read from it are those of the
+    state.
+
+    Args:
+        state: The state whose parameters and buffers are used.
+        train: Whether the module is in training mode.
+        key: Key of the random samples of each call.
+        reach: Maps the model to the part that is viewed.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> model = fx.view(fx.init(torch.nn.Linear(2, 1)))
+        >>> isinstance(model, View), model.bias.shape
+        (True, torch.Size([1]))
+    """
 
     def __init__(self, state: TrainState, train: bool, key: rng.Key, reach: Callable[[Tree], Tree]) -> None:
         self._of = (state, train, key)
