@@ -1,6 +1,8 @@
 """The memory observer: readings match this process, one point per step, and later points are purged on a rewind."""
 
-import importlib
+import importlib.util
+import pathlib
+import types
 
 import problem
 import pytest
@@ -9,7 +11,6 @@ import torch
 import fxtrain as fx
 from fxtrain import observers, writers
 
-memory_module = importlib.import_module("fxtrain.observers._memory")
 NOTHING = fx.Control()
 
 
@@ -104,9 +105,14 @@ def test_device_memory_is_read_from_allocator(monkeypatch):
     counts = {"allocated_bytes.all.current": 3 * 2**20, "allocated_bytes.all.peak": 5 * 2**20}
     asked = []
     monkeypatch.setattr(torch.accelerator, "memory_stats", lambda device: asked.append(device) or counts)
-    found = memory_module._device(torch.device("cuda:1"))
-    assert (found, asked) == ({"device_allocated": 3 * 2**20, "device_peak": 5 * 2**20}, [torch.device("cuda:1")])
-    assert memory_module._device(torch.device("cpu")) == {}
+    kept = Recorder()
+    observer = observers.memory(kept, every=1)
+    for step, device in enumerate(("cuda:1", "cpu"), start=1):
+        state = types.SimpleNamespace(step=types.SimpleNamespace(device=torch.device(device)))
+        observer(state, fx.StepEnd(step=step, metrics={}), fx.Control())
+    assert asked == [torch.device("cuda:1")]
+    read = [{name: value for name, value in values.items() if "device" in name} for _, values in kept.points]
+    assert read == [{"memory/device_allocated_mib": 3.0, "memory/device_peak_mib": 5.0}, {}]
 
 
 def test_all_writers_are_closed_even_if_one_fails():
@@ -125,7 +131,8 @@ def test_missing_writers_bad_interval_and_unsupported_platform_are_rejected(monk
         observers.memory()
     with pytest.raises(ValueError, match="expected every to be a positive int or a trigger, got 0"):
         observers.memory(Recorder(), every=0)
-    monkeypatch.setattr(memory_module, "_host", dict)
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OSError, match="expected a platform that reports the memory use of processes, got "):
         observers.memory(Recorder())
 

@@ -316,17 +316,14 @@ def test_only_rank_0_shows_progress(monkeypatch):
 def test_rank_is_read_from_the_process_group(monkeypatch):
     from torch import distributed
 
-    from fxtrain.observers._rank_zero import rank
-
+    observer = print  # any function is an observer
     monkeypatch.setenv("RANK", "")  # some launchers set an empty RANK
-    assert rank() == 0
+    assert observers.rank_zero(observer) is observer
     monkeypatch.setenv("RANK", "3")
-    assert rank() == 3
+    assert observers.rank_zero(observer) is not observer
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        assert rank() == 0
-        observer = print  # any function is an observer
         assert observers.rank_zero(observer) is observer
     finally:
         distributed.destroy_process_group()
@@ -411,7 +408,7 @@ def test_missing_metric_is_rejected_at_the_first_step():
         observers.progress(metrics="loss")
 
 
-def test_running_averages_excludes_compilation_evaluations_and_saves():
+def test_running_averages_exclude_compilation_evaluations_and_saves():
     averages, time = RunningAverages(10.0), 100.0
     for step in range(1, 50):
         averages.step(StepEnd(step=step, time=time, data_wait=0.05, metrics={"loss": 3.0}, total_steps=100))
@@ -428,7 +425,7 @@ def test_running_averages_excludes_compilation_evaluations_and_saves():
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 100), st.floats(-1e3, 1e3)), min_size=1, max_size=400))
-def test_running_averages_metrics_are_exponentially_weighted_means(steps):
+def test_averages_of_metrics_are_exponentially_weighted_means(steps):
     averages, time, weights = RunningAverages(10.0), 0.0, []
     for number, (seconds, value) in enumerate(steps):
         time += seconds
@@ -438,7 +435,7 @@ def test_running_averages_metrics_are_exponentially_weighted_means(steps):
     assert averages.metrics["x"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
 
 
-def test_running_averages_shows_non_finite_values_only_once():
+def test_running_averages_show_non_finite_values_only_once():
     averages = RunningAverages(10.0)
     averages.step(ended(1, loss=2.0))
     averages.step(ended(2, loss=math.nan))
@@ -447,15 +444,12 @@ def test_running_averages_shows_non_finite_values_only_once():
     assert averages.metrics["loss"] == pytest.approx(2.0)
 
 
-def test_running_averages_is_unknown_without_elapsed_time():
+def test_running_averages_are_unknown_without_elapsed_time():
     averages = RunningAverages(10.0)
     averages.step(StepEnd(step=1, metrics={}, total_steps=3))
     averages.step(StepEnd(step=2, metrics={}, total_steps=3))  # no time elapsed
-    assert (averages.rate, averages.waiting, averages.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (
-        None,
-        None,
-        None,
-    )
+    remaining = averages.remaining(StepEnd(step=2, metrics={}, total_steps=3))
+    assert (averages.rate, averages.waiting, remaining) == (None, None, None)
 
 
 HOSTILE = "a[red]\x1b[2J\x07\x9b\x7f\n\u202eb\ud800\u2028[/]:smile:"

@@ -134,6 +134,13 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
 
     Raises:
         KeyError: If the state has no such slot.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.attach(fx.init({"w": torch.tensor(4.0)}), ema(0.5))
+        >>> state = state.replace(params={"w": torch.tensor(2.0)})
+        >>> float(averaged(state).params["w"])
+        4.0
     """
     if name not in state.slots or not isinstance(state.slots[name], AveragedState):
         there = [key for key, value in state.slots.items() if isinstance(value, AveragedState)]

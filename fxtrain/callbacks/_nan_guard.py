@@ -89,6 +89,15 @@ def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
 
     Raises:
         KeyError: If the state has no such slot.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> guard = fx.compose(nan_guard())
+        >>> state = fx.attach(fx.init({"w": torch.tensor(1.0)}), guard)
+        >>> nan = torch.tensor(float("nan"))
+        >>> event = fx.Gradients(step=torch.tensor(7), loss=torch.tensor(0.0), metrics={}, grads={"w": nan})
+        >>> first_not_finite(state), first_not_finite(guard(state, event)[0])
+        ('', "grads['w'] at step 7")
     """
     slot: NanGuardState = state.slots[name]
     step, place = int(slot.step), int(slot.first)

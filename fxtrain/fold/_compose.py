@@ -14,7 +14,17 @@ _NOTHING = Control()
 
 
 class Composed:
-    """Callbacks composed into one by ``compose``. Its repr lists the callbacks that see each event."""
+    """Callbacks composed into one by ``compose``. Its repr lists the callbacks that see each event.
+
+    Args:
+        handlers: The callbacks, in order.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> composed = fx.compose(fx.callbacks.save(every=10), fx.callbacks.early_stopping("loss", patience=2))
+        >>> isinstance(composed, Composed), list(composed.slots)
+        (True, ['early_stopping'])
+    """
 
     def __init__(self, handlers: tuple[Handler, ...]) -> None:
         self.handlers = handlers

@@ -39,6 +39,12 @@ class Trigger:
     Args:
         text: The repr of the trigger.
         predicate: Maps an event to a bool, or to a bool tensor of shape [] inside the step.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> trigger = every(2) & ~at(4)
+        >>> trigger, [step for step in range(1, 7) if trigger(fx.StepEnd(step=step, metrics={}))]
+        ((every(2) & ~at(4)), [2, 6])
     """
 
     text: str
