@@ -6,13 +6,14 @@ A resumed run rereads the last batch before its checkpoint, and warns if the dat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fxtrain.core import Epoch
-from fxtrain.data import Exhausted, to_device
+from fxtrain.core import Batch, Epoch
+from fxtrain.data import Exhausted, Source, to_device
 from fxtrain.data._checksum import checksum, warn_of_another_batch
+from fxtrain.loop._interrupts import Waits
 
 
 class LastBatch(NamedTuple):
@@ -27,7 +28,7 @@ class LastBatch(NamedTuple):
     checksum: int
 
     @classmethod
-    def of(cls, read: tuple[int, Any]) -> LastBatch:
+    def of(cls, read: tuple[int, Batch]) -> LastBatch:
         """Makes one from the index and the batch."""
         return cls(read[0], checksum(read[1]))
 
@@ -42,10 +43,10 @@ class BatchReader:
         wanted: Length of the run in words, for errors.
     """
 
-    def __init__(self, data: Any, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
+    def __init__(self, data: Source | Waits, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
         self.data = data
         self.expected: LastBatch | None = None  # last batch read before the checkpoint of a resumed run
-        self.last: tuple[int, Any] | None = None  # index and batch read last
+        self.last: tuple[int, Batch] | None = None  # index and batch read last
         self.wait = 0.0  # seconds that the loop waited for the last batches
         self._end: int | None = None  # end of data of unknown length, once found
         self._is_over = False  # whether the epoch ends after the batches of the last call
@@ -53,7 +54,7 @@ class BatchReader:
         self._device, self._on_host = device, device.type == "cpu"
         self._clock, self._wanted = clock, wanted
 
-    def next(self, position: int, epoch: Epoch, count: int) -> list[Any]:
+    def next(self, position: int, epoch: Epoch, count: int) -> list[Batch]:
         """Fetches up to ``count`` batches of one epoch, starting at ``position``. Returns none at the end of the epoch.
 
         Raises:
@@ -62,7 +63,7 @@ class BatchReader:
         began = self._clock()
         if self.expected is not None:
             self._compare(position, epoch)
-        batches: list[Any] = []
+        batches: list[Batch] = []
         is_over, self._is_over = self._is_over and position == self._end, False
         while len(batches) < count and not is_over and (epoch.length or position != self._end):
             try:
@@ -77,7 +78,7 @@ class BatchReader:
         self.wait = self._clock() - began
         return batches if self._on_host else [to_device(batch, self._device) for batch in batches]
 
-    def _fetch(self, position: int, epoch: Epoch) -> Any:
+    def _fetch(self, position: int, epoch: Epoch) -> Batch:
         index = epoch.data_index(position)
         try:
             batch = self.data[index]
@@ -105,7 +106,7 @@ class BatchReader:
         )
 
 
-def warn_unless_repeated(data: Any, last: LastBatch) -> None:
+def warn_unless_repeated(data: Source | Waits, last: LastBatch) -> None:
     """Reads a batch again and warns if it differs from the first read."""
     if checksum(data[last.index]) != last.checksum:
         warn_of_another_batch(last.index, "the data")

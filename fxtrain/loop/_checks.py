@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from fxtrain.step import EvalFunction, Step
 from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
 
 
-def check_state(state: Any, order: str) -> None:
+def check_state(state: object, order: str) -> None:
     """Raises unless ``state`` is a TrainState with values.
 
     Args:
@@ -61,7 +60,7 @@ def check_unchanged_at_end(state: TrainState) -> None:
         )
 
 
-def check_step(step: Any) -> None:
+def check_step(step: object) -> None:
     """Raises TypeError unless ``step`` is a training step. The message says how to make one."""
     if isinstance(step, TrainState) or not callable(step):
         optimizer = isinstance(step, torch.optim.Optimizer)
@@ -78,7 +77,7 @@ def check_step(step: Any) -> None:
         refuse_unless_step(step)
 
 
-def check_eval_step(eval_step: Any) -> None:
+def check_eval_step(eval_step: object) -> None:
     """Raises TypeError unless ``eval_step`` is an evaluation step. The message says how to make one."""
     if not callable(eval_step) or isinstance(eval_step, type | nn.Module | TrainState):
         what = describe(eval_step)
@@ -91,7 +90,7 @@ def check_eval_step(eval_step: Any) -> None:
     raise TypeError(f"expected eval_step from fxtrain.eval_step, got {what}. Make one: fxtrain.eval_step(loss_fn).")
 
 
-def check_checkpointer(checkpointer: Any) -> None:
+def check_checkpointer(checkpointer: object) -> None:
     """Raises TypeError if ``checkpointer`` is a path, a function or a class. The message says how to make one."""
     if isinstance(checkpointer, str | os.PathLike):
         raise TypeError(
@@ -185,7 +184,7 @@ def _measured_in_fake_mode(eval_step: EvalFn, state: TrainState, batch: Batch) -
 _ORDER = "Give the arguments in this order: fit(state, step, data)."
 
 
-def _state_of(value: Any) -> str:
+def _state_of(value: object) -> str:
     """Returns advice on how to make a state from a value."""
     if isinstance(value, nn.Module):
         return "Make one of the module: fxtrain.init(module, tx)."

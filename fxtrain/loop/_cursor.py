@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import SNAPSHOTS, Control, Donated, Due, Epoch, TrainState
+from fxtrain.core import SNAPSHOTS, Control, Donated, Due, Epoch, TrainState, Tree
 from fxtrain.core._state import FIELDS
 from fxtrain.loop._transfer import start_copy_of_flags
 
@@ -17,8 +17,8 @@ class Delta(NamedTuple):
     """An older state, stored as a newer one plus the old values that differ, and without other references to it."""
 
     newer: TrainState
-    fields: dict[str, Any]  # old values of changed fields, except slots
-    slots: dict[str, Any]  # old values of changed slots
+    fields: dict[str, object]  # old values of changed fields, except slots
+    slots: dict[str, Tree]  # old values of changed slots
     names: tuple[str, ...]  # names of all old slots
 
     @classmethod
@@ -39,7 +39,7 @@ class Mark(NamedTuple):
     """A point of the run to roll back to."""
 
     state: TrainState | Delta
-    due: dict[str, Any]
+    due: dict[str, int]
     unread: tuple[Callable[[], Control], ...]
     why: tuple[str, ...]
     step: int
@@ -67,7 +67,7 @@ class Cursor:
     def __init__(self, state: TrainState, *, lag: int | None, why: tuple[str, ...] = ()) -> None:
         self._reads_late = bool(lag) if lag is not None else state.step.device.type != "cpu"
         # None of these is mutated in place, because a mark, made at each step, references them.
-        self.due: dict[str, Any] = {}
+        self.due: dict[str, int] = {}  # flags are bools
         self.unread: tuple[Callable[[], Control], ...] = ()  # stop requests whose flags are being copied to the host
         self.why = why  # reasons to stop
         self.take(state)
@@ -106,7 +106,7 @@ class Cursor:
         state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = mark
         self.state = state.older() if isinstance(state, Delta) else state
 
-    def set(self, **changes: Any) -> None:
+    def set(self, **changes: int) -> None:
         """Changes pending requests, in the state and in the mirror."""
         changed = {name: value for name, value in changes.items() if self.due[name] != value}
         if changed:
@@ -181,7 +181,7 @@ class Cursor:
                 self.why = (*self.why, *control.reasons("stop"))
                 skip_final_save = self.due["skip_final_save"] or bool(control.any("skip_final_save"))
                 self.due = {**self.due, "stop": True, "skip_final_save": skip_final_save}
-        return self.due["stop"]
+        return bool(self.due["stop"])
 
     @property
     def anything_due(self) -> bool:

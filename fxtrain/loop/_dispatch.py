@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from fxtrain import tree
-from fxtrain.core import Epoch, StepOutput, TrainState
+from fxtrain.core import Batch, Epoch, StepOutput, TrainState
+from fxtrain.data import Source
 from fxtrain.loop._interrupts import leaving_compilation
+from fxtrain.loop._types import LoopStep
+
+Many = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Sequence[StepOutput]]]
 
 
 class Dispatch:
@@ -20,16 +23,17 @@ class Dispatch:
         snapshot_every: Steps between two snapshots, or None.
     """
 
-    def __init__(self, step: Any, data: Any, *, steps: int | None, snapshot_every: int | None) -> None:
-        self._at_once: int = getattr(step, "steps_per_call", 1)
+    def __init__(self, step: LoopStep, data: Source, *, steps: int | None, snapshot_every: int | None) -> None:
+        self._steps_per_call: int = getattr(step, "steps_per_call", 1)
         self._one = leaving_compilation(step)
-        self._several = leaving_compilation(getattr(step, "multi_step", step))
+        many: Many | None = getattr(step, "multi_step", None)
+        self._many = None if many is None else leaving_compilation(many)
         self._may_differ: bool = data.num_shapes != 1 or data.dynamic_dims > 0
         self._data, self._steps, self._snapshot_every = data, steps, snapshot_every
 
     def length(self, step: int, position: int, epoch: Epoch) -> int:
         """Returns how many steps to take in the next dispatch."""
-        count = self._at_once
+        count = self._steps_per_call
         if count == 1:
             return 1
         every = self._snapshot_every
@@ -43,13 +47,17 @@ class Dispatch:
         )
         return count if fits else 1
 
-    def take(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
+    def take(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
         """Takes one step per batch. In a multi-step dispatch, outputs after a stop are invalid."""
         if len(batches) == 1:
             state, output = self._one(state, batches[0])
             return state, (output,)
-        if len(batches) == self._at_once and (not self._may_differ or _are_alike(batches)):
-            return self._several(state, batches)
+        if (
+            self._many is not None
+            and len(batches) == self._steps_per_call
+            and (not self._may_differ or _are_alike(batches))
+        ):
+            return self._many(state, batches)
         outputs: list[StepOutput] = []
         for batch in batches:  # the last batches of the data, or batches of several shapes
             state, output = self._one(state, batch)
@@ -57,5 +65,5 @@ class Dispatch:
         return state, outputs
 
 
-def _are_alike(batches: Sequence[Any]) -> bool:
+def _are_alike(batches: Sequence[Batch]) -> bool:
     return len({tuple(getattr(leaf, "shape", None) for leaf in tree.leaves(batch)) for batch in batches}) == 1

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fxtrain import tree
-from fxtrain.core import CHANGED_AT_END, Control, FitEnd, TrainState, event_of
+from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, TrainState, event_of
 from fxtrain.fold import Composed
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._cursor import Cursor
@@ -44,13 +43,13 @@ class Emitter:
         self._now, self._publish, self._reader, self._every_event = now, publish, reader, every_event
         self._callbacks, self._steps, self._epochs, self._clock = callbacks, plan.steps, plan.epochs, plan.clock
         self._start = plan.clock()
-        self._times: dict[type[Any], float] = {}
+        self._times: dict[type[LoopEvent], float] = {}
 
-    def is_seen(self, kind: type[Any]) -> bool:
+    def is_seen(self, kind: type[LoopEvent]) -> bool:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
         return self._every_event or kind in self._callbacks.table or self._publish.is_seen(kind)
 
-    def emit(self, kind: type[Any], **fields: Any) -> Events[Control]:
+    def emit(self, kind: type[LoopEvent], **fields: object) -> Events[Control]:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
         if not self.is_seen(kind):
             return _NOTHING
@@ -59,7 +58,7 @@ class Emitter:
         return asked
 
     def fold(
-        self, kind: type[Any], fields: dict[str, Any], also: Control | None = None
+        self, kind: type[LoopEvent], fields: dict[str, object], also: Control | None = None
     ) -> tuple[Sequence[EventRecord], Control]:
         """Folds an event, merges its requests into the pending ones, and publishes it.
 

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fxtrain import metrics, tree
-from fxtrain.core import EVALUATED, Control, Epoch, EvalBegin, EvalEnd, EvalStep, StepEnd, StepOutput, TrainState
-from fxtrain.data import Exhausted, Source, as_source, to_device
+from fxtrain.core import EVALUATED, Batch, Control, Epoch, EvalBegin, EvalEnd, EvalStep, StepEnd, StepOutput, TrainState
+from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
 from fxtrain.loop._checks import check_eval_step, check_state
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epochs import announce
-from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
+from fxtrain.loop._interrupts import Abandoned, Interrupts, Waits, leaving_compilation
 from fxtrain.loop._plan import Plan
-from fxtrain.loop._types import Events
+from fxtrain.loop._types import EvalFn, Events
 
 
 class Measured(NamedTuple):
     """One batch of an evaluation."""
 
     index: int
-    batch: Any
+    batch: Batch
     output: StepOutput
-    total: dict[str, Any]  # mergeable metrics of all batches so far
+    total: dict[str, metrics.Metric]  # mergeable metrics of all batches so far
 
 
-def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) -> dict[str, float]:
+def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
     """Returns the metrics of ``state`` over one epoch of ``data``.
 
     Args:
@@ -57,7 +57,7 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
     """
     check_state(state, "evaluate(state, eval_step, data)")
     check_eval_step(eval_step)
-    total: dict[str, Any] = {}
+    total: dict[str, metrics.Metric] = {}
     source = as_source(data)
     declare_shapes(eval_step, source)
     for measured in measure(state, eval_step, source):
@@ -111,7 +111,7 @@ class Evaluations:
         mark = now.mark()
         now.set(evaluate=False)
         yield from self._emit(EvalBegin)
-        total: dict[str, Any] = {}
+        total: dict[str, metrics.Metric] = {}
         seen = now.state if self._view is None else self._view(now.state)
         batches = measure(seen, leaving_compilation(eval_step), self._interrupts.leaving_waits(data))
         try:
@@ -145,16 +145,16 @@ class Evaluations:
         return {name: float(value) for name, value in last["metrics"].items()}
 
 
-def declare_shapes(step: Any, data: Any) -> None:
+def declare_shapes(step: object, data: Source | None) -> None:
     """Declares to a compiled step how many shapes the batches of a data source have."""
     expect = getattr(step, "expect_shapes", None)
     if expect is not None and data is not None:
         expect(data.num_shapes)
 
 
-def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) -> Iterator[Measured]:
+def measure(state: TrainState, eval_step: EvalFn, data: Source | Waits) -> Iterator[Measured]:
     """Evaluates one epoch of data and yields each batch with its metrics."""
-    total: dict[str, Any] = {}
+    total: dict[str, metrics.Metric] = {}
     index = 0
     announce(data, Epoch(0, 0, 0))
     while data.epoch_length is None or index < data.epoch_length:
@@ -178,7 +178,7 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
         raise ValueError("expected evaluation data with at least one batch, got none. Check what the source yields.")
 
 
-def _weight(batch: Any, index: int) -> Tensor | int:
+def _weight(batch: Batch, index: int) -> Tensor | int:
     """Returns the weight of a batch in averages.
 
     This is the sum of its mask, the number of its graphs or list elements, or the first dimension of all its tensors.
@@ -203,7 +203,7 @@ def _weight(batch: Any, index: int) -> Tensor | int:
     return sizes.pop() if sizes else 1
 
 
-def _mask(batch: Any) -> Tensor | None:
+def _mask(batch: Batch) -> Tensor | None:
     """Returns the 1-d mask of a batch, which selects or weights its examples; None if there is none."""
     if isinstance(batch, Tensor | list):
         return None
@@ -211,7 +211,7 @@ def _mask(batch: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_complex() else None
 
 
-def _two_sizes(batch: Any) -> str:
+def _two_sizes(batch: Batch) -> str:
     pairs = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
     shapes = {
         leaf.shape[0]: f"{path} of shape {list(leaf.shape)}"
@@ -221,5 +221,5 @@ def _two_sizes(batch: Any) -> str:
     return " and ".join(list(shapes.values())[:2])
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def _tensors(batch: Batch) -> list[Tensor]:
     return [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]

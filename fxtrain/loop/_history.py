@@ -5,11 +5,15 @@ from __future__ import annotations
 import bisect
 import fnmatch
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fxtrain.core import by_number, did_you_mean, printable, truncate_middle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SCALARS = (int, float)
 _MAX_TITLE = 46  # characters of a panel's title
@@ -35,7 +39,7 @@ class History(Mapping[str, Series]):
     def __init__(self) -> None:
         self._points: dict[str, tuple[list[int], list[float]]] = {}
 
-    def add(self, step: int, values: Mapping[str, Any]) -> None:
+    def add(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the scalars among published values. A later value of the same name and step replaces the earlier one.
 
         Args:
@@ -79,7 +83,7 @@ class History(Mapping[str, Series]):
     def __len__(self) -> int:
         return len(self._points)
 
-    def plot(self, *patterns: str) -> Any:
+    def plot(self, *patterns: str) -> Figure:
         """Plots curves. In a notebook, return the figure from a cell to show it.
 
         Names that differ only in the prefix ``train/`` or ``eval/`` share a panel. Such panels come first. Values that
@@ -139,7 +143,7 @@ class History(Mapping[str, Series]):
     def _published(self) -> str:
         return ", ".join(map(repr, self)) or "nothing"
 
-    def _draw(self, axes: Any, names: list[str], *, lowest: bool) -> None:
+    def _draw(self, axes: Axes, names: list[str], *, lowest: bool) -> None:
         # Evaluations have few points, so draw them last, on top.
         for name in sorted(names, key=lambda name: name.startswith("eval/")):
             steps, values = self[name]
@@ -159,7 +163,7 @@ class History(Mapping[str, Series]):
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.tick_params(colors="0.3", labelsize="small", labelbottom=lowest)
         if lowest:
             axes.set_xlabel("step", fontsize="small")

@@ -12,9 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, TypeVarTuple
 
 from fxtrain._torch_internals import COMPILING_MODULE
+from fxtrain.core import Batch
+from fxtrain.data import Source
+
+Arguments = TypeVarTuple("Arguments")
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +94,7 @@ class Interrupts:
         elif callable(handler) and handler is not signal.default_int_handler:
             signal.raise_signal(kind)
 
-    def leaving_waits(self, data: Any) -> Waits:
+    def leaving_waits(self, data: Source) -> Waits:
         """Returns a view of ``data`` whose reads raise ``Abandoned`` when a signal arrives."""
         return Waits(data, self)
 
@@ -162,7 +167,7 @@ class Interrupts:
 class Waits:
     """Data by position, whose reads a signal can abort. Made by ``Interrupts.leaving_waits``."""
 
-    def __init__(self, data: Any, interrupts: Interrupts) -> None:
+    def __init__(self, data: Source, interrupts: Interrupts) -> None:
         self._data, self._interrupts = data, interrupts
         self.random_access: bool = data.random_access
         self._read = _leaving_waits(data) if data.interruptible else data.__getitem__
@@ -175,7 +180,7 @@ class Waits:
     def begin_epoch(self, epoch: int, length: int) -> None:
         """Does nothing, because each evaluation reads the same epoch."""
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> Batch:
         try:
             return self._read(position)
         except Exception as error:
@@ -185,21 +190,21 @@ class Waits:
             raise Abandoned from error
 
 
-def _leaving_waits(data: Any) -> Callable[[int], Any]:
-    def leavable_wait(position: int) -> Any:  # identified on the stack by its name
+def _leaving_waits(data: Source) -> Callable[[int], Batch]:
+    def leavable_wait(position: int) -> Batch:  # identified on the stack by its name
         return data[position]
 
     return leavable_wait
 
 
-def leaving_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
+def leaving_compilation(function: Callable[[*Arguments], R]) -> Callable[[*Arguments], R]:
     """Returns ``function``, raising ``Abandoned`` if a signal arrives while it compiles or waits for a thread.
 
     Compiling can take minutes and has no effect to undo. A running graph is never aborted, because it may be writing
     into donated buffers.
     """
 
-    def leavable(*args: Any) -> Any:  # identified on the stack by its name
+    def leavable(*args: *Arguments) -> R:  # identified on the stack by its name
         return function(*args)
 
     return leavable

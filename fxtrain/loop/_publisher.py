@@ -6,8 +6,7 @@ import contextlib
 import functools
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,6 +16,8 @@ from fxtrain.core import (
     TRAJECTORY,
     Control,
     EvalEnd,
+    LoopEvent,
+    Metrics,
     Observer,
     Rewound,
     Saved,
@@ -39,7 +40,7 @@ _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict o
 _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them
 _NOTHING = Control()
 
-_Published = tuple[type[Any], int, Mapping[str, Any], Control]  # an event's type, step, metrics and requests
+_Published = tuple[type[LoopEvent], int, Metrics, Control]  # an event's type, step, metrics and requests
 
 
 class Publisher:
@@ -65,7 +66,7 @@ class Publisher:
             _refuse_callback(observer)
         self._history = history
         self._on_host = device.type == "cpu"
-        self._seeing: dict[type[Any], list[Callable[..., None]]] = {}
+        self._seeing: dict[type[object], list[Callable[..., None]]] = {}
         for observer in self._observers:
             for kind in _events(observer):
                 self._seeing.setdefault(kind, []).append(observer)
@@ -75,17 +76,17 @@ class Publisher:
         self._sent: list[_Published] = []  # asynchronous copies to the host
         self._transfer = HostTransfer(on_host=self._on_host)
 
-    def is_seen(self, kind: type[Any]) -> bool:
+    def is_seen(self, kind: type[object]) -> bool:
         """Whether the history or an observer needs events of this type, even if no callback subscribes."""
         return kind in _RECORDED or bool(self._seeing.get(kind))
 
-    def step(self, number: int, measured: Mapping[str, Any]) -> None:
+    def step(self, number: int, measured: Metrics) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""
         self._unread.append((StepEnd, number, measured, _NOTHING))
         if len(self._unread) >= _EVENTS_PER_TRANSFER:
             self._read()
 
-    def __call__(self, state: TrainState, event: Any, control: Control) -> None:
+    def __call__(self, state: TrainState, event: LoopEvent, control: Control) -> None:
         kind = type(event)
         seeing = self._seeing.get(kind, ())
         if control.log and self._log_observers:
@@ -129,7 +130,7 @@ class Publisher:
                 raise
             _report(observer, "failed in close()", error)
 
-    def _shown(self, event: Any, control: Control) -> tuple[Any, Control]:
+    def _shown(self, event: LoopEvent, control: Control) -> tuple[LoopEvent, Control]:
         """Returns the event and its requests as observers see them."""
         measured = getattr(event, "metrics", None)
         if measured is not None and type(event) is not Saved:  # metrics of Saved are Python floats already
@@ -138,16 +139,17 @@ class Publisher:
             event = shown
         return event, self._transfer.control(control)
 
-    def _record(self, event: Any, control: Control) -> None:
-        kind, step = type(event), event.step
-        if kind is Rewound:
+    def _record(self, event: LoopEvent, control: Control) -> None:
+        step, measured = event.step, None
+        if type(event) is Rewound:
             self._read()
             step = event.to_step
             self._history.forget_after(step)
+        elif type(event) is StepEnd or type(event) is EvalEnd:
+            measured = event.metrics
         logged = type(control.log) is LazyMetrics or len(control.log) > 0
-        measured = kind is StepEnd or kind is EvalEnd
-        if measured or logged:
-            self._unread.append((kind, step, event.metrics if measured else {}, control))
+        if measured is not None or logged:
+            self._unread.append((type(event), step, {} if measured is None else measured, control))
             # Read immediately on a CPU, so that a value that cannot be published raises at its event.
             if logged and self._on_host:
                 self._read()
@@ -221,7 +223,7 @@ def _refuse_callback(observer: Callable[..., None]) -> None:
         )
 
 
-def _events(observer: Callable[..., None]) -> frozenset[type[Any]]:
+def _events(observer: Callable[..., None]) -> frozenset[type[object]]:
     seen = frozenset(subscription(observer))
     # Without an annotation, a callback sees trajectory events, and an observer session events too.
     return frozenset((*TRAJECTORY, *SESSION)) if seen == frozenset(TRAJECTORY) else seen & frozenset(EVENTS)

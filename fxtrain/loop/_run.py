@@ -214,7 +214,7 @@ class Run:
     # Begin and end of the session
 
     def _attached(self, state: TrainState) -> TrainState:
-        return attach(attach(state, self._callbacks), self._step)
+        return attach(attach(state, self._callbacks), as_composed(self._step))
 
     def _without_missing(self, restored: Restoration) -> TrainState:
         """Returns the restored state without the callbacks' slots that were not in the checkpoint."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,17 +58,17 @@ class LazyMetrics(_Lazy):
     def __init__(
         self,
         transfer: HostTransfer,
-        parts: Callable[[], list[Any]],
-        made: Callable[[list[Any]], dict[str, Any]],
+        parts: Callable[[], list[object]],
+        made: Callable[[list[object]], dict[str, object]],
         *,
         only_numbers: bool = True,
     ) -> None:
         self.only_numbers = only_numbers
         self._transfer = transfer
         # At most one is set. Each is cleared after use, to release its references to device memory.
-        self._parts: Callable[[], list[Any]] | None = parts
-        self._arrived: Callable[[], dict[str, Any]] | None = None
-        self._values: dict[str, Any] = {}
+        self._parts: Callable[[], list[object]] | None = parts
+        self._arrived: Callable[[], dict[str, object]] | None = None
+        self._values: dict[str, object] = {}
         self._made = made
 
     @property
@@ -76,11 +76,11 @@ class LazyMetrics(_Lazy):
         """Whether the copy has not started."""
         return self._parts is not None
 
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[object]:
         """Returns the values to copy to the host."""
         return self._parts() if self._parts is not None else []
 
-    def arrives(self, arrived: Callable[[], list[Any]]) -> None:
+    def arrives(self, arrived: Callable[[], list[object]]) -> None:
         """Sets the started copy of the parts, which ``arrived`` waits for."""
         made = self._made
         self._parts, self._arrived = None, lambda: made(arrived())
@@ -113,7 +113,7 @@ class HostMetrics(_Lazy):
 
     def __init__(self, measured: Metrics) -> None:
         self._measured: Metrics | None = measured
-        self._taken: dict[str, Any] = {}
+        self._taken: dict[str, object] = {}
 
     def _all(self) -> dict[str, Any]:
         if self._measured is not None:
@@ -155,7 +155,7 @@ class HostTransfer:
         """Returns the metrics of an event as lazy Python scalars."""
         names: list[str] = []
 
-        def parts() -> list[Any]:
+        def parts() -> list[object]:
             computed = metrics.compute(measured)
             names[:] = computed
             return list(computed.values())
@@ -166,12 +166,12 @@ class HostTransfer:
         """Returns logged values as lazy Python scalars, without those whose flag is false."""
         entries = list(log.values())
 
-        def made(scalars: list[Any]) -> dict[str, Any]:
+        def made(scalars: Sequence[object]) -> dict[str, Any]:
             values, flags = scalars[: len(entries)], scalars[len(entries) :]
             named = zip(log, entries, values, flags, strict=True)
             return {name: Logged(value, True, entry.owner) for name, entry, value, flag in named if flag}
 
-        def parts() -> list[Any]:
+        def parts() -> list[object]:
             return [*(entry.value for entry in entries), *(entry.when for entry in entries)]
 
         only_numbers = all(kind_of(entry.value) is float for entry in entries)
@@ -188,7 +188,7 @@ class HostTransfer:
         if not self._waiting:
             return
         held, self._waiting = [late for each in self._waiting if (late := each()) is not None], []
-        sent: list[Any] = []
+        sent: list[object] = []
         slices: list[tuple[LazyMetrics, slice]] = []
         for late in held:
             try:
@@ -231,9 +231,9 @@ def _scalars(measured: Metrics) -> dict[str, Any]:
     return scalars
 
 
-def _scalars_without_waiting(measured: Metrics) -> dict[str, Any] | None:
+def _scalars_without_waiting(measured: Metrics) -> dict[str, object] | None:
     """Returns metrics as Python scalars, or None if that would wait for a device."""
-    scalars: dict[str, Any] = {}
+    scalars: dict[str, object] = {}
     for name, value in measured.items():
         if isinstance(value, Tensor) and value.is_cpu and value.ndim == 0:
             scalars[name] = value.item()
@@ -257,7 +257,7 @@ def _log_without_waiting(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
     return shown
 
 
-def start_copy(values: list[Any]) -> Callable[[], list[Any]]:
+def start_copy(values: list[object]) -> Callable[[], list[object]]:
     """Starts copying scalars to the host, in one transfer per dtype if they are on a device.
 
     Args:
@@ -266,17 +266,18 @@ def start_copy(values: list[Any]) -> Callable[[], list[Any]]:
     Returns:
         A function that waits for the copies and returns all values, with Python scalars in place of 0-d tensors.
     """
-    groups: dict[torch.dtype, list[int]] = {}
+    groups: dict[torch.dtype, dict[int, Tensor]] = {}
     for index, value in enumerate(values):
         if isinstance(value, Tensor) and value.ndim == 0:
-            groups.setdefault(value.dtype, []).append(index)
-    places = [index for group in groups.values() for index in group]
-    device = next((values[index].device for index in places if not values[index].is_cpu), None)
+            groups.setdefault(value.dtype, {})[index] = value
+    tensors = {index: tensor for group in groups.values() for index, tensor in group.items()}
+    device = next((tensor.device for tensor in tensors.values() if not tensor.is_cpu), None)
     if device is None:
-        scalars = [values[index].item() for index in places]
-        return lambda: _with_scalars(values, places, scalars)
-    arrived = _start_copy_of_tensors([torch.stack([values[i].to(device) for i in group]) for group in groups.values()])
-    return lambda: _with_scalars(values, places, [scalar for group in arrived() for scalar in group.tolist()])
+        scalars = [tensor.item() for tensor in tensors.values()]
+        return lambda: _with_scalars(values, tensors, scalars)
+    stacked = [torch.stack([tensor.to(device) for tensor in group.values()]) for group in groups.values()]
+    arrived = _start_copy_of_tensors(stacked)
+    return lambda: _with_scalars(values, tensors, [scalar for group in arrived() for scalar in group.tolist()])
 
 
 def _start_copy_of_tensors(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -300,7 +301,7 @@ def _start_copy_of_tensors(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     return wait
 
 
-def _with_scalars(values: list[Any], places: list[int], scalars: list[Any]) -> list[Any]:
+def _with_scalars(values: list[object], places: Iterable[int], scalars: Sequence[object]) -> list[object]:
     result = list(values)
     for index, scalar in zip(places, scalars, strict=True):
         result[index] = scalar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from fxtrain.core import Batch, Control, Event, StepOutput, TrainState
 from fxtrain.fold import Composed
@@ -26,7 +26,7 @@ class LoopStep(Protocol):
     def callbacks(self) -> Composed | tuple[()]: ...
 
     @property
-    def fires(self) -> frozenset[type[Any]]: ...
+    def fires(self) -> frozenset[type[Event]]: ...
 
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, StepOutput]: ...
 
