@@ -9,9 +9,9 @@ from torch import Tensor
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._initial_state import real_full
-from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._masking import Mask
 from fxtrain.optim._moments import moving_average, squared
+from fxtrain.optim._rules import from_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -45,16 +45,7 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
         update = (e_x + eps).sqrt() / (e_g + eps).sqrt() * update
         return update, e_g, moving_average(squared(update), e_x, rho)
 
-    def update(
-        updates: Tree, opt_state: ScaleByAdaDeltaState, params: Tree | None = None
-    ) -> tuple[Tree, ScaleByAdaDeltaState]:
-        updates, e_g, e_x = map_with_state(rule, updates, opt_state.e_g, opt_state.e_x)
-        return updates, ScaleByAdaDeltaState(e_g, e_x)
-
-    def init(params: Tree) -> ScaleByAdaDeltaState:
-        return ScaleByAdaDeltaState(real_full(params), real_full(params))
-
-    return GradientTransformation(init, update)
+    return from_rule(lambda params: ScaleByAdaDeltaState(real_full(params), real_full(params)), rule)
 
 
 @args_from(scale_by_adadelta, add_decayed_weights, scale_by_learning_rate)

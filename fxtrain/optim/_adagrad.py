@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, args_from, check_non_negative
 from fxtrain.optim._initial_state import real_full
-from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._moments import squared
+from fxtrain.optim._rules import from_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -44,14 +44,7 @@ def scale_by_rss(
         scaled = update / ((total + eps).sqrt() if eps_in_sqrt else total.sqrt() + eps)
         return torch.where(total > 0, scaled, torch.zeros_like(scaled)), total
 
-    def update(updates: Tree, opt_state: ScaleByRssState, params: Tree | None = None) -> tuple[Tree, ScaleByRssState]:
-        updates, total = map_with_state(rule, updates, opt_state.sum_of_squares)
-        return updates, ScaleByRssState(total)
-
-    def init(params: Tree) -> ScaleByRssState:
-        return ScaleByRssState(real_full(params, initial_accumulator_value))
-
-    return GradientTransformation(init, update)
+    return from_rule(lambda params: ScaleByRssState(real_full(params, initial_accumulator_value)), rule)
 
 
 @args_from(scale_by_rss, scale_by_learning_rate)

@@ -18,10 +18,10 @@ from torch import Tensor
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._initial_state import real_full, zeros
-from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._masking import Mask
-from fxtrain.optim._moments import bias_correction, bias_corrections, debiased, moving_average, squared, widest
+from fxtrain.optim._moments import bias_correction, bias_corrections, debiased, moving_average, squared
 from fxtrain.optim._parameter_scalars import PerParameter, start_counts
+from fxtrain.optim._rules import from_counted_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate, scale_by_trust_ratio
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -79,24 +79,15 @@ def scale_by_adam(
     check_fraction(b1=b1, b2=b2)
     check_non_negative(eps=eps, eps_root=eps_root)
 
-    def update(updates: Tree, opt_state: ScaleByAdamState, params: Tree | None = None) -> tuple[Tree, ScaleByAdamState]:
-        count = opt_state.count + 1
-        dtype = widest(updates)
-        second = bias_correction(b2, count.values, dtype)
-        first = bias_corrections(b1, count.values, dtype, nesterov)
+    def rule(update: Tensor, mu: Tensor, nu: Tensor, second: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
+        mu = moving_average(update, mu, b1)
+        nu = moving_average(squared(update), nu, b2)
+        return debiased(update, mu, b1, *first) / ((nu / second + eps_root).sqrt() + eps), mu, nu
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor, second: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
-            mu = moving_average(update, mu, b1)
-            nu = moving_average(squared(update), nu, b2)
-            return debiased(update, mu, b1, *first) / ((nu / second + eps_root).sqrt() + eps), mu, nu
+    def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return [bias_correction(b2, count, dtype), *bias_corrections(b1, count, dtype, nesterov)]
 
-        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=[second, *first])
-        return updates, ScaleByAdamState(count, mu, nu)
-
-    def init(params: Tree) -> ScaleByAdamState:
-        return _start(params, mu_dtype)
-
-    return GradientTransformation(init, update)
+    return from_counted_rule(lambda params: _start(params, mu_dtype), rule, numbers)
 
 
 @args_from(scale_by_adam)
@@ -130,27 +121,18 @@ def scale_by_amsgrad(
     def init(params: Tree) -> ScaleByAmsgradState:
         return ScaleByAmsgradState(*_start(params, mu_dtype), real_full(params))
 
-    def update(
-        updates: Tree, opt_state: ScaleByAmsgradState, params: Tree | None = None
-    ) -> tuple[Tree, ScaleByAmsgradState]:
-        count = opt_state.count + 1
-        numbers = [bias_correction(decay, count.values, widest(updates)) for decay in (b1, b2)]
+    def rule(
+        update: Tensor, mu: Tensor, nu: Tensor, nu_max: Tensor, first: Tensor, second: Tensor
+    ) -> tuple[Tensor, ...]:
+        mu = moving_average(update, mu, b1)
+        nu = moving_average(squared(update), nu, b2)
+        nu_max = torch.maximum(nu_max, nu if correct_maximum else nu / second)
+        root = (nu_max / second if correct_maximum else nu_max) + eps_root
+        return mu / first / (root.sqrt() + eps), mu, nu, nu_max
 
-        def rule(
-            update: Tensor, mu: Tensor, nu: Tensor, nu_max: Tensor, first: Tensor, second: Tensor
-        ) -> tuple[Tensor, ...]:
-            mu = moving_average(update, mu, b1)
-            nu = moving_average(squared(update), nu, b2)
-            nu_max = torch.maximum(nu_max, nu if correct_maximum else nu / second)
-            root = (nu_max / second if correct_maximum else nu_max) + eps_root
-            return mu / first / (root.sqrt() + eps), mu, nu, nu_max
-
-        updates, mu, nu, nu_max = map_with_state(
-            rule, updates, opt_state.mu, opt_state.nu, opt_state.nu_max, numbers=numbers
-        )
-        return updates, ScaleByAmsgradState(count, mu, nu, nu_max)
-
-    return GradientTransformation(init, update)
+    return from_counted_rule(
+        init, rule, lambda count, dtype: [bias_correction(decay, count, dtype) for decay in (b1, b2)]
+    )
 
 
 @args_from(scale_by_adam)
@@ -170,24 +152,15 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
     check_fraction(b1=b1, b2=b2)
     check_non_negative(eps=eps)
 
-    def update(
-        updates: Tree, opt_state: ScaleByAdamaxState, params: Tree | None = None
-    ) -> tuple[Tree, ScaleByAdamaxState]:
-        count = opt_state.count + 1
-        first = bias_correction(b1, count.values, widest(updates))
-
-        def rule(update: Tensor, mu: Tensor, nu: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-            mu = moving_average(update, mu, b1)
-            nu = torch.maximum(b2 * nu, update.abs() + eps)
-            return mu / first / nu, mu, nu
-
-        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
-        return updates, ScaleByAdamaxState(count, mu, nu)
+    def rule(update: Tensor, mu: Tensor, nu: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        mu = moving_average(update, mu, b1)
+        nu = torch.maximum(b2 * nu, update.abs() + eps)
+        return mu / first / nu, mu, nu
 
     def init(params: Tree) -> ScaleByAdamaxState:
         return ScaleByAdamaxState(*_start(params, None))
 
-    return GradientTransformation(init, update)
+    return from_counted_rule(init, rule, lambda count, dtype: [bias_correction(b1, count, dtype)])
 
 
 @args_from(scale_by_adam, scale_by_learning_rate)

@@ -13,10 +13,10 @@ from torch import Tensor
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._initial_state import zeros
-from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._masking import Mask
-from fxtrain.optim._moments import bias_correction, debiased, moving_average, widest
+from fxtrain.optim._moments import bias_correction, debiased, moving_average
 from fxtrain.optim._parameter_scalars import PerParameter, start_counts
+from fxtrain.optim._rules import from_counted_rule, from_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -87,14 +87,7 @@ def trace(
         total = update + decay * total
         return (update + decay * total if nesterov else total), total
 
-    def update(updates: Tree, opt_state: TraceState, params: Tree | None = None) -> tuple[Tree, TraceState]:
-        updates, total = map_with_state(rule, updates, opt_state.trace)
-        return updates, TraceState(total)
-
-    def init(params: Tree) -> TraceState:
-        return TraceState(zeros(params, dtype=accumulator_dtype))
-
-    return GradientTransformation(init, update)
+    return from_rule(lambda params: TraceState(zeros(params, dtype=accumulator_dtype)), rule)
 
 
 def _dampened_trace(
@@ -107,19 +100,11 @@ def _dampened_trace(
     def init(params: Tree) -> DampenedTraceState:
         return DampenedTraceState(start_counts(params), zeros(params, dtype=dtype))
 
-    def update(
-        updates: Tree, opt_state: DampenedTraceState, params: Tree | None = None
-    ) -> tuple[Tree, DampenedTraceState]:
-        share = 1 - dampening * (opt_state.count.values > 0).to(widest(updates))
+    def rule(update: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        total = share * update + decay * total
+        return total, total
 
-        def rule(update: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-            total = share * update + decay * total
-            return total, total
-
-        updates, total = map_with_state(rule, updates, opt_state.trace, numbers=[share])
-        return updates, DampenedTraceState(opt_state.count + 1, total)
-
-    return GradientTransformation(init, update)
+    return from_counted_rule(init, rule, lambda count, dtype: [1 - dampening * (count > 1).to(dtype)])
 
 
 def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
@@ -145,18 +130,14 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
     def init(params: Tree) -> EmaState:
         return EmaState(start_counts(params), zeros(params, dtype=accumulator_dtype))
 
-    def update(updates: Tree, opt_state: EmaState, params: Tree | None = None) -> tuple[Tree, EmaState]:
-        count = opt_state.count + 1
-        corrections = [bias_correction(decay, count.values, widest(updates))] if debias else []
+    def rule(update: Tensor, average: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
+        average = moving_average(update, average, decay)
+        return debiased(update, average, decay, *corrections) if debias else average, average
 
-        def rule(update: Tensor, average: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
-            average = moving_average(update, average, decay)
-            return debiased(update, average, decay, *corrections) if debias else average, average
+    def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return [bias_correction(decay, count, dtype)] if debias else []
 
-        updates, average = map_with_state(rule, updates, opt_state.ema, numbers=corrections)
-        return updates, EmaState(count, average)
-
-    return GradientTransformation(init, update)
+    return from_counted_rule(init, rule, numbers)
 
 
 def scale_by_lion(
@@ -180,14 +161,7 @@ def scale_by_lion(
     def rule(update: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sgn(moving_average(update, average, b1)), moving_average(update, average, b2)
 
-    def update(updates: Tree, opt_state: ScaleByLionState, params: Tree | None = None) -> tuple[Tree, ScaleByLionState]:
-        updates, mu = map_with_state(rule, updates, opt_state.mu)
-        return updates, ScaleByLionState(mu)
-
-    def init(params: Tree) -> ScaleByLionState:
-        return ScaleByLionState(zeros(params, dtype=mu_dtype))
-
-    return GradientTransformation(init, update)
+    return from_rule(lambda params: ScaleByLionState(zeros(params, dtype=mu_dtype)), rule)
 
 
 @args_from(trace, scale_by_learning_rate)

@@ -26,10 +26,11 @@ from fxtrain.core import (
 from fxtrain.optim._adam import adamw
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._initial_state import zeros
-from fxtrain.optim._leafwise import map_updates, map_with_state
+from fxtrain.optim._leafwise import map_updates
 from fxtrain.optim._masking import Labels, Mask, partition
-from fxtrain.optim._moments import bias_corrections, debiased, moving_average, widest
+from fxtrain.optim._moments import bias_corrections, debiased, moving_average
 from fxtrain.optim._parameter_scalars import PerParameter, start_counts
+from fxtrain.optim._rules import from_counted_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain, stateless
 from fxtrain.tree import as_code, leaf_paths
@@ -138,24 +139,20 @@ def scale_by_muon(
                 )
         return ScaleByMuonState(start_counts(params), zeros(params, dtype=mu_dtype))
 
-    def update(updates: Tree, opt_state: ScaleByMuonState, params: Tree | None = None) -> tuple[Tree, ScaleByMuonState]:
-        count = opt_state.count + 1
-        corrections = bias_corrections(beta, count.values, widest(updates), nesterov) if bias_correction else []
+    def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return bias_corrections(beta, count, dtype, nesterov) if bias_correction else []
 
-        def moment(update: Tensor, mu: Tensor, corrections: Sequence[Tensor]) -> Tensor:
-            if bias_correction:
-                return debiased(update, mu, beta, *corrections)
-            return moving_average(update, mu, beta) if nesterov else mu
+    def moment(update: Tensor, mu: Tensor, corrections: Sequence[Tensor]) -> Tensor:
+        if bias_correction:
+            return debiased(update, mu, beta, *corrections)
+        return moving_average(update, mu, beta) if nesterov else mu
 
-        def rule(update: Tensor, mu: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
-            mu = moving_average(update, mu, beta)
-            matrix = moment(update, mu, corrections)
-            return orthogonalize(matrix, ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
+    def rule(update: Tensor, mu: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
+        mu = moving_average(update, mu, beta)
+        matrix = moment(update, mu, corrections)
+        return orthogonalize(matrix, ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
 
-        updates, mu = map_with_state(rule, updates, opt_state.mu, numbers=corrections)
-        return updates, ScaleByMuonState(count, mu)
-
-    return GradientTransformation(init, update)
+    return from_counted_rule(init, rule, numbers)
 
 
 def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformation:

@@ -8,9 +8,9 @@ from torch import Tensor
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, wide_dtype
 from fxtrain.optim._adam import ScaleByAdamState, scale_by_adam
 from fxtrain.optim._initial_state import real_full, zeros
-from fxtrain.optim._leafwise import map_with_state
-from fxtrain.optim._moments import bias_correction, moving_average, squared, widest
+from fxtrain.optim._moments import bias_correction, moving_average, squared
 from fxtrain.optim._parameter_scalars import start_counts
+from fxtrain.optim._rules import from_counted_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -46,40 +46,29 @@ def scale_by_radam(
     def init(params: Tree) -> ScaleByAdamState:
         return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))
 
-    def update(updates: Tree, opt_state: ScaleByAdamState, params: Tree | None = None) -> tuple[Tree, ScaleByAdamState]:
-        count = opt_state.count + 1
-        dtype = widest(updates)
-        first, second = (bias_correction(decay, count.values, dtype) for decay in (b1, b2))
+    def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        first, second = (bias_correction(decay, count, dtype) for decay in (b1, b2))
         # A small difference of two large values, which needs more precision than float32.
-        wide = wide_dtype(count.values.device)
-        unbiased = bias_correction(b2, count.values, wide)
-        length = longest - 2 * count.values.to(wide) * (1 - unbiased) / unbiased
+        wide = wide_dtype(count.device)
+        unbiased = bias_correction(b2, count, wide)
+        length = longest - 2 * count.to(wide) * (1 - unbiased) / unbiased
         rectified = length >= threshold
         # Avoids the square root of a negative value where the factor is not used.
         safe = torch.where(rectified, length, longest)
         factor = ((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)).sqrt().to(dtype)
+        return [first, second, rectified, factor]
 
-        def rule(
-            update: Tensor,
-            mu: Tensor,
-            nu: Tensor,
-            first: Tensor,
-            second: Tensor,
-            rectified: Tensor,
-            factor: Tensor,
-        ) -> tuple[Tensor, ...]:
-            mu = moving_average(update, mu, b1)
-            nu = moving_average(squared(update), nu, b2)
-            direction = mu / first
-            root = (nu / second + eps_root).sqrt()
-            scale = root + (eps / second.sqrt() if correct_eps else eps)
-            return torch.where(rectified, factor * direction / scale, direction), mu, nu
+    def rule(
+        update: Tensor, mu: Tensor, nu: Tensor, first: Tensor, second: Tensor, rectified: Tensor, factor: Tensor
+    ) -> tuple[Tensor, ...]:
+        mu = moving_average(update, mu, b1)
+        nu = moving_average(squared(update), nu, b2)
+        direction = mu / first
+        root = (nu / second + eps_root).sqrt()
+        scale = root + (eps / second.sqrt() if correct_eps else eps)
+        return torch.where(rectified, factor * direction / scale, direction), mu, nu
 
-        numbers = (first, second, rectified, factor)
-        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
-        return updates, ScaleByAdamState(count, mu, nu)
-
-    return GradientTransformation(init, update)
+    return from_counted_rule(init, rule, numbers)
 
 
 @args_from(scale_by_radam, scale_by_learning_rate)

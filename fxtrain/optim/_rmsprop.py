@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._initial_state import real_full, zeros
-from fxtrain.optim._leafwise import map_with_state
-from fxtrain.optim._moments import bias_correction, moving_average, squared, wide, widest
+from fxtrain.optim._moments import bias_correction, moving_average, squared, wide
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._parameter_scalars import PerParameter, start_counts
+from fxtrain.optim._rules import Rule, from_counted_rule, from_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -79,17 +80,11 @@ def scale_by_rms(
         nu = real_full(params, initial_scale)
         return ScaleByRmsWithCountState(start_counts(params), nu) if bias_correction else ScaleByRmsState(nu)
 
-    def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
-        count, corrections = _corrections(bias_correction, decay, opt_state, updates)
+    def rule(update: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, Tensor]:
+        nu = moving_average(squared(update), nu, decay)
+        return _over_root(update, nu / correction, eps, eps_in_sqrt), nu
 
-        def rule(update: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, Tensor]:
-            nu = moving_average(squared(update), nu, decay)
-            return _over_root(update, nu / correction, eps, eps_in_sqrt), nu
-
-        updates, nu = map_with_state(rule, updates, opt_state.nu, numbers=corrections)
-        return updates, type(opt_state)(nu=nu, **count)
-
-    return GradientTransformation(init, update)
+    return _from_averages(init, rule, decay, bias_correction)
 
 
 @args_from(scale_by_rms)
@@ -119,18 +114,12 @@ def scale_by_stddev(
             ScaleByStddevWithCountState(start_counts(params), mu, nu) if bias_correction else ScaleByStddevState(mu, nu)
         )
 
-    def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
-        count, corrections = _corrections(bias_correction, decay, opt_state, updates)
+    def rule(update: Tensor, mu: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, ...]:
+        mu, nu = moving_average(update, mu, decay), moving_average(squared(update), nu, decay)
+        variance = nu / correction - squared(mu / correction)
+        return _over_root(update, variance, eps, eps_in_sqrt), mu, nu
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, ...]:
-            mu, nu = moving_average(update, mu, decay), moving_average(squared(update), nu, decay)
-            variance = nu / correction - squared(mu / correction)
-            return _over_root(update, variance, eps, eps_in_sqrt), mu, nu
-
-        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=corrections)
-        return updates, type(opt_state)(mu=mu, nu=nu, **count)
-
-    return GradientTransformation(init, update)
+    return _from_averages(init, rule, decay, bias_correction)
 
 
 @args_from(scale_by_rms, trace, scale_by_learning_rate)
@@ -187,11 +176,9 @@ def _over_root(update: Tensor, square: Tensor, eps: Scalar, eps_in_sqrt: bool) -
     return update / ((square + eps).sqrt() if eps_in_sqrt else square.sqrt() + eps)
 
 
-def _corrections(
-    correct: bool, decay: Scalar, opt_state: Tree, updates: Tree
-) -> tuple[dict[str, PerParameter], list[Tensor]]:
-    """Returns the new counts as a change of the state, and the divisors of the averages."""
+def _from_averages(
+    init: Callable[[Tree], tuple[Tree, ...]], rule: Rule, decay: Scalar, correct: bool
+) -> GradientTransformation:
     if not correct:
-        return {}, []
-    count: PerParameter = opt_state.count + 1
-    return {"count": count}, [bias_correction(decay, count.values, widest(updates))]
+        return from_rule(init, rule)
+    return from_counted_rule(init, rule, lambda count, dtype: [bias_correction(decay, count, dtype)])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, check_positive
 from fxtrain.optim._initial_state import real_full, zeros
-from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._moments import at_least, at_most
+from fxtrain.optim._rules import from_rule
 from fxtrain.optim._scaling import scale
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -57,16 +57,7 @@ def scale_by_rprop(
         sign = torch.where(agreement < 0, torch.zeros_like(sign), sign)
         return size * sign, size, sign
 
-    def init(params: Tree) -> ScaleByRpropState:
-        return ScaleByRpropState(real_full(params, learning_rate), zeros(params))
-
-    def update(
-        updates: Tree, opt_state: ScaleByRpropState, params: Tree | None = None
-    ) -> tuple[Tree, ScaleByRpropState]:
-        updates, sizes, sign = map_with_state(rule, updates, opt_state.step_sizes, opt_state.previous_sign)
-        return updates, ScaleByRpropState(sizes, sign)
-
-    return GradientTransformation(init, update)
+    return from_rule(lambda params: ScaleByRpropState(real_full(params, learning_rate), zeros(params)), rule)
 
 
 @args_from(scale_by_rprop)
