@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
 
 from fxtrain.core import truncate
 from fxtrain.report import _validation as validation
@@ -46,7 +45,7 @@ class Events:
         counts = {kind: items.count for kind, items in self._marks.items()}
         return counts | ({"saved": len(self._saved)} if self._saved else {})
 
-    def _add(self, line: dict[str, Any]) -> None:
+    def _add(self, line: dict[str, object]) -> None:
         step, kind = validation.step(line.get("step")), line.get("event")
         if kind == "Saved":
             self._saved.append(step)

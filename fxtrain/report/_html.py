@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 
 def section(title: str, content: str) -> str:
@@ -47,13 +46,13 @@ def left_out(noun: str, count: int) -> str:
     return f"<p>{count} more {noun}{' is' if count == 1 else 's are'} in the run's folder.</p>" if count > 0 else ""
 
 
-def cell_text(cell: Any) -> str:
+def cell_text(cell: object) -> str:
     """Returns a number or a text as the escaped content of a cell."""
     return html.escape(f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell))
 
 
 def table(
-    heads: Iterable[str], rows: Iterable[Iterable[Any]], kind: str = "", cell: Callable[[Any], str] = cell_text
+    heads: Iterable[str], rows: Iterable[Iterable[object]], kind: str = "", cell: Callable[[object], str] = cell_text
 ) -> str:
     """Returns an HTML table.
 

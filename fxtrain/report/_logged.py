@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
 
 from fxtrain.core import truncate
 from fxtrain.report import _validation as validation
 from fxtrain.report._downsampling import BoundedSeries, Items, Points
 from fxtrain.report._folder import Folder, Problems
-from fxtrain.report._run import Confusion, Heights, Mark, Table
+from fxtrain.report._run import Cell, Confusion, Heights, Mark, Table
 from fxtrain.writers._rewinds import REWOUND, Rewinds
 
 _MAX_TEXT = 2**16  # characters shown of a text
@@ -45,8 +44,8 @@ class Logged:
         self.improved: BoundedSeries[Items[Mark]] = BoundedSeries(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
         self.tables: dict[str, Table] = {}
         self.confusion: dict[str, Confusion] = {}
-        self.hparams: dict[str, Any] = {}
-        self._kinds: dict[str, Callable[[str, int, Any], None]] = {
+        self.hparams: dict[str, object] = {}
+        self._kinds: dict[str, Callable[[str, int, object], None]] = {
             "metrics": self._take_number,
             "texts": self._take_text,
             "histograms": self._take_histogram,
@@ -115,34 +114,38 @@ class Logged:
             raise ValueError(f"expected columns with one named step, got {validation.named(validation.words(row))}")
         return row
 
-    def _take(self, path: str, where: str, take: Callable[[str, int, Any], None], step: int, values: Any) -> None:
+    def _take(
+        self, path: str, where: str, take: Callable[[str, int, object], None], step: int, values: Mapping[str, object]
+    ) -> None:
         for name, value in values.items():
             try:
                 take(validation.name(name), step, value)
             except ValueError as error:  # the other values of the line are still read
                 self._folder.problems.add(path, f"{where} {validation.named(name)}: {error}")
 
-    def _take_number(self, name: str, step: int, value: Any) -> None:
+    def _take_number(self, name: str, step: int, value: object) -> None:
         found = validation.number(value)
         self.curves.put(name, step, found)
         if name.endswith("/improved_by"):
             what = f"{name.removesuffix('/improved_by')} improved by {found:.4g}"
             self.improved.put(name, step, Mark(step, "improved", what), _OVERHEAD + len(what))
 
-    def _take_text(self, name: str, step: int, value: Any) -> None:
+    def _take_text(self, name: str, step: int, value: object) -> None:
         found = shortened_text(validation.text(value))
         self.texts.put(name, step, found, _OVERHEAD + len(found))
 
-    def _take_histogram(self, name: str, step: int, value: Any) -> None:
+    def _take_histogram(self, name: str, step: int, value: object) -> None:
         found = validation.mapping(value)
         counts = validation.counts(found.get("counts"))
         edges = validation.edges(found.get("edges"), len(counts))
         self.histograms.put(name, step, Heights(counts, edges), len(counts) + len(edges))
 
-    def _take_table(self, name: str, step: int, value: Any) -> None:
+    def _take_table(self, name: str, step: int, value: object) -> None:
         self.take_table(name, step, {"columns": value})
 
-    def take_table(self, name: str, step: int, value: Any, beside: PurePosixPath | None = None) -> set[PurePosixPath]:
+    def take_table(
+        self, name: str, step: int, value: Mapping[str, object], beside: PurePosixPath | None = None
+    ) -> set[PurePosixPath]:
         """Adds a table, unless there is a later one of the same name.
 
         Args:
@@ -178,7 +181,7 @@ class Logged:
             self.tables[name] = Table(step, shown, len(next(iter(columns.values()))))
         return images
 
-    def take_confusion(self, name: str, step: int, value: Any) -> None:
+    def take_confusion(self, name: str, step: int, value: object) -> None:
         """Adds a confusion matrix, unless there is a later one of the same name.
 
         Args:
@@ -205,7 +208,7 @@ def shortened_text(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}\n\n({len(text) - _MAX_TEXT:,} more characters)"
 
 
-def _cell(value: Any, beside: PurePosixPath | None) -> Any:
+def _cell(value: object, beside: PurePosixPath | None) -> Cell:
     if beside is not None and validation.is_image_of_table(value):
         return beside / value
     return value if isinstance(value, float) else truncate(validation.words(value), _MAX_CELL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
@@ -49,15 +48,15 @@ def _break(state: StateInline, silent: bool) -> bool:
     return True
 
 
-def _code(self: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
+def _code(self: object, tokens: Sequence[Token], at: int, options: object, env: object) -> str:
     return _verbatim(tokens[at].content.removesuffix("\n"))
 
 
-def _table_open(self: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
+def _table_open(self: object, tokens: Sequence[Token], at: int, options: object, env: object) -> str:
     return '<div class="wide"><table>'
 
 
-def _table_close(self: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
+def _table_close(self: object, tokens: Sequence[Token], at: int, options: object, env: object) -> str:
     return "</table></div>"
 
 

@@ -10,14 +10,13 @@ import json
 import math
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import Any
 
 from fxtrain.core import format_duration
 from fxtrain.report import _validation as validation
 from fxtrain.report._downsampling import evenly
 from fxtrain.report._html import card, grid, section, table
 from fxtrain.report._panels import heat, sections
-from fxtrain.report._run import Mark, Run
+from fxtrain.report._run import Mark, Run, Session
 from fxtrain.report._samples import Embedded, media, texts
 from fxtrain.report._tables import confusion, tables
 
@@ -94,16 +93,16 @@ def _problems(run: Run) -> str:
 
 
 def _head(run: Run) -> str:
-    last = run.sessions[-1] if run.sessions else {}
-    reason = _end(last) if last else ""
-    seconds = sum(session.get("seconds", 0) for session in run.sessions)
+    last = run.sessions[-1] if run.sessions else None
+    reason = _end(last) if last is not None else ""
+    seconds = sum(session["seconds"] for session in run.sessions)
     step = max((steps[-1] for steps, _ in run.curves.values()), default=0)
     facts = {
         "step": f"{step:,}",
         "status": reason,
         "time": format_duration(seconds) if 0 < seconds < math.inf else "",
         "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
-        "device": _device(last.get("environment", {})),
+        "device": _device(last["environment"] if last is not None else {}),
     }
     facts |= {name: f"{value:.4g}" for name, value in _best_metrics(run).items()}
     rows = "".join(
@@ -125,7 +124,7 @@ def _best_metrics(run: Run) -> dict[str, float]:
     return dict(list(found.items())[:4])
 
 
-def _device(environment: Mapping[str, Any]) -> str:
+def _device(environment: Mapping[str, object]) -> str:
     device = validation.words(environment.get("gpu")) or validation.words(environment.get("device"))
     threads = validation.words(environment.get("threads"))
     return f"{device}, {threads} thread{'s' * (threads != '1')}" if device == "cpu" and threads else device
@@ -171,14 +170,14 @@ def _summary(run: Run) -> str:
     return section("Summary", "".join(parts) + grid(cards))
 
 
-def _fact_table(values: Mapping[str, Any]) -> str:
+def _fact_table(values: Mapping[str, object]) -> str:
     rows = list(validation.flattened(values))
     beyond = f"<p>{len(rows) - _MAX_FACTS:,} more are in the run's folder.</p>" if len(rows) > _MAX_FACTS else ""
     return table((), rows[:_MAX_FACTS], "facts") + beyond
 
 
-def _end(session: Mapping[str, Any]) -> str:
-    return session.get("reason") or "running or killed: no end was recorded"
+def _end(session: Session) -> str:
+    return session["reason"] or "running or killed: no end was recorded"
 
 
 def _when(time: str | None) -> str:

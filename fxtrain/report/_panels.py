@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 
@@ -45,9 +44,9 @@ _SHARED_PANELS = tuple(
 )
 
 
-def sections(run: Run) -> list[dict[str, Any]]:
+def sections(run: Run) -> list[dict[str, object]]:
     """Returns the sections of a run with their panels, losses first and then other metrics."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {title: {} for title, _ in _SECTION_PREFIXES}
+    found: dict[str, dict[str, list[dict[str, object]]]] = {title: {} for title, _ in _SECTION_PREFIXES}
     for name in sorted(run.curves, key=_order):
         if name.endswith("/improved_by"):
             continue  # shown as marks
@@ -64,7 +63,7 @@ def sections(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _order(name: str) -> tuple[Any, ...]:
+def _order(name: str) -> tuple[object, ...]:
     """Returns the sort key of a curve: losses, then other metrics of training and evaluation, then all others.
 
     Of two curves for the same metric, the one of training comes first.
@@ -86,7 +85,7 @@ def _panel_and_label(name: str) -> tuple[str, str]:
     return name, name
 
 
-def _split(title: str, series: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _split(title: str, series: list[dict[str, object]]) -> list[dict[str, object]]:
     if len(series) <= _MAX_PANEL_CURVES:
         return [{"title": title, "series": series}]
     count = math.ceil(len(series) / _MAX_PANEL_CURVES)
@@ -105,7 +104,7 @@ def _rounded(value: float) -> float | int | None:
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
-def heat(found: list[tuple[int, Heights]]) -> dict[str, Any]:
+def heat(found: list[tuple[int, Heights]]) -> dict[str, object]:
     """Converts histograms to a heat map with one column per step, without empty buckets at both ends."""
     columns = evenly(found, _MAX_HEATMAP_COLUMNS)
     edges = columns[-1][1].edges

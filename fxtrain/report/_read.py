@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TypeVar
 
 from fxtrain.report import _validation as validation
-from fxtrain.report._downsampling import evenly
+from fxtrain.report._downsampling import Items, evenly
 from fxtrain.report._events import Events
 from fxtrain.report._folder import LONGEST, Folder, reason
 from fxtrain.report._logged import Logged, shortened_text
 from fxtrain.report._media import Files, read_media
-from fxtrain.report._run import Run, RunFolderError, Sampled
+from fxtrain.report._run import Mark, Run, RunFolderError, Sampled, Session
 
 _SHOWN_TEXTS = 20  # per name, evenly spaced
 _SHOWN_HISTOGRAMS = 100
 _MAX_SUMMARY = 2**20  # bytes
 _MAX_SESSIONS = 1000
-_SESSION = ("began", "from_step", "ended", "to_step", "reason")
 _METRICS = ("metrics.jsonl", "metrics.csv")
 _FILES = (*_METRICS, "run.json", "events.jsonl", "media")
+
+_Checked = TypeVar("_Checked")
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -100,7 +101,7 @@ def _why_nothing(folder: Folder) -> str:
     return f"expected logged values in {folder.root}, got none. Wait until the run has logged its first values."
 
 
-def _counted(kind: str, series: Any) -> dict[str, int]:
+def _counted(kind: str, series: Iterable[Items[Mark]]) -> dict[str, int]:
     count = sum(items.count for items in series)
     return {kind: count} if count else {}
 
@@ -134,7 +135,7 @@ def _read_text(folder: Folder, path: str, limit: int) -> str | None:
         return None
 
 
-def _object(folder: Folder, name: str) -> dict[str, Any]:
+def _object(folder: Folder, name: str) -> dict[str, object]:
     content = folder.read(name) if name in folder.names else None
     if content is None:
         return {}
@@ -145,20 +146,31 @@ def _object(folder: Folder, name: str) -> dict[str, Any]:
         return {}
 
 
-def _sessions(folder: Folder, facts: dict[str, Any]) -> list[dict[str, Any]]:
+def _sessions(folder: Folder, facts: dict[str, object]) -> list[Session]:
     sessions = _field(folder, facts, "sessions", validation.listed) or []
-    found: list[dict[str, Any]] = []
+    found: list[Session] = []
     for session in sessions[-_MAX_SESSIONS:]:
         known = _field(folder, {"a session": session}, "a session", validation.mapping)
         if known is not None:
-            text = {name: validation.words(known.get(name)) for name in _SESSION}
             seconds = _field(folder, known, "seconds", validation.seconds)
             environment = _field(folder, known, "environment", validation.mapping)
-            found.append(text | {"seconds": seconds or 0.0, "environment": environment or {}})
+            found.append(
+                Session(
+                    began=validation.words(known.get("began")),
+                    from_step=validation.words(known.get("from_step")),
+                    ended=validation.words(known.get("ended")),
+                    to_step=validation.words(known.get("to_step")),
+                    reason=validation.words(known.get("reason")),
+                    seconds=seconds or 0.0,
+                    environment=environment or {},
+                )
+            )
     return found
 
 
-def _field(folder: Folder, facts: dict[str, Any], name: str, checked: Callable[[Any], Any]) -> Any:
+def _field(
+    folder: Folder, facts: Mapping[str, object], name: str, checked: Callable[[object], _Checked]
+) -> _Checked | None:
     """Returns a validated field of ``run.json``, or None if it is missing or invalid. The latter is a problem."""
     if facts.get(name) is None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import PurePosixPath
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,10 @@ class Sampled(Generic[Value]):
     count: int
 
 
+Cell = float | str | PurePosixPath
+"""A number, a text, or the path of an image in the run folder."""
+
+
 class Heights(NamedTuple):
     """A histogram with counts, float64 [n], between edges, float64 [n + 1]."""
 
@@ -58,7 +62,7 @@ class Table(NamedTuple):
     """The latest table of a name. A cell with a path is an image in the run folder."""
 
     step: int
-    columns: dict[str, list[Any]]  # the first rows only
+    columns: dict[str, list[Cell]]  # the first rows only
     rows: int  # of the complete table
 
 
@@ -68,6 +72,18 @@ class Confusion(NamedTuple):
     step: int
     labels: list[str]
     counts: np.ndarray  # float64 [n, n]
+
+
+class Session(TypedDict):
+    """A session of a run. Texts are empty if they were not recorded."""
+
+    began: str
+    from_step: str
+    ended: str
+    to_step: str
+    reason: str
+    seconds: float
+    environment: dict[str, object]
 
 
 @dataclasses.dataclass
@@ -99,9 +115,9 @@ class Run:
     tables: dict[str, Table]
     confusion: dict[str, Confusion]
     media: dict[str, dict[int, list[PurePosixPath]]]
-    config: dict[str, Any]
-    sessions: list[dict[str, Any]]
+    config: dict[str, object]
+    sessions: list[Session]
     summary: str
-    result: dict[str, Any]
+    result: dict[str, object]
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     folder: Folder | None = None

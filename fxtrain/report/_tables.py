@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ _MAX_PAIRS = 20  # most confused pairs of classes
 def tables(run: Run, embedded: Embedded) -> str:
     """Returns the section of tables."""
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         if isinstance(value, PurePosixPath):
             return embedded.html(value, _MAX_IMAGE) or "(image)"
         return cell_text(value)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 
@@ -27,7 +27,7 @@ _MAX_COUNT = 2.0**53  # larger integers are not exact in float64
 _MAX_EDGE = 1e300  # differences of larger edges overflow
 
 
-def parsed(content: bytes) -> Any:
+def parsed(content: bytes) -> object:
     """Parses JSON. Characters truncated by a crash become replacement characters.
 
     Raises:
@@ -59,28 +59,28 @@ def decoded(content: bytes) -> str:
         raise ValueError(f"expected text in UTF-8, got an invalid byte at {error.start:,}") from None
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, object]:
     """Validates a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {named(value)}")
     return value
 
 
-def listed(value: Any) -> list[Any]:
+def listed(value: object) -> list[object]:
     """Validates a JSON array."""
     if not isinstance(value, list):
         raise ValueError(f"expected a list, got {named(value)}")
     return value
 
 
-def step(value: Any) -> int:
+def step(value: object) -> int:
     """Validates a step, an integer from 0 to ``MAX_STEP``."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_STEP:
         raise ValueError(f"expected a step, an integer from 0 to 2**50, got {named(value)}")
     return value
 
 
-def number(value: Any) -> float:
+def number(value: object) -> float:
     """Converts a number, or a string such as ``"nan"``, because JSON has neither NaN nor infinity."""
     if isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _MAX_NUMBER):
         try:
@@ -93,7 +93,7 @@ def number(value: Any) -> float:
     raise ValueError(f"expected a number, got {named(value)}")
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """Validates a string."""
     if not isinstance(value, str):
         raise ValueError(f"expected a string, got {named(value)}")
@@ -107,7 +107,7 @@ def name(value: str) -> str:
     return value
 
 
-def seconds(value: Any) -> float:
+def seconds(value: object) -> float:
     """Converts a duration, a finite number of at least 0."""
     found = number(value)
     if not 0 <= found < math.inf:
@@ -115,12 +115,12 @@ def seconds(value: Any) -> float:
     return found
 
 
-def counts(value: Any) -> np.ndarray:
+def counts(value: object) -> np.ndarray:
     """Converts counts to a float64 [n] array with finite values of at least 0."""
     return _between(value, 0.0, _MAX_COUNT, "counts")
 
 
-def edges(value: Any, buckets: int) -> np.ndarray:
+def edges(value: object, buckets: int) -> np.ndarray:
     """Converts the edges of ``buckets`` buckets to an increasing float64 [buckets + 1] array."""
     found = _between(value, -_MAX_EDGE, _MAX_EDGE, "edges")
     if len(found) != buckets + 1 or not (np.diff(found) > 0).all():
@@ -128,7 +128,7 @@ def edges(value: Any, buckets: int) -> np.ndarray:
     return found
 
 
-def square(value: Any, side: int) -> np.ndarray:
+def square(value: object, side: int) -> np.ndarray:
     """Converts rows of counts to a float64 [side, side] array."""
     rows = [counts(row) for row in listed(value)]
     if len(rows) != side or any(len(row) != side for row in rows):
@@ -136,19 +136,19 @@ def square(value: Any, side: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _between(value: Any, low: float, high: float, what: str) -> np.ndarray:
+def _between(value: object, low: float, high: float, what: str) -> np.ndarray:
     found = np.array([number(each) for each in listed(value)], dtype=np.float64)
     if not len(found) or not ((found >= low) & (found <= high)).all():
         raise ValueError(f"expected finite {what} from {low:g} to {high:g}, got {named(value)}")
     return found
 
 
-def is_image_of_table(cell: Any) -> bool:
+def is_image_of_table(cell: object) -> TypeGuard[str]:
     """Returns whether a cell is the name of an image file in the folder of its table."""
     return isinstance(cell, str) and len(cell) < 256 and _IMAGE_OF_TABLE.fullmatch(cell) is not None
 
 
-def words(value: Any) -> str:
+def words(value: object) -> str:
     """Returns a scalar or a list of scalars as text of bounded length.
 
     Example:
@@ -166,7 +166,7 @@ def words(value: Any) -> str:
     return "(an object)" if isinstance(value, Mapping) else truncate(str(value), MAX_WORDS)
 
 
-def named(value: Any) -> str:
+def named(value: object) -> str:
     """Describes a value for an error message, by type or by its shortened text."""
     if value is None:
         return "null"
@@ -177,14 +177,14 @@ def named(value: Any) -> str:
     return truncate(repr(value[:40]) if isinstance(value, str) else words(value), 40)
 
 
-def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def flattened(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yields the leaves of nested objects as text, with their keys joined by ``/``. Skips None.
 
     Example:
         >>> list(flattened({"optim": {"lr": 0.1}, "steps": 5}))
         [('optim/lr', '0.1'), ('steps', '5')]
     """
-    waiting: list[tuple[str, Any, int]] = [("", values, 0)]  # a stack, because recursion depth is limited
+    waiting: list[tuple[str, object, int]] = [("", values, 0)]  # a stack, because recursion depth is limited
     while waiting:
         path, value, depth = waiting.pop()
         if isinstance(value, Mapping) and depth < _MAX_DEPTH:

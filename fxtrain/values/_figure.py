@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fxtrain.core import describe
 from fxtrain.values._media import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,11 +33,11 @@ class Figure:
         Figure of 100 x 200
     """
 
-    figure: dataclasses.InitVar[Any]
+    figure: dataclasses.InitVar[MatplotlibFigure]
     dpi: dataclasses.InitVar[float | None] = None
     pixels: np.ndarray = dataclasses.field(init=False)  # uint8 [H, W, 4]
 
-    def __post_init__(self, figure: Any, dpi: float | None) -> None:
+    def __post_init__(self, figure: MatplotlibFigure, dpi: float | None) -> None:
         if not (hasattr(figure, "savefig") and hasattr(figure, "dpi")):
             remedy = " Use its .figure." if hasattr(figure, "figure") else ""
             raise TypeError(f"expected a Matplotlib figure, got {describe(figure)}.{remedy}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+
+Json = str | int | float | None | dict[str, "Json"] | list["Json"]
+"""A value that ``json`` can represent."""
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: object) -> Json:
     """Converts a value to types that JSON can represent.
 
     Non-finite floats become strings that ``float`` can parse. Objects of other types become their ``str``.

@@ -155,7 +155,7 @@ class Audio:
         return f"Audio of {self.samples.shape[0 if self.samples.ndim < 3 else 1] / self.rate:.1f} s"
 
 
-def _check_pixels(value: Any, name: str, *, inner: int) -> None:
+def _check_pixels(value: Image | Video, name: str, *, inner: int) -> None:
     """Checks pixels, layout and limits. ``inner`` is the number of axes of one image or video."""
     pixels = as_tensor(name, value.pixels)
     object.__setattr__(value, "pixels", pixels)
@@ -180,11 +180,11 @@ def _check_pixels(value: Any, name: str, *, inner: int) -> None:
         )
 
 
-def _channels(value: Any) -> int:
+def _channels(value: Image | Video) -> int:
     return value.pixels.shape[-1 if value.layout == "HWC" else -3] if value.pixels.ndim > 2 else 1
 
 
-def _frames(value: Any) -> np.ndarray:
+def _frames(value: Image | Video) -> np.ndarray:
     pixels: Tensor = value.pixels
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -201,7 +201,7 @@ def _frames(value: Any) -> np.ndarray:
     return np.ascontiguousarray(found.astype(np.uint8))
 
 
-def _within(value: Any, data: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
+def _within(value: Image | Video | Audio, data: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
     """Clips values that are slightly out of range, and leaves a note for ``note_of_clipping`` on ``value``."""
     name, least, most = type(value).__name__, float(data.min()), float(data.max())
     beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
@@ -213,12 +213,12 @@ def _within(value: Any, data: np.ndarray, low: float, high: float, what: str) ->
     return data.clip(low, high)
 
 
-def note_of_clipping(value: Any) -> str | None:
+def note_of_clipping(value: object) -> str | None:
     """Returns a description of the clipping on the host, once, or None if nothing was clipped."""
-    return value.__dict__.pop(_NOTE, None)
+    return vars(value).pop(_NOTE, None)
 
 
-def _described(value: Any, name: str) -> str:
+def _described(value: Image | Video, name: str) -> str:
     shape = value.pixels.shape
     inner = 3 if isinstance(value, Image) else 4
     rows, columns = (-2, -1) if value.layout == "CHW" or value.pixels.ndim == 2 else (-3, -2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fxtrain.core import describe, register_node
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def register_value(cls: type[Any], *tensors: str) -> None:
+
+def register_value(cls: type[DataclassInstance], *tensors: str) -> None:
     """Registers a class of values as a pytree node, so that values can be logged inside a compiled step.
 
     Args:
@@ -22,7 +25,7 @@ def register_value(cls: type[Any], *tensors: str) -> None:
     """
     others = [field.name for field in dataclasses.fields(cls) if field.name not in tensors]
 
-    def flatten(value: Any) -> tuple[list[Any], Any]:
+    def flatten(value: object) -> tuple[list[Any], Any]:
         present = tuple(name for name in tensors if getattr(value, name) is not None)
         return [getattr(value, name) for name in present], (present, tuple(getattr(value, name) for name in others))
 
@@ -39,7 +42,7 @@ def register_value(cls: type[Any], *tensors: str) -> None:
     register_node(cls, flatten, unflatten)
 
 
-def as_tensor(what: str, value: Any) -> Tensor:
+def as_tensor(what: str, value: object) -> Tensor:
     """Returns a detached tensor of real numbers from a tensor or array.
 
     Args:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor
 
-from fxtrain.core import Control, EvalEnd, Logged, StepEnd, describe
-from fxtrain.values._kinds import KINDS
+from fxtrain.core import Control, EvalEnd, Logged, LoopEvent, StepEnd, describe
+from fxtrain.values._kinds import KINDS, Value
+
+_Metric = TypeVar("_Metric")
 
 
-def published(event: Any, control: Control) -> dict[str, Any]:
+def published(event: LoopEvent, control: Control) -> dict[str, Value]:
     """Returns the values to write at an event, by name.
 
     The metrics of ``StepEnd`` are named ``train/<name>``, and those of ``EvalEnd`` ``eval/<name>``. Logged values keep
@@ -34,7 +36,7 @@ def published(event: Any, control: Control) -> dict[str, Any]:
         {'train/loss': 0.5, 'learning rate': 0.1}
     """
     kind = type(event)
-    named = named_after(kind, event.metrics) if kind in _PREFIXES else {}
+    named: dict[str, Value] = named_after(kind, event.metrics) if isinstance(event, StepEnd | EvalEnd) else {}
     for name, entry in control.log.items():
         if name in named:
             raise ValueError(
@@ -48,7 +50,7 @@ def published(event: Any, control: Control) -> dict[str, Any]:
 _PREFIXES = {StepEnd: "train/", EvalEnd: "eval/"}
 
 
-def named_after(kind: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+def named_after(kind: type[LoopEvent], metrics: Mapping[str, _Metric]) -> dict[str, _Metric]:
     """Returns metrics under the names that they are published under.
 
     Args:
@@ -59,7 +61,7 @@ def named_after(kind: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {prefix + name: value for name, value in metrics.items()}
 
 
-def _loggable(name: str, entry: Logged) -> Any:
+def _loggable(name: str, entry: Logged) -> Value:
     value = entry.value
     if isinstance(value, bool | int | float) or type(value) in KINDS:
         return value

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +13,7 @@ from fxtrain.core import describe
 from fxtrain.values._media import Image
 
 Cell = str | bool | int | float | None
+Column = Sequence[Cell] | Tensor | np.ndarray | Image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Table:
         | dog | 0.25 |
     """
 
-    columns: Mapping[str, Any]
+    columns: Mapping[str, Column]
 
     def __post_init__(self) -> None:
         if not isinstance(self.columns, Mapping) or not self.columns:
@@ -78,7 +78,7 @@ class Table:
         return f"Table of {len(self)} rows: {', '.join(self.columns)}"
 
 
-def _column(name: Any, column: Any) -> Any:
+def _column(name: str, column: object) -> Column:
     if isinstance(column, Image):
         if column.pixels.ndim != 4:
             raise ValueError(f"expected column {name!r} to be several images [N, H, W, C], got {column!r}.")
@@ -95,8 +95,8 @@ def _column(name: Any, column: Any) -> Any:
     return list(column)
 
 
-def _listed(column: Any) -> list[Cell]:
-    return column.tolist() if isinstance(column, Tensor) else column
+def _listed(column: Sequence[Cell] | Tensor | np.ndarray) -> list[Cell]:
+    return column.tolist() if isinstance(column, Tensor | np.ndarray) else list(column)
 
 
 def _text(cell: Cell) -> str:
@@ -105,5 +105,5 @@ def _text(cell: Cell) -> str:
     return "" if cell is None else html.escape(str(cell)).replace("|", "&#124;").replace("\n", "<br>")
 
 
-def _row(cells: Any) -> str:
+def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"

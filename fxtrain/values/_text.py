@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from fxtrain.core import describe
 
@@ -43,7 +42,7 @@ class HParams:
         {'batch': 32, 'optim/name': 'adamw', 'optim/lr': 0.0003}
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
 
     def __post_init__(self) -> None:
         self.flat()
@@ -52,7 +51,7 @@ class HParams:
         """Returns a flat mapping, with the keys of each path joined by ``/``."""
         leaves: dict[str, str | Scalar] = {}
 
-        def collect(prefix: str, value: Any) -> None:
+        def collect(prefix: str, value: object) -> None:
             if isinstance(value, Mapping):
                 for key, inner in value.items():
                     if not isinstance(key, str):

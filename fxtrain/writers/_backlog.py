@@ -13,7 +13,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import LoopEvent
 from fxtrain.values import HParams, Table, Text, Value
-from fxtrain.values._table import Cell
+from fxtrain.values._table import Column
 
 MOST_POINTS = 10_000
 MOST_BYTES = 2**26
@@ -135,7 +135,7 @@ def on_host_copy(value: Value) -> Value:
         case np.ndarray():
             return value.copy()
         case Table():
-            return Table({name: on_host_copy(column) for name, column in value.columns.items()})
+            return Table({name: tree.map(_leaf_on_host, column) for name, column in value.columns.items()})
         case HParams():
             return HParams(value.flat())
         case bool() | int() | float():
@@ -148,7 +148,7 @@ def _leaf_on_host(leaf: object) -> object:
     return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
 
 
-def _size(value: Value | list[Cell]) -> int:
+def _size(value: Value | Column) -> int:
     if isinstance(value, Text):
         return _SCALAR_BYTES + len(value.markdown)
     if isinstance(value, Table):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 from fxtrain.core import LoopEvent, encodable, printable, printable_lines
-from fxtrain.values import HParams, Text, Value
+from fxtrain.values import HParams, Scalar, Text, Value
 from fxtrain.writers._interface import Backend
 
 
@@ -58,7 +58,7 @@ class ConsoleWriter(Backend):
         self.flush()
 
 
-def _line(step: int, scalars: Mapping[str, Any]) -> str:
+def _line(step: int, scalars: Mapping[str, Scalar]) -> str:
     shown = [
         f"{printable(name)} {value:.6g}" if isinstance(value, float) else f"{printable(name)} {value}"
         for name, value in scalars.items()

@@ -11,6 +11,7 @@ from typing import Any
 from fxtrain.core import EvalStep, LoopEvent
 from fxtrain.disk import make_folder
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
+from fxtrain.values._table import Cell
 from fxtrain.writers._interface import unwritable
 from fxtrain.writers._one_file import Appendable, OneFile, mend
 from fxtrain.writers._rewinds import REWOUND, Rewinds
@@ -104,7 +105,7 @@ class JsonLinesWriter(OneFile):
             self._append({REWOUND: step})
             self._last = step
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _append(self, record: Mapping[str, object]) -> None:
         line = json.dumps(jsonable(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         self._opened().append(line)
 
@@ -173,7 +174,7 @@ def _read(line: bytes) -> dict[str, Any] | None:
     return record if is_record else None
 
 
-def _columns(table: Table) -> dict[str, list[Any]]:
+def _columns(table: Table) -> dict[str, list[Cell]]:
     """Returns the columns, with a placeholder for each image."""
     cells = table.cells()
     return {name: cell if isinstance(cell, list) else ["(image)"] * len(cell) for name, cell in cells.items()}

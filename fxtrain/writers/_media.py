@@ -9,11 +9,11 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from fxtrain.core import LoopEvent
+from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import make_folder, put_file, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Value, Video, jsonable
 from fxtrain.writers._encoding import gif, png, wav
@@ -199,7 +199,7 @@ def _rewinds_in(folder: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def _files(stem: str, value: Any) -> dict[str, bytes]:
+def _files(stem: str, value: Value) -> dict[str, bytes]:
     match value:
         case Text(markdown):
             return {f"{stem}.md": markdown.encode()}
@@ -214,8 +214,10 @@ def _files(stem: str, value: Any) -> dict[str, bytes]:
         case ConfusionMatrix():
             content = {"labels": value.labels, "counts": value.counts.tolist()}
             return {f"{stem}.json": json.dumps(content).encode()}
-        case _:
+        case PointCloud():
             return {f"{stem}.ply": _ply(value)}
+        case _:
+            raise TypeError(f"expected a value that media stores as a file, got {describe(value)}.")
 
 
 def _numbered(stem: str, ending: str, contents: list[bytes]) -> dict[str, bytes]:
@@ -226,7 +228,7 @@ def _numbered(stem: str, ending: str, contents: list[bytes]) -> dict[str, bytes]
 
 def _table(stem: str, table: Table) -> dict[str, bytes]:
     images: dict[str, bytes] = {}
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, object] = {}
     for name, cells in table.cells().items():
         if isinstance(cells, list):
             columns[name] = jsonable(cells)

@@ -8,12 +8,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxtrain.values import HParams
 from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._media import MediaWriter
 from fxtrain.writers._remote import RemoteWriter
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _MAX_METRICS, _MAX_PARAMETERS = 1000, 100  # the store's limits per request
 _MAX_NAME, _MAX_PARAMETER = 250, 6000  # its limits on the length of a name and of a parameter
@@ -77,7 +80,7 @@ class MlflowWriter(RemoteWriter):
     service, file = "MLflow", "mlflow-run.json"
     kinds = frozenset((float, HParams)) | MediaWriter.kinds
 
-    def __init__(self, folder: Path, client: Any, experiment: str, name: str | None) -> None:
+    def __init__(self, folder: Path, client: MlflowClient, experiment: str, name: str | None) -> None:
         super().__init__(folder)
         self._client, self._experiment, self._name = client, experiment, name
 
@@ -88,7 +91,7 @@ class MlflowWriter(RemoteWriter):
 class MlflowSession:
     """The requests of one session, made by one thread."""
 
-    def __init__(self, writer: MlflowWriter, client: Any, experiment: str, name: str | None) -> None:
+    def __init__(self, writer: MlflowWriter, client: MlflowClient, experiment: str, name: str | None) -> None:
         self._writer, self._client, self._experiment, self._name = writer, client, experiment, name
         self._run = ""
 
@@ -135,7 +138,7 @@ class MlflowSession:
             return error.get_http_status_code() in (400, 404, 409, 413, 422)
         return not isinstance(error, OSError)
 
-    def _new_parameters(self, config: Mapping[str, Any]) -> dict[str, str]:
+    def _new_parameters(self, config: Mapping[str, object]) -> dict[str, str]:
         """Returns the parameters that the run does not have yet. Warns about changed ones, which MLflow rejects."""
         known = self._client.get_run(self._run).data.params
         given = {_accepted_name(name): str(value)[:_MAX_PARAMETER] for name, value in config.items()}

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fxtrain.core import LoopEvent
+from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
 from fxtrain.writers._encoding import gif, numbered, png, wav
@@ -91,7 +91,7 @@ class TensorBoardWriter(OneFile):
         summary = self._message.Summary(value=summaries)
         self._file.append(self._record(wall_time=self._when(event), step=step, summary=summary))
 
-    def _when(self, event: Any) -> float:
+    def _when(self, event: LoopEvent | None) -> float:
         """Returns the Unix time of an event, in seconds.
 
         Points are written after their event, several together, so the smallest delay seen gives the start of the clock.
@@ -102,7 +102,7 @@ class TensorBoardWriter(OneFile):
         self._began = min(self._began, now - event.time)
         return self._began + event.time
 
-    def _summaries_of(self, step: int, name: str, value: Any) -> Any:
+    def _summaries_of(self, step: int, name: str, value: Value) -> list[Any]:
         message, summaries = self._message.Summary, self._summaries
         match value:
             case Text(markdown):
@@ -145,9 +145,11 @@ class TensorBoardWriter(OneFile):
                 # first run that it finds, as they were when that run began.
                 _, session, _ = summaries.hparams(value.flat(), {})
                 return session.value
-            case _:
+            case bool() | int() | float():
                 # Stored as float32, which is all that TensorBoard reads.
                 return [message.Value(tag=name, simple_value=float(value))]
+            case _:
+                raise TypeError(f"expected a value that TensorBoard shows, got {describe(value)}.")
 
     def _image(self, tag: str, frame: np.ndarray, encoded: bytes) -> Any:
         height, width, channels = frame.shape

@@ -7,7 +7,7 @@ import html
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class WandbWriter(RemoteWriter):
     service, file = "Weights & Biases", "wandb-run.json"
     kinds = frozenset((float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams))
 
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, options: dict[str, object]) -> None:
         super().__init__(folder)
         self._options = options
 
@@ -105,7 +105,7 @@ class WandbWriter(RemoteWriter):
 class WandbSession:
     """The calls of one session, made by one thread."""
 
-    def __init__(self, writer: WandbWriter, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, writer: WandbWriter, folder: Path, options: dict[str, object]) -> None:
         self._writer, self._folder, self._options = writer, folder, options
         self._run: Any = None
 
@@ -158,7 +158,7 @@ def _settings() -> Any:
     return wandb.Settings(**limits)
 
 
-def _as_wandb(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
+def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str, Any]:
     """Converts a value to wandb's types, under one name or several."""
     import wandb
 
@@ -193,7 +193,7 @@ def _as_wandb(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, A
             return {name: value}
 
 
-def _panels(name: str, media: list[Any]) -> dict[str, Any]:
+def _panels(name: str, media: Sequence[object]) -> dict[str, Any]:
     """Splits media of one name into lists that wandb accepts."""
     begins = range(0, len(media), _MAX_MEDIA)
     return {numbered(name, index, len(begins)): media[begin : begin + _MAX_MEDIA] for index, begin in enumerate(begins)}
