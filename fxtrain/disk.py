@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 # Errors of file systems that cannot sync folders, and of system folders that may not be opened
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -53,6 +54,40 @@ def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Appends lines to a file, or none if a write fails. They are not synced, except for the entry of a new file.
+
+    A last line that a crash cut short is terminated first, and zeros that a power failure left in place of data are
+    removed.
+
+    Args:
+        path: The file. It may not exist yet.
+        lines: Lines with their line ends.
+    """
+    is_new = not path.exists()
+    with open(path, "ab+", buffering=0) as file:
+        size = end = file.tell()
+        while end and (last := _byte(file, end - 1)) == b"\0":
+            end -= 1
+        if end < size:
+            file.truncate(end)
+        is_torn = end > 0 and last != b"\n"
+        rest = memoryview(b"\n" + lines if is_torn else lines)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+    if is_new:
+        sync_folder(path.parent)
+
+
+def _byte(file: BinaryIO, place: int) -> bytes:
+    file.seek(place)
+    return file.read(1)
 
 
 def replace_file(path: Path, content: bytes) -> None:

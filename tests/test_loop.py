@@ -163,7 +163,7 @@ class TestRequests:
             callbacks=fx.when(fx.every(2), fx.callbacks.save()),
             eval_step=problem.eval_step,
             eval_data=problem.data(1),
-            eval_when=fx.every(4),
+            eval_when=4,
             checkpointer=fx.checkpointer(tmp_path),
             observers=[fx.observers.required(lambda s, e, c: saved.append(e) if isinstance(e, fx.Saved) else None)],
         )

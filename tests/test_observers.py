@@ -28,8 +28,9 @@ from fxtrain.core import (
     Restored,
     Rewound,
     StepEnd,
+    name_of,
 )
-from fxtrain.fold._subscription import name_of, subscription
+from fxtrain.fold._subscription import subscription
 from fxtrain.values import HParams, Text
 
 NOTHING = Control()
@@ -312,6 +313,21 @@ def test_observers_subscribe_only_to_needed_events():
     assert tuple(subscription(observers.summary())) == (FitBegin,)
     assert StepEnd in subscription(observers.progress())
     assert {StepEnd, Rewound, FitBegin, EvalEnd} <= set(subscription(observers.write(Recorder())))
+
+
+def test_only_rank_zero_observer_runs(monkeypatch):
+    seen = []
+
+    def watch(state, event: fx.StepEnd, control):
+        seen.append(event.step)
+
+    monkeypatch.setenv("RANK", "1")
+    other = fx.observers.rank_zero(watch)
+    monkeypatch.setenv("RANK", "0")
+    first = fx.observers.rank_zero(watch)
+    for observer, wanted in ((other, []), (first, [1, 2])):
+        fx.fit(problem.start(), problem.step(), problem.data(), steps=2, observers=[observer])
+        assert seen == wanted
 
 
 @pytest.mark.parametrize("wrap", [lambda observer: observer, observers.required])

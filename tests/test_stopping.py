@@ -374,6 +374,23 @@ class TestRestoreBest:
         assert float(restored.params["w"]) == 1.03125
         assert fx.fit(restored, self.step, [torch.tensor(1.0)], steps=6).reason == "reached 6 steps"
 
+    def test_only_the_final_state_changes(self):
+        callback = fx.compose(fx.callbacks.restore_best("loss"))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        for value, event in zip([5.0, 1.0, 7.0], evaluations([0.5, 0.1, 0.3]), strict=True):
+            params = {name: torch.full_like(leaf, value) for name, leaf in state.params.items()}
+            state, _ = callback(state.replace(params=params), event)
+        assert float(state.params["weight"]) == 7.0
+        harvest, _ = callback(state, fx.FitEnd(step=30, reason=""))
+        assert float(harvest.params["weight"]) == 1.0
+        assert int(harvest.slots["restore_best"].step) == int(state.step)
+
+    def test_final_state_is_last_without_evaluation(self):
+        callback = fx.compose(fx.callbacks.restore_best("loss"))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        harvest, _ = callback(state, fx.FitEnd(step=0, reason=""))
+        testing.assert_equal(harvest.params, state.params, "harvest")
+
     def test_baseline_of_early_stopping_does_not_matter(self):
         assert float(self.run(callbacks=[early_stopping("far", patience=99, baseline=0.01)]).state.params["w"]) == 1.5
 

@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-from fxtrain.core import Control, FitBegin, TrainState
-from fxtrain.disk import make_folder, put_file, sync_file, sync_folder
+from fxtrain.core import Control, FitBegin, Observer, TrainState
+from fxtrain.disk import append_lines, make_folder, sync_file, sync_folder
 from fxtrain.observers._repository import commit_of, git
 
 _MAX_FILE_BYTES = 2**20  # bytes; larger files are unlikely to be source
@@ -20,7 +19,7 @@ _EXTENSIONS = frozenset(
 _MODIFICATION_TIME = (1980, 1, 1, 0, 0, 0)  # of every file, so that archives compare equal
 
 
-def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".") -> Callable[..., None]:
+def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".") -> Observer:
     """Archives the source code in ``<folder>/code`` when a session begins.
 
     ``<digest>.zip`` contains the files. ``sessions.jsonl`` has a line for each session with its step and archive and,
@@ -63,7 +62,8 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         if not zipfile.is_zipfile(path):  # missing, or damaged by a power cut
             _write_archive(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
         line = {"step": event.step, "archive": path.name, **_commit(root, own)}
-        _append_line(target / "sessions.jsonl", json.dumps(line).encode())
+        append_lines(target / "sessions.jsonl", json.dumps(line).encode() + b"\n")
+        sync_file(target / "sessions.jsonl")
         sync_folder(target)
 
     return record_code
@@ -118,16 +118,6 @@ def _write_archive(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
     sync_file(new)
     os.replace(new, path)
-
-
-def _append_line(path: Path, line: bytes) -> None:
-    """Appends a line. The last one may be cut short by a crash, or end in zeros after a power cut."""
-    before = path.read_bytes() if path.exists() else b""
-    kept = before.rstrip(b"\0")
-    if len(kept) < len(before):
-        os.truncate(path, len(kept))
-    torn = kept and not kept.endswith(b"\n")
-    put_file(path, [b"\n" * bool(torn), line, b"\n"], "ab")
 
 
 def _commit(root: Path, own: Path) -> dict[str, object]:

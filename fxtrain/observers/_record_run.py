@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from fxtrain.core import (
     TrainState,
     printable,
 )
-from fxtrain.disk import make_folder, replace_file, set_aside, sync_file, sync_folder
+from fxtrain.disk import append_lines, make_folder, replace_file, set_aside, sync_file
 from fxtrain.observers._repository import commit_of
 from fxtrain.values import jsonable
 
@@ -173,7 +173,7 @@ class RecordRun:
             replace_file(self._run, json.dumps(self._content, indent=2).encode())
             self._is_outdated = False
         if self._lines:
-            _append(self._events, b"".join(self._lines))
+            append_lines(self._events, b"".join(self._lines))
             self._lines.clear()
 
     def _sync(self) -> None:
@@ -212,33 +212,6 @@ class RecordRun:
         if len(self._lines) > _MAX_QUEUED_LINES:
             self._lines.popleft()
             self._dropped += 1
-
-
-def _append(path: Path, lines: bytes) -> None:
-    """Appends lines, or none if a write fails. A last line that a crash cut short is terminated first."""
-    is_new = not path.exists()
-    with open(path, "ab+", buffering=0) as file:
-        size = end = file.tell()
-        # A power cut may leave zeros in place of data that was not synced.
-        while end and (last := _byte(file, end - 1)) == b"\0":
-            end -= 1
-        if end < size:
-            file.truncate(end)
-        torn = end > 0 and last != b"\n"
-        rest = memoryview(b"\n" + lines if torn else lines)
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            file.truncate(end)
-            raise
-    if is_new:
-        sync_folder(path.parent)
-
-
-def _byte(file: BinaryIO, place: int) -> bytes:
-    file.seek(place)
-    return file.read(1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -111,22 +111,6 @@ class TestLrMonitor:
             logged(lr_monitor(hyperparams=names), [step_end(1, 0.5)], fx.init({"w": torch.tensor(1.0)}, tx))
 
 
-class TestRankZero:
-    def test_only_rank_zero_observer_runs(self, monkeypatch):
-        seen = []
-
-        def watch(state, event: fx.StepEnd, control):
-            seen.append(event.step)
-
-        monkeypatch.setenv("RANK", "1")
-        other = fx.observers.rank_zero(watch)
-        monkeypatch.setenv("RANK", "0")
-        first = fx.observers.rank_zero(watch)
-        for observer, wanted in ((other, []), (first, [1, 2])):
-            fx.fit(problem.start(), problem.step(), problem.data(), steps=2, observers=[observer])
-            assert seen == wanted
-
-
 def test_throughput_excludes_evaluation_time():
     callback = fx.compose(throughput(samples=8, every=3))
     state = fx.attach(problem.start(), callback)
