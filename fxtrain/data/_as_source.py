@@ -20,7 +20,7 @@ from fxtrain.data._stateful_loaders import from_stateful_loader
 from fxtrain.data._types import Batches, SourceLike
 
 
-class Checked(Source):
+class CheckedBatches(Source):
     """Adds checks of the batches to an implementation of ``Batches``. Forwards the optional methods that it defines."""
 
     def __init__(self, batches: Batches) -> None:
@@ -74,7 +74,7 @@ def as_source(source: SourceLike, *, seed: int = 0) -> Source:
         return source
     data = as_torch(source)
     if isinstance(data, Batches):
-        return Checked(data)
+        return CheckedBatches(data)
     if is_graph(data):
         return sequence([data])
     if isinstance(data, list | tuple):

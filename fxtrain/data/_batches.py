@@ -14,13 +14,13 @@ from fxtrain.core import Batch, Tree, check_positive_int, describe
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._collate import collate, samples
 from fxtrain.data._hugging_face import as_torch, has_state, is_stream
-from fxtrain.data._indexed import DropLast, Indexed
+from fxtrain.data._indexed import DropLast, IndexedBatches
 from fxtrain.data._iterables import from_iterable
 from fxtrain.data._rows import take_rows
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
-from fxtrain.data._stream_batches import Grouped, StatefulGrouped
+from fxtrain.data._stream_batches import StatefulStreamBatches, StreamBatches
 from fxtrain.data._types import LazyArray, MapDataset, Sample
 
 
@@ -95,7 +95,7 @@ def batches(
         def take(items: np.ndarray, position: int) -> Batch:
             return tree.map(lambda leaf: take_rows(leaf, items), source)
 
-    return Indexed(
+    return IndexedBatches(
         take,
         size,
         batch_size,
@@ -127,9 +127,9 @@ def _grouped(
     if not isinstance(drop_last, bool):
         raise ValueError(f"expected drop_last to be True or False for a stream, got {describe(drop_last)}.")
     if has_state(stream):
-        loader = StatefulGrouped(stream, batch_size, collate, drop_last)
+        loader = StatefulStreamBatches(stream, batch_size, collate, drop_last)
         return from_stateful_loader(loader, seed=seed, dynamic=dynamic)
-    return from_iterable(Grouped(stream, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
+    return from_iterable(StreamBatches(stream, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
 
 
 def _is_dataset(source: object) -> TypeGuard[MapDataset[Tree]]:

@@ -10,9 +10,9 @@ from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._indexed import DropLast
-from fxtrain.data._pad import Layout, Side, pad
+from fxtrain.data._pad import PadLayout, Side, pad
 from fxtrain.data._padded import padded
-from fxtrain.data._ragged_batches import Choice, Ragged
+from fxtrain.data._ragged_batches import BatchPlan, RaggedBatches
 from fxtrain.data._types import Examples
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.
@@ -38,7 +38,7 @@ def bucketed(
     columns: Sequence[str] | None = None,
     variable: Sequence[str] | None = None,
     lengths: Lengths | None = None,
-) -> Bucketed:
+) -> BucketedBatches:
     """Returns batches of examples of similar length, each padded to one of a few lengths.
 
     The batch shapes, the number of batches per epoch and the amount of padding are known before the first batch. Each
@@ -81,7 +81,7 @@ def bucketed(
     """
     examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     bounds = None if isinstance(sizes, int) else _checked(sizes)
-    layout = Layout(
+    layout = PadLayout(
         examples.by_column,
         max_length=None if bounds is None else bounds[-1],
         truncate=truncate,
@@ -98,10 +98,10 @@ def bucketed(
         assert isinstance(sizes, int)
         bounds = least_padding(longest, sizes, multiple)
     rows = [_rows(bound, batch_size, tokens, batch_multiple) for bound in bounds]
-    return Bucketed(examples, layout, cut, bounds, rows, seed=seed, shuffle=shuffle, drop_last=drop_last)
+    return BucketedBatches(examples, layout, cut, bounds, rows, seed=seed, shuffle=shuffle, drop_last=drop_last)
 
 
-class Bucketed(Ragged):
+class BucketedBatches(RaggedBatches):
     """Batches of examples of similar length. Use ``bucketed``.
 
     Args:
@@ -112,7 +112,7 @@ class Bucketed(Ragged):
     def __init__(
         self,
         examples: MeasuredExamples,
-        layout: Layout,
+        layout: PadLayout,
         lengths: Mapping[str, np.ndarray],
         bounds: Sequence[int],
         rows: Sequence[int],
@@ -159,14 +159,14 @@ class Bucketed(Ragged):
         self._cache: tuple[int, list[np.ndarray]] | None = None  # the carried-over examples of one epoch
         super().__init__(examples, layout, lengths, sizes=shapes, epoch_length=epoch_length, seed=seed)
 
-    def choose(self, epoch: int, index: int) -> Choice:
+    def choose(self, epoch: int, index: int) -> BatchPlan:
         number = int(self._order.items(epoch, index, index + 1)[0])
         bucket = min(int(np.searchsorted(self._ends, number, side="right")), len(self._rows) - 1)
         rows = self._rows[bucket]
         start = (number - (int(self._ends[bucket - 1]) if bucket else 0)) * rows
         stop = min(start + rows, self._carried[bucket] + len(self._members[bucket]))
         items = self._items(epoch, bucket, start, stop, self._carried_over(epoch)[bucket])
-        return Choice(items, len(items) if self.drop_last is False else rows, self._sizes[bucket])
+        return BatchPlan(items, len(items) if self.drop_last is False else rows, self._sizes[bucket])
 
     def _carried_over(self, epoch: int) -> list[np.ndarray]:
         """Returns, for each bucket, the examples carried over from shorter buckets."""

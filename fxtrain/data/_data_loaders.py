@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fxtrain.core import Batch
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._collate import samples
-from fxtrain.data._iterables import Streamed, dynamic_dimensions
-from fxtrain.data._seeding import borrowed, seeded, start_epoch
+from fxtrain.data._iterables import IterableBatches, dynamic_dimensions
+from fxtrain.data._seeding import restoring_generators, seeded, start_epoch
 from fxtrain.data._source import Source
-from fxtrain.data._workers import Seeds, end_persistent, ended, started
+from fxtrain.data._workers import WorkerSeeds, end_persistent, end_workers, start_iterator
 
 
 def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = False) -> Source:
@@ -41,9 +41,9 @@ def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = Fa
         (3, True)
     """
     if _can_jump(loader):
-        return Loaded(loader, seed=seed, dynamic=dynamic)
+        return LoaderBatches(loader, seed=seed, dynamic=dynamic)
     read: list[int] = []
-    return Streamed(
+    return IterableBatches(
         lambda epoch: _epoch(loader, epoch, seed, read),
         name=f"the {type(loader).__name__}",
         seed=seed,
@@ -51,7 +51,7 @@ def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = Fa
     )
 
 
-class Loaded(Source):
+class LoaderBatches(Source):
     """A ``DataLoader`` over a map-style dataset. Use ``from_loader``."""
 
     epoch_length: int
@@ -94,22 +94,22 @@ class Loaded(Source):
                 self._order, self._epoch = self._drawn(epoch), epoch
             self._tasks[:] = [(position + ahead, keys) for ahead, keys in enumerate(self._order[index:])]
             if not self.loader.persistent_workers:
-                ended(self._iterator)
+                end_workers(self._iterator)
             self._iterator = None
-            self._iterator = started(self._pool)
+            self._iterator = start_iterator(self._pool)
         self._next = None  # if reading fails, the next fetch starts a new iterator
         batch = next(self._iterator)
         self._next = position + 1
         return batch
 
     def close(self) -> None:
-        ended(self._iterator)
-        ended(getattr(self._pool, "_iterator", None))  # persistent workers, if restarting them failed
+        end_workers(self._iterator)
+        end_workers(getattr(self._pool, "_iterator", None))  # persistent workers, if restarting them failed
         self._iterator = self._next = None
         self._pool = self._workers()
 
     def _order_of(self, epoch: int) -> list[object]:
-        with seeded(self.seed, epoch, 1), borrowed(self.loader):
+        with seeded(self.seed, epoch, 1), restoring_generators(self.loader):
             start_epoch(self.loader, epoch, self.seed)
             return list(self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler)
 
@@ -126,7 +126,7 @@ class Loaded(Source):
         # A DataLoader with the same settings serves as an ordered worker pool, whose sampler yields our tasks.
         loader = self.loader
         return DataLoader(
-            Keyed(loader, self.seed),
+            KeyedDataset(loader, self.seed),
             batch_size=None,
             sampler=self._tasks,
             collate_fn=_same,
@@ -141,7 +141,7 @@ class Loaded(Source):
         )
 
 
-class Keyed(Dataset[Batch]):
+class KeyedDataset(Dataset[Batch]):
     """A loader's dataset indexed by (position, sample keys). It returns batches, and seeds random samples by position.
 
     Other attributes are those of the wrapped dataset, because a ``worker_init_fn`` may access them.
@@ -181,10 +181,10 @@ def _epoch(loader: DataLoader[object], epoch: int, seed: int, read: list[int]) -
         end_persistent(loader)  # persistent workers count epochs, so a jump restarts them
     try:
         while True:
-            with borrowed(loader) as generators:
+            with restoring_generators(loader) as generators:
                 if iterator is None:
                     start_epoch(loader, epoch, seed)
-                    iterator = started(loader, Seeds(seed, epoch))
+                    iterator = start_iterator(loader, WorkerSeeds(seed, epoch))
                 for generator, state in zip(generators, states, strict=False):
                     generator.set_state(state)
                 batch = next(iterator, _same)
@@ -195,7 +195,7 @@ def _epoch(loader: DataLoader[object], epoch: int, seed: int, read: list[int]) -
             yield batch
     finally:
         if not getattr(loader, "persistent_workers", False):
-            ended(iterator)
+            end_workers(iterator)
 
 
 def _same(batch: Batch) -> Batch:

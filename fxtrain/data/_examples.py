@@ -64,7 +64,7 @@ class MeasuredExamples:
         if isinstance(self._source, Mapping):
             names = self._columns or self._source
             return [{name: self._source[name][item] for name in names} for item in items.tolist()]
-        return [named(sample, self._columns) for sample in samples(self._source, items.tolist())]
+        return [columns_of(sample, self._columns) for sample in samples(self._source, items.tolist())]
 
     def _first(self) -> dict[str, Values]:
         with seeded(0):  # a dataset may use the global generators
@@ -116,7 +116,7 @@ class MeasuredExamples:
         return {name: np.array(each, np.int64) for name, each in measured.items()}
 
 
-def named(sample: Example, columns: Sequence[str] | None = None) -> dict[str, Values]:
+def columns_of(sample: Example, columns: Sequence[str] | None = None) -> dict[str, Values]:
     """Returns an example as a dict by column.
 
     Args:
@@ -129,7 +129,7 @@ def named(sample: Example, columns: Sequence[str] | None = None) -> dict[str, Va
         ValueError: If a tuple has more or fewer parts than ``columns``.
 
     Example:
-        >>> named(([1, 2], 0), ("text", "label"))
+        >>> columns_of(([1, 2], 0), ("text", "label"))
         {'text': [1, 2], 'label': 0}
     """
     if isinstance(sample, Mapping):

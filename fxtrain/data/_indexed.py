@@ -19,7 +19,7 @@ from fxtrain.data._source import Source
 DropLast = bool | Literal["pad"]
 
 
-class Indexed(Source):
+class IndexedBatches(Source):
     """Batches of indexed items. Use ``batches`` or ``windows``.
 
     Args:

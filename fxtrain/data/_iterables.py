@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _END: Any = object()
 
 
-class Streamed(Source):
+class IterableBatches(Source):
     """Batches from one iterator per epoch. Use ``from_iterable``, ``from_loader`` or ``from_stateful_loader``.
 
     Args:
@@ -199,7 +199,7 @@ def from_iterable(
         return iter(source if isinstance(source, Iterable) else source())
 
     name = f"the {type(source).__name__}" if iterable else getattr(source, "__name__", repr(source))
-    return Streamed(
+    return IterableBatches(
         begin, name=name, seed=seed, once=isinstance(source, Iterator), dynamic_dims=ALL_DIMS if dynamic else 0
     )
 

@@ -15,7 +15,7 @@ from fxtrain.data._bin_packing import Bins
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._indexed import DropLast
-from fxtrain.data._pad import Layout, pad, refuse_unless_alike
+from fxtrain.data._pad import PadLayout, pad, refuse_unless_alike
 from fxtrain.data._padded import padded
 from fxtrain.data._ragged_batches import Padding
 from fxtrain.data._seeding import seeded
@@ -40,7 +40,7 @@ def packed(
     columns: Sequence[str] | None = None,
     variable: Sequence[str] | None = None,
     lengths: Lengths | None = None,
-) -> Packed:
+) -> PackedBatches:
     """Returns batches of fixed-length rows, each of which contains several whole documents and little padding.
 
     Best-fit decreasing decides once which lengths share a row, so every epoch has the same number of batches. With
@@ -89,11 +89,11 @@ def packed(
     examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     side = None if truncate == "split" else truncate
     limit = None if truncate == "split" else length
-    layout = Layout(examples.by_column, max_length=limit, truncate=side, value=value, mask=mask)
-    return Packed(examples, layout, length, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
+    layout = PadLayout(examples.by_column, max_length=limit, truncate=side, value=value, mask=mask)
+    return PackedBatches(examples, layout, length, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
 
 
-class Packed(Source):
+class PackedBatches(Source):
     """Batches of packed rows. Use ``packed``."""
 
     epoch_length: int
@@ -101,7 +101,7 @@ class Packed(Source):
     def __init__(
         self,
         examples: MeasuredExamples,
-        layout: Layout,
+        layout: PadLayout,
         length: int,
         batch_size: int,
         *,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
-from fxtrain.data._examples import length_of, named
+from fxtrain.data._examples import columns_of, length_of
 from fxtrain.data._types import Example, Values
 
 Side = Literal["right", "left"]
@@ -67,15 +67,15 @@ def pad(
     """
     if not len(examples):
         raise ValueError("expected at least one example, got none.")
-    rows = [named(example, columns) for example in examples]
+    rows = [columns_of(example, columns) for example in examples]
     if variable is None:
         variable = [name for name, part in rows[0].items() if length_of(part) is not None]
-    layout = Layout(variable, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
+    layout = PadLayout(variable, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
     lengths = layout.cut({name: np.array([length_of(row[name]) or 0 for row in rows]) for name in variable})
     return layout.batch(rows, layout.sizes(lengths, multiple), len(rows))
 
 
-class Layout:
+class PadLayout:
     """The layout of examples in a batch. The options are those of ``pad``.
 
     Args:

@@ -10,18 +10,18 @@ from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._epoch_order import Order
 from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._indexed import DropLast
-from fxtrain.data._pad import Layout, Side, pad
-from fxtrain.data._ragged_batches import Choice, Ragged
+from fxtrain.data._pad import PadLayout, Side, pad
+from fxtrain.data._ragged_batches import BatchPlan, RaggedBatches
 from fxtrain.data._types import Examples
 
 
-class PaddedBatches(Ragged):
+class PaddedBatches(RaggedBatches):
     """Batches padded to their longest example. Use ``padded``."""
 
     def __init__(
         self,
         examples: MeasuredExamples,
-        layout: Layout,
+        layout: PadLayout,
         batch_size: int,
         *,
         multiple: int,
@@ -56,13 +56,13 @@ class PaddedBatches(Ragged):
         epoch_length = full + (rest > 0 and drop_last is not True)
         super().__init__(examples, layout, lengths, sizes=sizes, epoch_length=epoch_length, seed=seed)
 
-    def choose(self, epoch: int, index: int) -> Choice:
+    def choose(self, epoch: int, index: int) -> BatchPlan:
         start = index * self.batch_size
         items = self._order.items(epoch, start, min(start + self.batch_size, self.examples.count))
         sizes = self.layout.sizes({name: each[items] for name, each in self.lengths.items()}, self.multiple)
         # One length for all columns, because each combination of lengths would compile another graph.
         sizes = dict.fromkeys(sizes, max(sizes.values()))
-        return Choice(items, len(items) if self.drop_last is False else self.batch_size, sizes)
+        return BatchPlan(items, len(items) if self.drop_last is False else self.batch_size, sizes)
 
 
 @args_from(pad)
@@ -124,7 +124,7 @@ def padded(
         Padding(padded=5, positions=12)
     """
     examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
-    layout = Layout(examples.by_column, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
+    layout = PadLayout(examples.by_column, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
     return PaddedBatches(
         examples, layout, batch_size, multiple=multiple, seed=seed, shuffle=shuffle, drop_last=drop_last
     )

@@ -48,10 +48,10 @@ def prefetch(data: SourceLike, size: int = 2, *, seed: int = 0, device: torch.de
         >>> data.close()
     """
     check_positive_int("size", size)
-    return Prefetched(as_source(data, seed=seed), size, device)
+    return PrefetchedBatches(as_source(data, seed=seed), size, device)
 
 
-class Item(NamedTuple):
+class PrefetchedItem(NamedTuple):
     """The thread's result for one position."""
 
     batch: Any
@@ -62,7 +62,7 @@ class Item(NamedTuple):
     follows: int  # the next position
 
 
-class Prefetched(Source):
+class PrefetchedBatches(Source):
     """Batches that are read ahead. Use ``prefetch``."""
 
     def __init__(self, source: Source, size: int, device: torch.device | str | None) -> None:
@@ -72,9 +72,9 @@ class Prefetched(Source):
         self.size = size
         self.device = None if device is None else torch.device(device)
         self.epoch_length = source.epoch_length
-        self._reader: Reader | None = None
+        self._reader: PrefetchThread | None = None
         self._kept: tuple[int, Tensor] | None = None  # a position, and its snapshot
-        self._closed: Reader | None = None  # a reader that was busy when it was closed
+        self._closed: PrefetchThread | None = None  # a reader that was busy when it was closed
         self._expected: int | None = None
         self._epoch = -1  # the last one announced
 
@@ -104,7 +104,7 @@ class Prefetched(Source):
             )
         if self._reader is None:
             self._wait_for_closed()
-            self._reader = Reader(_reading(self.source, self.device), self.size)
+            self._reader = PrefetchThread(_reading(self.source, self.device), self.size)
             self._unused = weakref.finalize(self, self._reader.stop, _CLOSE_TIMEOUT)  # on garbage collection or exit
             self._expected = None
         if position != self._expected:
@@ -174,14 +174,14 @@ class Prefetched(Source):
             self._reader.jump(None)
 
 
-class Reader:
+class PrefetchThread:
     """The background thread, and the state it shares with its consumer, guarded by one condition."""
 
-    def __init__(self, read: Callable[[int], Item], size: int) -> None:
+    def __init__(self, read: Callable[[int], PrefetchedItem], size: int) -> None:
         self._read = read
         self._size = size
         self._changed = threading.Condition()
-        self._ready: collections.deque[Item] = collections.deque()
+        self._ready: collections.deque[PrefetchedItem] = collections.deque()
         self._next: int | None = None  # the position to read next; None while idle
         self._jumps = 0
         self._busy = False
@@ -201,7 +201,7 @@ class Reader:
             self._changed.notify_all()
             self._changed.wait_for(lambda: position is not None or not self._busy)
 
-    def take(self) -> Item:
+    def take(self) -> PrefetchedItem:
         """Waits for the next item and returns it."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready)
@@ -255,10 +255,10 @@ class Reader:
             del item  # do not keep a batch, or a traceback with its frames, alive while waiting
 
 
-def _reading(data: Source, device: torch.device | None) -> Callable[[int], Item]:
+def _reading(data: Source, device: torch.device | None) -> Callable[[int], PrefetchedItem]:
     stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
-    def read(position: int) -> Item:
+    def read(position: int) -> PrefetchedItem:
         batch = error = snapshot = copied = None
         length = data.epoch_length
         try:
@@ -273,7 +273,7 @@ def _reading(data: Source, device: torch.device | None) -> Callable[[int], Item]
         # In an epoch that exceeds its expected length, positions count from its start.
         goes_on = length is not None and data.epoch_length is None
         follows = position % length + 1 if length is not None and goes_on else position + 1
-        return Item(batch, error, data.epoch_length, snapshot, copied, follows)
+        return PrefetchedItem(batch, error, data.epoch_length, snapshot, copied, follows)
 
     return read
 

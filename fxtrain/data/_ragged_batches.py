@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._examples import MeasuredExamples
-from fxtrain.data._pad import Layout
+from fxtrain.data._pad import PadLayout
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 
@@ -35,7 +35,7 @@ class Padding(NamedTuple):
         return self.padded / self.positions
 
 
-class Choice(NamedTuple):
+class BatchPlan(NamedTuple):
     """The composition of a batch.
 
     Args:
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     sizes: Mapping[str, int]
 
 
-class Ragged(Source):
+class RaggedBatches(Source):
     """Batches of examples of different lengths. Subclasses choose the examples of each batch.
 
     Args:
@@ -66,7 +66,7 @@ class Ragged(Source):
     def __init__(
         self,
         examples: MeasuredExamples,
-        layout: Layout,
+        layout: PadLayout,
         lengths: Mapping[str, np.ndarray],
         *,
         sizes: Sequence[tuple[int, int]],
@@ -82,7 +82,7 @@ class Ragged(Source):
         # Make a batch of one example, so that unsuitable data raises now and not during a run.
         layout.batch([examples.first], {name: int(each[0]) for name, each in lengths.items()}, 1)
 
-    def choose(self, epoch: int, index: int) -> Choice:
+    def choose(self, epoch: int, index: int) -> BatchPlan:
         """Returns the composition of the batch at an index of an epoch."""
         raise NotImplementedError
 

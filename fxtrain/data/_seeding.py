@@ -48,7 +48,7 @@ def seed_process(*numbers: int) -> None:
 
 
 @contextlib.contextmanager
-def borrowed(loader: object) -> Iterator[list[torch.Generator]]:
+def restoring_generators(loader: object) -> Iterator[list[torch.Generator]]:
     """Yields the generators of a loader and of its samplers, and restores their states on exit."""
     found = {id(generator): generator for part in _parts(loader) if (generator := getattr(part, "generator", None))}
     generators = [generator for generator in found.values() if isinstance(generator, torch.Generator)]

@@ -10,7 +10,7 @@ from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._source import Source
 
 
-class Listed(Source):
+class ListBatches(Source):
     """Batches from a list. Use ``sequence``."""
 
     epoch_length: int
@@ -22,7 +22,7 @@ class Listed(Source):
         self.items = items
         self.epoch_length = len(items)
         # Check all batches now, so that a mismatch raises before the run and not during it.
-        self._batches = [super(Listed, self).__getitem__(position) for position in range(len(items))]
+        self._batches = [super(ListBatches, self).__getitem__(position) for position in range(len(items))]
 
     def fetch(self, position: int) -> Batch:
         return self.items[position % self.epoch_length]
@@ -48,4 +48,4 @@ def sequence(items: Sequence[Batch], *, dynamic: bool = False) -> Source:
         >>> data.epoch_length, data[3]
         (2, tensor([1., 1.]))
     """
-    return Listed(list(items), dynamic=dynamic)
+    return ListBatches(list(items), dynamic=dynamic)

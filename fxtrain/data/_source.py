@@ -149,7 +149,7 @@ class Source:
             >>> data[1]
             {'x': tensor([2., 2.])}
         """
-        return Mapped(self, function, with_position=with_position)
+        return MappedBatches(self, function, with_position=with_position)
 
     def _compare(self, batch: Batch, position: int) -> None:
         length, short, self._short = self.epoch_length, self._short, None
@@ -204,7 +204,7 @@ class Source:
         self._usual.append(_kind(batch))
 
 
-class Wrapper(Source):
+class SourceWrapper(Source):
     """Base class of sources that read another source and share its epochs, state and shapes."""
 
     def __init__(self, source: Source) -> None:
@@ -244,7 +244,7 @@ class Wrapper(Source):
         self.source.close()
 
 
-class Mapped(Wrapper):
+class MappedBatches(SourceWrapper):
     """Batches with a function applied to each. Only the function's results are checked."""
 
     def __init__(self, source: Source, function: Callable[..., Batch], *, with_position: bool = False) -> None:

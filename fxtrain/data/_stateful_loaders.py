@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fxtrain.core import Batch, describe
 from fxtrain.data._checksum import checksum, warn_of_another_batch
-from fxtrain.data._iterables import Streamed, dynamic_dimensions
+from fxtrain.data._iterables import IterableBatches, dynamic_dimensions
 from fxtrain.data._seeding import seeded, start_epoch
 from fxtrain.data._source import Source
 from fxtrain.data._types import StatefulLoader
-from fxtrain.data._workers import Seeds, end_persistent, ended, started
+from fxtrain.data._workers import WorkerSeeds, end_persistent, end_workers, start_iterator
 
 
-class Stateful(Streamed):
+class StatefulLoaderBatches(IterableBatches):
     """Batches of a loader that tracks its own position. Use ``from_stateful_loader``."""
 
     def __init__(self, loader: StatefulLoader, *, seed: int, dynamic: bool) -> None:
@@ -46,7 +46,7 @@ class Stateful(Streamed):
         if getattr(self.loader, "persistent_workers", False) and not (follows and self._worker_epoch == self._epoch):
             end_persistent(self.loader)
         self._worker_epoch, self._batches = epoch, 0
-        return started(self.loader, Seeds(self.seed, epoch))
+        return start_iterator(self.loader, WorkerSeeds(self.seed, epoch))
 
     def fetch(self, position: int) -> Batch:
         if self._trial is not None:
@@ -112,10 +112,10 @@ class Stateful(Streamed):
     def _continue_from(self, state: dict[str, Any]) -> None:
         epoch = state["epoch"]
         start_epoch(self.loader, epoch, self.seed)
-        ended(getattr(self.loader, "_iterator", None))
+        end_workers(getattr(self.loader, "_iterator", None))
         self.loader.load_state_dict(state["loader"])
         with seeded(self.seed, epoch, 2):
-            self._iterator = started(self.loader, Seeds(self.seed, epoch))
+            self._iterator = start_iterator(self.loader, WorkerSeeds(self.seed, epoch))
         self._begun, self._epoch, self._index, self._batches = True, epoch, state["index"], 0
         self._ended, self.epoch_length = state["ended"], state["epoch_length"]
         self._worker_epoch = None if self._ended else epoch  # at its end, the loader has already started the next
@@ -172,7 +172,7 @@ def from_stateful_loader(loader: StatefulLoader, *, seed: int = 0, dynamic: bool
             f"expected a loader with state_dict and load_state_dict, got {describe(loader)}. Use from_loader or "
             "from_iterable."
         )
-    return Stateful(loader, seed=seed, dynamic=dynamic)
+    return StatefulLoaderBatches(loader, seed=seed, dynamic=dynamic)
 
 
 def _load(snapshot: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fxtrain.core import Batch, Tree
 from fxtrain.data._types import Sample, StatefulLoader
 
 
-class Grouped:
+class StreamBatches:
     """A stream's samples in groups of ``batch_size``. Use ``fxtrain.data.batches``."""
 
     def __init__(
@@ -36,8 +36,8 @@ class Grouped:
             yield self._collate(group)
 
 
-class StatefulGrouped(Grouped):
-    """``Grouped`` for a stream that can save and restore its position."""
+class StatefulStreamBatches(StreamBatches):
+    """``StreamBatches`` for a stream that can save and restore its position."""
 
     dataset: StatefulLoader
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxtrain.core import check_positive_int
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._epoch_order import mix
-from fxtrain.data._indexed import DropLast, Indexed
+from fxtrain.data._indexed import DropLast, IndexedBatches
 from fxtrain.data._rows import take_rows
 from fxtrain.data._source import Source
 
@@ -62,7 +62,7 @@ def windows(
         x, y = (take_rows(tokens, index).to(torch.int64).reshape(-1, length) for index in (at, at + 1))
         return {"x": x, "y": y}
 
-    data = Indexed(
+    data = IndexedBatches(
         take,
         size,
         batch_size,

@@ -41,7 +41,7 @@ _SURVIVED_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 _SHUTDOWN_TIMEOUT = 2.0
 
 
-def started(loader: Iterable[Batch], seeds: Seeds | None = None) -> Iterator[Batch]:
+def start_iterator(loader: Iterable[Batch], seeds: WorkerSeeds | None = None) -> Iterator[Batch]:
     """Returns ``iter(loader)``, with worker processes that survive SIGINT, SIGTERM and SIGUSR1.
 
     The workers end with their iterator, or when their parent process is gone.
@@ -53,13 +53,13 @@ def started(loader: Iterable[Batch], seeds: Seeds | None = None) -> Iterator[Bat
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         return iter(loader)
     if not hasattr(signal, "pthread_sigmask"):
-        with _replaced(loader, worker_init_fn=Init(loader.worker_init_fn, seeds, None)):
+        with _replaced(loader, worker_init_fn=WorkerInit(loader.worker_init_fn, seeds, None)):
             return iter(loader)
     _start_helpers(loader)
     iterator = None
     # Workers inherit the signal mask, so a signal during their startup is delivered after their handlers are set.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    init, context = Init(loader.worker_init_fn, seeds, _SURVIVED_SIGNALS - before), _context_of(loader)
+    init, context = WorkerInit(loader.worker_init_fn, seeds, _SURVIVED_SIGNALS - before), _context_of(loader)
     try:
         # Block signals while torch's loader starts its workers, because an interrupt would leave them half started.
         # torchdata's loader also waits for its workers and rereads batches, which is too long to block signals.
@@ -71,12 +71,12 @@ def started(loader: Iterable[Batch], seeds: Seeds | None = None) -> Iterator[Bat
             for worker in workers_of(iterator):
                 worker._popen.terminate = functools.partial(_terminate, worker._popen, weakref.ref(iterator))
     except BaseException:
-        ended(iterator)
+        end_workers(iterator)
         raise
     return iterator
 
 
-def ended(iterator: object) -> None:
+def end_workers(iterator: object) -> None:
     """Ends the workers of an iterator from ``started``. Workers still busy after two seconds are killed."""
     children = multiprocessing.active_children()  # excludes workers of the parent, in a process forked later
     workers = [worker for worker in workers_of(iterator) if worker in children]
@@ -97,10 +97,10 @@ def end_persistent(loader: object) -> None:
     iterator = iterator_of(loader)
     if iterator is not None:
         forget_iterator(loader)
-        ended(iterator)
+        end_workers(iterator)
 
 
-class Seeds(NamedTuple):
+class WorkerSeeds(NamedTuple):
     """Seeds for the global generators of a loader's workers.
 
     Args:
@@ -112,11 +112,11 @@ class Seeds(NamedTuple):
     epoch: int
 
 
-class Init(NamedTuple):
+class WorkerInit(NamedTuple):
     """A picklable ``worker_init_fn`` that ignores signals, seeds generators and calls the loader's own."""
 
     init: Callable[[int], None] | None
-    seeds: Seeds | None
+    seeds: WorkerSeeds | None
     unblock: set[Any] | None
 
     def __call__(self, worker_id: int) -> None:
@@ -136,7 +136,7 @@ def _ignore_signal(number: int, frame: FrameType | None) -> None:
     pass
 
 
-def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
+def _seed_fetches(seeds: WorkerSeeds, worker_id: int) -> None:
     """Seeds the generators for each batch that this process makes, from the epoch and the sample keys.
 
     A worker that starts in the middle of an epoch thus generates the same random samples as one that read the whole
