@@ -17,7 +17,7 @@ from fxtrain.compiler.build._muted_logs import without_torch_messages
 from fxtrain.compiler.build._routes import Routes
 from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.compiler.call._graph import Graph
-from fxtrain.core import TrainState
+from fxtrain.core import Batch, TrainState
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class _Entry:
 
     graph: Graph
     kinds: dict[str, str]
-    batch: Any  # of functions from ``_blank`` in place of tensors
+    batch: Batch  # of functions from ``_blank`` in place of tensors
     job: Job | None = None
     seconds: float = 0.0  # spent on tracing
 
@@ -59,7 +59,7 @@ class BackgroundGraphs:
         """Whether a graph for states and batches of these kinds failed to compile in the background."""
         return kinds in self._refused
 
-    def add(self, state: TrainState, entered: TrainState, batch: Any, kinds: dict[str, str]) -> Graph:
+    def add(self, state: TrainState, entered: TrainState, batch: Batch, kinds: dict[str, str]) -> Graph:
         """Adds a graph that runs uncompiled for now.
 
         Args:
@@ -144,6 +144,7 @@ class BackgroundGraphs:
             _log.debug("The error was:", exc_info=job.error)
             return False
         _log.info("Compiled %r in the background in %.1f s.", self._step, entry.seconds + job.seconds)
+        assert job.result is not None
         entry.graph.replace_executable(job.result)
         self._entries.remove(entry)
         return True
@@ -154,7 +155,7 @@ def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _blank(leaf: Any) -> Callable[[], Any]:
+def _blank(leaf: object) -> Callable[[], Any]:
     """Returns a function that makes an uninitialized tensor like this one. Traces do not read its values."""
     if type(leaf) is not Tensor:
         return lambda: leaf

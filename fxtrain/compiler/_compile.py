@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxtrain.compiler._compiled import Compiled, OnRecompile
+from fxtrain.compiler.build._executable import Backend
 from fxtrain.compiler.build._routes import Routes, routes_to
 from fxtrain.compiler.build._trace import AHEAD
 from fxtrain.core import check_choice, check_positive_int, describe
@@ -16,7 +17,7 @@ def compile(  # noqa: A001
     step: Callable[..., Any],
     *,
     donate: bool = False,
-    backend: str | Callable[..., Any] | None = None,
+    backend: Backend | None = None,
     mode: str | None = None,
     dynamic: bool = False,
     fullgraph: bool = False,

@@ -19,7 +19,7 @@ from fxtrain.compiler.build._executable import Executable, Run
 from fxtrain.compiler.build._routes import Routes
 from fxtrain.compiler.call._graph import Found, Graph
 from fxtrain.compiler.call._malloc import keep_freed_memory
-from fxtrain.core import Callback, StepOutput, TrainState
+from fxtrain.core import Batch, Callback, StepOutput, TrainState
 from fxtrain.core._frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
@@ -177,7 +177,7 @@ class Compiled:
         if self._several is not None:
             self._several.expect_shapes(kinds)
 
-    def multi_step(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
+    def multi_step(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
         """Takes ``steps_per_call`` steps in one graph.
 
         Args:
@@ -205,7 +205,7 @@ class Compiled:
                 self._several._pending = BackgroundGraphs(self._several.step, self._routes, self._options)
         return self._several(state, tuple(batches))
 
-    def __call__(self, state: TrainState, batch: Any) -> Any:
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
         if self._pending:
             for graph in self._pending.advance(state):
                 self._graphs.remove(graph)
@@ -258,7 +258,7 @@ class Compiled:
         made._on_recompile, made._pending = "allow", None
         return made
 
-    def _found(self, state: TrainState, batch: Any) -> Found | None:
+    def _found(self, state: TrainState, batch: Batch) -> Found | None:
         """Returns the inputs of the first graph that accepts state and batch, and moves it to the front."""
         for index, graph in enumerate(self._graphs):
             found = graph.find(state, batch)
@@ -268,7 +268,7 @@ class Compiled:
                 return found
         return None
 
-    def _make(self, state: TrainState, batch: Any) -> None:
+    def _make(self, state: TrainState, batch: Batch) -> None:
         entered = self.step.enter(state)
         _refuse_sparse(batch)
         kinds = described(entered, batch)
@@ -291,7 +291,7 @@ class Compiled:
         if not is_again:
             self._known.append(kinds)
 
-    def _refuse_or_warn(self, kinds: dict[str, str], batch: Any) -> None:
+    def _refuse_or_warn(self, kinds: dict[str, str], batch: Batch) -> None:
         """Applies ``on_recompile`` if another graph is needed that no data source has declared."""
         is_batch = is_other_batch(kinds, self._known)
         is_declared = is_batch and batches_of([*self._known, kinds]) <= self._declared
@@ -319,7 +319,7 @@ class Compiled:
         return f"<compiled {self.step!r}>"
 
 
-def _refuse_sparse(batch: Any) -> None:
+def _refuse_sparse(batch: Batch) -> None:
     for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True):
         if leaf.layout != torch.strided:
             raise ValueError(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, dtype_name, first_names
+from fxtrain.core import Batch, TrainState, dtype_name, first_names
 
 _MAX_SHOWN_CONDITIONS = 3
 
 
-def described(state: TrainState, batch: Any) -> dict[str, str]:
+def described(state: TrainState, batch: Batch) -> dict[str, str]:
     """Returns the dtype, shape, strides and device that a graph assumes of each leaf, by path."""
     return {
         path: _kind(leaf)
@@ -77,7 +76,7 @@ def _part(kinds: Mapping[str, str], name: str) -> dict[str, str]:
     return {path: kind for path, kind in kinds.items() if path.startswith(name)}
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: object) -> str:
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
     dense = "" if leaf.is_contiguous() else f" with strides {leaf.stride()}"

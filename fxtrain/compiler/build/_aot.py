@@ -11,16 +11,16 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxtrain._torch_internals import cache_folder, compile_package, load_package
 
 
 def compile_ahead(
-    graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]
+    graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]
 ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     """Compiles a graph into a library, or loads the library from the cache.
 
@@ -46,7 +46,7 @@ def compile_ahead(
     return lambda tensors: run(list(tensors))
 
 
-def _key(graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]) -> str:
+def _key(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]) -> str:
     """Hashes everything that the compiled library depends on."""
     devices = sorted({str(leaf.device) for leaf in examples})
     parts = [
@@ -62,5 +62,5 @@ def _key(graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]) -> 
     digest = hashlib.sha256(repr(parts).encode())
     for name, constant in graph.named_buffers():
         digest.update(f"{name} {constant.dtype} {list(constant.shape)}".encode())
-        digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

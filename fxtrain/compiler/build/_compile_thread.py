@@ -15,11 +15,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Any
 
 import torch
 
 from fxtrain._torch_internals import compile_lock, nested_calls_inlined
+from fxtrain.compiler.build._executable import Executable
 from fxtrain.compiler.build._muted_logs import without_torch_logs
 
 _EXIT_TIMEOUT_SECONDS = 2.0
@@ -46,9 +46,9 @@ class Job:
         device: The device on which the graph runs.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+    def __init__(self, function: Callable[[], Executable], device: torch.device) -> None:
         global _current_job
-        self.result: Any = None
+        self.result: Executable | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
         self._function, self._device = function, device
@@ -112,7 +112,7 @@ def _without_generator_resets() -> Generator[None]:
     thread = threading.get_ident()
 
     def by_others(setter: Callable[..., None]) -> Callable[..., None]:
-        def set_rng_state(*args: Any, **kwargs: Any) -> None:
+        def set_rng_state(*args: object, **kwargs: object) -> None:
             if threading.get_ident() != thread:
                 setter(*args, **kwargs)
 
@@ -126,7 +126,7 @@ def _without_generator_resets() -> Generator[None]:
         torch.random.set_rng_state, torch.cuda.set_rng_state = before
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Returns a context that makes the device current, because each thread has its own current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

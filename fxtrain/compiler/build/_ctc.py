@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain.compiler.passes._operators import ctc
+from fxtrain.core import Tree
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -25,7 +27,9 @@ class OpaqueCTC(TorchFunctionMode):
         True
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
+    ) -> Tree:
         if func is torch.nn.functional.ctc_loss or func is torch.ctc_loss:
             return _ctc_loss(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -34,8 +38,8 @@ class OpaqueCTC(TorchFunctionMode):
 def _ctc_loss(
     log_probs: Tensor,
     targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
     blank: int = 0,
     reduction: str | int = "mean",
     zero_infinity: bool = False,
@@ -64,12 +68,12 @@ class _CTC(torch.autograd.Function):
         return ctc()(scores, targets, inputs, lengths, blank, zero_infinity)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tree) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1], inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> Tree:
         return slope[:, None] * _Once.apply(*ctx.saved_tensors), None, None, None, None, None
 
 
@@ -81,7 +85,7 @@ class _Once(torch.autograd.Function):
         return slopes.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tree) -> None:
         return None
 
     @staticmethod

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain.core import Tree
+
 Call = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
@@ -50,7 +52,7 @@ class CudaGraphReplay:
         return [output.clone() for output in self._outputs]
 
 
-def _captured(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+def _captured(function: Callable[[], Tree]) -> tuple[Callable[[], object], Tree]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = function()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import new_fake_mode, recompile_limit_error, restoring_saved_tensor_hooks
-from fxtrain.compiler.build._executable import Executable
-from fxtrain.core import TrainState, compiling
+from fxtrain.compiler.build._executable import Backend, Executable
+from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._frames import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
@@ -28,9 +28,9 @@ _TOO_MANY_SIZES = (
 def compile_by_dynamo(
     step: Step | EvalFunction,
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     *,
-    backend: str | Callable[..., Any],
+    backend: Backend,
     mode: str | None,
     dynamic: bool,
 ) -> Executable:
@@ -53,7 +53,7 @@ def compile_by_dynamo(
     too_many_graphs = recompile_limit_error()
     warned = False
 
-    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
         nonlocal warned
         arguments = tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs)
         try:
@@ -71,7 +71,7 @@ def compile_by_dynamo(
     return Executable(run, None)
 
 
-def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: bool = False) -> None:
+def _check(step: Step | EvalFunction, state: TrainState, batch: Batch, *, again: bool = False) -> None:
     """Runs the checks of a first call, which Dynamo's trace skips.
 
     They run on fake tensors if possible, and otherwise on the uncompiled step.
@@ -97,7 +97,7 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: b
             raise
 
 
-def fails(function: Callable[[], Any]) -> bool:
+def fails(function: Callable[[], object]) -> bool:
     """Whether a call raises.
 
     A user error that does not recur is not the compiler's break_from_error.
@@ -109,10 +109,10 @@ def fails(function: Callable[[], Any]) -> bool:
     return False
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_code(function: Callable[[TrainState, Batch], Tree]) -> Callable[[TrainState, Batch], Tree]:
     # Dynamo caches graphs per code object, with a limit of 8, and all callable objects share one code object. Without a
     # copy of the code, the ninth step of a notebook would be refused.
-    def run(state: TrainState, batch: Any) -> Any:
+    def run(state: TrainState, batch: Batch) -> Any:
         return function(state, batch)
 
     return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)

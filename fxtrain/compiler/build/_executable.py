@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxtrain.compiler.build._symbolic_sizes import Conditions
 from fxtrain.core import Tree
+
+Backend = str | Callable[[GraphModule, Sequence[Tensor]], Callable[..., object]]
+"""A backend of ``torch.compile``: its name, or a function from a graph and example inputs to a compiled function."""
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Tree]]
 """Maps the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""

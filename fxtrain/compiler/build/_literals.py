@@ -7,6 +7,7 @@ have no values, although these depend only on the arguments.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdRef
 
 from fxtrain._torch_internals import without_dispatch_modes, write_count
+from fxtrain.core import Tree
 
 _FACTORIES = (torch.arange, torch.tensor)
 _MAX_VALUES = 4096
@@ -37,7 +39,9 @@ class KnownLiterals(TorchFunctionMode):
         super().__init__()
         self._known: dict[WeakIdRef, tuple[int, Tensor]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
+    ) -> Tree:
         kwargs = kwargs or {}
         name = func.__name__
         values = self._values_of(args[0]) if name in (*_READS, "unbind") and args else None
@@ -57,8 +61,10 @@ class KnownLiterals(TorchFunctionMode):
                 self._add(made, func(*args, **{**kwargs, "device": "cpu"}))
         return made
 
-    def _values_of(self, tensor: Any) -> Tensor | None:
-        version, values = self._known.get(WeakIdRef(tensor), (-1, None)) if isinstance(tensor, Tensor) else (-1, None)
+    def _values_of(self, tensor: object) -> Tensor | None:
+        if not isinstance(tensor, Tensor):
+            return None
+        version, values = self._known.get(WeakIdRef(tensor), (-1, None))
         return values if values is not None and version == write_count(tensor) else None
 
     def _add(self, tensor: Tensor, values: Tensor) -> None:
@@ -66,7 +72,7 @@ class KnownLiterals(TorchFunctionMode):
         weakref.finalize(tensor, self._known.pop, WeakIdRef(tensor), None)
 
 
-def _is_literal(value: Any) -> bool:
+def _is_literal(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_is_literal, value.values()))
     if isinstance(value, list | tuple):

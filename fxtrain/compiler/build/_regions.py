@@ -11,19 +11,20 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import is_transformed, modes_work_below_compile, new_fake_mode, storage_id
-from fxtrain.compiler.build._executable import Executable, Run
+from fxtrain.compiler.build._executable import Backend, Executable, Run
 from fxtrain.compiler.build._muted_logs import without_torch_logs
 from fxtrain.compiler.build._trace import compile_traced
 from fxtrain.compiler.build._uncompiled import uncompiled
-from fxtrain.core import TrainState, compiling
+from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.model import forward_wrapped_by
 from fxtrain.model._closeness import are_close
 from fxtrain.step import EvalFunction, Step
@@ -41,9 +42,9 @@ class NoGradientsError(RuntimeError):
 def compile_in_regions(
     step: Step | EvalFunction,
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     *,
-    backend: str | Callable[..., Any] | None,
+    backend: Backend | None,
     mode: str | None,
     in_place: bool,
     forward: str | None,
@@ -88,9 +89,9 @@ class _Regions:
         self,
         step: Step,
         state: TrainState,
-        batch: Any,
+        batch: Batch,
         compiler: Callable[..., Executable],
-        wrap: Any,
+        wrap: CompileWithGraphBreaks | None,
         *,
         in_place: bool,
     ) -> None:
@@ -100,7 +101,7 @@ class _Regions:
         self._segments: dict[Any, _Cut | None] = {}
         self._rests: dict[Any, Run] = {}
 
-    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
         found: list[Any] = []
         key: tuple[Any, ...] = ()
         while (cut := self.segment(key, leaves, inputs, found)) is not None:
@@ -121,7 +122,7 @@ class _Regions:
         return rest(leaves, [*inputs, *tree.leaves(found)])
 
     def segment(
-        self, key: Any, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Any]
+        self, key: tuple[Hashable, ...], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]
     ) -> _Cut | None:
         """Returns the next call for gradients after these, or None if there is none."""
         if key not in self._segments:
@@ -129,7 +130,7 @@ class _Regions:
             self._segments[key] = cut if cut.compile(self._compiler, leaves, inputs, found) else None
         return self._segments[key]
 
-    def _rest(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Any]) -> Run:
+    def _rest(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]) -> Run:
         rest = _Rest(self._step)
         state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
         if len(self._rests) >= _MAX_GRADIENT_KINDS:
@@ -143,7 +144,7 @@ class _Regions:
         return self._compiler(rest, state, (batch, found), in_place=self._in_place).run
 
 
-def _check_close(compiled: Any, plain: Any) -> None:
+def _check_close(compiled: Tree, plain: Tree) -> None:
     """Raises if the compiled loss function's result differs from the uncompiled one by more than rounding."""
     if tree.structure(compiled) != tree.structure(plain):
         raise RuntimeError("expected gradients for the parameters of the uncompiled loss function, got others.")
@@ -157,7 +158,7 @@ class _Reached(BaseException):
     It is a BaseException, so that an ``except Exception`` in the step does not catch it.
     """
 
-    def __init__(self, find: Find, state: Any, batch: Any, index: int) -> None:
+    def __init__(self, find: Find, state: TrainState, batch: Batch, index: int) -> None:
         super().__init__()
         self.call = find, state, batch, index
 
@@ -172,11 +173,11 @@ class _Rest(Step):
     def __init__(self, step: Step) -> None:
         self.step = step
 
-    def __call__(self, state: TrainState, batch: Any) -> Any:
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
         batch, found = batch
         given = iter(found)
 
-        def handler(find: Find, state: Any, batch: Any, index: int) -> Any:
+        def handler(find: Find, state: TrainState, batch: Batch, index: int) -> Any:
             for gradient in given:
                 return gradient
             raise _Reached(find, state, batch, index)
@@ -191,7 +192,7 @@ class _Rest(Step):
 class _Cut:
     """Computes the arguments of the next call for gradients from the step's inputs and its gradients so far."""
 
-    def __init__(self, step: Step, leaves: int, inputs: int, state: Any, batch: Any) -> None:
+    def __init__(self, step: Step, leaves: int, inputs: int, state: PyTreeSpec, batch: PyTreeSpec) -> None:
         self._rest, self._state, self._batch = _Rest(step), state, batch
         self._find: Any = None
         self._index = 0
@@ -200,7 +201,11 @@ class _Cut:
         self._run: Run | None = None
 
     def compile(
-        self, compiler: Callable[..., Executable], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any
+        self,
+        compiler: Callable[..., Executable],
+        leaves: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        found: Sequence[Tree],
     ) -> bool:
         """Compiles the graph if one is needed. Returns False if the step calls for no further gradients."""
         state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
@@ -216,13 +221,15 @@ class _Cut:
             self._run = compiler(self._fresh, state, batch, in_place=False).run
         return True
 
-    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any) -> tuple[Find, Any, Any, int]:
+    def __call__(
+        self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]
+    ) -> tuple[Find, Any, Any, int]:
         given = [*leaves, *inputs, *tree.leaves(found)]
         made = iter(self._run(leaves, given[len(leaves) :])[1]) if self._run is not None else iter(())
         values = [next(made) if source is None else given[source] for source in self._sources]
         return self._find, *tree.unflatten(self._structure, values), self._index
 
-    def _fresh(self, state: TrainState, batch: Any) -> list[Tensor] | None:
+    def _fresh(self, state: TrainState, batch: Batch) -> list[Tensor] | None:
         """Returns the arguments of the call that are not inputs of the step, or None if there is no call."""
         try:
             self._rest(state, batch)
@@ -245,7 +252,7 @@ class CompileWithGraphBreaks:
         RuntimeError: With this torch, code between the graphs would get wrong values.
     """
 
-    def __init__(self, backend: Any, mode: str | None) -> None:
+    def __init__(self, backend: Backend | None, mode: str | None) -> None:
         if not modes_work_below_compile():
             raise RuntimeError(
                 f"expected a torch whose compiler can leave single functions uncompiled, got {torch.__version__}."
@@ -253,7 +260,7 @@ class CompileWithGraphBreaks:
         self._options: dict[str, Any] = {"backend": backend or "inductor", "mode": mode, "dynamic": False}
         self._made: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         try:
             made = self._made.get(function)
             if made is None:
@@ -263,10 +270,10 @@ class CompileWithGraphBreaks:
             made = self._compiled(function)
         return made
 
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _compiled(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         compiled = torch.compile(function, **self._options)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Tree) -> Tree:
             with without_torch_logs():
                 # Dynamo may recompile in later steps, and logs its limits then.
                 return compiled(*args)
@@ -274,12 +281,12 @@ class CompileWithGraphBreaks:
         return call
 
 
-def _kind(gradient: Any) -> tuple[Any, ...]:
+def _kind(gradient: Tree) -> tuple[Hashable, ...]:
     leaves, structure = tree.flatten(gradient)
     return structure, tuple((leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves)
 
 
-def _copy_aliases(gradient: Any, given: Sequence[Any]) -> Any:
+def _copy_aliases(gradient: Tree, given: Sequence[Tree]) -> Tree:
     """Returns the gradient with copies of leaves that share memory with ``given`` or with each other."""
     taken = {storage_id(leaf) for leaf in given if isinstance(leaf, Tensor)}
 

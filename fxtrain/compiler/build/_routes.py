@@ -14,14 +14,14 @@ import torch
 
 from fxtrain._torch_internals import dispatch_keys_kept
 from fxtrain.compiler.build._dynamo import compile_by_dynamo, fails
-from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.build._executable import Backend, Executable
 from fxtrain.compiler.build._graph_breaks import Break, break_from_error
 from fxtrain.compiler.build._muted_logs import without_torch_messages
 from fxtrain.compiler.build._regions import NoGradientsError, compile_in_regions
 from fxtrain.compiler.build._specialization import compile_specialized
 from fxtrain.compiler.build._trace import AHEAD, compile_traced, trace_step
 from fxtrain.compiler.build._uncompiled import uncompiled
-from fxtrain.core import TrainState
+from fxtrain.core import Batch, TrainState
 from fxtrain.core._frames import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
@@ -107,7 +107,7 @@ class Routes:
         """The route in use, or the first one before the first call."""
         return Choice(self._routes[self._chosen], self._found)
 
-    def choose(self, step: Step | EvalFunction, state: TrainState, batch: Any) -> Choice:
+    def choose(self, step: Step | EvalFunction, state: TrainState, batch: Batch) -> Choice:
         """Returns the route in use, or a prediction of it before the first call.
 
         The prediction is wrong if the compiler itself fails. Nothing is compiled, no warning is issued, and these
@@ -121,7 +121,7 @@ class Routes:
             rehearsed(step, state, batch, in_place=False)
         return rehearsed.choice
 
-    def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Executable:
+    def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool) -> Executable:
         """Compiles an executable by the first route that works, with one warning if others failed before it."""
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
 
@@ -131,7 +131,7 @@ class Routes:
         return self._routes[self._chosen].trace is not None
 
     def trace(
-        self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool
+        self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool
     ) -> Callable[[], Executable]:
         """Traces the step by the route in use. Returns a function that compiles it in any thread.
 
@@ -145,16 +145,23 @@ class Routes:
         return compile_graph
 
     def _compile(
-        self, step: Any, state: TrainState, batch: Any, found: Break | None, first: int, *, in_place: bool
+        self,
+        step: Step | EvalFunction,
+        state: TrainState,
+        batch: Batch,
+        found: Break | None,
+        first: int,
+        *,
+        in_place: bool,
     ) -> Executable:
         with contextlib.ExitStack() as after_failure:
             return self._first_possible(step, state, batch, found, first, after_failure, in_place=in_place)
 
     def _first_possible(
         self,
-        step: Any,
+        step: Step | EvalFunction,
         state: TrainState,
-        batch: Any,
+        batch: Batch,
         found: Break | None,
         first: int,
         after_failure: contextlib.ExitStack,
@@ -195,7 +202,9 @@ class Routes:
         assert found is not None
         raise GraphBreakError(_refused(step, found)) from None
 
-    def _beyond(self, step: Any, state: TrainState, batch: Any, *, found: Break, first: int) -> Executable:
+    def _beyond(
+        self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, found: Break, first: int
+    ) -> Executable:
         """Compiles an executable for all values, because those that the step reads keep changing.
 
         Later graphs use its route too.
@@ -204,7 +213,7 @@ class Routes:
 
 
 def routes_to(
-    backend: str | Callable[..., Any] | None,
+    backend: Backend | None,
     mode: str | None,
     *,
     dynamic: bool,
@@ -267,7 +276,9 @@ def routes_to(
     return Routes([*whole, *others], fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
 
 
-def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Executable:
+def _by_dynamo(
+    step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool, **options: Any
+) -> Executable:
     # Dynamo's executable always returns a new state.
     return compile_by_dynamo(step, state, batch, **options)
 
@@ -291,7 +302,7 @@ def _garbage_kept() -> Generator[None]:
             gc.enable()
 
 
-def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Executable:
+def _compiled(route: Route, step: Step | EvalFunction, state: TrainState, batch: Batch, **options: Any) -> Executable:
     try:
         return route.compile(step, state, batch, **options)
     except ValuesNeededError:
@@ -299,7 +310,7 @@ def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options:
         return route.compile(step, state, batch, **options)
 
 
-def _fallback(step: Any, found: Break, route: Route) -> str:
+def _fallback(step: Step | EvalFunction, found: Break, route: Route) -> str:
     return (
         f"{step!r} cannot be traced as one graph:\n{_lines(found)}"
         f"Compiled instead: {route.outcome}. Results are the same. fx.explain(step, state, batch) lists all such "
@@ -307,7 +318,7 @@ def _fallback(step: Any, found: Break, route: Route) -> str:
     )
 
 
-def _refused(step: Any, found: Break) -> str:
+def _refused(step: Step | EvalFunction, found: Break) -> str:
     return (
         f"expected a step that is one graph (fullgraph=True), got {step!r}:\n{_lines(found)}"
         "fx.explain(step, state, batch) lists all such places. Change them, or leave out fullgraph=True to compile "

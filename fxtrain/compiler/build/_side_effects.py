@@ -10,13 +10,14 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals import TRACER_MODULES
+from fxtrain.core import Tree
 from fxtrain.core._frames import is_of_users
 
 _FORMATTERS = frozenset(("__repr__", "__str__", "__format__"))
@@ -71,7 +72,9 @@ class _FormattingWarning(TorchFunctionMode):
         super().__init__()
         self._warned = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
+    ) -> Tree:
         if not self._warned and func.__name__ in _FORMATTERS:
             line = _users_line()
             if line is not None:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.build._executable import Executable, Run
+from fxtrain.compiler.build._executable import Backend, Executable, Run
 from fxtrain.compiler.build._trace import compile_traced
 from fxtrain.compiler.build._value_reads import CheckedReads, Reads, UncheckedReadError
-from fxtrain.core import TrainState
+from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
@@ -39,12 +40,12 @@ _MAX_NUMBER_CHANGES = 2
 def compile_specialized(
     step: Step | EvalFunction,
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     *,
     mode: str | None,
     in_place: bool,
     otherwise: Otherwise,
-    backend: str | Callable[..., Any] | None = None,
+    backend: Backend | None = None,
 ) -> Executable:
     """Compiles a step into one graph per set of values that it reads.
 
@@ -79,10 +80,18 @@ class _Graph:
 class _Specialized:
     """The graphs of a step, one per set of values read, most recently used first."""
 
-    def __init__(self, step: Any, state: Any, batch: Any, mode: Any, backend: Any, otherwise: Any) -> None:
+    def __init__(
+        self,
+        step: Step | EvalFunction,
+        state: PyTreeSpec,
+        batch: PyTreeSpec,
+        mode: str | None,
+        backend: Backend | None,
+        otherwise: Otherwise,
+    ) -> None:
         self._step, self._state, self._batch = step, state, batch
         self._mode, self._backend = mode, backend
-        self._otherwise: Otherwise = otherwise
+        self._otherwise = otherwise
         self._other: Executable | None = None
         self._graphs: list[_Graph] = []
         self._number_changes = 0  # how often a number (not a bool) has changed
@@ -98,7 +107,7 @@ class _Specialized:
         self._graphs.insert(0, _Graph(executable.run, traced.reads))
         return self._graphs[0]
 
-    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
         tried: list[tuple[_Graph, int]] = []  # graphs with the index of the first value that differs
         while (graph := self._candidate(tried)) is not None:
             try:
@@ -133,7 +142,7 @@ class _Specialized:
 
     def _run_for_new_values(
         self, tried: list[tuple[_Graph, int]], leaves: Sequence[Tensor], inputs: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Any]:
+    ) -> tuple[Sequence[Tensor], Tree]:
         self._number_changes += any(place in graph.reads.numbers for graph, place in tried) or not tried
         if len(self._graphs) < _MAX_GRAPHS and self._number_changes < _MAX_NUMBER_CHANGES:
             _log.info("%r reads other values. Compiling graph %d for them.", self._step, len(self._graphs) + 1)
@@ -166,11 +175,11 @@ class _Reading:
         known: The values read by earlier traces.
     """
 
-    def __init__(self, function: Callable[..., Any], given: Sequence[Tensor], known: Sequence[list[Any]]) -> None:
+    def __init__(self, function: Callable[..., Tree], given: Sequence[Tensor], known: Sequence[list[float]]) -> None:
         self._function, self._given, self._known = function, given, known
         self.reads: Reads | None = None
 
-    def result_and_same(self, state: TrainState, batch: Any) -> tuple[Any, Tensor]:
+    def result_and_same(self, state: TrainState, batch: Batch) -> tuple[Any, Tensor]:
         with CheckedReads(self._given) as checked:
             result = self._function(state, batch)
             same = checked.same(state.step.device)
@@ -184,11 +193,11 @@ class _Reading:
 
 
 class _ReadingStep(_Reading, Step):
-    def __call__(self, state: TrainState, batch: Any) -> Any:
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
         (new, output), same = self.result_and_same(state, batch)
         return new, (output, same)
 
 
 class _ReadingFunction(_Reading):
-    def __call__(self, state: TrainState, batch: Any) -> Any:
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
         return self.result_and_same(state, batch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxtrain._torch_internals import (
     decompositions,
@@ -21,6 +22,7 @@ from fxtrain._torch_internals import (
     size_functions,
     with_symbolic_sizes,
 )
+from fxtrain.core import Tree
 
 
 class SymbolicSizes:
@@ -41,7 +43,7 @@ class SymbolicSizes:
             with_symbolic_sizes(self._mode, leaf.contiguous(), f"batch_{index}") for index, leaf in enumerate(inputs)
         ]
 
-    def trace(self, function: Callable[..., Any]) -> Any:
+    def trace(self, function: Callable[..., Tree]) -> GraphModule:
         """Returns the graph of a function of all leaves, those of the state first."""
         # The C++ kernel of ``pad`` reads sizes as integers.
         table = decompositions([torch.ops.aten.constant_pad_nd])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxtrain import tree
 from fxtrain._torch_internals import (
@@ -32,7 +33,7 @@ from fxtrain.compiler.build._aot import compile_ahead
 from fxtrain.compiler.build._compile_thread import turn
 from fxtrain.compiler.build._ctc import OpaqueCTC
 from fxtrain.compiler.build._cudagraphs import CudaGraphReplay
-from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.build._executable import Backend, Executable
 from fxtrain.compiler.build._literals import KnownLiterals
 from fxtrain.compiler.build._side_effects import detecting_side_effects
 from fxtrain.compiler.build._symbolic_sizes import SymbolicSizes, dense
@@ -40,7 +41,7 @@ from fxtrain.compiler.passes._concatenation import replace_trivial_concatenation
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
-from fxtrain.core import TrainState, compiling
+from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.step import Step
 
 AHEAD = "ahead-of-time"
@@ -54,13 +55,13 @@ _EMPTY = types.CellType()
 
 
 def compile_traced(
-    step: Callable[[TrainState, Any], Any],
+    step: Callable[[TrainState, Batch], Tree],
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     *,
     mode: str | None,
     in_place: bool,
-    backend: str | Callable[..., Any] | None = None,
+    backend: Backend | None = None,
     dynamic: bool = False,
 ) -> Executable:
     """Compiles the step as one graph. No other thread compiles at the same time.
@@ -81,13 +82,13 @@ def compile_traced(
 
 
 def trace_step(
-    step: Callable[[TrainState, Any], Any],
+    step: Callable[[TrainState, Batch], Tree],
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     *,
     mode: str | None,
     in_place: bool,
-    backend: str | Callable[..., Any] | None = None,
+    backend: Backend | None = None,
     dynamic: bool = False,
 ) -> Callable[[], Executable]:
     """Traces a step and returns a function that compiles it.
@@ -154,12 +155,12 @@ def trace_step(
 
         if in_place or not is_step:
 
-            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
                 return (), unflatten(call(pick((*leaves, *inputs))))
         else:
             returned = len(changed)
 
-            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
                 values = call(pick((*leaves, *inputs)))
                 new = list(leaves)
                 for index, value in zip(changed, values, strict=False):
@@ -174,7 +175,7 @@ def trace_step(
     return compile_traced_graph
 
 
-def _without_unread(graph: Any) -> list[int]:
+def _without_unread(graph: GraphModule) -> list[int]:
     """Removes inputs that the graph does not read, as each adds dispatch overhead. Returns the indices of the rest."""
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     read = [index for index, node in enumerate(inputs) if node.users]
@@ -186,7 +187,7 @@ def _without_unread(graph: Any) -> list[int]:
     return read
 
 
-def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
+def _options(graph: GraphModule, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
     """Returns the options of Inductor for a graph."""
     options: dict[str, Any] = {} if mode is None or mode == AHEAD else mode_options(mode)
     if _has_known_operators_only(graph):
@@ -196,10 +197,11 @@ def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[s
     return options
 
 
-def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
+def _compiled(graph: GraphModule, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
     """Compiles a graph by Inductor into a function of a tuple of tensors."""
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    outputs = len(graph.graph.output_node().args[0])
+    returned: Any = graph.graph.output_node().args[0]
+    outputs = len(returned)
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
     executable: Any = compile_graph(graph, fakes, options)
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
@@ -207,7 +209,7 @@ def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callab
     return bare or (lambda tensors: executable(*tensors))
 
 
-def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[..., Sequence[Tensor]]:
+def _compiled_by(backend: Backend, graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
     """Compiles a graph by a backend of ``torch.compile`` into a function of a tuple of tensors."""
     chosen: Any = backend_named(backend) if isinstance(backend, str) else backend
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -215,7 +217,7 @@ def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[...,
     return lambda tensors: made(*tensors)
 
 
-def _unwrapped(executable: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
+def _unwrapped(executable: Callable[..., object], outputs: int) -> Callable[..., Sequence[Tensor]] | None:
     """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
 
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
@@ -249,7 +251,7 @@ def _unwrapped(executable: Any, outputs: int) -> Callable[..., Sequence[Tensor]]
     return run
 
 
-def _has_known_operators_only(graph: Any) -> bool:
+def _has_known_operators_only(graph: GraphModule) -> bool:
     """Whether all operators are torch's or fxtrain's.
 
     An operator from elsewhere may return other sizes than its fake implementation declares.
@@ -261,7 +263,7 @@ def _has_known_operators_only(graph: Any) -> bool:
     )
 
 
-def _is_better_channels_first(graph: Any, examples: Sequence[Tensor]) -> bool:
+def _is_better_channels_first(graph: GraphModule, examples: Sequence[Tensor]) -> bool:
     """Whether convolutions should keep their layout, where Inductor would change it to channels-last.
 
     On a CPU, Inductor's reductions over channels-last layouts, such as those of batch norms, are slow enough to make

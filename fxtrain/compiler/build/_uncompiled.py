@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler.build._executable import Executable
-from fxtrain.core import TrainState
+from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model import forward_wrapped_by
 from fxtrain.step import EvalFunction, Step
 
 
 def uncompiled(
-    step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool, wrap: Any = None
+    step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool, wrap: Any = None
 ) -> Executable:
     """Returns an executable that runs the step uncompiled.
 
@@ -28,7 +28,7 @@ def uncompiled(
     """
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
 
-    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
         with forward_wrapped_by(wrap):
             result: Any = step(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
         if not isinstance(step, Step):

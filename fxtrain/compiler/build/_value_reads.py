@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals import TorchDispatchMode, item_operator, node_of, tracer, without_dispatch_modes
+from fxtrain.core import Tree
 
 aten = torch.ops.aten
 
@@ -69,12 +70,14 @@ class CheckedReads(TorchDispatchMode):
         self._conversions.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._conversions.__exit__(*error)
         super().__exit__(*error)
         self._known.clear()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
+    ) -> Tree:
         checked = _CHECKED.get(func)
         found = checked(self, *args, **(kwargs or {})) if checked is not None else NotImplemented
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
@@ -143,7 +146,9 @@ class CheckedReads(TorchDispatchMode):
 class _Conversions(TorchFunctionMode):
     """Converts tensors to Python values one element at a time."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
+    ) -> Tree:
         if func is Tensor.tolist and args[0].numel() <= _MAX_LIST_LENGTH:
             return _listed(args[0])
         if func is Tensor.__bool__ and args[0].numel() == 1 and args[0].dtype != torch.bool:
@@ -157,7 +162,7 @@ def _listed(tensor: Tensor) -> Any:
     return [_listed(part) for part in tensor.unbind()] if tensor.ndim else tensor.item()
 
 
-def _attribute(root: Any, target: str) -> Any:
+def _attribute(root: object, target: str) -> Any:
     for name in target.split("."):
         root = getattr(root, name)
     return root
@@ -176,8 +181,8 @@ def _equal(mode: CheckedReads, one: Tensor, two: Tensor) -> Any:
     return mode.read((one == two).all())
 
 
-def _allclose(mode: CheckedReads, one: Tensor, two: Tensor, *args: Any, **options: Any) -> Any:
-    return mode.read(torch.isclose(one, two, *args, **options).all())
+def _allclose(mode: CheckedReads, one: Tensor, two: Tensor, *args: float, equal_nan: bool = False) -> Any:
+    return mode.read(torch.isclose(one, two, *args, equal_nan=equal_nan).all())
 
 
 def _nonzero(mode: CheckedReads, tensor: Tensor) -> Any:

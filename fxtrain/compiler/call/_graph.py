@@ -7,17 +7,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler.build._executable import Executable
 from fxtrain.compiler.call._ownership import is_foreign, is_sole, shared
-from fxtrain.core import TrainState, invalidate
+from fxtrain.core import Batch, TrainState, Tree, invalidate
 from fxtrain.core._state import build
 from fxtrain.step import EvalFunction, Step
 from fxtrain.tree import Flatten, OtherStructureError, generate_flatten
 
-Kind = tuple[Any, ...]
+Kind = tuple[object, ...]
 
 Found = tuple[list[Tensor], list[Any], list[Tensor], bool]
 """Leaves and containers of a state, leaves of a batch, and whether the graph itself wrote these state leaves last."""
@@ -39,7 +40,7 @@ class Graph:
         self,
         step: Step | EvalFunction,
         state: TrainState,
-        batch: Any,
+        batch: Batch,
         executable: Executable,
         *,
         donate: bool,
@@ -61,7 +62,7 @@ class Graph:
         self._seen: list[weakref.ref[Tensor]] = []  # the state leaves that it updates in place
         self.replace_executable(executable)
 
-    def find(self, state: TrainState, batch: Any) -> Found | None:
+    def find(self, state: TrainState, batch: Batch) -> Found | None:
         """Returns the inputs of the executable, or None if it does not accept this state or batch."""
         try:
             leaves, containers = self._flatten(state)
@@ -75,7 +76,7 @@ class Graph:
         known = len(self._seen) > 0 and all(map(operator.is_, map(operator.call, self._seen), leaves))
         return (leaves, containers, inputs, known) if known or kinds(leaves) == self._kinds else None
 
-    def broken(self, batch: Any) -> list[str] | None:
+    def broken(self, batch: Batch) -> list[str] | None:
         """Returns the conditions on sizes that a batch breaks, as code.
 
         None if the sizes are not symbolic, or if the batch differs in more than its sizes.
@@ -91,7 +92,7 @@ class Graph:
         return self._conditions.broken(inputs, tree.paths(batch, "batch"))
 
     def __call__(
-        self, state: TrainState, leaves: list[Tensor], containers: list[Any], inputs: list[Tensor], known: bool
+        self, state: TrainState, leaves: list[Tensor], containers: list[object], inputs: list[Tensor], known: bool
     ) -> Any:
         """Takes the step with the inputs that ``find`` returned."""
         if not self._in_place:
@@ -121,7 +122,7 @@ class Graph:
         self._written = executable.written or ()
         self._seen = []
 
-    def raise_uncompiled(self, found: Found, batch: Any) -> None:
+    def raise_uncompiled(self, found: Found, batch: Batch) -> None:
         """Raises what the uncompiled step raises for inputs that failed, such as an index out of range.
 
         Its traceback leads to the user's line, whereas a kernel's error names a generated file. A donated state may be
@@ -149,10 +150,10 @@ def loose_kinds(leaves: Sequence[Tensor]) -> list[Kind]:
     return [(leaf.ndim, leaf.dtype, leaf.device) for leaf in leaves]
 
 
-def _general(structure: Any, enter: Callable[[Any], Any]) -> Flatten:
+def _general(structure: PyTreeSpec, enter: Callable[[Tree], Tree]) -> Flatten:
     """Returns a slower function, for trees with nodes that ``generate_flatten`` does not support."""
 
-    def flatten(node: Any) -> tuple[list[Any], list[Any]]:
+    def flatten(node: Tree) -> tuple[list[Tensor], list[object]]:
         leaves, found = tree.flatten(enter(node))
         if found != structure or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise OtherStructureError

@@ -29,7 +29,7 @@ _SOLE_STORAGE = max(_references(list(_storages(_probe))))
 _SOLE_USE = max(1, *storage_use_counts(_storages(_probe)))
 
 
-def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int]) -> bool:
+def is_sole(leaves: list[Tensor], containers: list[object], written: Sequence[int]) -> bool:
     """Whether the leaves and containers of a state have no references besides these two lists.
 
     Views are detected only for the leaves with indices in ``written``.
@@ -42,7 +42,7 @@ def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int])
     ] * len(storages)
 
 
-def shared(leaves: list[Tensor], containers: list[Any]) -> list[bool]:
+def shared(leaves: list[Tensor], containers: list[object]) -> list[bool]:
     """Whether each leaf is referenced elsewhere: directly, by a view, or through a container above it."""
     references = list(_references(leaves))
     held = [count > _SOLE for count in _references(containers)]

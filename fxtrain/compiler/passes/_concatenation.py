@@ -7,15 +7,14 @@ then fails with "Cannot view a tensor with shape ...".
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
 from fxtrain._torch_internals import is_known_true
 
 
-def replace_trivial_concatenations(graph: Any) -> Any:
+def replace_trivial_concatenations(graph: Graph) -> Graph:
     """Replaces each ``cat`` that has only one non-empty input with a contiguous copy of it.
 
     Args:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Graph, Node
 
 from fxtrain._torch_internals import Operator, is_in_place, make_fx, operator_name
 from fxtrain.compiler.passes._in_place import storages_written
@@ -30,7 +31,7 @@ class _Draw(NamedTuple):
     reader: Any  # the first outside reader
 
 
-def merge_dropout_masks(graph: Any) -> Any:
+def merge_dropout_masks(graph: Graph) -> Graph:
     """Generates dropout masks of one shape together.
 
     Args:
@@ -53,7 +54,7 @@ def merge_dropout_masks(graph: Any) -> Any:
     return graph
 
 
-def _merge_counter_nodes(graph: Any) -> dict[Any, None]:
+def _merge_counter_nodes(graph: Graph) -> dict[Any, None]:
     """Returns all nodes computed only from integer constants and RNG counters, with duplicates merged.
 
     Each mask repeats the computations on its counter and key, which become duplicates here.
@@ -81,14 +82,14 @@ def _merge_counter_nodes(graph: Any) -> dict[Any, None]:
     return integer_nodes
 
 
-def _is_plain(node: Any) -> bool:
+def _is_plain(node: Node) -> bool:
     target = node.target
     if not isinstance(target, Operator) or is_in_place(target):
         return False
     return torch.Tag.pointwise in target.tags or operator_name(target) in _SHAPING
 
 
-def _takes_site(node: Any) -> bool:
+def _takes_site(node: Node) -> bool:
     return node.target == torch.ops.aten.bitwise_xor.Scalar
 
 
@@ -115,7 +116,7 @@ def _draw_from(taking: Any, integer_nodes: Mapping[Any, None], order: Mapping[An
 def _signature_without_site(draw: _Draw) -> str:
     names = {node: f"#{index}" for index, node in enumerate(draw.nodes)}
 
-    def as_text(node: Any) -> str:
+    def as_text(node: Node) -> str:
         arguments = node.args[:1] if _takes_site(node) else node.args
         return repr((node.target, torch.fx.map_arg((arguments, node.kwargs), lambda other: names.get(other, other))))
 
@@ -138,7 +139,7 @@ def _progressions(sites: Iterable[int]) -> list[range]:
     return found
 
 
-def _draw_together(graph: Any, draws: Sequence[_Draw], sites: range, order: Mapping[Any, int]) -> None:
+def _draw_together(graph: Graph, draws: Sequence[_Draw], sites: range, order: Mapping[Any, int]) -> None:
     model, reader = draws[0], min((draw.reader for draw in draws), key=order.__getitem__)
     scalars = list(dict.fromkeys(n for node in model.nodes for n in node.all_input_nodes if n not in model.nodes))
     examples = [node.meta["val"] for node in scalars]
@@ -158,7 +159,7 @@ def _draw_together(graph: Any, draws: Sequence[_Draw], sites: range, order: Mapp
         body: Any = make_fx(all_of_them)(*examples).graph
     body.eliminate_dead_code()
     with graph.inserting_before(reader):
-        masks = graph.graph_copy(body, dict(zip(body.find_nodes(op="placeholder"), scalars, strict=True)))
+        masks: Any = graph.graph_copy(body, dict(zip(body.find_nodes(op="placeholder"), scalars, strict=True)))
         for index, draw in enumerate(draws):
             for output, together in zip(draw.outputs, masks, strict=True):
                 mask = graph.call_function(torch.ops.aten.select.int, (together, 0, index))

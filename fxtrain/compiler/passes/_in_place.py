@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph, Node
 
 from fxtrain._torch_internals import Operator, is_in_place, storage_id
 
 
-def storages_written(graph: Any) -> set[int]:
+def storages_written(graph: Graph) -> set[int]:
     """Returns the storages, as from ``storage_id``, of all tensors in in-place operations of a graph from ``make_fx``.
 
     The final update of the state is excluded, because it comes after all reads.
@@ -24,7 +25,8 @@ def storages_written(graph: Any) -> set[int]:
     }
 
 
-def _writes(node: Any) -> bool:
+def _writes(node: Node) -> bool:
     if not isinstance(node.target, Operator) or not is_in_place(node.target):
         return False
-    return node.target != torch.ops.aten.copy_.default or node.args[0].op != "placeholder"
+    written: Any = node.args[0]
+    return node.target != torch.ops.aten.copy_.default or written.op != "placeholder"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
 from fxtrain.compiler.passes._operators import linear, once
 
@@ -26,7 +27,7 @@ _MIN_ONEDNN_FLOPS = 4_000_000
 _FIRST_FULL_WIDTH_FAMILY = 26  # the first AMD family that executes 512-bit vectors at full width
 
 
-def speed_up_matmuls(graph: Any) -> Any:
+def speed_up_matmuls(graph: Graph) -> Graph:
     """Replaces matmuls on a CPU with faster equivalents.
 
     Args:
@@ -56,7 +57,7 @@ def speed_up_matmuls(graph: Any) -> Any:
     return graph
 
 
-def _by_onednn(graph: Any, x: Any, other: Any, bias: Any) -> Any:
+def _by_onednn(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
     aten = torch.ops.aten
     weight = graph.call_function(aten.t.default, (other,))
     weight.meta["val"] = other.meta["val"].t()
@@ -66,7 +67,7 @@ def _by_onednn(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     return graph.call_function(linear(), (x, weight, bias))
 
 
-def _with_separate_bias(graph: Any, x: Any, other: Any, bias: Any) -> Any:
+def _with_separate_bias(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
     aten = torch.ops.aten
     product = graph.call_function(aten.mm.default, (x, other))
     product.meta["val"] = x.meta["val"] @ other.meta["val"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph, Node
 
 from fxtrain._torch_internals import Operator, operator_name, storage_id
 from fxtrain.compiler.passes._in_place import storages_written
@@ -30,7 +31,7 @@ _VALUE_PRESERVING = frozenset(
 )
 
 
-def hoist_scalars(graph: Any) -> Any:
+def hoist_scalars(graph: Graph) -> Any:
     """Materializes expensive scalars on a CPU in memory.
 
     Tensors that are later overwritten, directly or through a view, are left unchanged.
@@ -67,7 +68,7 @@ def hoist_scalars(graph: Any) -> Any:
     return graph
 
 
-def make_bias_corrections_exact(graph: Any) -> Any:
+def make_bias_corrections_exact(graph: Graph) -> Graph:
     """Makes each ``expm1`` of a vector of counts on a CPU give the same bits in every loop.
 
     These are the bias corrections of an optimizer, one per parameter. A graph of several steps fuses them with other
@@ -87,7 +88,7 @@ def make_bias_corrections_exact(graph: Any) -> Any:
     return graph
 
 
-def _is_of_counts(node: Any) -> bool:
+def _is_of_counts(node: Node) -> bool:
     """Whether a vector on a CPU is computed elementwise from integer vectors and scalars only."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.ndim:
@@ -113,11 +114,11 @@ def _is_elementwise(target: Any) -> bool:
     return torch.Tag.pointwise in target.tags or operator_name(target) in _VALUE_PRESERVING
 
 
-def _picks(node: Any) -> bool:
+def _picks(node: Node) -> bool:
     """Whether a node takes single elements out of a vector, such as the bias corrections of all parameters."""
     return node.target in (torch.ops.aten.select.int, torch.ops.aten.unbind.int)
 
 
-def _size(node: Any) -> int:
+def _size(node: Node) -> int:
     value = node.meta.get("val")
     return value.numel() if isinstance(value, Tensor) else 0
