@@ -1,7 +1,5 @@
 """Wrong arguments of fit, evaluate, init and compile raise errors that name the correction."""
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -187,18 +185,3 @@ def test_surrounding_context_does_not_change_fit(surrounding):
     torch.testing.assert_close(
         found.params, fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).state.params, rtol=0.0, atol=0.0
     )
-
-
-class TestOptions:
-    def test_steps_lists_the_options_of_fit(self):
-        ours, of_fit = (inspect.signature(function).parameters for function in (fx.steps, fx.fit))
-        assert list(ours) == list(of_fit)
-        assert {"callbacks", "eval_step", "epochs", "steps", "checkpointer", "clock"} <= set(ours)
-        assert not [name for name in ours if f"        {name}: " not in inspect.getdoc(fx.fit).replace("\n", "\n    ")]
-
-    @pytest.mark.parametrize("run", [fx.fit, fx.steps])
-    def test_unknown_option_is_refused_with_nearest_name(self, run):
-        with pytest.raises(TypeError, match=rf"{run.__name__}: expected .* got 'epoch'\. Did you mean 'epochs'\?"):
-            run(STATE, STEP, [BATCH], epoch=3)
-        with pytest.raises(TypeError, match=rf"{run.__name__}: expected three positional arguments, got 4\."):
-            run(STATE, STEP, [BATCH], 3)

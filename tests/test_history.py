@@ -12,14 +12,13 @@ import problem
 import pytest
 
 import fxtrain as fx
-from fxtrain.loop._history import History
 
 mpl.use("agg")
 
 
 @pytest.fixture
 def history():
-    made = History()
+    made = fx.History()
     for step in range(1, 101):
         made.add(step, {"train/loss": 1 / step, "train/accuracy": 0.5, "lr": 0.1})
         if step % 20 == 0:
@@ -51,7 +50,7 @@ def test_history_records_only_scalars(history):
 
 
 def test_later_value_replaces_point_of_same_step():
-    history = History()
+    history = fx.History()
     for step, value in [(1, 1.0), (3, 3.0), (3, 4.0), (2, 2.0), (1, 0.5)]:
         history.add(step, {"eval/loss": value})
     assert history["eval/loss"].steps.tolist() == [1, 2, 3]
@@ -72,7 +71,7 @@ def test_error_for_missing_curve_lists_published_names(history):
     ):
         history["loss"]
     with pytest.raises(KeyError, match=r"got 'loss'. Published: nothing"):
-        History()["loss"]
+        fx.History()["loss"]
 
 
 # Plots
@@ -110,11 +109,11 @@ def test_error_for_unmatched_pattern_lists_published_names(history):
     with pytest.raises(KeyError, match=r"got '\*/lss', which matches none. Published: 'eval/auc', 'eval/loss', 'lr'"):
         history.plot("*loss", "*/lss")
     with pytest.raises(KeyError, match=r"got '\*', which matches none. Published: nothing"):
-        History().plot()
+        fx.History().plot()
 
 
 def test_non_finite_values_are_gaps():
-    history = History()
+    history = fx.History()
     for step, value in enumerate([1.0, math.nan, 2.0, math.inf, 3.0, -math.inf]):
         history.add(step, {"loss": value, "lost": math.nan})
     figure = history.plot()
@@ -126,7 +125,7 @@ def test_non_finite_values_are_gaps():
 
 
 def test_many_panels_use_three_columns_in_natural_order():
-    history = History()
+    history = fx.History()
     for number in range(20):
         history.add(1, {f"norm/layer.{number}.weight": 1.0})
     figure = history.plot()
@@ -138,7 +137,7 @@ def test_many_panels_use_three_columns_in_natural_order():
 
 
 def test_long_names_are_shortened_in_the_middle():
-    history = History()
+    history = fx.History()
     history.add(1, {"gradients/" + "a" * 50 + ".weight": 1.0})
     (title,) = titles(history.plot())
     assert title.startswith("gradients/aaa")
@@ -147,7 +146,7 @@ def test_long_names_are_shortened_in_the_middle():
 
 
 def test_single_point_has_visible_marker():
-    history = History()
+    history = fx.History()
     history.add(1, {"train/loss": 1.0})
     assert history.plot().axes[0].get_lines()[0].get_marker() == "."
 
@@ -212,6 +211,23 @@ def test_notebook_shows_figure_once_and_progress_in_its_cell(tmp_path):
 
 
 def test_repr_escapes_control_characters():
-    history = History()
+    history = fx.History()
     history.add(1, {"a\x1b[2J\n\u202e": 1.0})
     assert repr(history).splitlines() == ["History of 1 curves", "  a\\x1b[2J\\n\\u202e: 1 points, last 1"]
+
+
+def test_history_has_every_step_with_and_without_observers():
+    def watched(state, event: fx.StepEnd, control):
+        pass
+
+    def logging(state, event: fx.StepEnd):
+        return state, fx.Control(log={"half": event.step / 2} if event.step % 2 else {})
+
+    runs = [
+        fx.fit(problem.start(), problem.step(), problem.data(), steps=150, observers=seen, callbacks=logged)
+        for seen, logged in [([], []), ([watched], []), ([], [logging]), ([watched], [logging])]
+    ]
+    for run in runs:
+        assert run.history["train/loss"].steps.tolist() == list(range(1, 151))
+        assert run.history["train/loss"].values.tolist() == runs[0].history["train/loss"].values.tolist()
+    assert runs[2].history["half"].values.tolist() == [step / 2 for step in range(1, 151, 2)]

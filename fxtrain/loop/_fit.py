@@ -26,6 +26,14 @@ class Result:
         history: All published scalars.
         exit_code: Exit code for the program: 0, or 128 plus the number of the signal that interrupted the run (130 for
             SIGINT, 143 for SIGTERM).
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: (model(batch) - 1).square().mean(), tx)
+        >>> first = fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, [torch.ones(4, 1)], steps=2)
+        >>> fx.fit(first.continue_from, step, [torch.ones(4, 1)], steps=5).reason
+        'reached 5 steps'
     """
 
     state: TrainState

@@ -20,10 +20,21 @@ _MAX_TITLE = 46  # characters of a panel's title
 
 
 class Series(NamedTuple):
-    """The published values of one name."""
+    """The published values of one name.
 
-    steps: np.ndarray  # int64 [n], strictly increasing
-    values: np.ndarray  # float64 [n]
+    Args:
+        steps: int64 [n], strictly increasing.
+        values: float64 [n].
+
+    Example:
+        >>> history = History()
+        >>> history.add(10, {"eval/loss": 0.5})
+        >>> history["eval/loss"]
+        Series(steps=array([10]), values=array([0.5]))
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
 class History(Mapping[str, Series]):

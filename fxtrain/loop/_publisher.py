@@ -63,7 +63,7 @@ class Publisher:
     def __init__(self, observers: Observer | Iterable[Observer], history: History, device: torch.device) -> None:
         self._observers = list(observers) if isinstance(observers, Iterable) else [observers]
         for observer in self._observers:
-            _refuse_callback(observer)
+            _check_observer(observer)
         self._history = history
         self._on_host = device.type == "cpu"
         self._seeing: dict[type[object], list[Callable[..., None]]] = {}
@@ -209,7 +209,7 @@ def _close(observer: Callable[..., None]) -> None:
         close()
 
 
-def _refuse_callback(observer: Callable[..., None]) -> None:
+def _check_observer(observer: Callable[..., None]) -> None:
     refuse_lookalikes(observer, "observers")
     if isinstance(observer, Composed):
         name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
