@@ -8,10 +8,11 @@ from fxtrain.optim._adafactor import FactoredState as FactoredState
 from fxtrain.optim._adafactor import adafactor, scale_by_factored_rms
 from fxtrain.optim._adagrad import ScaleByRssState as ScaleByRssState
 from fxtrain.optim._adagrad import adagrad, scale_by_rss
-from fxtrain.optim._adam import ScaleByAdamaxState as ScaleByAdamaxState
 from fxtrain.optim._adam import ScaleByAdamState as ScaleByAdamState
 from fxtrain.optim._adam import ScaleByAmsgradState as ScaleByAmsgradState
-from fxtrain.optim._adam import adam, adamax, adamw, lamb, scale_by_adam, scale_by_adamax, scale_by_amsgrad
+from fxtrain.optim._adam import adam, adamw, scale_by_adam, scale_by_amsgrad
+from fxtrain.optim._adamax import ScaleByAdamaxState as ScaleByAdamaxState
+from fxtrain.optim._adamax import adamax, scale_by_adamax
 from fxtrain.optim._apply_if_finite import ApplyIfFiniteState as ApplyIfFiniteState
 from fxtrain.optim._apply_if_finite import apply_if_finite
 from fxtrain.optim._clipping import clip_by_block_rms, clip_by_global_norm, clip_by_value
@@ -24,6 +25,7 @@ from fxtrain.optim._from_torch import from_torch
 from fxtrain.optim._hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from fxtrain.optim._hyperparams import Scheduled as Scheduled
 from fxtrain.optim._hyperparams import get_hyperparams, inject_hyperparams, set_hyperparams
+from fxtrain.optim._lamb import lamb
 from fxtrain.optim._lookahead import LookaheadState as LookaheadState
 from fxtrain.optim._lookahead import lookahead
 from fxtrain.optim._masking import MaskedState as MaskedState

@@ -22,7 +22,7 @@ from fxtrain.optim._masking import Mask
 from fxtrain.optim._moments import bias_correction, bias_corrections, debiased, moving_average, squared
 from fxtrain.optim._parameter_scalars import PerParameter, start_counts
 from fxtrain.optim._rules import from_counted_rule
-from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate, scale_by_trust_ratio
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
 
@@ -32,14 +32,6 @@ class ScaleByAdamState(NamedTuple):
     count: PerParameter  # int64 [parameters]: updates of each
     mu: Tree  # like the parameters: first moment
     nu: Tree  # like the parameters, real, float32 at least: second moment
-
-
-class ScaleByAdamaxState(NamedTuple):
-    """The state of ``scale_by_adamax``."""
-
-    count: PerParameter  # int64 [parameters]: updates of each
-    mu: Tree  # like the parameters: first moment
-    nu: Tree  # like the parameters, real, float32 at least: decaying maximum
 
 
 class ScaleByAmsgradState(NamedTuple):
@@ -87,7 +79,7 @@ def scale_by_adam(
     def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
         return [bias_correction(b2, count, dtype), *bias_corrections(b1, count, dtype, nesterov)]
 
-    return from_counted_rule(lambda params: _start(params, mu_dtype), rule, numbers)
+    return from_counted_rule(lambda params: start_moments(params, mu_dtype), rule, numbers)
 
 
 @args_from(scale_by_adam)
@@ -119,7 +111,7 @@ def scale_by_amsgrad(
     check_non_negative(eps=eps, eps_root=eps_root)
 
     def init(params: Tree) -> ScaleByAmsgradState:
-        return ScaleByAmsgradState(*_start(params, mu_dtype), real_full(params))
+        return ScaleByAmsgradState(*start_moments(params, mu_dtype), real_full(params))
 
     def rule(
         update: Tensor, mu: Tensor, nu: Tensor, nu_max: Tensor, first: Tensor, second: Tensor
@@ -133,34 +125,6 @@ def scale_by_amsgrad(
     return from_counted_rule(
         init, rule, lambda count, dtype: [bias_correction(decay, count, dtype) for decay in (b1, b2)]
     )
-
-
-@args_from(scale_by_adam)
-def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
-    """Divides the first moment by a decaying maximum of absolute values; see ``adamax``.
-
-    Args:
-        b2: Decay rate of the maximum, in [0, 1).
-        eps: Added to the absolute values.
-
-    Example:
-        >>> tx = scale_by_adamax()
-        >>> grads = torch.tensor([3.0, -200.0])
-        >>> tx.update(grads, tx.init(grads), grads)[0]
-        tensor([ 1., -1.])
-    """
-    check_fraction(b1=b1, b2=b2)
-    check_non_negative(eps=eps)
-
-    def rule(update: Tensor, mu: Tensor, nu: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-        mu = moving_average(update, mu, b1)
-        nu = torch.maximum(b2 * nu, update.abs() + eps)
-        return mu / first / nu, mu, nu
-
-    def init(params: Tree) -> ScaleByAdamaxState:
-        return ScaleByAdamaxState(*_start(params, None))
-
-    return from_counted_rule(init, rule, lambda count, dtype: [bias_correction(b1, count, dtype)])
 
 
 @args_from(scale_by_adam, scale_by_learning_rate)
@@ -238,59 +202,6 @@ def adamw(
     )
 
 
-@args_from(scale_by_adamax, scale_by_learning_rate)
-def adamax(
-    learning_rate: ScalarOrSchedule, *, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
-) -> GradientTransformation:
-    """Adam with the infinity norm: ``u = -lr m / (1 - b1^t) / v``, with ``v = max(b2 v, |g| + eps)``.
-
-    Example:
-        >>> tx = adamax(0.1)
-        >>> grads = torch.tensor([3.0, -200.0])
-        >>> tx.update(grads, tx.init(grads), grads)[0]
-        tensor([-0.1000,  0.1000])
-
-    References:
-        Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015.
-    """
-    return chain(scale_by_adamax(b1=b1, b2=b2, eps=eps), scale_by_learning_rate(learning_rate))
-
-
-@args_from(adamw)
-def lamb(
-    learning_rate: ScalarOrSchedule,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-6,
-    eps_root: Scalar = 0.0,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
-) -> GradientTransformation:
-    """LAMB: AdamW with each leaf's step scaled to the norm of its parameter, for training with large batches.
-
-        d = adam(g) + weight_decay p,    u = -lr |p| / |d| d
-
-    Args:
-        weight_decay: Coefficient of decoupled weight decay.
-
-    Example:
-        >>> tx = lamb(0.1)
-        >>> grads = torch.tensor([3.0, -200.0])
-        >>> tx.update(grads, tx.init(grads), grads)[0]
-        tensor([-14.1437,  14.1437])
-
-    References:
-        You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020.
-    """
-    return chain(
-        scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_trust_ratio(),
-        scale_by_learning_rate(learning_rate),
-    )
-
-
 def _adam(
     b1: Scalar,
     b2: Scalar,
@@ -307,5 +218,6 @@ def _adam(
     return scale_by_amsgrad(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
 
 
-def _start(params: Tree, mu_dtype: torch.dtype | None) -> ScaleByAdamState:
+def start_moments(params: Tree, mu_dtype: torch.dtype | None) -> ScaleByAdamState:
+    """Returns counts and moments before the first update. ``mu_dtype`` is the dtype of the first moments."""
     return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))

@@ -18,7 +18,8 @@ from fxtrain.equivalents._options import Options
 from fxtrain.optim._adadelta import scale_by_adadelta
 from fxtrain.optim._adafactor import scale_by_factored_rms
 from fxtrain.optim._adagrad import scale_by_rss
-from fxtrain.optim._adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
+from fxtrain.optim._adam import scale_by_adam, scale_by_amsgrad
+from fxtrain.optim._adamax import scale_by_adamax
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._complex_values import split_real_and_imaginary
 from fxtrain.optim._decay import add_decayed_weights

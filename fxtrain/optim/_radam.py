@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, wide_dtype
-from fxtrain.optim._adam import ScaleByAdamState, scale_by_adam
-from fxtrain.optim._initial_state import real_full, zeros
+from fxtrain.core import Scalar, args_from, check_fraction, check_non_negative, wide_dtype
+from fxtrain.optim._adam import scale_by_adam, start_moments
 from fxtrain.optim._moments import bias_correction, moving_average, squared
-from fxtrain.optim._parameter_scalars import start_counts
 from fxtrain.optim._rules import from_counted_rule
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
@@ -43,9 +41,6 @@ def scale_by_radam(
     check_non_negative(eps=eps, eps_root=eps_root, threshold=threshold)
     longest = 2 / (1 - b2) - 1
 
-    def init(params: Tree) -> ScaleByAdamState:
-        return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))
-
     def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
         first, second = (bias_correction(decay, count, dtype) for decay in (b1, b2))
         # A small difference of two large values, which needs more precision than float32.
@@ -68,7 +63,7 @@ def scale_by_radam(
         scale = root + (eps / second.sqrt() if correct_eps else eps)
         return torch.where(rectified, factor * direction / scale, direction), mu, nu
 
-    return from_counted_rule(init, rule, numbers)
+    return from_counted_rule(lambda params: start_moments(params, mu_dtype), rule, numbers)
 
 
 @args_from(scale_by_radam, scale_by_learning_rate)

@@ -14,7 +14,8 @@ from fxtrain.optim._accumulation import EveryKState
 from fxtrain.optim._adadelta import ScaleByAdaDeltaState
 from fxtrain.optim._adafactor import FactoredState
 from fxtrain.optim._adagrad import ScaleByRssState
-from fxtrain.optim._adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
+from fxtrain.optim._adam import ScaleByAdamState, ScaleByAmsgradState
+from fxtrain.optim._adamax import ScaleByAdamaxState
 from fxtrain.optim._apply_if_finite import ApplyIfFiniteState
 from fxtrain.optim._decay import WeightDecaySchedule
 from fxtrain.optim._freezing import ActiveWhenState
