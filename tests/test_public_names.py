@@ -50,3 +50,19 @@ def test_optimizer_states_are_not_exported():
 
 def test_result_types_are_exported_at_the_top_level():
     assert {"Compiled", "Composed", "History", "Result", "Trigger"} <= set(fxtrain.__all__)
+
+
+@pytest.mark.parametrize("name", ["optim", "schedules", "interop"])
+def test_docstrings_describe_every_argument(name):
+    for function in filter(inspect.isfunction, public(importlib.import_module(f"fxtrain.{name}")).values()):
+        arguments = list(inspect.signature(function).parameters)
+        lines = inspect.getdoc(function).splitlines()
+        lost = [argument for argument in arguments if not any(line.startswith(f"    {argument}: ") for line in lines)]
+        assert len(arguments) < 2 or not lost, f"{function.__name__} does not describe {', '.join(lost)}"
+
+
+def test_public_names_of_optimizers_and_metrics_have_an_example():
+    for name in ("optim", "schedules", "metrics", "precision", "interop"):
+        for value in public(importlib.import_module(f"fxtrain.{name}")).values():
+            if inspect.isfunction(value) or inspect.isclass(value):
+                assert ">>>" in value.__doc__, f"{value.__name__} has no example"
