@@ -103,6 +103,11 @@ def _refuse_observer(callback: Callable[..., object]) -> None:
         )
 
 
+def elements_of(result: object) -> tuple[object, ...]:
+    """Returns the elements of a tuple, or none for any other value."""
+    return cast("tuple[object, ...]", result) if isinstance(result, tuple) else ()
+
+
 def checked_result(handler: Handler, event: Event, result: object) -> tuple[TrainState, Control]:
     """Returns the result of a callback, after checking that it is a state and a control.
 
@@ -114,10 +119,9 @@ def checked_result(handler: Handler, event: Event, result: object) -> tuple[Trai
     Raises:
         TypeError: If ``result`` is not ``(state, control)``.
     """
-    if isinstance(result, tuple):
-        pair = cast("tuple[object, ...]", result)
-        if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
-            return pair[0], pair[1]
+    pair = elements_of(result)
+    if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
+        return pair[0], pair[1]
     raise TypeError(
         f"{handler.name}: expected it to return (state, control) at {type(event).__name__}, got {describe(result)}. "
         "To request nothing, return state and Control()."

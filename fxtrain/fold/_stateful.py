@@ -9,7 +9,7 @@ from typing import cast
 from fxtrain import tree
 from fxtrain.core import LOOP, Callback, Control, Event, TrainState, Tree, describe
 from fxtrain.fold._compose import as_composed
-from fxtrain.fold._handler import Handler, handler_of, on
+from fxtrain.fold._handler import Handler, elements_of, handler_of, on
 from fxtrain.fold._subscription import subscription
 
 
@@ -67,10 +67,9 @@ def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[...
 
     def callback(state: TrainState, event: Event) -> tuple[TrainState, Control]:
         result = function(state, event, _slot_content(state, name))
-        if isinstance(result, tuple):
-            pair = cast("tuple[object, ...]", result)
-            if len(pair) == 2 and isinstance(pair[1], Control):
-                return state.with_slot(name, pair[0]), pair[1]
+        pair = elements_of(result)
+        if len(pair) == 2 and isinstance(pair[1], Control):
+            return state.with_slot(name, pair[0]), pair[1]
         raise TypeError(
             f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
             f"{describe(result)}. To request nothing, return the content and Control()."

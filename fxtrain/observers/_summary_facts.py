@@ -88,9 +88,9 @@ def training_facts(state: TrainState) -> Facts:
 def process_facts() -> Facts:
     if dist.is_available() and dist.is_initialized():
         return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
-    told = os.environ.get("WORLD_SIZE") or "1"
-    if told != "1":
-        return {"processes": f"{told}, this is rank {rank()}; torch.distributed is not initialized"}
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if world_size != "1":
+        return {"processes": f"{world_size}, this is rank {rank()}; torch.distributed is not initialized"}
     return {"processes": "one"}
 
 
