@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.build._compile_thread import Job, is_idle, turn
+from fxtrain.compiler.build._compile_thread import Job, compiler_lock, is_idle
 from fxtrain.compiler.build._muted_logs import without_torch_messages
 from fxtrain.compiler.build._routes import Routes
 from fxtrain.compiler.build._uncompiled import uncompiled
@@ -111,7 +111,7 @@ class BackgroundGraphs:
     def _begin(self, entry: _Entry, state: TrainState) -> bool | None:
         """Traces a graph and hands it to a worker. False if it cannot be traced, None if it has to wait."""
         batch = tree.map(lambda make: make(), entry.batch)
-        if entry.graph.find(state, batch) is None or not turn().acquire(blocking=False):
+        if entry.graph.find(state, batch) is None or not compiler_lock().acquire(blocking=False):
             return None
         began = time.perf_counter()
         try:
@@ -126,7 +126,7 @@ class BackgroundGraphs:
             _log.debug("%r cannot be traced in the background.", self._step, exc_info=error)
             return False
         finally:
-            turn().release()
+            compiler_lock().release()
         entry.seconds = time.perf_counter() - began
         entry.job = Job(finish, state.step.device)
         _log.info("Compiling %r in the background.", self._step)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import attention_on_cpu, is_view, make_fx, new_fake_mode
-from fxtrain.compiler.build._compile_thread import turn
+from fxtrain.compiler.build._compile_thread import compiler_lock
 from fxtrain.compiler.build._ctc import OpaqueCTC
 from fxtrain.compiler.build._literals import KnownLiterals
 from fxtrain.compiler.build._side_effects import detecting_side_effects
@@ -51,7 +51,7 @@ def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphMo
     # Without symbols for unknown values, a read raises at its line, and not later in the compiler.
     mode = new_fake_mode()
     fakes = [mode.from_tensor(leaf) for leaf in (*leaves, *inputs)]
-    with turn(), mode, compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
+    with compiler_lock(), mode, compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
         return make_fx(flat, tracing_mode="real")(*fakes)
 
 

@@ -1,7 +1,7 @@
 """A thread that runs torch's compilers while the calling thread takes steps.
 
 Tracing swaps the parameters of modules, which all threads share, so only the part after the trace runs in a worker.
-Neither the tracer nor Inductor is thread-safe. There is one job at a time, and ``turn`` locks out the other
+Neither the tracer nor Inductor is thread-safe. There is one job at a time, and ``compiler_lock`` locks out the other
 compilations of the process.
 """
 
@@ -24,13 +24,13 @@ from fxtrain.compiler.build._muted_logs import without_torch_logs
 
 _EXIT_TIMEOUT_SECONDS = 2.0
 
-_turn = threading.RLock()
+_lock = threading.RLock()
 _current_job: Job | None = None
 
 
-def turn() -> threading.RLock:
+def compiler_lock() -> threading.RLock:
     """Returns the lock that a thread holds while it traces or compiles."""
-    return _turn
+    return _lock
 
 
 def is_idle() -> bool:
@@ -81,7 +81,7 @@ class Job:
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            with _turn, compile_lock(), _without_generator_resets(), without_torch_logs(), _current(self._device):
+            with _lock, compile_lock(), _without_generator_resets(), without_torch_logs(), _current(self._device):
                 torch.set_grad_enabled(self._grad_enabled)
                 self.result = self._function()
         except Exception as error:
@@ -144,8 +144,8 @@ def _leave() -> None:
 
 def _reset_after_fork() -> None:
     # A forked child has no such thread, so nothing would release the lock.
-    global _turn, _current_job
-    _turn, _current_job = threading.RLock(), None
+    global _lock, _current_job
+    _lock, _current_job = threading.RLock(), None
 
 
 if hasattr(os, "register_at_fork"):

@@ -30,7 +30,7 @@ from fxtrain._torch_internals import (
     storage_id,
 )
 from fxtrain.compiler.build._aot import compile_ahead
-from fxtrain.compiler.build._compile_thread import turn
+from fxtrain.compiler.build._compile_thread import compiler_lock
 from fxtrain.compiler.build._ctc import OpaqueCTC
 from fxtrain.compiler.build._cudagraphs import CudaGraphReplay
 from fxtrain.compiler.build._executable import Backend, Executable
@@ -77,7 +77,7 @@ def compile_traced(
         backend: A backend of ``torch.compile`` in place of Inductor.
         dynamic: Whether the sizes of the batch are symbols.
     """
-    with turn():
+    with compiler_lock():
         return trace_step(step, state, batch, mode=mode, in_place=in_place, backend=backend, dynamic=dynamic)()
 
 
