@@ -43,6 +43,7 @@ from fxtrain._torch_internals._inductor import loop_operators as loop_operators
 from fxtrain._torch_internals._inductor import mode_options as mode_options
 from fxtrain._torch_internals._inductor import pointwise as pointwise
 from fxtrain._torch_internals._inductor import register_lowering as register_lowering
+from fxtrain._torch_internals._interface import Feature as Feature
 from fxtrain._torch_internals._interface import Interface as Interface
 from fxtrain._torch_internals._interface import MissingInterfaceError as MissingInterfaceError
 from fxtrain._torch_internals._loaders import forget_iterator as forget_iterator

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals._interface import Feature, Interface
 
-GET_MODE = Interface("torch._C._get_dispatch_mode", "recognizing a trace", "traced")
-MODE_KEYS = Interface("torch._C._TorchDispatchModeKey", "recognizing a trace", "traced")
-WITHOUT_MODES = Interface("torch.utils._python_dispatch._disable_current_modes", "reading values in a trace", "traced")
+GET_MODE = Interface("torch._C._get_dispatch_mode", "recognizing a trace", Feature.TRACED)
+MODE_KEYS = Interface("torch._C._TorchDispatchModeKey", "recognizing a trace", Feature.TRACED)
+WITHOUT_MODES = Interface(
+    "torch.utils._python_dispatch._disable_current_modes", "reading values in a trace", Feature.TRACED
+)
 INCLUDED_KEYS = Interface("torch._C._dispatch_tls_local_include_set", "garbage collection after a failed compilation")
 EXCLUDED_KEYS = Interface("torch._C._dispatch_tls_local_exclude_set", "garbage collection after a failed compilation")
 KEY_GUARD = Interface("torch._C._ForceDispatchKeyGuard", "garbage collection after a failed compilation")
 SET_GRAD_ENABLED = Interface("torch._C._set_grad_enabled", "calls of Inductor's code with little dispatch overhead")
-OPERATOR = Interface("torch._ops.OpOverload", "telling operators from other functions", "traced")
-PACKET = Interface("torch._ops.OpOverloadPacket", "telling operators from other functions", "traced")
-SCHEMA = Interface("torch.ops.aten.copy_.default._schema", "finding in-place operators and views", "traced")
+OPERATOR = Interface("torch._ops.OpOverload", "telling operators from other functions", Feature.TRACED)
+PACKET = Interface("torch._ops.OpOverloadPacket", "telling operators from other functions", Feature.TRACED)
+SCHEMA = Interface("torch.ops.aten.copy_.default._schema", "finding in-place operators and views", Feature.TRACED)
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload as Operator

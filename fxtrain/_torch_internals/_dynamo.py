@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals._interface import Interface
 
-LOOKUP = Interface("torch._dynamo.lookup_backend", "backends given by name", "traced")
+LOOKUP = Interface("torch._dynamo.lookup_backend", "backends given by name")
 LIMIT = Interface("torch._dynamo.exc.FailOnRecompileLimitHit", "steps whose sizes change more often than Dynamo allows")
-CONFIG = Interface("torch._dynamo.config.error_on_nested_fx_trace", "compilation in the background", "traced")
-LOCK = Interface("torch._dynamo.convert_frame.compile_lock", "compilation in the background", "traced")
+CONFIG = Interface("torch._dynamo.config.error_on_nested_fx_trace", "compilation in the background")
+LOCK = Interface("torch._dynamo.convert_frame.compile_lock", "compilation in the background")
 EXPLAIN = Interface("torch._dynamo.backends.debugging.ExplainWithBackend", "fx.explain of steps of several graphs")
 OVERRIDABLE = Interface(
     "torch._dynamo.variables.torch.get_overridable_functions", "random samples from keys below torch.compile"

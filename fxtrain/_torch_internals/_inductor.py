@@ -7,19 +7,23 @@ from typing import Any
 
 import torch
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals._interface import Feature, Interface
 
-COMPILE = Interface("torch._inductor.compile", "compiling a traced step", "inductor")
-MODE_OPTIONS = Interface("torch._inductor.list_mode_options", "compile modes", "inductor")
-CONFIG = Interface("torch._inductor.config", "compiling a traced step", "inductor")
-OUTPUT = Interface("torch._inductor.output_code.CompiledFxGraph", "calls with little dispatch overhead", "inductor")
-LOWERING = Interface("torch._inductor.lowering.register_lowering", "operators of fxtrain", "inductor")
-POINTWISE = Interface("torch._inductor.lowering.make_pointwise", "operators of fxtrain", "inductor")
-LOOP_OPERATORS = Interface("torch._inductor.virtualized.ops", "operators of fxtrain", "inductor")
+COMPILE = Interface("torch._inductor.compile", "compiling a traced step", Feature.INDUCTOR)
+MODE_OPTIONS = Interface("torch._inductor.list_mode_options", "compile modes", Feature.INDUCTOR)
+CONFIG = Interface("torch._inductor.config", "compiling a traced step", Feature.INDUCTOR)
+OUTPUT = Interface(
+    "torch._inductor.output_code.CompiledFxGraph", "calls with little dispatch overhead", Feature.INDUCTOR
+)
+LOWERING = Interface("torch._inductor.lowering.register_lowering", "operators of fxtrain", Feature.INDUCTOR)
+POINTWISE = Interface("torch._inductor.lowering.make_pointwise", "operators of fxtrain", Feature.INDUCTOR)
+LOOP_OPERATORS = Interface("torch._inductor.virtualized.ops", "operators of fxtrain", Feature.INDUCTOR)
 KERNELS = Interface("torch._inductor.metrics.generated_kernel_count", "the number of kernels in fx.explain")
-PACKAGE = Interface("torch._inductor.aoti_compile_and_package", "compilation ahead of time", "ahead")
-LOAD = Interface("torch._inductor.aoti_load_package", "compilation ahead of time", "ahead")
-CACHE_FOLDER = Interface("torch._inductor.runtime.cache_dir_utils.cache_dir", "compilation ahead of time", "ahead")
+PACKAGE = Interface("torch._inductor.aoti_compile_and_package", "compilation ahead of time", Feature.AHEAD)
+LOAD = Interface("torch._inductor.aoti_load_package", "compilation ahead of time", Feature.AHEAD)
+CACHE_FOLDER = Interface(
+    "torch._inductor.runtime.cache_dir_utils.cache_dir", "compilation ahead of time", Feature.AHEAD
+)
 
 
 def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[Any], options: Mapping[str, Any]) -> Any:

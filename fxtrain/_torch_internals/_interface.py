@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Feature = Literal["traced", "symbolic", "inductor", "ahead"]
-"""A part of the compiler that works only with all of its interfaces."""
+
+class Feature(enum.Flag):
+    """Parts of the compiler, each of which works only with all of its interfaces."""
+
+    TRACED = enum.auto()  # steps as graphs from make_fx
+    SYMBOLIC = enum.auto()  # with symbolic sizes
+    INDUCTOR = enum.auto()  # compiled by Inductor
+    AHEAD = enum.auto()  # ahead of time
 
 
 class MissingInterfaceError(RuntimeError):

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals._interface import Feature, Interface
 
-ITEM = Interface("torch.ops.aten._local_scalar_dense.default", "reading values in a trace", "traced")
-LINEAR = Interface("torch.ops.mkldnn._linear_pointwise", "matmuls by oneDNN", "inductor")
-CTC = Interface("torch.ops.aten._ctc_loss", "CTC losses in a graph", "traced")
-CTC_BACKWARD = Interface("torch.ops.aten._ctc_loss_backward", "CTC losses in a graph", "traced")
+ITEM = Interface("torch.ops.aten._local_scalar_dense.default", "reading values in a trace", Feature.TRACED)
+LINEAR = Interface("torch.ops.mkldnn._linear_pointwise", "matmuls by oneDNN", Feature.INDUCTOR)
+CTC = Interface("torch.ops.aten._ctc_loss", "CTC losses in a graph", Feature.TRACED)
+CTC_BACKWARD = Interface("torch.ops.aten._ctc_loss_backward", "CTC losses in a graph", Feature.TRACED)
 ATTENTION = Interface("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "FLOPs of attention in fx.explain")
 ATTENTION_BACKWARD = Interface(
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "FLOPs of attention in fx.explain"

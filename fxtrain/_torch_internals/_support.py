@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterable
 
 import torch
 
@@ -50,35 +49,38 @@ INTERFACES = {
 """All private interfaces that fxtrain uses, by path."""
 
 
-def missing_interfaces(features: Iterable[Feature]) -> list[Interface]:
-    """Returns the interfaces that these parts of the compiler need and the installed torch lacks.
+def missing_interfaces(features: Feature) -> list[Interface]:
+    """Returns the interfaces that parts of the compiler need and the installed torch lacks.
 
-    The check imports the modules that contain them, which compilation does too.
+    Imports the modules that contain them, as compilation does.
     """
-    wanted = set(features)
-    return [interface for interface in INTERFACES.values() if interface.feature in wanted and not interface.exists]
+    needed = [interface for interface in INTERFACES.values() if interface.feature and interface.feature in features]
+    return [interface for interface in needed if not interface.exists]
 
 
 def is_tested() -> bool:
-    """Whether the installed torch is no newer than the versions that fxtrain has been tested with."""
-    numbers = re.findall(r"\d+", torch.__version__)
-    return tuple(map(int, numbers[:2])) <= NEWEST_TESTED
+    """Whether the installed torch is not newer than the versions that fxtrain has been tested with."""
+    return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) <= NEWEST_TESTED
 
 
-def supports(features: Iterable[Feature]) -> bool:
+def supports(features: Feature) -> bool:
     """Whether parts of the compiler work with the installed torch. If not, warns about it once in a process."""
-    missing = missing_interfaces(features) if is_tested() else []
+    if not features:
+        return True
+    if not is_tested():
+        newest = ".".join(map(str, NEWEST_TESTED))
+        _warn(f"fxtrain has been tested with torch up to {newest}, and this is torch {torch.__version__}")
+        return False
+    missing = missing_interfaces(features)
     if missing:
         _warn(f"torch {torch.__version__} lacks {missing[0].path}, which fxtrain uses for {missing[0].purpose}")
-    elif not is_tested():
-        _warn(f"fxtrain has been tested with torch up to {'.'.join(map(str, NEWEST_TESTED))}, got {torch.__version__}")
-    return not missing and is_tested()
+    return not missing
 
 
 @functools.cache
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}. Steps are compiled by torch.compile, with more dispatch overhead and the same results.",
+        f"{reason}. Steps are compiled by torch.compile instead, with the same results and more dispatch overhead.",
         UserWarning,
-        stacklevel=2,
+        stacklevel=3,
     )

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals._dispatch import fake_mode, is_recorded
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals._interface import Feature, Interface
 
-MAKE_FX = Interface("torch.fx.experimental.proxy_tensor.make_fx", "tracing a step", "traced")
-PROXY_MODE = Interface("torch.fx.experimental.proxy_tensor.get_proxy_mode", "reading values in a trace", "traced")
-PROXY_SLOT = Interface("torch.fx.experimental.proxy_tensor.get_proxy_slot", "reading values in a trace", "traced")
+MAKE_FX = Interface("torch.fx.experimental.proxy_tensor.make_fx", "tracing a step", Feature.TRACED)
+PROXY_MODE = Interface("torch.fx.experimental.proxy_tensor.get_proxy_mode", "reading values in a trace", Feature.TRACED)
+PROXY_SLOT = Interface("torch.fx.experimental.proxy_tensor.get_proxy_slot", "reading values in a trace", Feature.TRACED)
 UNRECORDED = Interface(
     "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
     "computations outside of a graph",
-    "traced",
+    Feature.TRACED,
 )
-FAKE_MODE = Interface("torch._subclasses.FakeTensorMode", "running a step without values", "traced")
-KNOWN_TRUE = Interface("torch.fx.experimental.symbolic_shapes.statically_known_true", "comparing sizes", "traced")
-SHAPE_ENV = Interface("torch.fx.experimental.symbolic_shapes.ShapeEnv", "batches of many sizes", "symbolic")
-DYNAMIC = Interface("torch.fx.experimental.symbolic_shapes.DimDynamic", "batches of many sizes", "symbolic")
+FAKE_MODE = Interface("torch._subclasses.FakeTensorMode", "running a step without values", Feature.TRACED)
+KNOWN_TRUE = Interface("torch.fx.experimental.symbolic_shapes.statically_known_true", "comparing sizes", Feature.TRACED)
+SHAPE_ENV = Interface("torch.fx.experimental.symbolic_shapes.ShapeEnv", "batches of many sizes", Feature.SYMBOLIC)
+DYNAMIC = Interface("torch.fx.experimental.symbolic_shapes.DimDynamic", "batches of many sizes", Feature.SYMBOLIC)
 SYMBOLS = Interface(
-    "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext", "batches of many sizes", "symbolic"
+    "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext", "batches of many sizes", Feature.SYMBOLIC
 )
-INTERPRETER = Interface("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "conditions on sizes", "symbolic")
-SOURCE = Interface("torch._dynamo.source.ConstantSource", "batches of many sizes", "symbolic")
-DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "padding to symbolic sizes", "symbolic")
-IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries that a step is traced", "traced")
+INTERPRETER = Interface("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "conditions on sizes", Feature.SYMBOLIC)
+SOURCE = Interface("torch._dynamo.source.ConstantSource", "batches of many sizes", Feature.SYMBOLIC)
+DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "padding to symbolic sizes", Feature.SYMBOLIC)
+IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries that a step is traced", Feature.TRACED)
 
 TRACER_MODULES = ("torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
 """The modules of torch between a traced operation and the code that called it."""

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fxtrain._torch_internals._dispatch import without_dispatch_modes
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals._interface import Feature, Interface
 
 TRANSFORMS = Interface("torch._C._functorch.peek_interpreter_stack", "recognizing code inside torch.func")
 IS_WRAPPED = Interface("torch._C._functorch.is_functorch_wrapped_tensor", "telling which tensors share memory")
 UNWRAPPED = Interface("torch._C._functorch.get_unwrapped", "telling which tensors share memory")
-NO_FUNCTION_MODES = Interface("torch._C.DisableTorchFunction", "importing modules during a trace", "traced")
+NO_FUNCTION_MODES = Interface("torch._C.DisableTorchFunction", "importing modules during a trace", Feature.TRACED)
 NO_TRANSFORMS = Interface(
-    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", "importing modules during a trace", "traced"
+    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    "importing modules during a trace",
+    Feature.TRACED,
 )
 
 

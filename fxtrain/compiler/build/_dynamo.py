@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,11 +12,18 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import new_fake_mode, recompile_limit_error, restoring_saved_tensor_hooks
+from fxtrain._torch_internals import (
+    can_show_to_modes,
+    is_tested,
+    new_fake_mode,
+    recompile_limit_error,
+    restoring_saved_tensor_hooks,
+)
 from fxtrain.compiler.build._executable import Backend, Executable
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._frames import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
+from fxtrain.rng import untouched
 from fxtrain.step import EvalFunction, Step
 
 _TOO_MANY_SIZES = (
@@ -38,13 +46,19 @@ def compile_by_dynamo(
 
     Takes the arguments of ``compile_traced``, except that the executable never works in place.
     """
+    if not can_show_to_modes():
+        raise RuntimeError(
+            f"expected a torch whose compiler shows random functions to function modes, got {torch.__version__}."
+        )
     _check(step, state, batch)
     # Dynamo's graph disables the hooks while torch.func runs, and an error there leaves them disabled.
     compiled = restoring_saved_tensor_hooks(
         torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
     )
-    # The first call compiles, so that errors of the compiler are raised here.
-    compiled(state, batch)
+    # The first call compiles, so that errors of the compiler are raised here. A newer torch may hide random functions
+    # from function modes.
+    with contextlib.nullcontext() if is_tested() else untouched():
+        compiled(state, batch)
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
     # At each call, Dynamo's code repeats the attributes that modules set on themselves during the trace.
     model: Any = state.model

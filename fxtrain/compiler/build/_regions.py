@@ -19,7 +19,13 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import is_transformed, modes_work_below_compile, new_fake_mode, storage_id
+from fxtrain._torch_internals import (
+    can_show_to_modes,
+    is_transformed,
+    modes_work_below_compile,
+    new_fake_mode,
+    storage_id,
+)
 from fxtrain.compiler.build._executable import Backend, Executable, Run
 from fxtrain.compiler.build._muted_logs import without_torch_logs
 from fxtrain.compiler.build._trace import compile_traced
@@ -253,7 +259,7 @@ class CompileWithGraphBreaks:
     """
 
     def __init__(self, backend: Backend | None, mode: str | None) -> None:
-        if not modes_work_below_compile():
+        if not (modes_work_below_compile() and can_show_to_modes()):
             raise RuntimeError(
                 f"expected a torch whose compiler can leave single functions uncompiled, got {torch.__version__}."
             )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxtrain._torch_internals import dispatch_keys_kept
+from fxtrain._torch_internals import Feature, dispatch_keys_kept, supports
 from fxtrain.compiler.build._dynamo import compile_by_dynamo, fails
 from fxtrain.compiler.build._executable import Backend, Executable
 from fxtrain.compiler.build._graph_breaks import Break, break_from_error
@@ -48,6 +48,7 @@ class Route(NamedTuple):
             tries later routes, for calls that its graphs do not hold for.
         trace: The part of ``compile`` that must run in the calling thread. It returns a function that makes the
             executable in any thread.
+        needs: The parts of the compiler that use private interfaces of torch. Without them the route is not tried.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Route(NamedTuple):
     is_whole: bool
     has_otherwise: bool = False
     trace: Callable[..., Callable[[], Executable]] | None = None
+    needs: Feature = Feature(0)
 
 
 class Choice(NamedTuple):
@@ -123,12 +125,20 @@ class Routes:
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool) -> Executable:
         """Compiles an executable by the first route that works, with one warning if others failed before it."""
+        self._drop_unsupported(~Feature(0))
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
 
     @property
     def has_trace(self) -> bool:
         """Whether the route in use can compile in another thread."""
+        self._drop_unsupported(Feature.TRACED | Feature.SYMBOLIC)  # the rest takes seconds to import, which a job does
         return self._routes[self._chosen].trace is not None
+
+    def _drop_unsupported(self, checked: Feature) -> None:
+        """Drops the routes that the installed torch does not support. Checks only some of the features they need."""
+        routes = [route for route in self._routes if supports(route.needs & checked)]
+        if len(routes) < len(self._routes):
+            self._routes, self._chosen = routes, 0
 
     def trace(
         self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool
@@ -230,6 +240,8 @@ def routes_to(
     title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
     suffix = "" if mode is None else f", {mode}"
     name = f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}"
+    needs = Feature.TRACED | Feature.INDUCTOR if backend is None else Feature.TRACED
+    tracing = needs | Feature.AHEAD if mode == AHEAD else needs
     if is_rehearsal:
         backend, chosen, mode = "eager", "eager", None
     traced = Route(
@@ -238,6 +250,7 @@ def routes_to(
         "the step as one graph",
         True,
         trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic),
+        needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
     )
     online = None if mode == AHEAD else mode
     checked = Route(
@@ -246,6 +259,7 @@ def routes_to(
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,
+        needs=tracing,
     )
     dynamo = Route(
         name,
@@ -259,12 +273,14 @@ def routes_to(
         functools.partial(around, forward="compiled"),
         "the loss function in several graphs by torch.compile, the optimizer and the traced callbacks as one",
         False,
+        needs=needs,
     )
     eager = Route(
         f"{title}, eager forward{suffix}",
         functools.partial(around, forward=None),
         "the optimizer and the traced callbacks as one graph, with uncompiled forward and backward passes",
         False,
+        needs=needs,
     )
     nothing = Route("uncompiled", uncompiled, "nothing, so the step runs uncompiled", False)
     whole = [traced, dynamo] if given is None else [dynamo]
