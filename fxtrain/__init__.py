@@ -62,7 +62,16 @@ try:
     from fxtrain.fold import Composed, Trigger, after, at, attach, compose, every, needs, on, slotted, stateful, when
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
     from fxtrain.loop import History, Result, Series, evaluate, fit, steps
-    from fxtrain.model import init, load_state_dict, recompute_statistics, state_dict, view, with_trainable
+    from fxtrain.model import (
+        LoadReport,
+        View,
+        init,
+        load_state_dict,
+        recompute_statistics,
+        state_dict,
+        view,
+        with_trainable,
+    )
     from fxtrain.precision import Policy
     from fxtrain.step import Step, apply_gradients, eval_step, gradients, tap, train_step, weighted, wrap_step
 finally:
@@ -91,6 +100,7 @@ __all__ = [
     "GraphBreakError",
     "History",
     "Interrupted",
+    "LoadReport",
     "Logged",
     "LoopEvent",
     "Metrics",
@@ -112,6 +122,7 @@ __all__ = [
     "Tree",
     "Trigger",
     "Updated",
+    "View",
     "after",
     "apply_gradients",
     "at",

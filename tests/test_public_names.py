@@ -49,7 +49,7 @@ def test_optimizer_states_are_not_exported():
 
 
 def test_result_types_are_exported_at_the_top_level():
-    assert {"Compiled", "Composed", "History", "Result", "Trigger"} <= set(fxtrain.__all__)
+    assert {"Compiled", "Composed", "History", "LoadReport", "Result", "Trigger", "View"} <= set(fxtrain.__all__)
 
 
 @pytest.mark.parametrize("name", ["optim", "schedules", "interop"])
