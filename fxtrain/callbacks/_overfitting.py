@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks._watched_metric import Metric, called, measured, needing
-from fxtrain.core import Control, EvalEnd, TrainState, Updated, check_choice, check_positive_int, describe, wide_dtype
+from fxtrain.core import (
+    Control,
+    EvalEnd,
+    TrainState,
+    Updated,
+    check_choice,
+    check_non_negative,
+    check_positive_int,
+    wide_dtype,
+)
 from fxtrain.fold import Handler, slotted
 
 
@@ -56,8 +65,7 @@ def stop_on_overfitting(
     """
     check_positive_int("patience", patience)
     check_choice("mode", mode, ("min", "max"))
-    if not min_delta >= 0:
-        raise ValueError(f"expected min_delta to be at least 0, got {describe(min_delta)}.")
+    check_non_negative(min_delta=min_delta)
     sign = 1.0 if mode == "min" else -1.0
     times = "1 evaluation" if patience == 1 else f"{patience} evaluations"
     reason = f"the gap between {called(metric)} and the training {train_metric} grew {times} in a row"

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._update_stats import UpdateStats, leaf_names
-from fxtrain.core import TrainState, check_int, check_positive_int, describe, matching
+from fxtrain.core import TrainState, check_int, check_non_negative, check_positive_int, matching
 from fxtrain.fold import Handler, When
 from fxtrain.values import Text
 
@@ -121,8 +121,7 @@ def update_ratios(
         >>> float(log["update_ratio/max"].value), int(log["update_ratio/frozen"].value)
         (1.0, 1)
     """
-    if not frozen_below >= 0:
-        raise ValueError(f"expected frozen_below to be at least 0, got {describe(frozen_below)}.")
+    check_non_negative(frozen_below=frozen_below)
     check_positive_int("patience", patience)
     check_int("worst", worst, minimum=0)
 

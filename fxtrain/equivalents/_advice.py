@@ -9,7 +9,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from fxtrain.equivalents._expressions import NoEquivalentError
-from fxtrain.equivalents._jax_optimizers import Transformation, chained_from_optax, is_from_optax, schedule_from_optax
+from fxtrain.equivalents._optax import Transformation, chained_from_optax, is_from_optax, schedule_from_optax
 from fxtrain.equivalents._optimizers import optimizer, optimizer_class
 from fxtrain.equivalents._schedulers import schedules
 

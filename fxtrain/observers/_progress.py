@@ -21,6 +21,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     check_choice,
+    check_positive,
     describe,
     did_you_mean,
     format_duration,
@@ -85,8 +86,7 @@ def progress(
         shown = describe(metrics)
         raise TypeError(f"expected metrics to be a sequence of names, got the string {shown}. Pass ({shown},).")
     check_choice("mode", mode, ("min", "max"))
-    if not seconds > 0:
-        raise ValueError(f"expected seconds to be above 0, got {describe(seconds)}.")
+    check_positive(seconds=seconds)
     if not rate[1] > 0:
         raise ValueError(f"expected rate to be a unit and a positive number of it per step, got {describe(rate)}.")
     sign = 1 if mode == "min" else -1

@@ -23,7 +23,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     check_choice,
-    describe,
+    check_non_negative,
     try_all,
 )
 from fxtrain.fold import When, as_trigger
@@ -91,8 +91,7 @@ def write(
         check_choice("a key of every", kind, (_METRICS, *KINDS.values()))
         as_trigger(period, "every" if kind == _METRICS else f"every[{kind!r}]")
     check_choice("reduce", reduce, tuple(_REDUCTIONS))
-    if not flush_seconds >= 0:
-        raise ValueError(f"expected flush_seconds to be at least 0, got {describe(flush_seconds)}.")
+    check_non_negative(flush_seconds=flush_seconds)
     return Write(writers, periods, reduce, None if hparams is None else HParams(hparams), flush_seconds)
 
 
