@@ -1,6 +1,7 @@
 """Private interfaces of torch: where they may be used, and a test of each, which names what depends on it."""
 
 import ast
+import inspect
 import pathlib
 import re
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import fxtrain
+from fxtrain import _torch_internals as internals
 from fxtrain import rng
 from fxtrain._torch_internals import INTERFACES
 from fxtrain.model._tensor_reads import TensorReads
@@ -69,10 +71,447 @@ def test_module_uses_no_private_interface_of_torch(path):
     assert not used, "Reach private interfaces through fxtrain/_torch_internals."
 
 
+# One canary for each private interface. It calls the interface as fxtrain does.
+
+CANARIES = {}
+
+
+def canary(*paths):
+    def register(function):
+        CANARIES.update(dict.fromkeys(paths, function))
+        return function
+
+    return register
+
+
 @pytest.mark.parametrize("path", INTERFACES)
-def test_installed_torch_has_interface(path):
-    interface = INTERFACES[path]
-    assert interface.exists, f"torch lacks {path}, which fxtrain uses for {interface.purpose}"
+def test_interface_behaves_as_fxtrain_expects(path):
+    purpose = INTERFACES[path].purpose
+    assert INTERFACES[path].exists, f"torch lacks {path}, which fxtrain uses for {purpose}."
+    try:
+        CANARIES[path]()
+    except Exception as error:
+        pytest.fail(f"{path} has changed, which fxtrain uses for {purpose}: {error!r}")
+
+
+def recorded(function, *tensors):
+    return internals.make_fx(function, tracing_mode="real")(*tensors)
+
+
+@canary("torch._C._get_dispatch_mode", "torch._C._TorchDispatchModeKey")
+def modes_show_a_trace():
+    found = []
+    recorded(lambda x: found.append(internals.is_recorded()) or x, torch.ones(1))
+    with internals.new_fake_mode() as mode:
+        assert internals.fake_mode() is mode
+    assert found == [True]
+    assert not internals.is_traced()
+
+
+@canary("torch.utils._python_dispatch._disable_current_modes")
+def modes_can_be_left():
+    with internals.new_fake_mode(), internals.without_dispatch_modes():
+        assert torch.ones(1).item() == 1
+
+
+@canary(
+    "torch._C._dispatch_tls_local_include_set",
+    "torch._C._dispatch_tls_local_exclude_set",
+    "torch._C._ForceDispatchKeyGuard",
+)
+def dispatch_keys_are_restored():
+    included = torch._C._dispatch_tls_local_include_set()
+    with internals.dispatch_keys_kept() as is_kept:
+        torch._C._dispatch_tls_set_dispatch_key_included(torch._C.DispatchKey.FuncTorchBatched, True)
+    assert is_kept
+    assert repr(torch._C._dispatch_tls_local_include_set()) == repr(included)
+
+
+@canary("torch._C._set_grad_enabled")
+def grad_mode_is_set():
+    with torch.no_grad():
+        internals.grad_mode_setter()(True)
+        assert torch.is_grad_enabled()
+
+
+@canary("torch._ops.OpOverload", "torch._ops.OpOverloadPacket", "torch.ops.aten.copy_.default._schema")
+def operators_describe_themselves():
+    add, copy = torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default
+    assert isinstance(add, internals.Operator)
+    assert isinstance(torch.ops.aten.add, internals.OperatorPacket)
+    assert internals.operator_name(torch.ops.aten._to_copy.default) == "_to_copy"
+    assert internals.is_in_place(copy)
+    assert not internals.is_in_place(add)
+    assert internals.is_view(torch.ops.aten.t.default)
+
+
+@canary("torch._dynamo.lookup_backend")
+def backend_is_found_by_name():
+    graph = recorded(torch.sin, torch.ones(1))
+    assert torch.equal(internals.backend_named("eager")(graph, [torch.ones(1)])(torch.ones(1)), torch.ones(1).sin())
+
+
+@canary("torch._dynamo.exc.FailOnRecompileLimitHit")
+def too_many_graphs_raise():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True, dynamic=False)
+        compiled(torch.ones(2))
+        with pytest.raises(internals.recompile_limit_error()):
+            compiled(torch.ones(3))
+    torch._dynamo.reset()
+
+
+@canary("torch._dynamo.config.error_on_nested_fx_trace")
+def compiled_functions_run_in_a_trace():
+    restore = internals.nested_calls_inlined()
+    try:
+        recorded(torch.compile(torch.sin, backend="eager"), torch.ones(1))
+    finally:
+        restore()
+    assert torch._dynamo.config.error_on_nested_fx_trace
+
+
+@canary("torch._dynamo.convert_frame.compile_lock")
+def dynamo_has_a_lock():
+    with internals.compile_lock():
+        assert internals.INTERFACES["torch._dynamo.convert_frame.compile_lock"].get() is internals.compile_lock()
+
+
+@canary("torch._dynamo.backends.debugging.ExplainWithBackend")
+def breaks_are_explained():
+    backend = internals.explaining_backend()
+
+    def function(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    torch.compile(function, backend=backend)(torch.ones(1))
+    output = backend.output()
+    assert output.break_reasons[0].reason
+    assert output.break_reasons[0].user_stack
+    assert output.graph_count >= 1
+
+
+@canary("torch._dynamo.variables.torch.get_overridable_functions")
+def random_functions_reach_modes_in_dynamo():
+    assert internals.can_show_to_modes()
+    x = torch.ones(8)
+    found = []
+    for compiled in (torch.dropout, torch.compile(lambda *args: torch.dropout(*args), backend="eager", fullgraph=True)):
+        with rng.functional(rng.key(0)):
+            found.append(compiled(x, 0.5, True))
+    assert torch.equal(*found)
+
+
+@canary(
+    "torch._C._dynamo.eval_frame.set_code_exec_strategy",
+    "torch._C._dynamo.eval_frame._FrameAction.SKIP",
+    "torch._C._dynamo.eval_frame._FrameExecStrategy",
+)
+def mode_is_not_compiled_by_itself():
+    with rng.functional(rng.key(0)):
+        found = torch.compile(lambda x: uncompiled(x), backend="eager")(torch.tensor([2.0, -1.0]))
+    torch.testing.assert_close(found, uncompiled(torch.tensor([2.0, -1.0])))
+
+
+@canary(
+    "torch._C._autograd._saved_tensors_hooks_get_disabled_error_message",
+    "torch._C._autograd._saved_tensors_hooks_enable",
+)
+def saved_tensor_hooks_are_restored():
+    def fails():
+        torch._C._autograd._saved_tensors_hooks_disable("off")
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        internals.restoring_saved_tensor_hooks(fails)()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        pass
+
+
+@canary(
+    "torch._inductor.compile",
+    "torch._inductor.output_code.CompiledFxGraph",
+    "torch._inductor.metrics.generated_kernel_count",
+)
+def inductor_is_called_as_expected():
+    parameters = inspect.signature(torch._inductor.compile).parameters
+    assert list(parameters)[:2] == ["gm", "example_inputs"]
+    assert "options" in parameters
+    assert {"current_callable", "output_strides"} <= set(internals.compiled_graph_class().__annotations__)
+    assert isinstance(internals.kernel_count(), int)
+
+
+@canary("torch._inductor.list_mode_options", "torch._inductor.config")
+def inductor_has_options():
+    assert internals.mode_options("max-autotune-no-cudagraphs")
+    assert internals.has_option("layout_optimization")
+    assert internals.has_option("size_asserts")
+
+
+@canary(
+    "torch._inductor.lowering.register_lowering",
+    "torch._inductor.lowering.make_pointwise",
+    "torch._inductor.virtualized.ops",
+)
+def lowerings_are_registered_as_expected():
+    from torch._inductor import lowering
+
+    operator = torch.ops.aten.hypot.default
+    before = lowering.lowerings.get(operator)
+    try:
+        internals.register_lowering(operator, internals.pointwise(lambda x, y: internals.loop_operators().add(x, y)))
+        assert lowering.lowerings[operator] is not before
+    finally:
+        lowering.lowerings.pop(operator) if before is None else lowering.lowerings.update({operator: before})
+
+
+@canary("torch._inductor.aoti_compile_and_package", "torch._inductor.aoti_load_package")
+def programs_are_packaged_as_expected():
+    assert {"package_path", "inductor_configs"} <= set(
+        inspect.signature(torch._inductor.aoti_compile_and_package).parameters
+    )
+    assert "path" in inspect.signature(torch._inductor.aoti_load_package).parameters
+
+
+@canary("torch._inductor.runtime.cache_dir_utils.cache_dir")
+def compiled_code_has_a_folder():
+    assert isinstance(internals.cache_folder(), str)
+
+
+@canary(
+    "torch.utils.data._DatasetKind", "torch.utils.data._DatasetKind.create_fetcher", "torch.utils.data._DatasetKind.Map"
+)
+def fetchers_are_made_by_kind():
+    kinds = torch.utils.data._DatasetKind
+    before, seen = kinds.create_fetcher, []
+    try:
+        internals.set_fetcher(lambda create: lambda *args: seen.append(args[0]) or create(*args))
+        (batch,) = torch.utils.data.DataLoader(range(2), batch_size=2)
+    finally:
+        kinds.create_fetcher = staticmethod(before)
+    assert batch.tolist() == [0, 1]
+    assert internals.is_by_index(seen[0])
+
+
+@canary("torch.utils.data._utils.signal_handling._remove_worker_pids")
+def workers_are_unregistered():
+    class Iterator:
+        _worker_pids_set = True
+
+    iterator = Iterator()
+    torch.utils.data._utils.signal_handling._set_worker_pids(id(iterator), (2**22,))
+    internals.unregister_workers(iterator)
+    assert not iterator._worker_pids_set
+    with pytest.raises(ValueError, match="Cannot find worker information"):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+
+
+@canary("torch.cuda.memory._record_memory_history", "torch.cuda.memory._dump_snapshot")
+def memory_history_is_recorded_as_expected():
+    assert callable(torch.cuda.memory._record_memory_history)
+    assert "filename" in inspect.signature(torch.cuda.memory._dump_snapshot).parameters
+
+
+@canary("torch.nn.modules.batchnorm._BatchNorm")
+def batch_norms_share_a_class():
+    parts = torch.nn.BatchNorm2d(2), torch.nn.SyncBatchNorm(2), torch.nn.LayerNorm(2)
+    assert internals.batch_norms(torch.nn.Sequential(*parts)) == list(parts[:2])
+
+
+@canary("torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks")
+def hooks_are_listed():
+    one, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    assert not internals.has_gradient_hooks(one)
+    one.register_hook(lambda grad: None)
+    other.register_post_accumulate_grad_hook(lambda tensor: None)
+    assert internals.has_gradient_hooks(one)
+    assert internals.has_accumulation_hooks(other)
+
+
+@canary("torch.ops.aten._local_scalar_dense.default")
+def reads_are_an_operator():
+    seen = []
+
+    class Watch(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ones(1).item()
+    assert internals.item_operator() in seen
+
+
+@canary("torch.ops.mkldnn._linear_pointwise")
+def linear_layers_run_by_onednn():
+    x, weight, bias = torch.rand(2, 3), torch.rand(4, 3), torch.rand(4)
+    torch.testing.assert_close(internals.linear_by_onednn(x, weight, bias), x @ weight.t() + bias)
+
+
+@canary("torch.ops.aten._ctc_loss", "torch.ops.aten._ctc_loss_backward")
+def ctc_losses_have_gradients():
+    scores = torch.rand(5, 1, 4).log_softmax(-1).requires_grad_()
+    given = scores, torch.tensor([[1, 2]]), [5], [2]
+    losses = torch.nn.functional.ctc_loss(*given, reduction="none")
+    losses.sum().backward()
+    torch.testing.assert_close(internals.ctc_loss(*given, 0, False), (losses, scores.grad))
+
+
+@canary(
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+)
+def attention_is_an_operator_on_cpu():
+    x = torch.rand(1, 1, 4, 8, requires_grad=True)
+    operators = {
+        node.target.overloadpacket
+        for node in recorded(
+            lambda x: torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(x, x, x).sum(), x), x
+        ).graph.find_nodes(
+            op="call_function", target=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        )
+    }
+    assert internals.attention_on_cpu()[0] in operators
+
+
+@canary(
+    "torch.utils._pytree.register_pytree_node",
+    "torch.utils._pytree.tree_is_leaf",
+    "torch.utils._pytree.tree_flatten",
+    "torch.utils._pytree.tree_unflatten",
+)
+def registered_classes_are_nodes():
+    class Pair:
+        def __init__(self, *parts):
+            self.parts = parts
+
+    pair = Pair(1, [2])
+    assert internals.is_leaf(pair)
+    internals.register_pytree_node(Pair, lambda node: (list(node.parts), None), lambda parts, _: Pair(*parts), "Pair")
+    assert not internals.is_leaf(pair)
+    children, context = internals.parts_of(pair)
+    assert children == [1, [2]]
+    assert internals.node_of_parts(context, children).parts == (1, [2])
+
+
+@canary("torch.UntypedStorage._cdata", "torch._C._storage_Use_Count")
+def storages_are_identified_and_counted():
+    x = torch.ones(2, 2)
+    assert internals.storage_id(x) == internals.storage_id(x.t())
+    (alone,) = internals.storage_use_counts([x.untyped_storage()])
+    view = x.t()
+    (shared,) = internals.storage_use_counts([view.untyped_storage()])
+    assert shared == alone + 1
+
+
+@canary("torch.Tensor._version")
+def writes_are_counted():
+    x = torch.ones(2)
+    before = internals.write_count(x)
+    x[:1].add_(1)
+    assert internals.write_count(x) == before + 1
+
+
+@canary("torch._foreach_copy_")
+def many_tensors_are_copied():
+    targets = [torch.zeros(2), torch.zeros(3, dtype=torch.int64)]
+    internals.copy_all(targets, [torch.ones(2), torch.arange(3)], non_blocking=False)
+    assert [target.tolist() for target in targets] == [[1, 1], [0, 1, 2]]
+
+
+@canary(
+    "torch.fx.experimental.proxy_tensor.make_fx",
+    "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+    "torch.fx.experimental.proxy_tensor.get_proxy_slot",
+    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
+)
+def traces_record_operators_and_their_tensors():
+    def function(x):
+        with internals.unrecorded():
+            x.exp()
+        y = x.sin()
+        assert internals.node_of(y).target == torch.ops.aten.sin.default
+        assert internals.node_of(torch.nn.Parameter(torch.ones(1))) is None
+        assert internals.tracer().graph is not None
+        return y
+
+    graph = internals.make_fx(function, tracing_mode="fake")(torch.ones(1)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.sin.default]
+
+
+@canary("torch._subclasses.FakeTensorMode")
+def fake_tensors_have_no_values():
+    mode = internals.new_fake_mode()
+    with mode:
+        assert (mode.from_tensor(torch.ones(2)) + torch.ones(2)).shape == (2,)
+
+
+@canary(
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv",
+    "torch.fx.experimental.symbolic_shapes.DimDynamic",
+    "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext",
+    "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
+    "torch.fx.experimental.symbolic_shapes.statically_known_true",
+    "torch._dynamo.source.ConstantSource",
+)
+def sizes_are_symbols_with_conditions():
+    environment = internals.new_shape_env()
+    mode = internals.new_fake_mode(environment)
+    x = internals.with_symbolic_sizes(mode, torch.ones(6, 4), "x")
+    assert not internals.is_known_true(x.shape[0] == 6)
+    assert bool(x.shape[0] > 5)
+    text = environment.produce_guards_expression(list(x.shape))
+    sizes = {"L": {"t0": 5, "t1": 4}}
+    assert not eval(text, internals.size_functions(), sizes)
+    assert eval(text, internals.size_functions(), {"L": {"t0": 7, "t1": 3}})
+    with mode:
+        assert internals.has_symbolic_sizes()
+
+
+@canary("torch._decomp.get_decompositions")
+def padding_has_a_decomposition():
+    assert internals.decompositions([torch.ops.aten.constant_pad_nd])
+
+
+@canary("torch.compiler._is_compiling_flag")
+def libraries_see_the_flag():
+    before = internals.compiling_flag()
+    internals.set_compiling_flag(True)
+    try:
+        assert torch.compiler.is_compiling()
+    finally:
+        internals.set_compiling_flag(before)
+    assert not torch.compiler.is_compiling()
+
+
+@canary("torch._C._functorch.peek_interpreter_stack")
+def transforms_are_recognized():
+    found = []
+    torch.vmap(lambda x: found.append(internals.is_transformed()) or x)(torch.ones(2))
+    assert [*found, internals.is_transformed()] == [True, False]
+
+
+@canary("torch._C._functorch.is_functorch_wrapped_tensor", "torch._C._functorch.get_unwrapped")
+def wrappers_are_removed():
+    x, found = torch.ones(2), []
+    torch.vmap(torch.func.grad(lambda x: found.append(internals.unwrapped(x)) or x.sum()))(x)
+    assert internals.storage_id(found[0]) == internals.storage_id(x)
+
+
+@canary("torch._C.DisableTorchFunction", "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack")
+def traces_can_be_left():
+    found = []
+
+    def function(x):
+        with internals.outside_of_traces():
+            found.append((internals.is_transformed(), torch.rand(1).item()))
+        assert internals.is_transformed()
+        return x
+
+    with rng.functional(rng.key(0)):
+        torch.vmap(function)(torch.ones(2))
+    assert not found[0][0]
 
 
 # Function modes around functions that torch.compile splits into several graphs
