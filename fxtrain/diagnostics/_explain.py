@@ -24,7 +24,7 @@ from fxtrain.diagnostics._breaks import break_from_error, found_by_dynamo, found
 from fxtrain.diagnostics._counts import counted, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import attach
-from fxtrain.model import ValuesNeededError, captured
+from fxtrain.model import ValuesNeededError, captured_values
 from fxtrain.step import EvalFunction, Step
 
 _WARMUP_CALLS = 3
@@ -203,7 +203,9 @@ def _now(device: torch.device) -> float:
 def _constants(step: Step | EvalFunction) -> dict[str, str]:
     """Returns the values that user functions read besides their arguments, as text by name."""
     found = {
-        name: value for name, value in captured(step.function) if not type(value).__module__.startswith("fxtrain.")
+        name: value
+        for name, value in captured_values(step.function)
+        if not type(value).__module__.startswith("fxtrain.")
     }
     return {name: _as_text(value) for name, value in sorted(found.items())}
 

@@ -1,7 +1,7 @@
 """The functional model: a module's parameters and buffers as trees of tensors, and its code as a function of them."""
 
 from fxtrain.model._batch_norm_statistics import recompute_statistics
-from fxtrain.model._captured_values import captured as captured
+from fxtrain.model._captured_values import captured_values as captured_values
 from fxtrain.model._first_call_checks import ValuesNeededError
 from fxtrain.model._freezing import with_trainable
 from fxtrain.model._host_seeding import UnseededError

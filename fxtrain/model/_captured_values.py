@@ -18,7 +18,7 @@ from fxtrain.core._frames import is_of_users
 _MAX_DEPTH = 3
 
 
-def captured(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
+def captured_values(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
     """Yields the values that a function reads besides its arguments, with their names.
 
     User-defined functions that it calls are searched too. Python modules, classes, functions, and attributes looked up
@@ -28,18 +28,18 @@ def captured(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
         >>> scale = 2.0
         >>> def loss_fn(model, batch):
         ...     return model(batch).mean() * scale
-        >>> list(captured(loss_fn))
+        >>> list(captured_values(loss_fn))
         [('scale', 2.0)]
     """
-    for owner, name, value in reads(function):
+    for owner, name, value in values_read(function):
         if not _is_of_fxtrain(owner) and not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
             yield name, value
 
 
-def tensors_in(function: Callable[..., object]) -> Iterator[tuple[str, Tensor]]:
+def captured_tensors(function: Callable[..., object]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors that a function captures, with their names. Modules and containers are searched."""
     seen: set[int] = set()
-    todo = list(captured(function))[::-1]
+    todo = list(captured_values(function))[::-1]
     while todo and len(seen) < _MAX_SEARCHED_VALUES:
         name, part = todo.pop()
         if id(part) in seen:
@@ -68,7 +68,9 @@ def _parts(name: str, part: object) -> list[tuple[str, object]]:
 _MAX_SEARCHED_VALUES = 4096
 
 
-def clocks(function: Callable[..., object], watched: Sequence[object]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+def captured_clocks(
+    function: Callable[..., object], watched: Sequence[object]
+) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Yields the clocks that a function reads through a global name, as (namespace, name, clock).
 
     Args:
@@ -77,21 +79,21 @@ def clocks(function: Callable[..., object], watched: Sequence[object]) -> Iterat
 
     Example:
         >>> from time import perf_counter
-        >>> [clock is perf_counter for _, _, clock in clocks(lambda: perf_counter(), [perf_counter])]
+        >>> [clock is perf_counter for _, _, clock in captured_clocks(lambda: perf_counter(), [perf_counter])]
         [True]
     """
-    for owner, name, value in reads(function):
+    for owner, name, value in values_read(function):
         is_clock = any(value is clock for clock in watched)
         if is_clock and isinstance(owner, types.FunctionType) and owner.__globals__.get(name) is value:
             yield owner.__globals__, name, value
 
 
-def reads(function: Callable[..., object]) -> Iterator[tuple[object, str, Any]]:
+def values_read(function: Callable[..., object]) -> Iterator[tuple[object, str, Any]]:
     """Yields what a function and those that it calls read, as (reader, name, value).
 
     Example:
         >>> scale = 2.0
-        >>> [(name, value) for _, name, value in reads(lambda model, batch: model(batch) * scale)]
+        >>> [(name, value) for _, name, value in values_read(lambda model, batch: model(batch) * scale)]
         [('scale', 2.0)]
     """
     seen: set[int] = set()

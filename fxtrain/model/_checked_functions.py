@@ -19,25 +19,25 @@ class CheckedFunctions:
         self._seen: dict[Hashable, tuple[Callable[[], Any], bool]] = {}
         self._codes: dict[Any, tuple[int, bool]] = {}
 
-    def draws(self, function: Callable[..., object]) -> bool | None:
+    def samples_on_host(self, function: Callable[..., object]) -> bool | None:
         """Returns whether calls sample from Python's or numpy's generator, or None before the first call."""
         key, part = _identity(function)
-        alive, draws = self._seen.get(key, (None, False))
+        alive, samples_on_host = self._seen.get(key, (None, False))
         if alive is not None and alive() is part:
-            return draws
-        count, draws = self._codes.get(_code(function), (0, False))
-        return draws if count >= _MAX_CHECKED_PER_CODE else None
+            return samples_on_host
+        count, samples_on_host = self._codes.get(_code(function), (0, False))
+        return samples_on_host if count >= _MAX_CHECKED_PER_CODE else None
 
     def has_seen_like(self, function: Callable[..., object]) -> bool:
         """Returns whether a function with the same code has passed."""
         return _code(function) in self._codes
 
-    def add(self, function: Callable[..., object], *, draws: bool = False) -> None:
+    def add(self, function: Callable[..., object], *, samples_on_host: bool = False) -> None:
         """Records that a call has passed.
 
         Args:
             function: The function that was called.
-            draws: Whether it sampled from Python's or numpy's generator.
+            samples_on_host: Whether it sampled from Python's or numpy's generator.
         """
         key, part = _identity(function)
         if len(self._seen) >= _MAX_ENTRIES:
@@ -46,9 +46,9 @@ class CheckedFunctions:
             alive: Callable[[], Any] = weakref.ref(part)
         except TypeError:
             alive = functools.partial(_same, part)
-        self._seen[key] = alive, draws
-        count, drew = self._codes.get(_code(function), (0, False))
-        self._codes[_code(function)] = count + 1, drew or draws
+        self._seen[key] = alive, samples_on_host
+        count, sampled = self._codes.get(_code(function), (0, False))
+        self._codes[_code(function)] = count + 1, sampled or samples_on_host
 
 
 # Number of functions with the same code that are checked.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fxtrain.core._frames import is_of_users
-from fxtrain.model._captured_values import clocks
+from fxtrain.model._captured_values import captured_clocks
 
 _NOW = ("now", "utcnow", "today")
 _ARGUMENTS_BEFORE_TIME: dict[Callable[..., object], int] = {time.strftime: 1}
@@ -57,7 +57,7 @@ def clock_reads(function: Callable[..., object]) -> Iterator[list[str]]:
     named[random.Random] = _watched_random(lambda: note("random.Random() without a seed", _caller()))
     changes: list[tuple[Any, str, Any]] = [
         *((vars(time), clock.__name__, named[clock]) for clock in CLOCKS),
-        *((names, name, named[clock]) for names, name, clock in clocks(function, WATCHED)),
+        *((names, name, named[clock]) for names, name, clock in captured_clocks(function, WATCHED)),
         (vars(datetime), "datetime", named[datetime.datetime]),
         (vars(random), "Random", named[random.Random]),
         (vars(os), "urandom", urandom),

@@ -54,7 +54,7 @@ def refuse_hidden_state(
     *,
     compared: bool,
     buffers: Mapping[str, Tensor],
-    odd: Mapping[str, Tensor],
+    changed_buffers: Mapping[str, Tensor],
 ) -> None:
     """Raises if a second call depends on Python attributes that the first one changed, or on buffers outside the state.
 
@@ -66,7 +66,7 @@ def refuse_hidden_state(
         again: Makes the second call, and returns its output.
         compared: Whether the outputs of an earlier call were compared, so that a trace need not.
         buffers: The buffers that the modules were filled with.
-        odd: Those of them that the first call reshaped, cast or removed, by path.
+        changed_buffers: Those of them that the first call reshaped, cast or removed, by path.
 
     Raises:
         RuntimeError: Names the attributes and their values.
@@ -74,13 +74,13 @@ def refuse_hidden_state(
     """
 
     def leaves() -> dict[str, object]:
-        now = {template.path(name): value for name, value in template.odd_buffers(buffers).items()}
+        now = {template.path(name): value for name, value in template.changed_buffers(buffers).items()}
         return {**template.leaves(), **{path: value for path, value in now.items() if value is not DELETED}}
 
-    refusal = functools.partial(_refusal, who, frozenset(map(template.path, template.odd_buffers(buffers))))
-    before, first = {**before, **odd}, leaves()
+    refusal = functools.partial(_refusal, who, frozenset(map(template.path, template.changed_buffers(buffers))))
+    before, first = {**before, **changed_buffers}, leaves()
     changed = _changed(before, first)
-    changed += [path for path in odd if path not in changed]
+    changed += [path for path in changed_buffers if path not in changed]
     if not changed:
         return
     watched = {id(value) for value in first.values() if isinstance(value, Tensor)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from fxtrain._torch_internals import is_traced
 from fxtrain.core import name_of
-from fxtrain.model._captured_values import captured
+from fxtrain.model._captured_values import captured_values
 from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import Key
 from fxtrain.rng import _host as host
@@ -44,7 +44,7 @@ class HostSeeding:
         generators: Generator objects that the function can reach, with their names.
 
     Attributes:
-        moved: Whether the last run sampled from a global generator, if that was detected.
+        sampled: Whether the last run sampled from a global generator, if that was detected.
 
     Raises:
         UnseededError: On exit, if the function sampled from one of ``generators``, or from a global generator while the
@@ -58,7 +58,7 @@ class HostSeeding:
         self._seed, self._function, self._who = host_seed(key), function, name_of(function)
         self._compare = compare or self._seed is None
         self._generators = list(generators)
-        self.moved = False
+        self.sampled = False
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -76,7 +76,7 @@ class HostSeeding:
                     what = f"samples from {name} ({kind}), which depend on earlier samples"
                     raise _refusal(self._who, what)
             moved = host.moved(before)
-            self.moved = bool(moved)
+            self.sampled = bool(moved)
             if moved and self._seed is None:
                 raise _refusal(
                     self._who,
@@ -98,10 +98,10 @@ def _clocks_refused(function: Callable[..., object]) -> Iterator[None]:
         )
 
 
-def generators_in(function: Callable[..., object]) -> list[tuple[str, object]]:
+def captured_generators(function: Callable[..., object]) -> list[tuple[str, object]]:
     """Returns the generator objects of Python and numpy that a function captures, with their names."""
     found: dict[int, tuple[str, Any]] = {}
-    for name, value in captured(function):
+    for name, value in captured_values(function):
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
         for part in (value, *parts):
             if host.state_of(part) is not None:

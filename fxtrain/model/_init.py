@@ -58,7 +58,7 @@ def init(
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise TypeError(f"expected seed to be a 64-bit int, got {describe(seed)}.")
     architecture = Model(model)
-    params, buffers = architecture.memory(model)
+    params, buffers = architecture.clone_tensors(model)
     params = tree.map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), params)
     buffers = tree.map(lambda leaf: leaf.to(device), buffers)
     where = tree.device_of((params, buffers)) or device

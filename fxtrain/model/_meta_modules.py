@@ -126,7 +126,7 @@ class MetaModules:
                     found[f"{prefix}.{key}"] = value.detach()
         return found
 
-    def odd_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tree]:
+    def changed_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tree]:
         """Returns the buffers that a call added, reshaped, cast, set to None or deleted (``DELETED``), by name.
 
         Args:
@@ -147,8 +147,8 @@ class MetaModules:
                         found[name] = value
         return found | dict.fromkeys(missing, DELETED)
 
-    def place(self, buffers: Mapping[str, Tree]) -> None:
-        """Puts buffers from ``odd_buffers`` into their slots."""
+    def put_buffers(self, buffers: Mapping[str, Tree]) -> None:
+        """Puts buffers from ``changed_buffers`` into their slots."""
         for prefix, named in self._buffers if buffers else ():
             for key in list(named):
                 name = self.slots.get(f"{prefix}.{key}", "")
@@ -179,16 +179,16 @@ class MetaModules:
         number, _, rest = name.partition(".")
         return f"{self._paths[number]}.{rest}" if rest else self._paths[number]
 
-    def apart(self, output: Tree) -> Tree:
+    def copy_containers(self, output: Tree) -> Tree:
         """Returns the output with containers of the modules copied, because the originals are restored on exit."""
         if type(output) is tuple:
-            return tuple(map(self.apart, output))
+            return tuple(map(self.copy_containers, output))
         if id(output) in self._contents.ids:
             output = copy.copy(output)
         if type(output) is list:
-            return list(map(self.apart, output))
+            return list(map(self.copy_containers, output))
         if type(output) is dict:
-            return {key: self.apart(value) for key, value in output.items()}
+            return {key: self.copy_containers(value) for key, value in output.items()}
         return output
 
     def _refuse_writes(self) -> None:

@@ -15,14 +15,14 @@ from torch.func import functional_call
 from fxtrain import rng, tree
 from fxtrain._torch_internals import is_traced, own_modules
 from fxtrain.core import Tree, name_of
-from fxtrain.model._captured_values import tensors_in
+from fxtrain.model._captured_values import captured_tensors
 from fxtrain.model._checked_functions import CheckedFunctions
 from fxtrain.model._first_call_checks import (
     refuse_hidden_state,
     refuse_new_parameters,
     refusing_meta_reads,
 )
-from fxtrain.model._host_seeding import HostSeeding, generators_in
+from fxtrain.model._host_seeding import HostSeeding, captured_generators
 from fxtrain.model._meta_modules import MetaModules
 from fxtrain.model._outside_values import restoring_outside_values
 from fxtrain.model._parameter_trees import CallResult, ParameterTrees
@@ -115,28 +115,28 @@ class ModelCalls(ParameterTrees):
             )
             return self._call(attempt, function, train)
 
-        first = self.first_calls(train)
-        draws = first.draws(function) if check else None
+        first = self.checked_functions(train)
+        samples_on_host = first.samples_on_host(function) if check else None
         if key is None:
             return call(contextlib.nullcontext)
-        if draws is False and not is_traced():
+        if samples_on_host is False and not is_traced():
             # Seeding takes a process-wide lock that a data thread may hold, so functions without host sampling skip it.
             before = host.mark()
             result = call(contextlib.nullcontext)
             if before is None or not host.rewind_if_moved(before):
                 return result
             # The function has begun to sample, so this call is repeated from the key, and later calls are seeded.
-            draws = True
-            first.add(function, draws=True)
-        examine = check and draws is None
-        generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
+            samples_on_host = True
+            first.add(function, samples_on_host=True)
+        examine = check and samples_on_host is None
+        generators = [*captured_generators(function), *self._templates[train].generators()] if examine else ()
         seeding = HostSeeding(key, function, compare=examine, generators=generators)
         result = call(seeding, examine=examine)
         if examine:
-            first.add(function, draws=seeding.moved)
+            first.add(function, samples_on_host=seeding.sampled)
         return result
 
-    def first_calls(self, kind: Hashable) -> CheckedFunctions:
+    def checked_functions(self, kind: Hashable) -> CheckedFunctions:
         """Returns the record of functions that have passed the checks of one kind."""
         if kind not in self._first:
             self._first[kind] = CheckedFunctions()
@@ -148,7 +148,7 @@ class ModelCalls(ParameterTrees):
         if not is_traced():
             return call()
         modules = self._templates[train].root.modules()
-        return restoring_outside_values(call, function, modules, self.first_calls(("outside", train)))
+        return restoring_outside_values(call, function, modules, self.checked_functions(("outside", train)))
 
     def _repeated(self, attempt: Callable[..., CallResult]) -> CallResult:
         """Runs the call, and repeats it with clones when it is about to write into inputs."""
@@ -186,13 +186,13 @@ class ModelCalls(ParameterTrees):
         watch = functools.partial(refusing_meta_reads, who, template.empty) if examine else contextlib.nullcontext
         writes: WriteGuard | None = None
 
-        def run(finish: Callable[[Out], Tree], odd: Mapping[str, Tree]) -> tuple[Out, Tree]:
+        def run(finish: Callable[[Out], Tree], changed: Mapping[str, Tree]) -> tuple[Out, Tree]:
             nonlocal writes
             clones = {name: flat_params[name].clone() for name in cloned}
             buffers = {name: value.clone() for name, value in flat_buffers.items()}
             tensors.update(flat_params | clones | buffers)
             template.fill(tensors)
-            template.place(odd)
+            template.put_buffers(changed)
             modules = own_modules(template.root)
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
             given = copies(args) if self._copies_arguments else args
@@ -203,12 +203,12 @@ class ModelCalls(ParameterTrees):
                 clones=clones,
                 buffers=buffers.values(),
                 arguments=() if self._copies_arguments else tree.leaves(args),
-                captured=lambda: [*template.tensors(), *(tensors_in(function) if examine else ())],
+                captured=lambda: [*template.tensors(), *(captured_tensors(function) if examine else ())],
             )
             with seeding(), _functional(key, writes), watch(), self._entered(inside, train):
                 output = forward_of(function)(model, *given)
                 finished = finish(output)
-            return template.apart(output), template.apart(finished)
+            return template.copy_containers(output), template.copy_containers(finished)
 
         tensor_arguments = [leaf for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
         before_arguments = versions(tensor_arguments)
@@ -223,24 +223,24 @@ class ModelCalls(ParameterTrees):
             tensors |= replaced
             # Read before the template is restored, because a module may assign a new buffer.
             after = template.buffers()
-            written = {name: writes.apart(name, tensors[name].detach()) for name in self._written}
-            odd = template.odd_buffers(flat_buffers)
-            if odd:
-                after = {name: value if name in odd else after[name] for name, value in flat_buffers.items()}
+            written = {name: writes.in_own_storage(name, tensors[name].detach()) for name in self._written}
+            changed = template.changed_buffers(flat_buffers)
+            if changed:
+                after = {name: value if name in changed else after[name] for name, value in flat_buffers.items()}
             if examine:
                 refuse_new_parameters(who, template, tensors, flat_params)
-            if examine or not odd.keys() <= self._caches:
-                compared = self.first_calls(train).has_seen_like(function)
-                again = functools.partial(run, lambda output: output, odd)
-                shapes = {template.path(name): value for name, value in flat_buffers.items() if name in odd}
+            if examine or not changed.keys() <= self._caches:
+                compared = self.checked_functions(train).has_seen_like(function)
+                again = functools.partial(run, lambda output: output, changed)
+                shapes = {template.path(name): value for name, value in flat_buffers.items() if name in changed}
                 refuse_hidden_state(
                     *(who, template, before if examine else template.leaves()),
                     *(output, lambda: again()[0]),
                     compared=compared and examine,
                     buffers=flat_buffers,
-                    odd=shapes,
+                    changed_buffers=shapes,
                 )
-                self._caches |= odd.keys()
+                self._caches |= changed.keys()
         if versions(tensor_arguments) != before_arguments:
             raise RuntimeError(
                 f"expected {who} to write into its arguments with torch functions only, got a write that bypassed "

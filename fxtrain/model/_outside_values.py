@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxtrain.core import Tree, name_of
 from fxtrain.model._attribute_snapshots import Container, refill
-from fxtrain.model._captured_values import is_of_users, reads
+from fxtrain.model._captured_values import is_of_users, values_read
 from fxtrain.model._checked_functions import CheckedFunctions
 from fxtrain.model._first_call_checks import ValuesNeededError
 from fxtrain.model._tensor_reads import TensorReads
@@ -201,7 +201,7 @@ _DESCRIPTORS = (types.FunctionType, property, classmethod, staticmethod)
 
 def _found_in_functions(functions: Iterable[Callable[..., object]]) -> Iterator[tuple[str, Hashable, Any, Access]]:
     for function in functions:
-        for owner, name, value in reads(function):
+        for owner, name, value in values_read(function):
             if isinstance(owner, types.FunctionType):
                 yield name, *_variable(owner, name, value)
             if not isinstance(value, (*_CONTAINERS, *_CONSTANTS, *_SCALARS, Tensor)) and _is_user_defined(type(value)):

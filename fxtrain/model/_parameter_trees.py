@@ -76,7 +76,7 @@ class ParameterTrees:
         moved = {name: value.to(flat[name].dtype) for name, value in self._flat(written).items()}
         return self._grouped(moved, itertools.repeat({}))
 
-    def memory(self, modules: Modules) -> tuple[Tree, Tree]:
+    def clone_tensors(self, modules: Modules) -> tuple[Tree, Tree]:
         """Returns the parameters and buffers of modules of this architecture, as trees of detached clones."""
         leaves = tree.leaves(modules)
         caller = FunctionRunner([leaf for leaf in leaves if isinstance(leaf, nn.Module)])

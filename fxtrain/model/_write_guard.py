@@ -102,7 +102,7 @@ class WriteGuard:
         memory = memory_of(tensor)
         return any(memory_of(value) == memory for value in (*self._clones.values(), *self._buffers))
 
-    def apart(self, name: str, value: Tensor) -> Tensor:
+    def in_own_storage(self, name: str, value: Tensor) -> Tensor:
         """Returns a clone's value after the call, in separate storage: ``p.data = q.data`` makes two share one."""
         return value if memory_of(value) == self._storages.get(name) else value.clone()
 

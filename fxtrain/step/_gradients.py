@@ -177,8 +177,8 @@ def gradients(
                 "expected a trainable parameter, got none. Make a floating or complex parameter require gradients."
             )
         model.refuse_hooks()
-        reached = model.first_calls(("reached", wrt))
-        is_first = not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None
+        reached = model.checked_functions(("reached", wrt))
+        is_first = not torch.compiler.is_dynamo_compiling() and reached.samples_on_host(loss_fn) is None
         with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
             grads, used, (metrics, buffers, written, weights) = differentiation(objective, trainable)
             if is_first and not any(tree.leaves(used)):

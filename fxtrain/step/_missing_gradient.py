@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from fxtrain import tree
 from fxtrain._torch_internals import inlined_only
 from fxtrain.core._frames import is_of_users
-from fxtrain.model._captured_values import captured
+from fxtrain.model._captured_values import captured_values
 from fxtrain.step._check_function import place_of
 
 
@@ -35,7 +35,7 @@ def missing_gradient(
 
 
 def _general_remedy(function: Callable[..., object]) -> str:
-    modules = [name for name, value in captured(function) if isinstance(value, nn.Module)]
+    modules = [name for name, value in captured_values(function) if isinstance(value, nn.Module)]
     instead = f" instead of {', '.join(modules)}, which it captures" if modules else ""
     return (
         f"Call the model that is passed to the loss function{instead}, outside torch.no_grad() and without .detach() "

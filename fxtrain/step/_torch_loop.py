@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fxtrain.model._captured_values import captured
+from fxtrain.model._captured_values import captured_values
 from fxtrain.step._check_function import ContractError, code_of, place_of
 
 
@@ -21,7 +21,7 @@ def torch_optimizers_refused(function: Callable[..., object]) -> Iterator[None]:
         ContractError: On entry if the function reads one by name, and inside before a torch optimizer makes a step.
     """
     names = _names_used_by(function)
-    for name, value in captured(function):
+    for name, value in captured_values(function):
         kind = type(value).__name__
         if name.startswith("self.") and name.removeprefix("self.") not in names:
             continue  # An attribute of the method's object that the method does not read.
