@@ -87,7 +87,7 @@ def early_stopping(
     check_positive_int("patience", patience)
     check_int("start_from", start_from, minimum=0)
     check_choice("unit", unit, _UNITS)
-    better, worst, _ = direction(mode, min_delta=min_delta, relative=relative)
+    better, worst = direction(mode, min_delta=min_delta, relative=relative)
     first = baseline if callable(mode) and baseline is not None else worst
     slack = _ROUNDING if unit == "epochs" else 0
     no_improvement = (

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._watched_metric import Metric, called, measured, needing
-from fxtrain.core import Control, EvalEnd, StepEnd, TrainState, check_choice, describe
+from fxtrain.callbacks._watched_metric import Metric, called, measured, needing, sign_of
+from fxtrain.core import Control, EvalEnd, StepEnd, TrainState, describe
 from fxtrain.fold import Handler, stateful
 
 
@@ -33,8 +33,8 @@ def stop_at(metric: Metric, value: float, *, mode: str = "min", on: type[EvalEnd
         >>> callback(fx.init(torch.nn.Linear(1, 1)), event)[1].reasons("stop")
         ['accuracy reached 0.9']
     """
-    _check_limit("value", value, mode, on)
-    sign, what = _sign(mode), called(metric)
+    _check_limit("value", value, on)
+    sign, what = sign_of(mode), called(metric)
 
     def reached(state: TrainState, event: EvalEnd | StepEnd) -> tuple[TrainState, Control]:
         now = measured(event, metric, "stop_at", state.step.device)
@@ -67,8 +67,8 @@ def stop_on_divergence(
         >>> callback(fx.init(torch.nn.Linear(1, 1)), event)[1].reasons("stop")
         ['loss diverged: it reached 10']
     """
-    _check_limit("limit", 0.0 if limit is None else limit, mode, on)
-    sign, what = _sign(mode), called(metric)
+    _check_limit("limit", 0.0 if limit is None else limit, on)
+    sign, what = sign_of(mode), called(metric)
 
     def diverged(state: TrainState, event: EvalEnd | StepEnd) -> tuple[TrainState, Control]:
         now = measured(event, metric, "stop_on_divergence", state.step.device)
@@ -80,16 +80,11 @@ def stop_on_divergence(
     return _watching(Handler(f"stop_on_divergence {what}", diverged, frozenset({on})), metric, on)
 
 
-def _check_limit(argument: str, value: float, mode: str, on: type[EvalEnd | StepEnd]) -> None:
-    check_choice("mode", mode, ("min", "max"))
+def _check_limit(argument: str, value: float, on: type[EvalEnd | StepEnd]) -> None:
     if not math.isfinite(value):
         raise ValueError(f"expected {argument} to be finite, got {describe(value)}.")
     if on not in (EvalEnd, StepEnd):
         raise ValueError(f"expected on to be EvalEnd or StepEnd, got {describe(on)}.")
-
-
-def _sign(mode: str) -> float:
-    return 1.0 if mode == "min" else -1.0
 
 
 def _watching(callback: Handler, metric: Metric, on: type[EvalEnd | StepEnd]) -> Handler:

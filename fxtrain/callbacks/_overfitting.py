@@ -8,17 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._watched_metric import Metric, called, measured, needing
-from fxtrain.core import (
-    Control,
-    EvalEnd,
-    TrainState,
-    Updated,
-    check_choice,
-    check_non_negative,
-    check_positive_int,
-    wide_dtype,
-)
+from fxtrain.callbacks._watched_metric import Metric, called, measured, needing, sign_of
+from fxtrain.core import Control, EvalEnd, TrainState, Updated, check_non_negative, check_positive_int, wide_dtype
 from fxtrain.fold import Handler, slotted
 
 
@@ -64,9 +55,8 @@ def stop_on_overfitting(
         <callback overfitting on Updated, EvalEnd, slot 'overfitting'>
     """
     check_positive_int("patience", patience)
-    check_choice("mode", mode, ("min", "max"))
     check_non_negative(min_delta=min_delta)
-    sign = 1.0 if mode == "min" else -1.0
+    sign = sign_of(mode)
     times = "1 evaluation" if patience == 1 else f"{patience} evaluations"
     reason = f"the gap between {called(metric)} and the training {train_metric} grew {times} in a row"
 

@@ -77,7 +77,7 @@ def reduce_on_plateau(
         raise ValueError(f"expected factor to be between 0 and 1, got {describe(factor)}.")
     for argument, value in (("patience", patience), ("cooldown", cooldown)):
         check_int(argument, value, minimum=0)
-    better, worst, _ = direction(
+    better, worst = direction(
         mode,
         min_delta=min_delta if min_delta is not None else 0.0 if callable(mode) else 1e-4,
         relative=not callable(mode) if relative is None else relative,

@@ -65,7 +65,7 @@ def restore_best(
     """
     if checkpointer is not None and not hasattr(checkpointer, "restore"):
         raise TypeError(f"expected checkpointer to be a checkpointer or None, got {describe(checkpointer)}.")
-    better, worst, _ = direction(mode)
+    better, worst = direction(mode)
     what = called(metric)
 
     def init(state: TrainState) -> RestoreBestState:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import EvalEnd, Metrics, StepEnd, Updated, describe, did_you_mean, wide_dtype
+from fxtrain.core import EvalEnd, Metrics, StepEnd, Updated, check_choice, describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, needs
 
 Metric = str | Callable[[Metrics], Tensor | float]
@@ -63,6 +63,16 @@ def needing(callback: Handler, metric: Metric) -> Handler:
     return needs(callback, eval_metrics=[metric]) if isinstance(metric, str) else callback
 
 
+def sign_of(mode: str) -> float:
+    """Returns 1 for the mode ``"min"`` and -1 for ``"max"``: a metric times its sign is better if it is lower.
+
+    Raises:
+        ValueError: If the mode is neither.
+    """
+    check_choice("mode", mode, ("min", "max"))
+    return 1.0 if mode == "min" else -1.0
+
+
 class Direction(NamedTuple):
     """The direction in which a metric improves.
 
@@ -72,7 +82,6 @@ class Direction(NamedTuple):
 
     better: Better
     worst: float
-    sign: float  # 1 if lower is better, -1 if higher is, nan for a function
 
 
 def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = False) -> Direction:
@@ -102,13 +111,13 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
                 "expected mode to be 'min' or 'max' with min_delta or relative, got a function. Apply the margin in "
                 "the function, or leave out min_delta and relative."
             )
-        return Direction(lambda value, best: mode(value, best.to(value.dtype)), math.nan, math.nan)
+        return Direction(lambda value, best: mode(value, best.to(value.dtype)), math.nan)
     if mode not in ("min", "max"):
         raise ValueError(
             f"expected mode to be 'min', 'max' or a function (value, best) -> bool tensor, got {describe(mode)}."
             f"{did_you_mean(mode, ('min', 'max'))}"
         )
-    sign = 1.0 if mode == "min" else -1.0
+    sign = sign_of(mode)
 
     def better(value: Tensor, best: Tensor) -> Tensor:
         best = best.to(value.dtype)
@@ -116,4 +125,4 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
         # An infinite best has no margin, because inf - inf is nan.
         return sign * value < torch.where(best.isfinite(), sign * best - margin, sign * best)
 
-    return Direction(better, sign * math.inf, sign)
+    return Direction(better, sign * math.inf)
