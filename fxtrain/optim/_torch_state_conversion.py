@@ -31,7 +31,7 @@ from fxtrain.optim._rprop import ScaleByRpropState
 from fxtrain.optim._scaling import ScaleByScheduleState
 from fxtrain.tree import Path, as_name, children, leaf_paths, rebuilt
 
-Entry = Mapping[str, Any]
+Entry = Mapping[str, Tensor | float | None]
 """The state of a torch optimizer for one parameter, such as ``{"step": ..., "exp_avg": ...}``."""
 
 
@@ -207,7 +207,7 @@ class _Reader:
         value = torch.sign(value) if key == "prev" else value
         return value.detach().to(device=was.device, dtype=was.dtype, copy=True)
 
-    def _value(self, name: str, key: str) -> Tree:
+    def _value(self, name: str, key: str) -> Any:
         entry = self._given.entries[name]
         self._read.setdefault(name, set()).add(key)
         if key not in entry:
