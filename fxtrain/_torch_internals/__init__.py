@@ -73,7 +73,7 @@ from fxtrain._torch_internals._pytree import parts_of as parts_of
 from fxtrain._torch_internals._pytree import register_pytree_node as register_pytree_node
 from fxtrain._torch_internals._storages import copy_all as copy_all
 from fxtrain._torch_internals._storages import storage_id as storage_id
-from fxtrain._torch_internals._storages import storage_use_counts as storage_use_counts
+from fxtrain._torch_internals._storages import storage_use_counter as storage_use_counter
 from fxtrain._torch_internals._storages import write_count as write_count
 from fxtrain._torch_internals._support import INTERFACES as INTERFACES
 from fxtrain._torch_internals._support import NEWEST_TESTED as NEWEST_TESTED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, UntypedStorage
 
@@ -30,11 +30,15 @@ def storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def storage_use_counts(storages: Iterable[UntypedStorage]) -> Iterable[int]:
-    """Yields how many tensors and other objects of torch use each storage: -1 where torch cannot count."""
+def storage_use_counter() -> Callable[[Iterable[UntypedStorage]], Iterable[int]]:
+    """Returns a function that counts how many tensors and other objects of torch use each storage.
+
+    It yields -1 where torch cannot count. The interfaces are looked up once, because each step counts.
+    """
     if not (USE_COUNT.exists and ADDRESS.exists):
-        return itertools.repeat(-1, len(list(storages)))
-    return map(USE_COUNT.get(), map(_address, storages))
+        return lambda storages: itertools.repeat(-1, len(list(storages)))
+    count = USE_COUNT.get()
+    return lambda storages: map(count, map(_address, storages))
 
 
 def write_count(tensor: Tensor) -> int:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import storage_use_counts
+from fxtrain._torch_internals import storage_use_counter
 
 _storages = functools.partial(map, Tensor.untyped_storage)
 _references: Any = functools.partial(map, sys.getrefcount)
+_use_counts = storage_use_counter()
 
 # The reference counts of an object held by one container and by the list being counted, and of a storage held by one
 # tensor, and the use count of that storage. Measured here, because they depend on how Python and torch count.
@@ -26,7 +27,7 @@ _probe = [torch.empty(1)]
 _SOLE = max(_references([_probe[0]]))
 _SOLE_STORAGE = max(_references(list(_storages(_probe))))
 # If torch cannot count (-1), every storage counts as shared.
-_SOLE_USE = max(1, *storage_use_counts(_storages(_probe)))
+_SOLE_USE = max(1, *_use_counts(_storages(_probe)))
 
 
 def is_sole(leaves: list[Tensor], containers: list[object], written: Sequence[int]) -> bool:
@@ -37,9 +38,9 @@ def is_sole(leaves: list[Tensor], containers: list[object], written: Sequence[in
     if max(_references(leaves), default=0) > _SOLE or max(_references(containers), default=0) > _SOLE:
         return False
     storages = list(_storages([leaves[index] for index in written]))
-    return max(_references(storages), default=0) <= _SOLE_STORAGE and list(storage_use_counts(storages)) == [
-        _SOLE_USE
-    ] * len(storages)
+    return max(_references(storages), default=0) <= _SOLE_STORAGE and list(_use_counts(storages)) == [_SOLE_USE] * len(
+        storages
+    )
 
 
 def shared(leaves: list[Tensor], containers: list[object]) -> list[bool]:
@@ -55,7 +56,7 @@ def shared(leaves: list[Tensor], containers: list[object]) -> list[bool]:
     storages = list(_storages(leaves))
     in_use = [
         holders > _SOLE_STORAGE or uses != _SOLE_USE
-        for holders, uses in zip(_references(storages), storage_use_counts(storages), strict=True)
+        for holders, uses in zip(_references(storages), _use_counts(storages), strict=True)
     ]
     return [
         count > _SOLE or id(leaf) in exposed or seen
