@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals import inlined_only
+from fxtrain.core import Tree
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -30,10 +30,10 @@ class Float32Norms(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: tuple[Tree, ...] = (),
+        kwargs: Mapping[str, Tree] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if func.__name__ in _IN_FLOAT32:
