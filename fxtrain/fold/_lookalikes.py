@@ -5,13 +5,13 @@ from __future__ import annotations
 import types
 
 _COUNTERPARTS = {
-    "early": "fxtrain.callbacks.early_stopping(metric, patience)",
+    "early": "fxtrain.callbacks.early_stopping(metric, patience=)",
     "checkpoint": "checkpointer=fxtrain.checkpointer(folder)",
     "plateau": "fxtrain.callbacks.reduce_on_plateau(metric)",
     "learningratemonitor": "fxtrain.callbacks.lr_monitor()",
     "lrscheduler": "a schedule of fxtrain.schedules as the optimizer's learning rate",
     "learningratescheduler": "a schedule of fxtrain.schedules as the optimizer's learning rate",
-    "averaging": "fxtrain.callbacks.swa(start)",
+    "averaging": "fxtrain.callbacks.swa(start=)",
     "ema": "fxtrain.callbacks.ema(decay)",
     "accumulation": "fxtrain.train_step(..., accumulate=)",
     "nan": "fxtrain.callbacks.nan_guard()",

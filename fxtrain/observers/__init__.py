@@ -6,7 +6,7 @@ from fxtrain.observers._progress import progress
 from fxtrain.observers._rank_zero import rank_zero
 from fxtrain.observers._record_code import record_code
 from fxtrain.observers._record_run import record_run
-from fxtrain.observers._required import required as required
+from fxtrain.observers._required import required
 from fxtrain.observers._summary import summary
 from fxtrain.observers._system import system
 from fxtrain.observers._write import write
@@ -18,6 +18,7 @@ __all__ = [
     "rank_zero",
     "record_code",
     "record_run",
+    "required",
     "summary",
     "system",
     "write",
