@@ -7,7 +7,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec
 
 import torch
 
@@ -24,6 +24,8 @@ from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy, Role
 from fxtrain.checkpoint._save import device_of, facts
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
+
+P = ParamSpec("P")
 
 
 class Committed(NamedTuple):
@@ -57,6 +59,21 @@ class Checkpointer(Reader):
 
     A folder belongs to one run. A run gets a random id when it begins, adopts the id of the checkpoint it resumes
     from, and stores its id with each checkpoint. Checkpoints of other runs are not listed, restored or deleted.
+
+    Args:
+        folder: The folder of the checkpoints.
+        policy: The checkpoints to keep.
+        background: Whether a thread writes them.
+        on_error: ``"raise"`` or ``"warn"`` if a save fails.
+        overwrite: Whether checkpoints of other runs may be deleted.
+
+    Example:
+        >>> import tempfile, torch, fxtrain as fx
+        >>> with tempfile.TemporaryDirectory() as folder, fx.checkpointer(folder) as checkpoints:
+        ...     handle = checkpoints.save(fx.init(torch.nn.Linear(2, 1)))
+        ...     checkpoints.wait()
+        ...     handle.committed.step
+        0
     """
 
     def __init__(
@@ -282,10 +299,10 @@ class Checkpointer(Reader):
             raise error
         warnings.warn(f"{error} Training continues without this checkpoint.", RuntimeWarning, stacklevel=4)
 
-    def _submit(self, job: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, job: Callable[P, None], *arguments: P.args, **options: P.kwargs) -> None:
         def guarded() -> None:
             try:
-                job(*arguments)
+                job(*arguments, **options)
             except BaseException as error:
                 self._errors.append(error)
 
@@ -299,7 +316,7 @@ class Checkpointer(Reader):
         run: str,
         content: Direct | HostCopy,
         metrics: dict[str, float],
-        notes: dict[str, Any],
+        notes: dict[str, str | int],
         device: torch.device,
     ) -> None:
         try:
@@ -310,6 +327,7 @@ class Checkpointer(Reader):
             found = ownership.contents(self.folder)
             sequence = found[-1].sequence + 1 if found else 0
             step, metrics = head["step"], head["metrics"]
+            assert step is not None
             path = self.folder / retention.name(sequence, step, run, save.role)
             folders.write(path, content, {**head, "run": run, "role": save.role, "sequence": sequence})
             self._metrics[path.name] = metrics

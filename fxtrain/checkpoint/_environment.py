@@ -5,14 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
 
 import torch
 
 from fxtrain.core import device_name
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, str | int]:
     """Returns the environment of this process for computations on ``device``, by name."""
     return {
         "fxtrain": metadata.version("fxtrain"),
@@ -27,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Returns one line for each name whose value differs. A tuple in ``now`` matches any of its values."""
     possible = {name: value if isinstance(value, tuple) else (value,) for name, value in now.items()}
     return [

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import IO
 
 import xxhash
 
@@ -18,7 +18,7 @@ from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._files import open_regular, unreadable
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._leaf_table import Leaf, rows
-from fxtrain.checkpoint._manifest import FORMAT, MANIFEST, write_manifest
+from fxtrain.checkpoint._manifest import FORMAT, MANIFEST, Facts, Head, Manifest, write_manifest
 from fxtrain.checkpoint._temporary_folder import unfinished_folder
 from fxtrain.disk import sync_folder
 
@@ -27,7 +27,7 @@ FILES = (LEAVES, MANIFEST)
 _PIECE = 2**22  # bytes; small enough that a piece is still in the CPU cache when it is written after hashing
 
 
-def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Mapping[str, Any]) -> None:
+def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts) -> None:
     """Commits ``contents`` as the folder ``path``.
 
     Args:
@@ -46,7 +46,8 @@ def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Mapping[str, A
         with unfinished_folder(path) as unfinished:
             with _synced(unfinished / LEAVES) as file:
                 checksums = _write_leaves(file, contents)
-            head = {"format": FORMAT, "bytes": sum(place.size for place in contents.places), **facts}
+            size = sum(place.size for place in contents.places)
+            head: Head = {"format": FORMAT, "bytes": size, **facts}
             with _synced(unfinished / MANIFEST) as file:
                 write_manifest(file, head, rows(contents.structure, contents.places, checksums))
             sync_folder(unfinished)
@@ -71,7 +72,7 @@ class Leaves:
         DamagedError: If it is not a regular file, or its size differs from the manifest.
     """
 
-    def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, path: pathlib.Path, manifest: Manifest) -> None:
         self._path = path / LEAVES
         self._descriptor = open_regular(self._path)
         size = os.fstat(self._descriptor).st_size

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import copy_all
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_table import Place, places, root_of
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 
 
 class Direct:
@@ -27,10 +27,10 @@ class Direct:
         CheckpointError: If a leaf is not a dense tensor.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Tree) -> None:
         self.leaves, self.structure = dense_leaves(state)
         self.places = places(self.leaves)
-        self._ready_event: Any = None
+        self._ready_event: torch.cuda.Event | None = None
         device = next((leaf.device for leaf in self.leaves if leaf.device.type == "cuda"), None)
         if device is not None:
             # The writer thread copies on its own stream, which does not wait for kernels on this thread's stream.
@@ -60,18 +60,18 @@ class HostCopy:
 
     def __init__(self) -> None:
         self.places: list[Place] = []
-        self.structure: Any = None
+        self.structure = tree.structure(())
         self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._targets: list[Tensor] = []
-        self._kinds: Any = ()  # the kinds of leaves that the buffer fits
+        self._kinds: Sequence[tuple[object, ...]] | None = ()  # the kinds of leaves that the buffer fits
         self._device: torch.device | None = None  # the GPU that leaves are copied from, if any
-        self._copy_event: Any = None  # a CUDA event recorded after the asynchronous copies to the host
+        self._copy_event: torch.cuda.Event | None = None  # recorded after the asynchronous copies to the host
 
-    def reserve(self, state: Any) -> None:
+    def reserve(self, state: Tree) -> None:
         """Allocates a buffer that fits states with the shapes and dtypes of ``state``."""
         self._prepare(dense_leaves(state)[0])
 
-    def take(self, state: Any) -> None:
+    def take(self, state: Tree) -> None:
         """Copies the leaves. Afterwards they may be changed, or donated to a step on the same stream."""
         leaves, self.structure = tree.flatten(state)
         if _kinds(leaves) != self._kinds:  # leaves of equal kinds have already been checked
@@ -132,7 +132,7 @@ def host_bytes(leaf: Tensor) -> memoryview:
     return bytes_of(leaf.detach().resolve_conj().resolve_neg().cpu().contiguous())
 
 
-def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:
+def dense_leaves(state: Tree) -> tuple[list[Tensor], PyTreeSpec]:
     """Returns the leaves of ``state`` and its structure.
 
     Raises:
@@ -147,7 +147,7 @@ def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:
     return leaves, structure
 
 
-def _kinds(leaves: Sequence[Any]) -> list[Any] | None:
+def _kinds(leaves: Sequence[Tensor]) -> list[tuple[object, ...]] | None:
     """Returns the properties that determine the buffer's layout, or None if a leaf is not a tensor."""
     try:
         return [(leaf.dtype, leaf.shape, leaf.device, leaf.layout) for leaf in leaves]
@@ -155,7 +155,7 @@ def _kinds(leaves: Sequence[Any]) -> list[Any] | None:
         return None
 
 
-def _problem(leaf: Any) -> str | None:
+def _problem(leaf: object) -> str | None:
     if not isinstance(leaf, Tensor):
         return describe(leaf)
     if leaf.is_quantized:

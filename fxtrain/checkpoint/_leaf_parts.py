@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fxtrain import tree
-from fxtrain.checkpoint._leaf_table import Leaf, element_paths, entry_of, root_of
-from fxtrain.core import TrainState, dtype_name, matching
+from fxtrain.checkpoint._leaf_table import Key, Leaf, element_paths, entry_of, root_of
+from fxtrain.core import TrainState, Tree, dtype_name, matching
 from fxtrain.tree import as_code, as_name
 
-Keys = tuple[Any, ...]
+Keys = tuple[Key, ...]
 
 
 class Part(NamedTuple):
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     element: int | None = None
 
 
-def parts_of(like: Any) -> list[Part]:
+def parts_of(like: Tree) -> list[Part]:
     """Returns the parts of a tree, in the order of its leaves."""
     leaves, structure = tree.flatten(like)
     elements = element_paths(structure)
@@ -54,7 +54,7 @@ def parts_stored(stored: Mapping[str, Leaf]) -> list[Part]:
 
 
 def _split(
-    path: str, keys: Keys, dtype: str, shape: Sequence[int], elements: Sequence[Sequence[Any]] | None
+    path: str, keys: Keys, dtype: str, shape: Sequence[int], elements: Sequence[Sequence[Key]] | None
 ) -> list[Part]:
     kind = f"{dtype}{list(shape)}"
     if elements is None:

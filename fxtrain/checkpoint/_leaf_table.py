@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import optree
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
@@ -18,18 +19,22 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.core import TrainState, dtype_name
 from fxtrain.optim import PerParameter
 
+Key = str | int
+PathEntry = list[Key]
+"""The kind and the key of one step of a path."""
+
 
 class Leaf(TypedDict):
     """A row of the table."""
 
     path: str  # code that accesses the leaf from the root
-    entries: list[list[Any]]  # the same as [kind, key] pairs; kind is "attribute", "key" or "index"
+    entries: list[PathEntry]  # the same as [kind, key] pairs; kind is "attribute", "key" or "index"
     dtype: str
     shape: list[int]
     offset: int
     bytes: int
     xxh3: str  # checksum of the bytes, 16 hexadecimal digits
-    elements: NotRequired[list[list[Any]]]  # for a vector over parameters: the path of each element's parameter
+    elements: NotRequired[list[list[Key]]]  # for a vector over parameters: the path of each element's parameter
 
 
 class Place(NamedTuple):
@@ -56,7 +61,7 @@ def offsets(sizes: Sequence[tuple[int, int]]) -> list[int]:
     return found
 
 
-def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> Iterator[Leaf]:
+def rows(structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str]) -> Iterator[Leaf]:
     """Yields the table, in the order of the leaves.
 
     Args:
@@ -88,7 +93,7 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
         yield row
 
 
-def element_paths(structure: Any) -> dict[int, Sequence[Sequence[Any]]]:
+def element_paths(structure: PyTreeSpec) -> dict[int, Sequence[Sequence[Key]]]:
     """Returns the parameter paths of each leaf that has one element per parameter, by the index of the leaf."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
     nodes = tree.leaves(numbered, is_leaf=lambda node: isinstance(node, PerParameter))
@@ -102,17 +107,17 @@ def element_paths(structure: Any) -> dict[int, Sequence[Sequence[Any]]]:
     }
 
 
-def root_of(structure: Any) -> str:
+def root_of(structure: PyTreeSpec) -> str:
     """Returns the first word of all paths: ``"state"`` for states and ``"tree"`` for other trees."""
     return "state" if structure.type is TrainState else "tree"
 
 
-def keys_of(entries: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+def keys_of(entries: Sequence[PathEntry]) -> tuple[str, ...]:
     """Returns the keys of a row's path as text, without the kinds of nodes."""
     return tuple(str(key) for _, key in entries)
 
 
-def entry_of(entry: Any) -> list[Any]:
+def entry_of(entry: optree.PyTreeEntry) -> PathEntry:
     """Returns one entry of an accessor as a ``[kind, key]`` pair for JSON."""
     match entry:
         case optree.NamedTupleEntry():
@@ -129,12 +134,12 @@ def entry_of(entry: Any) -> list[Any]:
             return ["attribute", entry.codify("")]
 
 
-def code_of(entries: Sequence[Sequence[Any]]) -> str:
+def code_of(entries: Sequence[PathEntry]) -> str:
     """Returns the code that accesses a leaf, given the entries of its row."""
 
-    def one(kind: str, key: Any) -> str:
+    def one(kind: Key, key: Key) -> str:
         if kind == "attribute":
-            return key if key[:1] in (".", "[") else f".{key}"
+            return str(key) if str(key)[:1] in (".", "[") else f".{key}"
         return f"[{key!r}]"
 
     return "".join(one(kind, key) for kind, key in entries)

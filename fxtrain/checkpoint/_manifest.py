@@ -13,8 +13,8 @@ import math
 import pathlib
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterable
+from typing import IO, TypedDict, cast
 
 import torch
 import xxhash
@@ -22,7 +22,7 @@ import xxhash
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._files import read_at_most
 from fxtrain.checkpoint._leaf_table import Leaf, code_of, offsets
-from fxtrain.checkpoint._retention import ROLES, Entry
+from fxtrain.checkpoint._retention import ROLES, Entry, Role
 from fxtrain.core import dtype_name
 
 MANIFEST = "manifest.jsonl"
@@ -32,7 +32,32 @@ _MAX_SIZE = 2**63  # size of a leaf or a file in bytes, exclusive
 _MAX_DIMENSIONS = 64  # torch cannot copy tensors with more
 
 
-def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Leaf]) -> None:
+class Facts(TypedDict):
+    """What a manifest states about the checkpoint. ``run``, ``role`` and ``sequence`` are None without a run."""
+
+    run: str | None
+    role: Role | None
+    sequence: int | None
+    step: int | None  # None if the tree is not a state
+    time: float  # seconds since the Unix epoch
+    metrics: dict[str, float]
+    environment: dict[str, str | int]
+
+
+class Head(Facts):
+    """The first line of a manifest."""
+
+    format: int
+    bytes: int  # of all leaves
+
+
+class Manifest(Head):
+    """A manifest with the rows of its leaves."""
+
+    leaves: list[Leaf]
+
+
+def write_manifest(file: IO[bytes], head: Head, table: Iterable[Leaf]) -> None:
     """Writes the head, one line of JSON for each leaf, and a checksum of all preceding lines.
 
     Args:
@@ -53,7 +78,7 @@ def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Lea
         raise CheckpointError(f"expected a manifest of at most {_MAX_BYTES // 2} bytes, got {size}. Save fewer leaves.")
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(path: pathlib.Path) -> Manifest:
     """Returns the head of the manifest in the folder ``path``, with the rows of its leaves under ``"leaves"``.
 
     Raises:
@@ -79,10 +104,10 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         )
     _check_head(expect, head)
     _check_table(expect, head, table)
-    return {**head, "leaves": table}
+    return cast(Manifest, {**head, "leaves": table})  # every field was checked
 
 
-def read_entry(entry: Entry) -> dict[str, Any]:
+def read_entry(entry: Entry) -> Manifest:
     """Returns ``read_manifest(entry.path)``, after comparing it with the folder's name.
 
     Raises:
@@ -99,15 +124,15 @@ def read_entry(entry: Entry) -> dict[str, Any]:
     return manifest
 
 
-Expect = Callable[[str, Any, Callable[[], bool]], None]
+Expect = Callable[[str, object, Callable[[], bool]], None]
 
 
-def _expect(file: pathlib.Path, what: str, value: Any, holds: Callable[[], bool]) -> None:
+def _expect(file: pathlib.Path, what: str, value: object, holds: Callable[[], bool]) -> None:
     if not holds():
         raise DamagedError(f"{file} is damaged: expected {what}, got {reprlib.repr(value)}.")
 
 
-def _check_head(expect: Expect, head: dict[str, Any]) -> None:
+def _check_head(expect: Expect, head: Head) -> None:
     keys = {"format", "bytes", "step", "time", "metrics", "environment", "run", "role", "sequence"}
     expect(f"a head with the keys {sorted(keys)}", sorted(head), lambda: set(head) == keys)
     expect("a number of bytes", head["bytes"], lambda: _is_size(head["bytes"]))
@@ -128,7 +153,7 @@ def _check_head(expect: Expect, head: dict[str, Any]) -> None:
         expect("the step of a state", head["step"], lambda: head["step"] is not None)
 
 
-def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None:
+def _check_table(expect: Expect, head: Head, table: list[Leaf]) -> None:
     root = "tree" if head["step"] is None else "state"
     seen: set[str] = set()
     for row in table:
@@ -167,11 +192,11 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
     expect(f"{total} bytes in total", head["bytes"], lambda: head["bytes"] == total)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < _MAX_SIZE
 
 
-def _is_entry(value: Any) -> bool:
+def _is_entry(value: object) -> bool:
     match value:
         case ["attribute", str()]:
             return True
@@ -183,7 +208,7 @@ def _is_entry(value: Any) -> bool:
             return False
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     return type(value) is list and all(type(key) in (str, int) for key in value)
 
 

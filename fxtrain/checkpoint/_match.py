@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_parts import Names, Part, parts_of, parts_stored, slots_of_one_side
 from fxtrain.checkpoint._leaf_table import Leaf, root_of
 from fxtrain.checkpoint._mismatch import mismatch_message
-from fxtrain.core import TrainState, describe, first_names
+from fxtrain.core import TrainState, Tree, describe, first_names
 
 Where = str | Iterable[str] | Mapping[str, str] | None
 Fresh = str | Sequence[str] | None
@@ -48,7 +48,7 @@ class Match(NamedTuple):
     shared: list[str]
 
 
-def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Where, fresh: Fresh = None) -> Match:
+def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Where, fresh: Fresh = None) -> Match:
     """Finds the source of each leaf of ``like`` in a checkpoint.
 
     Args:
@@ -102,7 +102,7 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
     outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
     partly_fresh = {part.keys[1] for part in here if part.keys[:1] == ("slots",) and is_fresh(part)}
     shared = {
-        part.keys[1]
+        str(part.keys[1])
         for part, _, _ in found
         if part.keys[:1] == ("slots",) and part.keys[1] in partly_fresh and names.of(part) is None
     }
@@ -239,7 +239,7 @@ def _refuse_unnamed_elements(
             )
 
 
-def _refuse_unrestored_meta(path: pathlib.Path, like: Any, chosen: Collection[str]) -> None:
+def _refuse_unrestored_meta(path: pathlib.Path, like: Tree, chosen: Collection[str]) -> None:
     leaves: dict[str, Tensor] = dict(
         zip(tree.paths(like, root_of(tree.structure(like))), tree.leaves(like), strict=True)
     )

@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,11 +22,12 @@ from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.checkpoint._match import Where
 from fxtrain.checkpoint._restore import read
 from fxtrain.checkpoint._save import save
+from fxtrain.core import Tree
 
-Tree = TypeVar("Tree")
+T = TypeVar("T")
 
 
-def to_orbax(path: str | os.PathLike[str], tree: Any) -> pathlib.Path:
+def to_orbax(path: str | os.PathLike[str], tree: Tree) -> pathlib.Path:
     """Writes ``tree`` as an Orbax checkpoint, which JAX and Flax programs read with ``StandardCheckpointer``.
 
     Dataclasses and named tuples become dictionaries, and lists and tuples become lists. Orbax runs in a subprocess,
@@ -59,8 +60,8 @@ def to_orbax(path: str | os.PathLike[str], tree: Any) -> pathlib.Path:
 
 
 def from_orbax(
-    path: str | os.PathLike[str], like: Tree, *, where: Where = None, device: torch.device | str | None = None
-) -> Tree:
+    path: str | os.PathLike[str], like: T, *, where: Where = None, device: torch.device | str | None = None
+) -> T:
     """Returns the tree in an Orbax checkpoint, with the structure of ``like``.
 
     Args:
@@ -78,7 +79,7 @@ def from_orbax(
         return read(ours, like, where=_same_keys(ours, like) if where is None else where, device=device).state
 
 
-def _same_keys(path: pathlib.Path, like: Any) -> dict[str, str]:
+def _same_keys(path: pathlib.Path, like: Tree) -> dict[str, str]:
     """Maps the paths of ``like`` to those of the checkpoint with the same keys, ignoring the types of containers."""
     stored = {keys_of(row["entries"]): row["path"] for row in read_manifest(path)["leaves"]}
     structure = tree.structure(like)

@@ -21,7 +21,7 @@ def write(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     rows = [json.loads(line) for line in (ours / "manifest.jsonl").read_bytes().splitlines()[1:-1]]
     content = np.memmap(ours / "leaves.bin", np.uint8, "r") if any(row["bytes"] for row in rows) else None
     names: dict[str, str] = {}
-    leaves: list[tuple[list[list[Any]], np.ndarray]] = []
+    leaves: list[tuple[list[list[str | int]], np.ndarray]] = []
     for row in rows:
         name = ".".join(str(key) for _, key in row["entries"])
         if name in names:
@@ -65,10 +65,10 @@ def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     (ours / "manifest.jsonl").write_bytes(b'%s{"xxh3": "%s"}\n' % (text, checksum))
 
 
-def _nested(leaves: list[tuple[list[list[Any]], np.ndarray]]) -> Any:
+def _nested(leaves: list[tuple[list[list[str | int]], np.ndarray]]) -> Any:
     if len(leaves) == 1 and not leaves[0][0]:
         return leaves[0][1]
-    groups: dict[Any, list[tuple[list[list[Any]], np.ndarray]]] = {}
+    groups: dict[Any, list[tuple[list[list[str | int]], np.ndarray]]] = {}
     for entries, leaf in leaves:
         groups.setdefault(entries[0][1], []).append((entries[1:], leaf))
     if leaves[0][0][0][0] == "index":
@@ -76,7 +76,7 @@ def _nested(leaves: list[tuple[list[list[Any]], np.ndarray]]) -> Any:
     return {str(key): _nested(group) for key, group in groups.items()}
 
 
-def _restore_args(metadata: Any) -> Any:
+def _restore_args(metadata: object) -> Any:
     """Returns restore arguments that request numpy arrays, because JAX truncates 64-bit dtypes to 32 bits."""
     if isinstance(metadata, dict):
         return {key: _restore_args(value) for key, value in metadata.items()}
@@ -85,7 +85,7 @@ def _restore_args(metadata: Any) -> Any:
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
-def _flattened(node: Any, entries: list[list[Any]]) -> list[tuple[list[list[Any]], Any]]:
+def _flattened(node: object, entries: list[list[str | int]]) -> list[tuple[list[list[str | int]], Any]]:
     if isinstance(node, dict):
         return [found for key, inner in node.items() for found in _flattened(inner, [*entries, ["key", key]])]
     if isinstance(node, list | tuple):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import optree
 from torch import Tensor
 
-from fxtrain.checkpoint._leaf_table import code_of
-from fxtrain.core import NAMESPACE, ops
+from fxtrain.checkpoint._leaf_table import PathEntry, code_of
+from fxtrain.core import NAMESPACE, Tree, ops
 
 
 class OrphanedSlot(dict[str, Tensor]):
@@ -33,7 +32,7 @@ ops.register_pytree_node(
 )
 
 
-def rebuild(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
+def rebuild(rows: Sequence[tuple[list[PathEntry], Tensor]]) -> Tree:
     """Returns a tree of dictionaries and lists, or an ``OrphanedSlot`` where these cannot represent the paths.
 
     A checkpoint stores neither classes nor list elements without leaves.
@@ -51,13 +50,13 @@ class _NotPlainError(Exception):
     """The rows need more than dictionaries and complete lists."""
 
 
-def _nested(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
+def _nested(rows: Sequence[tuple[list[PathEntry], Tensor]]) -> Tree:
     if len(rows) == 1 and not rows[0][0]:
         return rows[0][1]
     kinds = {entries[0][0] if entries else "leaf" for entries, _ in rows}
     if kinds not in ({"key"}, {"index"}):
         raise _NotPlainError
-    groups: dict[str, list[tuple[list[list[Any]], Tensor]]] = {}  # keyed by code, because True == 1
+    groups: dict[str, list[tuple[list[PathEntry], Tensor]]] = {}  # keyed by code, because True == 1
     for entries, leaf in rows:
         groups.setdefault(code_of(entries[:1]), []).append((entries, leaf))
     built = {group[0][0][0][1]: _nested([(entries[1:], leaf) for entries, leaf in group]) for group in groups.values()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar, Unpack
 
 import torch
 
@@ -15,11 +15,12 @@ from fxtrain.checkpoint import _retention as retention
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._manifest import read_entry
 from fxtrain.checkpoint._match import Fresh, Where
-from fxtrain.checkpoint._restore import Extra, Restoration, read
+from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, read
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy
+from fxtrain.core import Tree
 from fxtrain.disk import sync_folder
 
-Tree = TypeVar("Tree")
+T = TypeVar("T")
 
 
 class Reader:
@@ -69,14 +70,14 @@ class Reader:
 
     def restore(
         self,
-        like: Tree,
+        like: T,
         *,
         step: int | None = None,
         where: Where = None,
         fresh: Fresh = None,
         extra: Extra = "keep",
         device: torch.device | str | None = None,
-    ) -> Tree:
+    ) -> T:
         """Returns the state of a checkpoint and warns about differences.
 
         Args:
@@ -94,7 +95,7 @@ class Reader:
         report.warn(stacklevel=2)
         return report.state
 
-    def read(self, like: Any, *, step: int | None = None, **options: Any) -> Restoration:
+    def read(self, like: Tree, *, step: int | None = None, **options: Unpack[ReadOptions]) -> Restoration:
         """Restores a checkpoint and reports missing slots, extra slots and differences of the environment.
 
         Without ``step``, damaged checkpoints are renamed to ``unreadable-...`` with a warning, and the newest one that
@@ -123,7 +124,9 @@ class Reader:
         self._refuse_fresh_start(found)
         raise CheckpointError(f"expected a checkpoint in {self.folder}, got none.")
 
-    def read_newest_until(self, step: int, like: Any, *, newer_than: int = -1, **options: Any) -> Restoration | None:
+    def read_newest_until(
+        self, step: int, like: Tree, *, newer_than: int = -1, **options: Unpack[ReadOptions]
+    ) -> Restoration | None:
         """Restores the newest readable checkpoint that a rewind to ``step`` can return to.
 
         Damaged checkpoints are set aside, as in ``read``.
@@ -151,7 +154,7 @@ class Reader:
         """Returns the steps of all snapshots."""
         return {entry.step for entry in self._snapshots()}
 
-    def read_snapshot(self, step: int, like: Any, **options: Any) -> Restoration | None:
+    def read_snapshot(self, step: int, like: Tree, **options: Unpack[ReadOptions]) -> Restoration | None:
         """Restores the newest snapshot of a step. A damaged snapshot is set aside, as in ``read``.
 
         Args:
@@ -215,7 +218,7 @@ class Reader:
         return self._metrics[entry.path.name]
 
     def _first_readable(
-        self, entries: Iterable[Entry], like: Any, options: Mapping[str, Any]
+        self, entries: Iterable[Entry], like: Tree, options: ReadOptions
     ) -> Restoration | list[tuple[Entry, DamagedError]]:
         """Reads the first undamaged checkpoint and sets aside the damaged ones before it.
 

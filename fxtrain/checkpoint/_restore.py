@@ -9,7 +9,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +20,27 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._folder import Leaves
 from fxtrain.checkpoint._host_copy import bytes_of
 from fxtrain.checkpoint._leaf_table import Leaf
-from fxtrain.checkpoint._manifest import dtype_of, read_manifest
+from fxtrain.checkpoint._manifest import Manifest, dtype_of, read_manifest
 from fxtrain.checkpoint._match import Elements, Fresh, Match, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._save import device_of
-from fxtrain.core import CHANGED_AT_END, LOOP, check_choice
+from fxtrain.core import CHANGED_AT_END, LOOP, TrainState, Tree, check_choice
 from fxtrain.model._freezing import refuse_shared_counts
 
 _MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
 
-Tree = TypeVar("Tree")
+T = TypeVar("T")
 Extra = Literal["keep", "drop"]
+
+
+class ReadOptions(TypedDict, total=False):
+    """The options of ``read`` that ``Checkpointer.read`` passes on."""
+
+    where: Where
+    fresh: Fresh
+    extra: Extra
+    device: torch.device | str | None
+    notes: Mapping[str, str | tuple[str, ...]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +56,25 @@ class Restoration:
         shared: Restored slots with values of fresh parameters and a count shared by all parameters.
         different: One line for each entry of ``environment`` that differs now.
         environment: The conditions of bitwise equality at the time of the save, by name.
+
+    Example:
+        >>> import tempfile, torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(2, 1))
+        >>> with tempfile.TemporaryDirectory() as folder, fx.checkpointer(folder) as checkpoints:
+        ...     _ = checkpoints.save(state)
+        ...     restoration = checkpoints.read(state)
+        >>> restoration.missing, restoration.different
+        ([], [])
     """
 
-    state: Any
+    state: Tree
     path: pathlib.Path
     missing: list[str]
     extra: list[str]
     outdated: list[str]
     shared: list[str]
     different: list[str]
-    environment: Mapping[str, Any]
+    environment: Mapping[str, str | int]
 
     def warn(self, stacklevel: int) -> None:
         """Warns about slots and environment values that differ, if there are any.
@@ -83,13 +102,13 @@ class Restoration:
 
 def restore(
     path: str | os.PathLike[str],
-    like: Tree,
+    like: T,
     *,
     where: Where = None,
     fresh: Fresh = None,
     extra: Extra = "keep",
     device: torch.device | str | None = None,
-) -> Tree:
+) -> T:
     """Returns the verified state in the folder ``path``, with the structure and on the devices of ``like``.
 
     Warns about slots that only one side has, and about differences of the environment that may change the last bits of
@@ -137,14 +156,14 @@ def restore(
 
 def read(
     path: pathlib.Path,
-    like: Any,
+    like: Tree,
     *,
     where: Where = None,
     fresh: Fresh = None,
     extra: Extra = "keep",
     device: torch.device | str | None = None,
     notes: Mapping[str, str | tuple[str, ...]] | None = None,
-    manifest: Mapping[str, Any] | None = None,
+    manifest: Manifest | None = None,
 ) -> Restoration:
     """Restores a checkpoint and returns the state with a report of differences.
 
@@ -184,7 +203,7 @@ def read(
     return Restoration(state, path, missing, added, outdated, shared, different, manifest["environment"])
 
 
-def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:
+def _refuse_shared_counts(state: TrainState, matched: Match, fresh: Fresh) -> None:
     kept = {id(leaf) for leaf, source in zip(tree.leaves(state), matched.sources, strict=True) if source is None}
     refuse_shared_counts(
         state.opt_state,

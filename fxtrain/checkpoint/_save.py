@@ -6,7 +6,6 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -14,13 +13,15 @@ from fxtrain import tree
 from fxtrain.checkpoint._environment import environment
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._folder import FILES, write
-from fxtrain.checkpoint._host_copy import Direct
+from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._leaf_table import root_of
+from fxtrain.checkpoint._manifest import Facts
 from fxtrain.checkpoint._temporary_folder import clear_abandoned
+from fxtrain.core import Tree
 from fxtrain.disk import make_folder
 
 
-def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
+def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
     """Writes ``state`` to the new folder ``path``.
 
     The folder is created atomically, by a rename after all files are on disk. Contiguous CPU tensors are written
@@ -59,7 +60,7 @@ def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, floa
     return folder
 
 
-def facts(contents: Any, device: torch.device, metrics: Mapping[str, float] | None) -> dict[str, Any]:
+def facts(contents: Direct | HostCopy, device: torch.device, metrics: Mapping[str, float] | None) -> Facts:
     """Returns the head of a manifest for a checkpoint without a run.
 
     Args:

@@ -15,7 +15,16 @@ Value = TypeVar("Value")
 
 
 class RunFolderError(Exception):
-    """A folder does not contain a run that can be shown. The message is one line."""
+    """A folder does not contain a run that can be shown. The message is one line.
+
+    Example:
+        >>> import fxtrain.report as report
+        >>> try:
+        ...     report.read_run("nowhere")
+        ... except report.RunFolderError as error:
+        ...     print(error)
+        expected a run folder, got nowhere (No such file or directory). Check the path.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,12 @@ class Run:
         result: The content of ``result.json``.
         counts: The number of marks by kind, where ``marks`` is incomplete.
         folder: Opens the files, and lists those that could not be read.
+
+    Example:
+        >>> import fxtrain.report as report
+        >>> run = report.Run("a run", {"loss": ([1, 2], [0.5, 0.25])}, [], {}, {}, {}, {}, {}, {}, [], "", {})
+        >>> "<h1>a run</h1>" in report.page(run)
+        True
     """
 
     name: str

@@ -37,6 +37,11 @@ class Writer(Protocol):
     Two optional methods are used if a writer has them. ``purge(step)`` marks everything after a step as abandoned when
     a run resumes or rewinds. Without it, points are duplicated. ``write(step, values, event)`` takes everything that an
     event published in one call, instead of one call per kind.
+
+    Example:
+        >>> from fxtrain.writers import console
+        >>> isinstance(console(), Writer)
+        True
     """
 
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar | Array | np.generic]) -> None:
@@ -88,6 +93,14 @@ class Backend:
     """Implements clu's methods with one method, ``put``. A subclass defines ``kinds`` and ``put``.
 
     Values of other kinds are converted to a simpler kind, such as tables to texts, or left out with one warning.
+
+    Example:
+        >>> class Printer(Backend):
+        ...     kinds = frozenset((float, Text))
+        ...     def put(self, step, values, event):
+        ...         print(step, values)
+        >>> Printer().write_scalars(1, {"loss": 0.5})
+        1 {'loss': 0.5}
     """
 
     kinds: ClassVar[frozenset[Kind]]  # ``float`` stands for scalars
