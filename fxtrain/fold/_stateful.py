@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import cast
 
 from fxtrain import tree
-from fxtrain.core import LOOP, Callback, Control, Event, TrainState, Tree, describe
+from fxtrain.core import LOOP, Callback, Control, Event, StepFn, TrainState, Tree, describe
 from fxtrain.fold._compose import as_composed
 from fxtrain.fold._handler import Handler, elements_of, handler_of, on
 from fxtrain.fold._subscription import subscription
@@ -78,7 +78,7 @@ def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[...
     return slotted(name, init, on(tuple(events), callback))
 
 
-def attach(state: TrainState, callbacks: Callback | Iterable[Callback]) -> TrainState:
+def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback]) -> TrainState:
     """Returns ``state`` with the missing slots of ``callbacks`` initialized. Existing slots are kept.
 
     Args:
