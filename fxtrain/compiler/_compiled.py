@@ -20,7 +20,7 @@ from fxtrain.compiler.build._routes import Routes
 from fxtrain.compiler.call._graph import Found, Graph
 from fxtrain.compiler.call._malloc import keep_freed_memory
 from fxtrain.core import Batch, Callback, StepOutput, TrainState
-from fxtrain.core._frames import reaches_users
+from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
 from fxtrain.step import EvalFunction, ManySteps, Step

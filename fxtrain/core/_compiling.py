@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import threading
+import types
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -34,10 +35,10 @@ class _ThreadFlag:
     def __hash__(self) -> int:
         return hash(bool(self))
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: bool) -> bool:
         return bool(self) | other
 
-    def __and__(self, other: Any) -> Any:
+    def __and__(self, other: bool) -> bool:
         return bool(self) & other
 
     __ror__, __rand__ = __or__, __and__
@@ -61,7 +62,7 @@ _thread_flag: _ThreadFlag | None = None
 def _suspending_traces(execute: Callable[..., None]) -> Callable[..., None]:
     """Wraps a loader's ``exec_module`` so that this thread's trace is suspended while a module executes."""
 
-    def execute_outside(loader: Any, module: Any) -> None:
+    def execute_outside(loader: object, module: types.ModuleType) -> None:
         if not _thread.depth:
             return execute(loader, module)
         depth, _thread.depth = _thread.depth, 0
@@ -82,6 +83,7 @@ def compiling() -> Generator[None]:
     process, so it must not belong to the tracer.
 
     Example:
+        >>> import torch
         >>> with compiling():
         ...     bool(torch.compiler.is_compiling()), torch.compiler.is_dynamo_compiling()
         (True, False)

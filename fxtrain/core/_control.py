@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain.core._checks import describe
 from fxtrain.core._pytrees import register_node
+from fxtrain.core._types import Tree
 
 Flag = bool | Tensor
 """A Python bool, or a bool tensor of shape [] (inside the compiled step, or on a device)."""
@@ -79,7 +80,7 @@ class Control:
         skip_batch: Flag | Mapping[str, Flag] = False,
         skip_update: Flag | Mapping[str, Flag] = False,
         rewind: int | Tensor | Mapping[str, int | Tensor] = 0,
-        log: Mapping[str, Any] | None = None,
+        log: Mapping[str, object] | None = None,
         reason: str = "",
         final_save: bool = True,
     ) -> Control:
@@ -223,8 +224,8 @@ def _control_of(requests: dict[str, dict[str, Any]], log: Mapping[str, Logged]) 
 _EMPTY = _control_of({}, {})
 
 
-def _add_request(requests: dict[str, dict[str, Any]], kind: str, request: Any, reason: str) -> None:
-    items = cast(dict[str, Any], request) if isinstance(request, Mapping) else {reason: request}
+def _add_request(requests: dict[str, dict[str, Any]], kind: str, request: object, reason: str) -> None:
+    items = cast("Mapping[str, object]", request) if isinstance(request, Mapping) else {reason: request}
     for flag in items.values():
         _check_flag(kind, flag)
     # A Python False requests nothing, so it is dropped. A tensor stays, because its value is not read here.
@@ -233,7 +234,7 @@ def _add_request(requests: dict[str, dict[str, Any]], kind: str, request: Any, r
         requests[kind] = flags
 
 
-def _check_flag(kind: str, flag: Any) -> None:
+def _check_flag(kind: str, flag: object) -> None:
     if kind == "rewind":
         if isinstance(flag, bool) or not isinstance(flag, int | Tensor) or (isinstance(flag, int) and flag < 0):
             raise TypeError(f"expected rewind to be an int of at least 0 or an int tensor, got {describe(flag)}.")
@@ -281,7 +282,7 @@ def _flatten(control: Control) -> tuple[list[Any], Any]:
     return children, (kinds, tuple((name, entry.owner) for name, entry in control.log.items()))
 
 
-def _unflatten(context: Any, children: Any) -> Control:
+def _unflatten(context: Any, children: Sequence[Tree]) -> Control:
     kinds, names = context
     flags, values, whens = children
     requests = {

@@ -115,7 +115,7 @@ class LoopEvent:
         return self.epochs_done + (self.position - self.epoch_start) / self.epoch_length
 
 
-def event_of(kind: type[Any], fields: dict[str, Any]) -> Any:
+def event_of(kind: type[LoopEvent], fields: Mapping[str, object]) -> Any:
     """Creates an event without ``__init__``, which is slow in frozen dataclasses because it sets each field by a call.
 
     Args:

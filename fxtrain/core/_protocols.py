@@ -100,12 +100,12 @@ def _flatten(output: StepOutput) -> tuple[list[Any], None]:
     return [() if (value := getattr(output, name)) is None else value for name in _OUTPUT], None
 
 
-def _unflatten(_: None, children: Sequence[Any]) -> StepOutput:
+def _unflatten(_: None, children: Sequence[Tree]) -> StepOutput:
     metrics, *others = children
     return StepOutput(metrics, *map(_present, others))
 
 
-def _present(child: Any) -> Any:
+def _present(child: Tree) -> Tree:
     return None if isinstance(child, tuple) and not child else child  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
 
 from fxtrain._torch_internals import register_pytree_node
+from fxtrain.core._types import Tree
+
+T = TypeVar("T")
 
 NAMESPACE = "fxtrain"
 """The optree namespace in which fxtrain's nodes are registered."""
@@ -20,9 +23,9 @@ ops: Any = optree
 
 
 def register_node(
-    cls: type[Any],
-    flatten: Callable[[Any], tuple[Sequence[Any], Any]],
-    unflatten: Callable[[Any, Sequence[Any]], Any],
+    cls: type[T],
+    flatten: Callable[[T], tuple[Sequence[Tree], object]],
+    unflatten: Callable[[Any, Sequence[Tree]], T],
     *,
     fields: Sequence[str] | None = None,
 ) -> None:
@@ -38,7 +41,7 @@ def register_node(
 
     NODES[cls] = (flatten, unflatten)
 
-    def flatten_for_optree(node: Any) -> tuple[Any, ...]:
+    def flatten_for_optree(node: T) -> tuple[object, ...]:
         children, context = flatten(node)
         return (children, context) if fields is None else (children, context, tuple(fields))
 
@@ -50,7 +53,7 @@ def register_node(
         namespace=NAMESPACE,
     )
 
-    def flatten_for_torch(node: Any) -> tuple[list[Any], Any]:
+    def flatten_for_torch(node: T) -> tuple[list[Tree], object]:
         children, context = flatten(node)
         return list(children), context
 

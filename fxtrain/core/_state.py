@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fxtrain.core._checks import describe, did_you_mean
 from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 from fxtrain.core._types import Tree
+
+S = TypeVar("S")
 
 _SHOWN = 40  # rows in the repr of a state; one more line sums up the rest
 
@@ -95,7 +98,7 @@ class TrainState:
         for name in FIELDS:
             _refuse_non_tensors(name, getattr(self, name))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """Returns a new state with some fields replaced. Only the new values are checked."""
         for name, value in changes.items():
             if name not in FIELDS and name != "model":
@@ -148,7 +151,7 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return state.__dict__
 
 
-def build(cls: type[Any], fields: dict[str, Any]) -> Any:
+def build(cls: type[S], fields: Mapping[str, object]) -> S:
     # Skips __init__ and its check of every leaf: transforms put shapes, specs and sentinels in the place of tensors,
     # and `replace` has already checked the new values.
     state = object.__new__(cls)
@@ -160,7 +163,7 @@ def build(cls: type[Any], fields: dict[str, Any]) -> Any:
     return state
 
 
-def _unflatten(model: Any, children: Any) -> TrainState:
+def _unflatten(model: object, children: Sequence[Tree]) -> TrainState:
     return build(TrainState, {**dict(zip(FIELDS, children, strict=True)), "model": model})
 
 
@@ -171,7 +174,7 @@ def _flatten(state: TrainState) -> tuple[list[Any], Any]:
 register_node(TrainState, _flatten, _unflatten, fields=FIELDS)
 
 
-def _refuse_non_tensors(field: str, value: Any) -> None:
+def _refuse_non_tensors(field: str, value: object) -> None:
     if isinstance(value, Tensor) or torch.compiler.is_dynamo_compiling():  # a traced step is checked when it returns
         return
     leaves: list[Any] = ops.tree_leaves(value, namespace=NAMESPACE)

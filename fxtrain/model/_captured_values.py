@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxtrain.core._frames import is_of_users
+from fxtrain.core._tracebacks import is_of_users
 
 # Maximum depth of the calls that are followed.
 _MAX_DEPTH = 3

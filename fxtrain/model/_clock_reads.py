@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fxtrain.core._frames import is_of_users
+from fxtrain.core._tracebacks import is_of_users
 from fxtrain.model._captured_values import captured_clocks
 
 _NOW = ("now", "utcnow", "today")

@@ -11,7 +11,7 @@ import torch
 from fxtrain import tree
 from fxtrain._torch_internals import has_symbolic_sizes, is_traced, is_transformed
 from fxtrain.core import Tree, check_choice, truncate
-from fxtrain.core._frames import places
+from fxtrain.core._tracebacks import places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._wrapped_forward import is_forward_wrapped
 from fxtrain.step._backward import Objective, by_autograd, by_func

@@ -21,7 +21,7 @@ from fxtrain._torch_internals import (
 )
 from fxtrain.compiler.build._executable import Backend, Executable
 from fxtrain.core import Batch, TrainState, Tree, compiling
-from fxtrain.core._frames import is_raised_by_users
+from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.rng import untouched
 from fxtrain.step import EvalFunction, Step

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable
 
 from fxtrain.core import truncate
-from fxtrain.core._frames import places
+from fxtrain.core._tracebacks import places
 
 _MAX_CHARACTERS = 300  # of a line or a reason
 

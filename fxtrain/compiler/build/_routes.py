@@ -22,7 +22,7 @@ from fxtrain.compiler.build._specialization import compile_specialized
 from fxtrain.compiler.build._trace import AHEAD, compile_traced, trace_step
 from fxtrain.compiler.build._uncompiled import uncompiled
 from fxtrain.core import Batch, TrainState
-from fxtrain.core._frames import is_raised_by_users
+from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals import TRACER_MODULES
 from fxtrain.core import Tree
-from fxtrain.core._frames import is_of_users
+from fxtrain.core._tracebacks import is_of_users
 
 _FORMATTERS = frozenset(("__repr__", "__str__", "__format__"))
 # These modules open source files for tracebacks and imports, which is harmless.
