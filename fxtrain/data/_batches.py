@@ -14,9 +14,8 @@ from fxtrain.core import Batch, Tree, check_positive_int, describe
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._collate import collate, samples
 from fxtrain.data._hugging_face import as_torch, has_state, is_stream
-from fxtrain.data._indexed import DropLast, IndexedBatches
+from fxtrain.data._indexed import DropLast, IndexedBatches, take_rows
 from fxtrain.data._iterables import from_iterable
-from fxtrain.data._rows import take_rows
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._stateful_loaders import from_stateful_loader

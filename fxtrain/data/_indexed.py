@@ -15,6 +15,7 @@ from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._epoch_order import Order
 from fxtrain.data._source import Source
+from fxtrain.data._types import LazyArray
 
 DropLast = bool | Literal["pad"]
 
@@ -84,3 +85,16 @@ def _padded(batch: Batch, rows: int, batch_size: int) -> dict[str, Tree]:
     full = tree.map_with_path(pad, batch, root="batch")
     device = tree.device_of(batch)
     return {**full, "mask": torch.arange(batch_size, device=device) < rows}
+
+
+def take_rows(leaf: Tensor | np.ndarray | LazyArray, index: np.ndarray) -> Tensor:
+    """Returns the rows at these indices (int64 [n]) of a tensor, an array, or an array on disk."""
+    if not isinstance(leaf, Tensor | np.ndarray):
+        # h5py requires ascending indices without repeats.
+        rows, places = np.unique(index, return_inverse=True)
+        return as_tensors(np.asarray(getattr(leaf, "oindex", leaf)[rows])[places])
+    if isinstance(leaf, np.ndarray):
+        return as_tensors(np.asarray(leaf[index]))  # reads only these rows of a memory-mapped file
+    at = torch.from_numpy(index).to(leaf.device)
+    # index_select is faster, but lacks the unsigned dtypes in which tokens are often stored.
+    return leaf[at] if leaf.dtype in (torch.uint16, torch.uint32, torch.uint64) else leaf.index_select(0, at)

@@ -9,8 +9,7 @@ from torch import Tensor
 from fxtrain.core import check_positive_int
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._epoch_order import mix
-from fxtrain.data._indexed import DropLast, IndexedBatches
-from fxtrain.data._rows import take_rows
+from fxtrain.data._indexed import DropLast, IndexedBatches, take_rows
 from fxtrain.data._source import Source
 
 
