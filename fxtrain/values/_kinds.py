@@ -46,9 +46,9 @@ def kind_of(value: object) -> Kind:
 
 def plain_number(value: Value) -> Scalar | Wrapped:
     """Converts scalars of NumPy and torch to Python scalars."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return value.item()
-    return value if isinstance(value, bool | int | float | Wrapped) else float(value)
+    if type(value) is float or type(value) is int or isinstance(value, bool | Wrapped):
+        return value
+    return value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else float(value)
 
 
 def simplified(value: Value, kinds: Collection[Kind]) -> Value | None:

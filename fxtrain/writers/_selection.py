@@ -37,7 +37,11 @@ class Selection:
         """
         kept: dict[str, Value] = {}
         for name, value in values.items():
-            kind, simpler = kind_of(value), simplified(value, self.kinds)
+            kind = kind_of(value)
+            if kind is float and float in self.kinds:  # most values; they need no conversion
+                kept[name] = value
+                continue
+            simpler = simplified(value, self.kinds)
             if simpler is None:
                 self._warn_once(
                     kind,
