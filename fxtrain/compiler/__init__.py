@@ -1,7 +1,8 @@
 """Compiles a step into one graph and calls it with little dispatch overhead."""
 
 from fxtrain.compiler._compile import compile as compile  # noqa: A004
-from fxtrain.compiler._compiled import Compiled, RecompileError
+from fxtrain.compiler._compiled import Compiled
+from fxtrain.compiler._recompiles import RecompileError
 from fxtrain.compiler.build._routes import GraphBreakError
 
 __all__ = [

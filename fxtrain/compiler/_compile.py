@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fxtrain.compiler._compiled import Compiled, OnRecompile
+from fxtrain.compiler._compiled import Compiled
+from fxtrain.compiler._recompiles import OnRecompile
 from fxtrain.compiler.build._executable import Backend
 from fxtrain.compiler.build._routes import Routes, routes_to
 from fxtrain.compiler.build._trace import AHEAD

@@ -6,18 +6,16 @@ import copy
 import functools
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from fxtrain import tree
 from fxtrain.compiler._background import BackgroundGraphs
-from fxtrain.compiler._recompile_reasons import advice, batches_of, changes, described, is_other_batch
+from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
 from fxtrain.compiler.build._executable import Executable, Run
 from fxtrain.compiler.build._routes import Routes
-from fxtrain.compiler.call._graph import Found, Graph
+from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._malloc import keep_freed_memory
 from fxtrain.core import Batch, Callback, StepOutput, TrainState
 from fxtrain.core._tracebacks import reaches_users
@@ -30,12 +28,6 @@ _log = logging.getLogger(__name__)
 
 _MAX_OTHERS = 4
 """How many steps with other callbacks a compiled step keeps, each with its graphs."""
-
-OnRecompile = Literal["warn", "error", "allow"]
-
-
-class RecompileError(RuntimeError):
-    """A compiled step would have to recompile, which ``on_recompile="error"`` forbids."""
 
 
 class Compiled:
@@ -56,13 +48,11 @@ class Compiled:
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
         self._compiler: Callable[..., Executable] = routes
-        self._routes, self._on_recompile, self._options = routes, on_recompile, options
+        self._routes, self._options = routes, options
+        self._recompiles = Recompiles(step, on_recompile)
         self._graphs: list[Graph] = []  # most recently used first
-        self._known: list[dict[str, str]] = []
         self._seconds = 0.0
         self._pending = BackgroundGraphs(step, routes, options) if background else None
-        self._declared = 1  # the number of batch shapes up to which a new graph raises no warning
-        self._has_warned_of_batches = False
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
         self._remake = remake
@@ -171,9 +161,7 @@ class Compiled:
         Args:
             kinds: The number of batch shapes. 1 and None (unknown) declare nothing.
         """
-        self._declared = batches_of(self._known) + kinds if kinds is not None and kinds > 1 else 1
-        if self._declared > 1:
-            _log.info("%r takes batches of %d shapes and compiles a graph for each.", self.step, kinds)
+        self._recompiles.expect_shapes(kinds)
         if self._several is not None:
             self._several.expect_shapes(kinds)
 
@@ -200,7 +188,8 @@ class Compiled:
             assert isinstance(self.step, Step)
             self._several = copy.copy(self)
             self._several.step = ManySteps(self.step, self.steps_per_call)
-            self._several._graphs, self._several._known, self._several._seconds = [], [], 0.0
+            self._several._graphs, self._several._seconds = [], 0.0
+            self._several._recompiles = self._recompiles.fresh(self._several.step)
             if self.background:
                 self._several._pending = BackgroundGraphs(self._several.step, self._routes, self._options)
         return self._several(state, tuple(batches))
@@ -253,9 +242,9 @@ class Compiled:
             return executable._replace(run=wrap(executable.run))
 
         made._compiler = compile_and_wrap
-        made._graphs, made._known, made._donating, made._several = [], [], None, None
-        made._others = {}
-        made._on_recompile, made._pending = "allow", None
+        made._graphs, made._donating, made._several = [], None, None
+        made._others, made._pending = {}, None
+        made._recompiles = self._recompiles.fresh(self.step, "allow")
         return made
 
     def _found(self, state: TrainState, batch: Batch) -> Found | None:
@@ -270,16 +259,17 @@ class Compiled:
 
     def _make(self, state: TrainState, batch: Batch) -> None:
         entered = self.step.enter(state)
-        _refuse_sparse(batch)
+        refuse_sparse(batch)
         kinds = described(entered, batch)
         is_again = self._pending is not None and self._pending.is_refused(kinds)
-        if not is_again:
-            self._refuse_or_warn(kinds, batch)
+        if self._graphs and not is_again:
+            broken = (graph.broken(batch) for graph in self._graphs)
+            self._recompiles.check(kinds, next((found for found in broken if found is not None), None))
         if state.step.device.type == "cpu":
             keep_freed_memory()
         if self._pending is not None and not is_again and self._routes.has_trace:
             self._graphs.insert(0, self._pending.add(state, entered, batch, kinds))
-            self._known.append(kinds)
+            self._recompiles.known.append(kinds)
             return
         _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
         began = time.perf_counter()
@@ -289,41 +279,7 @@ class Compiled:
         _log.info("Compiled %r in %.1f s.", self.step, seconds)
         self._graphs.insert(0, Graph(self.step, state, batch, executable, **self._options))
         if not is_again:
-            self._known.append(kinds)
-
-    def _refuse_or_warn(self, kinds: dict[str, str], batch: Batch) -> None:
-        """Applies ``on_recompile`` if another graph is needed that no data source has declared."""
-        is_batch = is_other_batch(kinds, self._known)
-        is_declared = is_batch and batches_of([*self._known, kinds]) <= self._declared
-        broken = next((found for graph in self._graphs if (found := graph.broken(batch)) is not None), None)
-        # Sizes 0 and 1 are never symbolic, so one more graph for them is expected.
-        is_declared |= broken is not None and not broken
-        if self._graphs and self._on_recompile != "allow" and not is_declared:
-            remedy = advice(kinds, self._known, broken)
-            found = changes(kinds, self._known)
-            if self._on_recompile == "error":
-                raise RecompileError(
-                    f"expected inputs for which {self.step!r} is compiled, got others: {found}. {remedy} "
-                    "on_recompile='allow' compiles another graph."
-                )
-            # One warning is enough for batches of many sizes.
-            if not (is_batch and self._has_warned_of_batches):
-                warnings.warn(
-                    f"{self.step!r} recompiles: {found}. {remedy} on_recompile='allow' silences this warning.",
-                    UserWarning,
-                    stacklevel=4,
-                )
-            self._has_warned_of_batches |= is_batch
+            self._recompiles.known.append(kinds)
 
     def __repr__(self) -> str:
         return f"<compiled {self.step!r}>"
-
-
-def _refuse_sparse(batch: Batch) -> None:
-    for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True):
-        if leaf.layout != torch.strided:
-            raise ValueError(
-                f"expected dense tensors in the batch of a compiled step, got {path} with the layout "
-                f"{str(leaf.layout).removeprefix('torch.')}. Pass its indices and values as tensors, make it dense, or "
-                "leave the step uncompiled."
-            )

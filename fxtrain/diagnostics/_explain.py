@@ -14,7 +14,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
-from fxtrain.compiler._recompile_reasons import described
+from fxtrain.compiler._recompiles import described
 from fxtrain.compiler.build._executable import Run
 from fxtrain.compiler.build._muted_logs import without_torch_messages
 from fxtrain.compiler.build._routes import Choice
@@ -128,7 +128,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         seconds=seconds,
         first_seconds=first,
         assumed=assumed,
-        varied=_varied([*like._known, assumed]),
+        varied=_varied([*like._recompiles.known, assumed]),
         constants=_constants(pure),
     )
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
@@ -161,3 +162,14 @@ def _general(structure: PyTreeSpec, enter: Callable[[Tree], Tree]) -> Flatten:
         return leaves, [leaves]
 
     return flatten
+
+
+def refuse_sparse(batch: Batch) -> None:
+    """Raises for a batch with a sparse tensor."""
+    for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True):
+        if leaf.layout != torch.strided:
+            raise ValueError(
+                f"expected dense tensors in the batch of a compiled step, got {path} with the layout "
+                f"{str(leaf.layout).removeprefix('torch.')}. Pass its indices and values as tensors, make it dense, or "
+                "leave the step uncompiled."
+            )

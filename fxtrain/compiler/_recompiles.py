@@ -1,15 +1,85 @@
-"""Explains why a compiled step recompiles, and how to avoid it."""
+"""Warns about recompilations or refuses them, and explains how to avoid them."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Batch, TrainState, dtype_name, first_names
+from fxtrain.step import EvalFunction, Step
+
+_log = logging.getLogger(__name__)
 
 _MAX_SHOWN_CONDITIONS = 3
+
+
+OnRecompile = Literal["warn", "error", "allow"]
+
+
+class RecompileError(RuntimeError):
+    """A compiled step would have to recompile, which ``on_recompile="error"`` forbids."""
+
+
+class Recompiles:
+    """The inputs for which a step has graphs, and what happens if others need one.
+
+    Args:
+        step: The step, for messages.
+        on_recompile: As in ``compile``.
+    """
+
+    def __init__(self, step: Step | EvalFunction, on_recompile: OnRecompile) -> None:
+        self.known: list[dict[str, str]] = []
+        """The kinds of the leaves of each graph, from ``described``."""
+        self._step = step
+        self._on_recompile: OnRecompile = on_recompile
+        self._declared = 1  # the number of batch shapes up to which a new graph raises no warning
+        self._has_warned_of_batches = False
+
+    def fresh(self, step: Step | EvalFunction, on_recompile: OnRecompile | None = None) -> Recompiles:
+        """Returns a copy for ``step`` that knows no graphs, with another ``on_recompile`` if one is given."""
+        made = Recompiles(step, self._on_recompile if on_recompile is None else on_recompile)
+        made._declared, made._has_warned_of_batches = self._declared, self._has_warned_of_batches
+        return made
+
+    def expect_shapes(self, count: int | None) -> None:
+        """Declares that ``count`` more batch shapes follow. 1 and None (unknown) declare nothing."""
+        self._declared = batches_of(self.known) + count if count is not None and count > 1 else 1
+        if self._declared > 1:
+            _log.info("%r takes batches of %d shapes and compiles a graph for each.", self._step, count)
+
+    def check(self, kinds: dict[str, str], broken: Sequence[str] | None) -> None:
+        """Applies ``on_recompile`` to another graph, unless a data source has declared it.
+
+        Args:
+            kinds: The leaves for which a graph is needed, from ``described``.
+            broken: The conditions of a graph of symbolic sizes that are not met, as code.
+        """
+        is_batch = is_other_batch(kinds, self.known)
+        is_declared = is_batch and batches_of([*self.known, kinds]) <= self._declared
+        # Sizes 0 and 1 are never symbolic, so one more graph for them is expected.
+        is_declared |= broken is not None and not broken
+        if self._on_recompile == "allow" or is_declared:
+            return
+        remedy, found = advice(kinds, self.known, broken), changes(kinds, self.known)
+        if self._on_recompile == "error":
+            raise RecompileError(
+                f"expected inputs for which {self._step!r} is compiled, got others: {found}. {remedy} "
+                "on_recompile='allow' compiles another graph."
+            )
+        # One warning is enough for batches of many sizes.
+        if not (is_batch and self._has_warned_of_batches):
+            warnings.warn(
+                f"{self._step!r} recompiles: {found}. {remedy} on_recompile='allow' silences this warning.",
+                UserWarning,
+                stacklevel=4,
+            )
+        self._has_warned_of_batches |= is_batch
 
 
 def described(state: TrainState, batch: Batch) -> dict[str, str]:
