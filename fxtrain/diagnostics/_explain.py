@@ -23,7 +23,7 @@ from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._breaks import break_from_error, found_by_dynamo, found_by_running, joined
 from fxtrain.diagnostics._counts import counted, trace
 from fxtrain.diagnostics._explanation import Explanation
-from fxtrain.fold import attach
+from fxtrain.fold import as_composed, attach
 from fxtrain.model import ValuesNeededError, captured_values
 from fxtrain.step import EvalFunction, Step
 
@@ -78,7 +78,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     check_int("calls", calls, minimum=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step
-    state, batch = attach(state, pure).copy(), tree.clone(to_device(for_step(batch), state.step.device))
+    state, batch = attach(state, as_composed(pure)).copy(), tree.clone(to_device(for_step(batch), state.step.device))
     entered = pure.enter(state)
     # Read before the copy is donated.
     assumed, sizes = described(entered, batch), _sizes(state)
