@@ -7,7 +7,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, ParamSpec
+from typing import ParamSpec
 
 import torch
 
@@ -16,6 +16,7 @@ from fxtrain.checkpoint import _ownership as ownership
 from fxtrain.checkpoint import _retention as retention
 from fxtrain.checkpoint._deletion import Deletion
 from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._handle import Committed, Save
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._job_thread import JobThread
 from fxtrain.checkpoint._lock import FolderLock
@@ -26,29 +27,6 @@ from fxtrain.checkpoint._save import device_of, facts
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
 
 P = ParamSpec("P")
-
-
-class Committed(NamedTuple):
-    """A checkpoint that is committed to disk.
-
-    Args:
-        step: The state's step.
-        path: The checkpoint's folder.
-        metrics: The metrics it was saved with.
-    """
-
-    step: int
-    path: pathlib.Path
-    metrics: dict[str, float]
-
-
-class Save:
-    """The handle returned by ``Checkpointer.save``. ``committed`` is None until the checkpoint is on disk."""
-
-    def __init__(self, role: Role) -> None:
-        self.role: Role = role
-        self.committed: Committed | None = None
-        self.ended = False  # whether the writer is done with it, committed or failed
 
 
 class Checkpointer(Reader):
