@@ -18,7 +18,7 @@ from torch import nn
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.model._clock_reads import clock_reads
-from fxtrain.rng import _host as host
+from fxtrain.rng import _host_generators as host
 
 X = torch.ones(4, 2)
 DRAWS = {"numpy": np.random.rand, "Python": random.random, "numpy's normal": np.random.normal}

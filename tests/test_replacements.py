@@ -11,8 +11,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fxtrain import rng
-from fxtrain.rng import _mode as mode
-from fxtrain.rng import _replacements as replacements
+from fxtrain.rng import _functional as mode
+from fxtrain.rng import _torch_functions as replacements
 
 MANY = 1 << 17
 

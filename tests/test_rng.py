@@ -10,7 +10,7 @@ from torch.func import vmap
 
 from fxtrain import rng
 from fxtrain.rng import _arithmetic as arithmetic
-from fxtrain.rng import _samplers as samplers
+from fxtrain.rng import _continuous, _discrete, _fill
 
 MANY = 1 << 17
 ONES = 0xFFFFFFFF
@@ -128,7 +128,7 @@ def test_arithmetic_is_accurate_to_a_few_epsilons(dtype):
 @pytest.mark.parametrize("word", [0, ONES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_extreme_words_give_samples_in_range(monkeypatch, word, dtype):
-    monkeypatch.setattr(samplers, "blocks", lambda key, n, **_: [torch.full((n,), word)] * 4)
+    monkeypatch.setattr(_fill, "blocks", lambda key, n, **_: [torch.full((n,), word)] * 4)
     key = rng.key(0)
     for low, high in ((0.0, 1.0), (1.0, 2.0), (-1e-3, 1e3)):
         drawn = rng.uniform(key, [4], low=low, high=high, dtype=dtype)
@@ -152,7 +152,7 @@ def test_extreme_words_give_samples_in_range(monkeypatch, word, dtype):
         (rng.normal, scipy.stats.norm()),
         (lambda key, shape, **k: rng.normal(key, shape, mean=1.0, std=3.0, **k), scipy.stats.norm(1, 3)),
         (lambda key, shape, **k: rng.exponential(key, shape, rate=4.0, **k), scipy.stats.expon(scale=0.25)),
-        (samplers.cauchy, scipy.stats.cauchy()),
+        (_continuous.cauchy, scipy.stats.cauchy()),
     ],
     ids=["uniform", "uniform-2,3", "normal", "normal1,3", "exponential", "cauchy"],
 )
@@ -204,7 +204,7 @@ ORDERS = torch.tensor([1000, 100, 10, 1])
         (lambda key: rng.multinomial(key, torch.tensor(WEIGHTS), num_samples=MANY, replacement=True), WEIGHTS),
         (lambda key: rng.multinomial(key, torch.tensor(WEIGHTS).expand(MANY, -1), num_samples=3)[:, 0], WEIGHTS),
         (
-            lambda key: samplers.geometric(key, [MANY], p=0.3).clamp(max=9) - 1,
+            lambda key: _discrete.geometric(key, [MANY], p=0.3).clamp(max=9) - 1,
             [0.3 * 0.7**n for n in range(8)] + [0.7**8],
         ),
     ],

@@ -19,7 +19,7 @@ from fxtrain.data._as_source import as_source
 from fxtrain.data._as_tensors import map_tensors
 from fxtrain.data._source import Source
 from fxtrain.data._types import SourceLike
-from fxtrain.rng._host import is_seeded
+from fxtrain.rng._host_generators import is_seeded
 
 _log = logging.getLogger(__name__)
 

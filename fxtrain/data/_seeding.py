@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fxtrain.data._epoch_order import mix
-from fxtrain.rng import _host as host
+from fxtrain.rng import _host_generators as host
 
 
 @contextlib.contextmanager

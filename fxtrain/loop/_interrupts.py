@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _COMPILING_OR_WAITING = (
     ("fxtrain.compiler.build._trace", "compile_traced"),
     ("fxtrain.compiler.build._trace", "trace_step"),
-    ("fxtrain.rng._host", "wait_for_turn"),
+    ("fxtrain.rng._host_generators", "wait_for_turn"),
 )
 # An exception inside these would leave a module half imported.
 _IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")

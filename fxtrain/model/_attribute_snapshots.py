@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxtrain.rng import _host as host
+from fxtrain.rng import _host_generators as host
 
 # Attributes of a module that a call fills from the state.
 _TENSOR_ATTRIBUTES = ("_parameters", "_buffers")

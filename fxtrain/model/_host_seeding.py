@@ -11,8 +11,8 @@ from fxtrain.core import name_of
 from fxtrain.model._captured_values import captured_values
 from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import Key
-from fxtrain.rng import _host as host
-from fxtrain.rng._host import host_seed
+from fxtrain.rng import _host_generators as host
+from fxtrain.rng._host_generators import host_seed
 
 
 class UnseededError(RuntimeError):

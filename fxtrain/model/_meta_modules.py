@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxtrain._torch_internals import own_buffers, own_modules, own_parameters, write_count
 from fxtrain.core import Tree
 from fxtrain.model._attribute_snapshots import AttributeSnapshot, leaves
-from fxtrain.rng._host import global_generators
+from fxtrain.rng._host_generators import global_generators
 
 # Marks a buffer that a call deleted.
 DELETED = object()

@@ -30,8 +30,8 @@ from fxtrain.model._types import Out
 from fxtrain.model._version_counters import versions
 from fxtrain.model._wrapped_forward import forward_of, is_forward_wrapped
 from fxtrain.model._write_guard import CloneNeeded, WriteGuard, copies
-from fxtrain.rng import _host as host
-from fxtrain.rng._replay import replayed
+from fxtrain.rng import _host_generators as host
+from fxtrain.rng._recomputation import replayed
 from fxtrain.tree import as_name, leaf_paths
 
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]

@@ -3,20 +3,12 @@
 There is no generator state. Samples are the same in eager, compiled and vmapped runs, and after a resume.
 """
 
-from fxtrain.rng._mode import DataAssignmentError, functional, untouched
+from fxtrain.rng._continuous import exponential, normal
+from fxtrain.rng._discrete import bernoulli, categorical, dropout, multinomial
+from fxtrain.rng._fill import bits
+from fxtrain.rng._functional import DataAssignmentError, functional, untouched
 from fxtrain.rng._philox import Key, Stream, key, philox4x32
-from fxtrain.rng._samplers import (
-    bernoulli,
-    bits,
-    categorical,
-    dropout,
-    exponential,
-    multinomial,
-    normal,
-    permutation,
-    randint,
-    uniform,
-)
+from fxtrain.rng._uniform import permutation, randint, uniform
 
 __all__ = [
     "DataAssignmentError",

@@ -23,7 +23,7 @@ from fxtrain._torch_internals import (
     show_to_modes,
 )
 from fxtrain.rng._philox import Key
-from fxtrain.rng._replacements import REPLACED, SOMETIMES
+from fxtrain.rng._torch_functions import REPLACED, SOMETIMES
 
 
 def functional(key: Key) -> Functional:

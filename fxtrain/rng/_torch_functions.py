@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals import has_symbolic_sizes
-from fxtrain.rng import _samplers as samplers
+from fxtrain.rng import _continuous as continuous
+from fxtrain.rng import _discrete as discrete
+from fxtrain.rng import _uniform as uniform
 from fxtrain.rng._philox import Key
 
 
@@ -58,7 +60,7 @@ def feature_alpha_dropout(
 def _drop(source: Source, input: Tensor, p: float, active: bool, inplace: bool, shape: Sequence[int]) -> Tensor:
     if not active or p == 0.0:
         return input
-    result = samplers.dropout(source.key, input, p=p, site=source.site(), shape=shape)
+    result = discrete.dropout(source.key, input, p=p, site=source.site(), shape=shape)
     return input.copy_(result) if inplace else result
 
 
@@ -67,7 +69,7 @@ def _alpha_drop(source: Source, input: Tensor, p: float, active: bool, inplace: 
     # infinity, and an affine map restores mean 0 and variance 1.
     if not active or p == 0.0:
         return input
-    kept = 1 - samplers.indicator(source.key, shape, site=source.site(), p=p, device=input.device)
+    kept = 1 - discrete.indicator(source.key, shape, site=source.site(), p=p, device=input.device)
     limit = -1.7580993408473766
     scale = 1.0 / math.sqrt((1.0 - p) * (1.0 + p * limit**2)) if p < 1.0 else 0.0
     result = input * kept * scale + ((1 - kept) * (limit * scale) - p * limit * scale).to(input.dtype)
@@ -90,7 +92,7 @@ def rrelu(
 ) -> Tensor:
     slope: Any = (lower + upper) / 2
     if training:
-        slope = samplers.uniform(
+        slope = uniform.uniform(
             source.key, input.shape, site=source.site(), low=lower, high=upper, dtype=input.dtype, device=input.device
         )
     result = torch.where(input >= 0, input, input * slope)
@@ -101,19 +103,19 @@ def rrelu(
 
 
 def rand(source: Source, *size: Any, **options: Any) -> Tensor:
-    return _factory(source, samplers.uniform, size, options)
+    return _factory(source, uniform.uniform, size, options)
 
 
 def randn(source: Source, *size: Any, **options: Any) -> Tensor:
-    return _factory(source, samplers.normal, size, options)
+    return _factory(source, continuous.normal, size, options)
 
 
 def rand_like(source: Source, input: Tensor, **options: Any) -> Tensor:
-    return _factory(source, samplers.uniform, input.shape, _like(input, options))
+    return _factory(source, uniform.uniform, input.shape, _like(input, options))
 
 
 def randn_like(source: Source, input: Tensor, **options: Any) -> Tensor:
-    return _factory(source, samplers.normal, input.shape, _like(input, options))
+    return _factory(source, continuous.normal, input.shape, _like(input, options))
 
 
 def randint(source: Source, *arguments: Any, **options: Any) -> Tensor:
@@ -122,7 +124,7 @@ def randint(source: Source, *arguments: Any, **options: Any) -> Tensor:
     size = options.pop("size") if "size" in options else rest.pop()
     high = options.pop("high") if "high" in options else rest.pop()
     low = rest.pop() if rest else options.pop("low", 0)
-    return _factory(source, samplers.randint, size, {"dtype": torch.int64} | options, low=low, high=high)
+    return _factory(source, uniform.randint, size, {"dtype": torch.int64} | options, low=low, high=high)
 
 
 def randint_like(source: Source, input: Tensor, *bounds: Any, **options: Any) -> Tensor:
@@ -131,7 +133,7 @@ def randint_like(source: Source, input: Tensor, *bounds: Any, **options: Any) ->
 
 def randperm(source: Source, n: int, **options: Any) -> Tensor:
     def order(key: Key, shape: Sequence[int], *, site: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return samplers.permutation(key, n, site=site, device=device).to(dtype)
+        return uniform.permutation(key, n, site=site, device=device).to(dtype)
 
     return _factory(source, order, (), {"dtype": torch.int64} | options)
 
@@ -144,7 +146,7 @@ def normal(
     if tensors:
         size = torch.broadcast_shapes(*[x.shape for x in tensors])
         options = _like(tensors[0], options)
-    return _factory(source, samplers.normal, size, options, mean=mean, std=std)
+    return _factory(source, continuous.normal, size, options, mean=mean, std=std)
 
 
 def _factory(source: Source, sampler: Callable[..., Tensor], size: Any, options: Any, **arguments: Any) -> Tensor:
@@ -179,12 +181,12 @@ def _constant(parameter: Any) -> Any:
 
 def bernoulli(source: Source, input: Tensor, p: float | Tensor | None = None) -> Tensor:
     odds = _constant(input if p is None else p)
-    drawn = samplers.indicator(source.key, input.shape, site=source.site(), p=odds, device=input.device)
+    drawn = discrete.indicator(source.key, input.shape, site=source.site(), p=odds, device=input.device)
     return drawn.to(input.dtype)
 
 
 def multinomial(source: Source, input: Tensor, num_samples: int, replacement: bool = False) -> Tensor:
-    return samplers.multinomial(
+    return discrete.multinomial(
         source.key, input.detach(), num_samples=num_samples, replacement=replacement, site=source.site()
     )
 
@@ -194,27 +196,27 @@ def multinomial(source: Source, input: Tensor, num_samples: int, replacement: bo
 
 def uniform_(source: Source, tensor: Tensor, low: float = 0.0, high: float = 1.0, **bounds: float) -> Tensor:
     low, high = bounds.get("from", low), bounds.get("to", high)
-    return _fill(source, tensor, samplers.uniform, low=low, high=high)
+    return _fill(source, tensor, uniform.uniform, low=low, high=high)
 
 
 def normal_(source: Source, tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    return _fill(source, tensor, samplers.normal, mean=mean, std=std)
+    return _fill(source, tensor, continuous.normal, mean=mean, std=std)
 
 
 def exponential_(source: Source, tensor: Tensor, lambd: float = 1.0) -> Tensor:
-    return _fill(source, tensor, samplers.exponential, rate=lambd)
+    return _fill(source, tensor, continuous.exponential, rate=lambd)
 
 
 def log_normal_(source: Source, tensor: Tensor, mean: float = 1.0, std: float = 2.0) -> Tensor:
-    return _fill(source, tensor, samplers.normal, mean=mean, std=std).exp_()
+    return _fill(source, tensor, continuous.normal, mean=mean, std=std).exp_()
 
 
 def cauchy_(source: Source, tensor: Tensor, median: float = 0.0, sigma: float = 1.0) -> Tensor:
-    return _fill(source, tensor, samplers.cauchy, median=median, scale=sigma)
+    return _fill(source, tensor, continuous.cauchy, median=median, scale=sigma)
 
 
 def geometric_(source: Source, tensor: Tensor, p: float) -> Tensor:
-    return _fill(source, tensor, samplers.geometric, p=p)
+    return _fill(source, tensor, discrete.geometric, p=p)
 
 
 def bernoulli_(source: Source, tensor: Tensor, p: float | Tensor = 0.5) -> Tensor:
@@ -225,8 +227,8 @@ def random_(source: Source, tensor: Tensor, *bounds: int | None, **named: int | 
     # (), (to) or (from, to), each by position or keyword. `to` defaults to the dtype's largest count, inclusive.
     low, high = (0, *bounds) if len(bounds) == 1 else bounds or (named.get("from") or 0, named.get("to"))
     if high is None:
-        high = samplers.largest_count(tensor.dtype) + 1
-    return _fill(source, tensor, samplers.randint, low=low, high=high)
+        high = uniform.largest_count(tensor.dtype) + 1
+    return _fill(source, tensor, uniform.randint, low=low, high=high)
 
 
 def _fill(source: Source, tensor: Tensor, sampler: Callable[..., Tensor], **arguments: Any) -> Tensor:
@@ -273,7 +275,7 @@ def attention(
         weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     else:
         weights = scores.softmax(-1)
-    return samplers.dropout(source.key, weights.to(query.dtype), p=dropout_p, site=source.site()) @ value
+    return discrete.dropout(source.key, weights.to(query.dtype), p=dropout_p, site=source.site()) @ value
 
 
 def linear(
@@ -304,7 +306,7 @@ def _fractional_max_pool(
 ) -> Any:
     if options.get("_random_samples") is None:
         shape = [input.shape[0] if input.ndim == axes + 2 else 1, input.shape[-axes - 1], axes]
-        options["_random_samples"] = samplers.uniform(
+        options["_random_samples"] = uniform.uniform(
             source.key, shape, site=source.site(), dtype=input.dtype, device=input.device
         )
     return func(input, *args, **options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fxtrain.rng._mode import Functional
+from fxtrain.rng._functional import Functional
 
 _MARK = "_fxtrain_site"
 _lock = threading.Lock()

@@ -1,0 +1,125 @@
+"""Uniform samples: floating-point numbers, integers and permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxtrain.rng._arithmetic import form_of
+from fxtrain.rng._fill import bits, fill, integers
+from fxtrain.rng._philox import MASK, Key
+
+
+def uniform(
+    key: Key,
+    shape: Sequence[int],
+    *,
+    site: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Samples uniformly from [low, high).
+
+    On [0, 1), samples are the multiples of 2^-b, all equally likely, where b is the number of significand bits of the
+    dtype: 53, 24, 11 (float16) or 8 (bfloat16). The result is ``low + (high - low) * u``, with values that round to
+    ``high`` replaced by ``low``.
+
+    Args:
+        key: The position in the run.
+        shape: The shape of the result.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        low: The lower bound, inclusive.
+        high: The upper bound, exclusive.
+        dtype: float64, float32, float16 or bfloat16.
+        device: The device of the result. Defaults to the key's.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> rng.uniform(rng.key(0), [3], low=-1.0)
+        tensor([-0.2544, -0.8942, -0.3823])
+    """
+    form = form_of(dtype)
+    if high < low:
+        raise ValueError(f"expected low to be at most high, got low={low} and high={high}.")
+
+    integer = integers(key, shape, site, device, form)
+    unit = (integer >> form.width - form.significand).to(form.compute) * 2.0**-form.significand
+    if low == 0.0 and high == 1.0:
+        return unit.to(dtype)
+    value = (unit * (high - low) + low).to(dtype)
+    return torch.where(value < high, value, torch.full_like(value, low))
+
+
+def randint(
+    key: Key,
+    shape: Sequence[int],
+    *,
+    high: int,
+    low: int = 0,
+    site: int = 0,
+    dtype: torch.dtype = torch.int64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Samples integers uniformly from [low, high).
+
+    The result is low + floor(x * (high - low) / 2^64), with x of 64 random bits, so no probability is off by more than
+    2^-64.
+
+    Args:
+        key: The position in the run.
+        shape: The shape of the result.
+        high: The upper bound, exclusive.
+        low: The lower bound, inclusive.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        dtype: The dtype of the result, which must represent ``high - 1``.
+        device: The device of the result. Defaults to the key's.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> rng.randint(rng.key(0), [5], high=100)
+        tensor([37, 30, 59, 34, 24])
+    """
+    span = high - low
+    if span <= 0:
+        raise ValueError(f"expected low to be below high, got low={low} and high={high}.")
+    if not dtype.is_floating_point and high - 1 > largest_count(dtype):
+        raise ValueError(f"expected a dtype that represents high - 1 = {high - 1}, got {dtype}. Use a wider one.")
+    upper, lower = span >> 32, span & MASK
+
+    def scaled(a: Tensor, b: Tensor) -> Tensor:
+        # The upper half of a 64 by 64 bit product, from four products of words that wrap around as in Philox.
+        p, q, r = a * lower, b * upper, b * lower
+        carry = (p & MASK) + (q & MASK) + (r >> 32 & MASK)
+        return low + a * upper + (p >> 32 & MASK) + (q >> 32 & MASK) + (carry >> 32)
+
+    return fill(key, shape, site, device, 2, lambda a, b, c, d: (scaled(a, b), scaled(c, d))).to(dtype)
+
+
+def permutation(key: Key, n: int, *, site: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Samples a random permutation of 0 to n - 1: int64 [n].
+
+    Sorts 64 random bits per entry. The sort is stable. The probability of a tie is about n^2 / 2^65.
+
+    Args:
+        key: The position in the run.
+        n: The number of entries.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        device: The device of the result. Defaults to the key's.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> rng.permutation(rng.key(0), 5)
+        tensor([2, 4, 1, 3, 0])
+    """
+    return torch.sort(bits(key, [n], site=site, width=64, device=device), stable=True).indices
+
+
+def largest_count(dtype: torch.dtype) -> int:
+    """Returns the largest n such that the dtype represents all integers from 0 to n."""
+    if dtype.is_floating_point:
+        return 2 ** form_of(dtype).significand
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).max
