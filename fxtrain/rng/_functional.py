@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -103,7 +103,7 @@ def _generator_states() -> dict[str, Tensor]:
 class Watch(Protocol):
     """Checks in-place writes before they happen."""
 
-    def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Inspects a call of a torch function. Raising prevents the call."""
         ...
 
@@ -136,7 +136,13 @@ class Functional(TorchFunctionMode):
         self.sites += 1
         return self.sites - 1
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         # Dispatch by name, a constant while tracing. A table keyed by functions costs Dynamo several guards per key.
         name = func.__name__
         kwargs = kwargs or {}
@@ -165,7 +171,7 @@ class Functional(TorchFunctionMode):
             return SOMETIMES[name](self, func, *args, **kwargs)
         raise _refusal(name)
 
-    def _assign_data(self, func: Any, tensor: Tensor, value: Tensor) -> None:
+    def _assign_data(self, func: Callable[[Tensor, Tensor], None], tensor: Tensor, value: Tensor) -> None:
         if self.watch is not None:
             self.watch.refuse("data", tensor)
         is_alike = tensor.shape == value.shape and tensor.dtype == value.dtype
@@ -187,7 +193,7 @@ def _refusal(name: str) -> NotImplementedError:
     return NotImplementedError(f"expected only random functions that rng.functional can replace, got {name}. {remedy}.")
 
 
-def _without_hidden_state(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _without_hidden_state(name: str, kwargs: Mapping[str, object]) -> dict[str, object]:
     for option, remedy in (
         ("generator", "Leave it out to sample from the key"),
         ("out", "Use the returned tensor"),
@@ -213,11 +219,11 @@ REFUSED = {
 # the mode. Its body therefore runs inside the mode, with the globals that trigger the dispatch replaced by `_no`.
 
 
-def _no(*_: Any) -> bool:
+def _no(*_: object) -> bool:
     return False
 
 
-def _body(function: Any) -> Any:
+def _body(function: types.FunctionType) -> types.FunctionType:
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     names = function.__globals__ | dict.fromkeys(checks, _no)
     if function.__module__ == "torch.nn.init":
@@ -263,7 +269,7 @@ def _is_known(name: str) -> bool:
 
 
 @constant_in_dynamo
-def _is_seeded(operator: Any) -> bool:
+def _is_seeded(operator: Operator | OperatorPacket) -> bool:
     names = operator.overloads() if isinstance(operator, OperatorPacket) else ()
     overloads = [getattr(operator, name) for name in names] or [operator]
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)

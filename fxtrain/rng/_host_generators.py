@@ -7,7 +7,7 @@ import ctypes
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ def seeded(seed: int) -> Iterator[None]:
         lock.release()
 
 
-def wait_for_turn(lock: Any) -> None:
+def wait_for_turn(lock: threading.RLock) -> None:
     """Acquires the generator lock. The loop recognizes this wait by the function's name, and signals interrupt it."""
     try:
         lock.acquire()
@@ -144,12 +144,12 @@ def rewind_if_moved(before: Mark) -> bool:
     return True
 
 
-def positions() -> dict[str, Any]:
+def positions() -> dict[str, object]:
     """Returns the states of both generators by name, for ``moved``."""
     return {"Python's random module": random.getstate(), "numpy.random": _comparable(_numpy().get_state(legacy=False))}
 
 
-def moved(before: dict[str, Any]) -> list[str]:
+def moved(before: Mapping[str, object]) -> list[str]:
     """Returns the names of the generators that have advanced since ``positions`` returned ``before``.
 
     Example:
@@ -167,7 +167,7 @@ def global_generators() -> tuple[Any, Any]:
     return getattr(random.random, "__self__", None), getattr(np.random.rand, "__self__", None)
 
 
-def state_of(generator: Any) -> Any:
+def state_of(generator: object) -> object:
     """Returns the state of a generator object of Python or NumPy, comparable with ``==``.
 
     Returns None for any other object, and for the global generators.
@@ -182,7 +182,7 @@ def state_of(generator: Any) -> Any:
     return None if bits is None else _comparable(bits.state)
 
 
-def set_state(generator: Any, state: Any) -> None:
+def set_state(generator: object, state: Any) -> None:
     """Restores a state that ``state_of`` returned, if the generator's state differs."""
     if state_of(generator) == state:
         return
@@ -194,13 +194,13 @@ def set_state(generator: Any, state: Any) -> None:
         _bits(generator).state = _readable(state)
 
 
-def _bits(generator: Any) -> Any:
+def _bits(generator: object) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator
     return generator if isinstance(generator, np.random.BitGenerator) else None
 
 
-def _comparable(state: Any) -> Any:
+def _comparable(state: object) -> object:
     if isinstance(state, dict):
         return {name: _comparable(value) for name, value in state.items()}
     return ("array", state.dtype.str, state.tobytes()) if isinstance(state, np.ndarray) else state
@@ -230,7 +230,7 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
             _put_spare_normal(spare)
 
 
-def _words(bits: Any) -> bytes | None:
+def _words(bits: object) -> bytes | None:
     """Returns the raw state of a bit generator, or None if it is not an MT19937."""
     return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES) if isinstance(bits, np.random.MT19937) else None
 

@@ -13,11 +13,14 @@ from fxtrain.core import describe, register_node
 
 MASK = 0xFFFFFFFF
 
+Word = int | Tensor
+"""A 32-bit word."""
+
 Words = tuple[Any, Any, Any, Any]
 """Four 32-bit words: int64 tensors that broadcast, or Python integers."""
 
 
-def philox4x32(counter: Words, key: tuple[Any, Any], *, rounds: int = 7) -> Words:
+def philox4x32(counter: Words, key: tuple[Word, Word], *, rounds: int = 7) -> Words:
     """Returns four random words for a counter of four words and a key of two.
 
     Each round multiplies two words and swaps the halves of the results. The key is incremented between rounds:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,9 @@ from fxtrain.rng import _continuous as continuous
 from fxtrain.rng import _discrete as discrete
 from fxtrain.rng import _uniform as uniform
 from fxtrain.rng._philox import Key
+
+Size = int | Sequence[int]
+"""A size, or a shape in place of all sizes."""
 
 
 class Source(Protocol):
@@ -102,36 +105,36 @@ def rrelu(
 # Factories. The size is passed as integers or as one sequence.
 
 
-def rand(source: Source, *size: Any, **options: Any) -> Tensor:
+def rand(source: Source, *size: Size, **options: object) -> Tensor:
     return _factory(source, uniform.uniform, size, options)
 
 
-def randn(source: Source, *size: Any, **options: Any) -> Tensor:
+def randn(source: Source, *size: Size, **options: object) -> Tensor:
     return _factory(source, continuous.normal, size, options)
 
 
-def rand_like(source: Source, input: Tensor, **options: Any) -> Tensor:
+def rand_like(source: Source, input: Tensor, **options: object) -> Tensor:
     return _factory(source, uniform.uniform, input.shape, _like(input, options))
 
 
-def randn_like(source: Source, input: Tensor, **options: Any) -> Tensor:
+def randn_like(source: Source, input: Tensor, **options: object) -> Tensor:
     return _factory(source, continuous.normal, input.shape, _like(input, options))
 
 
-def randint(source: Source, *arguments: Any, **options: Any) -> Tensor:
+def randint(source: Source, *arguments: Any, **options: object) -> Tensor:
     # (high, size) or (low, high, size), each by position or keyword.
     rest = list(arguments)
-    size = options.pop("size") if "size" in options else rest.pop()
+    size: Any = options.pop("size") if "size" in options else rest.pop()
     high = options.pop("high") if "high" in options else rest.pop()
     low = rest.pop() if rest else options.pop("low", 0)
     return _factory(source, uniform.randint, size, {"dtype": torch.int64} | options, low=low, high=high)
 
 
-def randint_like(source: Source, input: Tensor, *bounds: Any, **options: Any) -> Tensor:
+def randint_like(source: Source, input: Tensor, *bounds: int, **options: object) -> Tensor:
     return randint(source, *bounds, size=input.shape, **_like(input, options))
 
 
-def randperm(source: Source, n: int, **options: Any) -> Tensor:
+def randperm(source: Source, n: int, **options: object) -> Tensor:
     def order(key: Key, shape: Sequence[int], *, site: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return uniform.permutation(key, n, site=site, device=device).to(dtype)
 
@@ -139,7 +142,11 @@ def randperm(source: Source, n: int, **options: Any) -> Tensor:
 
 
 def normal(
-    source: Source, mean: float | Tensor = 0.0, std: float | Tensor = 1.0, size: Any = None, **options: Any
+    source: Source,
+    mean: float | Tensor = 0.0,
+    std: float | Tensor = 1.0,
+    size: Sequence[int] | None = None,
+    **options: object,
 ) -> Tensor:
     mean, std = _constant(mean), _constant(std)
     tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
@@ -149,9 +156,15 @@ def normal(
     return _factory(source, continuous.normal, size, options, mean=mean, std=std)
 
 
-def _factory(source: Source, sampler: Callable[..., Tensor], size: Any, options: Any, **arguments: Any) -> Tensor:
+def _factory(
+    source: Source,
+    sampler: Callable[..., Tensor],
+    shape: Size | Sequence[Size] | None,
+    options: Mapping[str, object],
+    **arguments: object,
+) -> Tensor:
     given = {name: value for name, value in options.items() if value is not None}
-    size = given.pop("size", size)
+    size: Any = given.pop("size", shape)
     dtype = given.pop("dtype", None) or torch.get_default_dtype()
     device = given.pop("device", None) or torch.empty(0).device  # Dynamo cannot trace get_default_device
     requires_grad = given.pop("requires_grad", False)
@@ -168,11 +181,11 @@ def _factory(source: Source, sampler: Callable[..., Tensor], size: Any, options:
     return result.requires_grad_() if requires_grad else result
 
 
-def _like(input: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+def _like(input: Tensor, options: Mapping[str, object]) -> dict[str, object]:
     return {"dtype": input.dtype, "device": input.device} | {k: v for k, v in options.items() if v is not None}
 
 
-def _constant(parameter: Any) -> Any:
+def _constant(parameter: float | Tensor) -> float | Tensor:
     return parameter.detach() if isinstance(parameter, Tensor) else parameter
 
 
@@ -231,7 +244,7 @@ def random_(source: Source, tensor: Tensor, *bounds: int | None, **named: int | 
     return _fill(source, tensor, uniform.randint, low=low, high=high)
 
 
-def _fill(source: Source, tensor: Tensor, sampler: Callable[..., Tensor], **arguments: Any) -> Tensor:
+def _fill(source: Source, tensor: Tensor, sampler: Callable[..., Tensor], **arguments: object) -> Tensor:
     values = sampler(
         source.key, tensor.shape, site=source.site(), dtype=tensor.dtype, device=tensor.device, **arguments
     )
@@ -243,7 +256,7 @@ def _fill(source: Source, tensor: Tensor, sampler: Callable[..., Tensor], **argu
 
 def attention(
     source: Source,
-    func: Callable[..., Any],
+    func: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -279,7 +292,7 @@ def attention(
 
 
 def linear(
-    source: Source, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
+    source: Source, func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     # Not random. Inside torch.func, torch's implementation reads three sizes as integers, which specializes the graph.
     if (
@@ -293,16 +306,20 @@ def linear(
     return flat.view(input.shape[0], input.shape[1], weight.shape[0])
 
 
-def fractional_max_pool2d(source: Source, func: Callable[..., Any], input: Tensor, *args: Any, **options: Any) -> Any:
+def fractional_max_pool2d(
+    source: Source, func: Callable[..., Tensor], input: Tensor, *args: object, **options: object
+) -> Any:
     return _fractional_max_pool(source, func, 2, input, *args, **options)
 
 
-def fractional_max_pool3d(source: Source, func: Callable[..., Any], input: Tensor, *args: Any, **options: Any) -> Any:
+def fractional_max_pool3d(
+    source: Source, func: Callable[..., Tensor], input: Tensor, *args: object, **options: object
+) -> Any:
     return _fractional_max_pool(source, func, 3, input, *args, **options)
 
 
 def _fractional_max_pool(
-    source: Source, func: Callable[..., Any], axes: int, input: Tensor, *args: Any, **options: Any
+    source: Source, func: Callable[..., Tensor], axes: int, input: Tensor, *args: object, **options: object
 ) -> Any:
     if options.get("_random_samples") is None:
         shape = [input.shape[0] if input.ndim == axes + 2 else 1, input.shape[-axes - 1], axes]
@@ -312,7 +329,7 @@ def _fractional_max_pool(
     return func(input, *args, **options)
 
 
-def recurrent(source: Source, func: Callable[..., Any], *args: Any) -> Any:
+def recurrent(source: Source, func: Callable[..., Tensor], *args: Any) -> Any:
     # (has_biases, num_layers, dropout, train, bidirectional) follow tensors in one of two layouts.
     first = next(index for index, value in enumerate(args) if isinstance(value, bool))
     if args[first + 2] > 0.0 and args[first + 3]:
@@ -323,7 +340,7 @@ def recurrent(source: Source, func: Callable[..., Any], *args: Any) -> Any:
     return func(*args)
 
 
-def empty(source: Source, func: Callable[..., Any], *args: Any, **options: Any) -> Tensor:
+def empty(source: Source, func: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
     # A tensor that will be filled in place must be batched if the key is, or vmap refuses the write.
     result = func(*args, **options)
     place = source.key.seed ^ source.key.step ^ source.key.microbatch
@@ -333,12 +350,12 @@ def empty(source: Source, func: Callable[..., Any], *args: Any, **options: Any) 
     return torch.where(place == place, result, result)
 
 
-def unflatten(source: Source, func: Callable[..., Any], tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+def unflatten(source: Source, func: Callable[..., Tensor], tensor: Tensor, *args: Any, **options: Any) -> Tensor:
     # Not random. Dynamo cannot call this Python method as a function.
     return tensor.unflatten(*args, **options)
 
 
-def itself(source: Source, func: Callable[..., Any]) -> Source:
+def itself(source: Source, func: Callable[..., Tensor]) -> Source:
     # Not a function of torch. It finds the mode in use.
     return source
 
