@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain import _torch_internals as internals
-from fxtrain._torch_internals import Feature, _support
+from fxtrain._torch_internals import support
+from fxtrain._torch_internals.interface import INTERFACES, Feature
 
 TX = fx.optim.adamw(1e-2)
-NEEDED = [path for path, interface in internals.INTERFACES.items() if interface.feature is not None]
-OTHERS = [path for path in internals.INTERFACES if path not in NEEDED]
+NEEDED = [path for path, interface in INTERFACES.items() if interface.feature is not None]
+OTHERS = [path for path in INTERFACES if path not in NEEDED]
 USED_BY_DYNAMO = {
     "torch._C._autograd._saved_tensors_hooks_enable",
     "torch._C._functorch.peek_interpreter_stack",
@@ -26,9 +26,9 @@ OPTIONS = {Feature.SYMBOLIC: {"dynamic": True}, Feature.AHEAD: {"mode": "ahead-o
 
 @pytest.fixture(autouse=True)
 def forget_warnings():
-    _support._warn.cache_clear()
+    support._warn.cache_clear()
     yield
-    _support._warn.cache_clear()
+    support._warn.cache_clear()
     torch._dynamo.reset()
 
 
@@ -42,7 +42,7 @@ def compile_by_eager(monkeypatch):
 
 
 def hide(monkeypatch, path):
-    monkeypatch.setattr(internals.INTERFACES[path], "path", f"{path}_of_another_version")
+    monkeypatch.setattr(INTERFACES[path], "path", f"{path}_of_another_version")
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def fallbacks(caught):
     return [str(each.message) for each in caught if "torch.compile instead" in str(each.message)]
 
 
-@pytest.mark.parametrize("path", internals.INTERFACES)
+@pytest.mark.parametrize("path", INTERFACES)
 def test_eager_training_is_right_without_interface(monkeypatch, recwarn, path):
     reference = expected()
     hide(monkeypatch, path)
@@ -90,12 +90,12 @@ def test_eager_training_is_right_without_interface(monkeypatch, recwarn, path):
 @pytest.mark.parametrize("path", NEEDED)
 def test_missing_interface_is_named_once(monkeypatch, path):
     hide(monkeypatch, path)
-    feature = internals.INTERFACES[path].feature
-    with pytest.warns(UserWarning, match=f"lacks {path}_of_another_version.*{internals.INTERFACES[path].purpose}"):
-        assert not internals.supports(feature)
+    feature = INTERFACES[path].feature
+    with pytest.warns(UserWarning, match=f"lacks {path}_of_another_version.*{INTERFACES[path].purpose}"):
+        assert not support.supports(feature)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not internals.supports(feature)
+        assert not support.supports(feature)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_missing_interface_is_named_once(monkeypatch, path):
 def test_step_is_compiled_by_torch_compile_without_interface(monkeypatch, recwarn, compile_by_eager, path):
     reference = expected()
     hide(monkeypatch, path)
-    options = OPTIONS.get(internals.INTERFACES[path].feature, {})
+    options = OPTIONS.get(INTERFACES[path].feature, {})
     compiled = []
 
     def compile_step(step):
@@ -141,7 +141,7 @@ def test_dynamo_is_right_without_interface(monkeypatch, path):
 
 def test_newer_torch_is_named_and_step_compiled_by_torch_compile(monkeypatch, recwarn, compile_by_eager):
     reference = expected()
-    monkeypatch.setattr(_support, "NEWEST_TESTED", (2, 1))
+    monkeypatch.setattr(support, "NEWEST_TESTED", (2, 1))
     steps = []
 
     def compile_step(step):
@@ -157,7 +157,7 @@ def test_newer_torch_is_named_and_step_compiled_by_torch_compile(monkeypatch, re
 
 def test_newer_torch_trains_uncompiled_without_a_warning(monkeypatch, recwarn):
     reference = expected()
-    monkeypatch.setattr(_support, "NEWEST_TESTED", (2, 1))
+    monkeypatch.setattr(support, "NEWEST_TESTED", (2, 1))
     assert all(map(torch.equal, fx.tree.leaves(trained()), fx.tree.leaves(reference)))
     assert not fallbacks(recwarn)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain._torch_internals import INTERFACES
+from fxtrain._torch_internals.interface import INTERFACES
 from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.compiler.build._regions import CompileWithGraphBreaks
 from fxtrain.compiler.build._specialization import compile_specialized

@@ -11,7 +11,7 @@ import torch
 import fxtrain
 from fxtrain import _torch_internals as internals
 from fxtrain import rng
-from fxtrain._torch_internals import INTERFACES
+from fxtrain._torch_internals.interface import INTERFACES
 from fxtrain.model._tensor_reads import TensorReads
 from fxtrain.precision._autocast import Float32Norms
 from fxtrain.step._missing_gradient import _Cuts
@@ -95,22 +95,22 @@ def test_interface_behaves_as_fxtrain_expects(path):
 
 
 def recorded(function, *tensors):
-    return internals.make_fx(function, tracing_mode="real")(*tensors)
+    return internals.tracing.make_fx(function, tracing_mode="real")(*tensors)
 
 
 @canary("torch._C._get_dispatch_mode", "torch._C._TorchDispatchModeKey")
 def modes_show_a_trace():
     found = []
-    recorded(lambda x: found.append(internals.is_recorded()) or x, torch.ones(1))
-    with internals.new_fake_mode() as mode:
-        assert internals.fake_mode() is mode
+    recorded(lambda x: found.append(internals.dispatch.is_recorded()) or x, torch.ones(1))
+    with internals.tracing.new_fake_mode() as mode:
+        assert internals.dispatch.fake_mode() is mode
     assert found == [True]
-    assert not internals.is_traced()
+    assert not internals.tracing.is_traced()
 
 
 @canary("torch.utils._python_dispatch._disable_current_modes")
 def modes_can_be_left():
-    with internals.new_fake_mode(), internals.without_dispatch_modes():
+    with internals.tracing.new_fake_mode(), internals.dispatch.without_dispatch_modes():
         assert torch.ones(1).item() == 1
 
 
@@ -121,7 +121,7 @@ def modes_can_be_left():
 )
 def dispatch_keys_are_restored():
     included = torch._C._dispatch_tls_local_include_set()
-    with internals.dispatch_keys_kept() as is_kept:
+    with internals.dispatch.dispatch_keys_kept() as is_kept:
         torch._C._dispatch_tls_set_dispatch_key_included(torch._C.DispatchKey.FuncTorchBatched, True)
     assert is_kept
     assert repr(torch._C._dispatch_tls_local_include_set()) == repr(included)
@@ -130,25 +130,27 @@ def dispatch_keys_are_restored():
 @canary("torch._C._set_grad_enabled")
 def grad_mode_is_set():
     with torch.no_grad():
-        internals.grad_mode_setter()(True)
+        internals.dispatch.grad_mode_setter()(True)
         assert torch.is_grad_enabled()
 
 
 @canary("torch._ops.OpOverload", "torch._ops.OpOverloadPacket", "torch.ops.aten.copy_.default._schema")
 def operators_describe_themselves():
     add, copy = torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default
-    assert isinstance(add, internals.Operator)
-    assert isinstance(torch.ops.aten.add, internals.OperatorPacket)
-    assert internals.operator_name(torch.ops.aten._to_copy.default) == "_to_copy"
-    assert internals.is_in_place(copy)
-    assert not internals.is_in_place(add)
-    assert internals.is_view(torch.ops.aten.t.default)
+    assert isinstance(add, internals.dispatch.Operator)
+    assert isinstance(torch.ops.aten.add, internals.dispatch.OperatorPacket)
+    assert internals.dispatch.operator_name(torch.ops.aten._to_copy.default) == "_to_copy"
+    assert internals.dispatch.is_in_place(copy)
+    assert not internals.dispatch.is_in_place(add)
+    assert internals.dispatch.is_view(torch.ops.aten.t.default)
 
 
 @canary("torch._dynamo.lookup_backend")
 def backend_is_found_by_name():
     graph = recorded(torch.sin, torch.ones(1))
-    assert torch.equal(internals.backend_named("eager")(graph, [torch.ones(1)])(torch.ones(1)), torch.ones(1).sin())
+    assert torch.equal(
+        internals.dynamo.backend_named("eager")(graph, [torch.ones(1)])(torch.ones(1)), torch.ones(1).sin()
+    )
 
 
 @canary("torch._dynamo.exc.FailOnRecompileLimitHit")
@@ -156,14 +158,14 @@ def too_many_graphs_raise():
     with torch._dynamo.config.patch(recompile_limit=1):
         compiled = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True, dynamic=False)
         compiled(torch.ones(2))
-        with pytest.raises(internals.recompile_limit_error()):
+        with pytest.raises(internals.dynamo.recompile_limit_error()):
             compiled(torch.ones(3))
     torch._dynamo.reset()
 
 
 @canary("torch._dynamo.config.error_on_nested_fx_trace")
 def compiled_functions_run_in_a_trace():
-    restore = internals.nested_calls_inlined()
+    restore = internals.dynamo.nested_calls_inlined()
     try:
         recorded(torch.compile(torch.sin, backend="eager"), torch.ones(1))
     finally:
@@ -173,13 +175,13 @@ def compiled_functions_run_in_a_trace():
 
 @canary("torch._dynamo.convert_frame.compile_lock")
 def dynamo_has_a_lock():
-    with internals.compile_lock():
-        assert internals.INTERFACES["torch._dynamo.convert_frame.compile_lock"].get() is internals.compile_lock()
+    with internals.dynamo.compile_lock():
+        assert INTERFACES["torch._dynamo.convert_frame.compile_lock"].get() is internals.dynamo.compile_lock()
 
 
 @canary("torch._dynamo.backends.debugging.ExplainWithBackend")
 def breaks_are_explained():
-    backend = internals.explaining_backend()
+    backend = internals.dynamo.explaining_backend()
 
     def function(x):
         y = x + 1
@@ -195,7 +197,7 @@ def breaks_are_explained():
 
 @canary("torch._dynamo.variables.torch.get_overridable_functions")
 def random_functions_reach_modes_in_dynamo():
-    assert internals.can_show_to_modes()
+    assert internals.dynamo.can_show_to_modes()
     x = torch.ones(8)
     found = []
     for compiled in (torch.dropout, torch.compile(lambda *args: torch.dropout(*args), backend="eager", fullgraph=True)):
@@ -225,7 +227,7 @@ def saved_tensor_hooks_are_restored():
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        internals.restoring_saved_tensor_hooks(fails)()
+        internals.dynamo.restoring_saved_tensor_hooks(fails)()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         pass
 
@@ -239,15 +241,15 @@ def inductor_is_called_as_expected():
     parameters = inspect.signature(torch._inductor.compile).parameters
     assert list(parameters)[:2] == ["gm", "example_inputs"]
     assert "options" in parameters
-    assert {"current_callable", "output_strides"} <= set(internals.compiled_graph_class().__annotations__)
-    assert isinstance(internals.kernel_count(), int)
+    assert {"current_callable", "output_strides"} <= set(internals.inductor.compiled_graph_class().__annotations__)
+    assert isinstance(internals.inductor.kernel_count(), int)
 
 
 @canary("torch._inductor.list_mode_options", "torch._inductor.config")
 def inductor_has_options():
-    assert internals.mode_options("max-autotune-no-cudagraphs")
-    assert internals.has_option("layout_optimization")
-    assert internals.has_option("size_asserts")
+    assert internals.inductor.mode_options("max-autotune-no-cudagraphs")
+    assert internals.inductor.has_option("layout_optimization")
+    assert internals.inductor.has_option("size_asserts")
 
 
 @canary(
@@ -261,7 +263,9 @@ def lowerings_are_registered_as_expected():
     operator = torch.ops.aten.hypot.default
     before = lowering.lowerings.get(operator)
     try:
-        internals.register_lowering(operator, internals.pointwise(lambda x, y: internals.loop_operators().add(x, y)))
+        internals.inductor.register_lowering(
+            operator, internals.inductor.pointwise(lambda x, y: internals.inductor.loop_operators().add(x, y))
+        )
         assert lowering.lowerings[operator] is not before
     finally:
         lowering.lowerings.pop(operator) if before is None else lowering.lowerings.update({operator: before})
@@ -277,7 +281,7 @@ def programs_are_packaged_as_expected():
 
 @canary("torch._inductor.runtime.cache_dir_utils.cache_dir")
 def compiled_code_has_a_folder():
-    assert isinstance(internals.cache_folder(), str)
+    assert isinstance(internals.inductor.cache_folder(), str)
 
 
 @canary(
@@ -287,12 +291,12 @@ def fetchers_are_made_by_kind():
     kinds = torch.utils.data._DatasetKind
     before, seen = kinds.create_fetcher, []
     try:
-        internals.set_fetcher(lambda create: lambda *args: seen.append(args[0]) or create(*args))
+        internals.loaders.set_fetcher(lambda create: lambda *args: seen.append(args[0]) or create(*args))
         (batch,) = torch.utils.data.DataLoader(range(2), batch_size=2)
     finally:
         kinds.create_fetcher = staticmethod(before)
     assert batch.tolist() == [0, 1]
-    assert internals.is_by_index(seen[0])
+    assert internals.loaders.is_by_index(seen[0])
 
 
 @canary("torch.utils.data._utils.signal_handling._remove_worker_pids")
@@ -302,7 +306,7 @@ def workers_are_unregistered():
 
     iterator = Iterator()
     torch.utils.data._utils.signal_handling._set_worker_pids(id(iterator), (2**22,))
-    internals.unregister_workers(iterator)
+    internals.loaders.unregister_workers(iterator)
     assert not iterator._worker_pids_set
     with pytest.raises(ValueError, match="Cannot find worker information"):
         torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
@@ -317,37 +321,37 @@ def memory_history_is_recorded_as_expected():
 @canary("torch.nn.modules.batchnorm._BatchNorm")
 def batch_norms_share_a_class():
     parts = torch.nn.BatchNorm2d(2), torch.nn.SyncBatchNorm(2), torch.nn.LayerNorm(2)
-    assert internals.batch_norms(torch.nn.Sequential(*parts)) == list(parts[:2])
+    assert internals.modules.batch_norms(torch.nn.Sequential(*parts)) == list(parts[:2])
 
 
 @canary("torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks")
 def hooks_are_listed():
     one, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-    assert not internals.has_gradient_hooks(one)
+    assert not internals.modules.has_gradient_hooks(one)
     one.register_hook(lambda grad: None)
     other.register_post_accumulate_grad_hook(lambda tensor: None)
-    assert internals.has_gradient_hooks(one)
-    assert internals.has_accumulation_hooks(other)
+    assert internals.modules.has_gradient_hooks(one)
+    assert internals.modules.has_accumulation_hooks(other)
 
 
 @canary("torch.ops.aten._local_scalar_dense.default")
 def reads_are_an_operator():
     seen = []
 
-    class Watch(internals.TorchDispatchMode):
+    class Watch(internals.dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
     with Watch():
         torch.ones(1).item()
-    assert internals.item_operator() in seen
+    assert internals.operators.item_operator() in seen
 
 
 @canary("torch.ops.mkldnn._linear_pointwise")
 def linear_layers_run_by_onednn():
     x, weight, bias = torch.rand(2, 3), torch.rand(4, 3), torch.rand(4)
-    torch.testing.assert_close(internals.linear_by_onednn(x, weight, bias), x @ weight.t() + bias)
+    torch.testing.assert_close(internals.operators.linear_by_onednn(x, weight, bias), x @ weight.t() + bias)
 
 
 @canary("torch.ops.aten._ctc_loss", "torch.ops.aten._ctc_loss_backward")
@@ -356,7 +360,7 @@ def ctc_losses_have_gradients():
     given = scores, torch.tensor([[1, 2]]), [5], [2]
     losses = torch.nn.functional.ctc_loss(*given, reduction="none")
     losses.sum().backward()
-    torch.testing.assert_close(internals.ctc_loss(*given, 0, False), (losses, scores.grad))
+    torch.testing.assert_close(internals.operators.ctc_loss(*given, 0, False), (losses, scores.grad))
 
 
 @canary(
@@ -373,7 +377,7 @@ def attention_is_an_operator_on_cpu():
             op="call_function", target=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         )
     }
-    assert internals.attention_on_cpu()[0] in operators
+    assert internals.operators.attention_on_cpu()[0] in operators
 
 
 @canary(
@@ -388,36 +392,38 @@ def registered_classes_are_nodes():
             self.parts = parts
 
     pair = Pair(1, [2])
-    assert internals.is_leaf(pair)
-    internals.register_pytree_node(Pair, lambda node: (list(node.parts), None), lambda parts, _: Pair(*parts), "Pair")
-    assert not internals.is_leaf(pair)
-    children, context = internals.parts_of(pair)
+    assert internals.pytree.is_leaf(pair)
+    internals.pytree.register_pytree_node(
+        Pair, lambda node: (list(node.parts), None), lambda parts, _: Pair(*parts), "Pair"
+    )
+    assert not internals.pytree.is_leaf(pair)
+    children, context = internals.pytree.parts_of(pair)
     assert children == [1, [2]]
-    assert internals.node_of_parts(context, children).parts == (1, [2])
+    assert internals.pytree.node_of_parts(context, children).parts == (1, [2])
 
 
 @canary("torch.UntypedStorage._cdata", "torch._C._storage_Use_Count")
 def storages_are_identified_and_counted():
     x = torch.ones(2, 2)
-    assert internals.storage_id(x) == internals.storage_id(x.t())
-    (alone,) = internals.storage_use_counts([x.untyped_storage()])
+    assert internals.storages.storage_id(x) == internals.storages.storage_id(x.t())
+    (alone,) = internals.storages.storage_use_counter()([x.untyped_storage()])
     view = x.t()
-    (shared,) = internals.storage_use_counts([view.untyped_storage()])
+    (shared,) = internals.storages.storage_use_counter()([view.untyped_storage()])
     assert shared == alone + 1
 
 
 @canary("torch.Tensor._version")
 def writes_are_counted():
     x = torch.ones(2)
-    before = internals.write_count(x)
+    before = internals.storages.write_count(x)
     x[:1].add_(1)
-    assert internals.write_count(x) == before + 1
+    assert internals.storages.write_count(x) == before + 1
 
 
 @canary("torch._foreach_copy_")
 def many_tensors_are_copied():
     targets = [torch.zeros(2), torch.zeros(3, dtype=torch.int64)]
-    internals.copy_all(targets, [torch.ones(2), torch.arange(3)], non_blocking=False)
+    internals.storages.copy_all(targets, [torch.ones(2), torch.arange(3)], non_blocking=False)
     assert [target.tolist() for target in targets] == [[1, 1], [0, 1, 2]]
 
 
@@ -429,20 +435,20 @@ def many_tensors_are_copied():
 )
 def traces_record_operators_and_their_tensors():
     def function(x):
-        with internals.unrecorded():
+        with internals.tracing.unrecorded():
             x.exp()
         y = x.sin()
-        assert internals.node_of(y).target == torch.ops.aten.sin.default
-        assert internals.tracer().graph is not None
+        assert internals.tracing.node_of(y).target == torch.ops.aten.sin.default
+        assert internals.tracing.tracer().graph is not None
         return y
 
-    graph = internals.make_fx(function, tracing_mode="fake")(torch.ones(1)).graph
+    graph = internals.tracing.make_fx(function, tracing_mode="fake")(torch.ones(1)).graph
     assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.sin.default]
 
 
 @canary("torch._subclasses.FakeTensorMode")
 def fake_tensors_have_no_values():
-    mode = internals.new_fake_mode()
+    mode = internals.tracing.new_fake_mode()
     with mode:
         assert (mode.from_tensor(torch.ones(2)) + torch.ones(2)).shape == (2,)
 
@@ -456,47 +462,47 @@ def fake_tensors_have_no_values():
     "torch._dynamo.source.ConstantSource",
 )
 def sizes_are_symbols_with_conditions():
-    environment = internals.new_shape_env()
-    mode = internals.new_fake_mode(environment)
-    x = internals.with_symbolic_sizes(mode, torch.ones(6, 4), "x")
-    assert not internals.is_known_true(x.shape[0] == 6)
+    environment = internals.tracing.new_shape_env()
+    mode = internals.tracing.new_fake_mode(environment)
+    x = internals.tracing.with_symbolic_sizes(mode, torch.ones(6, 4), "x")
+    assert not internals.tracing.is_known_true(x.shape[0] == 6)
     assert bool(x.shape[0] > 5)
     text = environment.produce_guards_expression(list(x.shape))
     sizes = {"L": {"t0": 5, "t1": 4}}
-    assert not eval(text, internals.size_functions(), sizes)
-    assert eval(text, internals.size_functions(), {"L": {"t0": 7, "t1": 3}})
+    assert not eval(text, internals.tracing.size_functions(), sizes)
+    assert eval(text, internals.tracing.size_functions(), {"L": {"t0": 7, "t1": 3}})
     with mode:
-        assert internals.has_symbolic_sizes()
+        assert internals.tracing.has_symbolic_sizes()
 
 
 @canary("torch._decomp.get_decompositions")
 def padding_has_a_decomposition():
-    assert internals.decompositions([torch.ops.aten.constant_pad_nd])
+    assert internals.tracing.decompositions([torch.ops.aten.constant_pad_nd])
 
 
 @canary("torch.compiler._is_compiling_flag")
 def libraries_see_the_flag():
-    before = internals.compiling_flag()
-    internals.set_compiling_flag(True)
+    before = internals.tracing.compiling_flag()
+    internals.tracing.set_compiling_flag(True)
     try:
         assert torch.compiler.is_compiling()
     finally:
-        internals.set_compiling_flag(before)
+        internals.tracing.set_compiling_flag(before)
     assert not torch.compiler.is_compiling()
 
 
 @canary("torch._C._functorch.peek_interpreter_stack")
 def transforms_are_recognized():
     found = []
-    torch.vmap(lambda x: found.append(internals.is_transformed()) or x)(torch.ones(2))
-    assert [*found, internals.is_transformed()] == [True, False]
+    torch.vmap(lambda x: found.append(internals.transforms.is_transformed()) or x)(torch.ones(2))
+    assert [*found, internals.transforms.is_transformed()] == [True, False]
 
 
 @canary("torch._C._functorch.is_functorch_wrapped_tensor", "torch._C._functorch.get_unwrapped")
 def wrappers_are_removed():
     x, found = torch.ones(2), []
-    torch.vmap(torch.func.grad(lambda x: found.append(internals.unwrapped(x)) or x.sum()))(x)
-    assert internals.storage_id(found[0]) == internals.storage_id(x)
+    torch.vmap(torch.func.grad(lambda x: found.append(internals.transforms.unwrapped(x)) or x.sum()))(x)
+    assert internals.storages.storage_id(found[0]) == internals.storages.storage_id(x)
 
 
 @canary("torch._C.DisableTorchFunction", "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack")
@@ -504,9 +510,9 @@ def traces_can_be_left():
     found = []
 
     def function(x):
-        with internals.outside_of_traces():
-            found.append((internals.is_transformed(), torch.rand(1).item()))
-        assert internals.is_transformed()
+        with internals.transforms.outside_of_traces():
+            found.append((internals.transforms.is_transformed(), torch.rand(1).item()))
+        assert internals.transforms.is_transformed()
         return x
 
     with rng.functional(rng.key(0)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import is_recorded
+from fxtrain._torch_internals.dispatch import is_recorded
 from fxtrain.callbacks._update_stats import UpdateStats, trainable
 from fxtrain.core import Control, Logged, StepEnd, TrainState, Tree, Updated
 from fxtrain.fold import Handler, When, as_trigger, on, slotted

@@ -17,7 +17,8 @@ import types
 from collections.abc import Callable, Generator
 from typing import Any
 
-from fxtrain._torch_internals import compiling_flag, outside_of_traces, set_compiling_flag
+from fxtrain._torch_internals.tracing import compiling_flag, set_compiling_flag
+from fxtrain._torch_internals.transforms import outside_of_traces
 
 
 class _ThreadFlag:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import optree
 
-from fxtrain._torch_internals import register_pytree_node
+from fxtrain._torch_internals.pytree import register_pytree_node
 from fxtrain.core._types import Tree
 
 T = TypeVar("T")

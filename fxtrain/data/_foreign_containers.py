@@ -17,7 +17,7 @@ import optree
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import is_leaf, node_of_parts, parts_of
+from fxtrain._torch_internals.pytree import is_leaf, node_of_parts, parts_of
 from fxtrain.core import NAMESPACE, Batch, Tree, ops
 from fxtrain.data._graphs import Parts, StoreEntry, graph_of, graph_parts, is_graph
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import xxhash
 from torch.utils.data import DataLoader
 
-from fxtrain._torch_internals import (
+from fxtrain._torch_internals.loaders import (
     forget_iterator,
     is_by_index,
     iterator_of,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import attention_on_cpu, is_view, make_fx, new_fake_mode
+from fxtrain._torch_internals.dispatch import is_view
+from fxtrain._torch_internals.operators import attention_on_cpu
+from fxtrain._torch_internals.tracing import make_fx, new_fake_mode
 from fxtrain.compiler.build._compile_thread import compiler_lock
 from fxtrain.compiler.build._ctc import OpaqueCTC
 from fxtrain.compiler.build._literals import KnownLiterals
@@ -20,7 +22,7 @@ from fxtrain.step import EvalFunction, Step
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from fxtrain._torch_internals import FakeTensor
+    from fxtrain._torch_internals.tracing import FakeTensor
 
 
 class Counts(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import kernel_count
+from fxtrain._torch_internals.inductor import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
 from fxtrain.compiler._recompiles import described
 from fxtrain.compiler.build._executable import Run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain._torch_internals import own_parameters
+from fxtrain._torch_internals.modules import own_parameters
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._temporary_folder import clear_abandoned, unfinished_folder
 from fxtrain.core import TrainState, describe

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain._torch_internals import new_fake_mode
+from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, Batch, StepBegin, TrainState, describe, did_you_mean
 from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.fold import Composed

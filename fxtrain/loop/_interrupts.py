@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
-from fxtrain._torch_internals import COMPILING_MODULE
+from fxtrain._torch_internals.dynamo import COMPILING_MODULE
 from fxtrain.core import Batch
 from fxtrain.data import Source
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxtrain import rng, tree
-from fxtrain._torch_internals import batch_norms
+from fxtrain._torch_internals.modules import batch_norms
 from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model._model import model_of
 

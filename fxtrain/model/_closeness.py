@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import without_dispatch_modes
+from fxtrain._torch_internals.dispatch import without_dispatch_modes
 from fxtrain.core import Tree
 
 # Absolute tolerance in rounding errors of the largest element, because elements that cancel to zero keep such errors.

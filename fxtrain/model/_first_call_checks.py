@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fxtrain._torch_internals import has_accumulation_hooks, is_traced, own_parameters, unrecorded
+from fxtrain._torch_internals.modules import has_accumulation_hooks, own_parameters
+from fxtrain._torch_internals.tracing import is_traced, unrecorded
 from fxtrain.core import Tree, describe
 from fxtrain.model._attribute_snapshots import are_alike
 from fxtrain.model._closeness import are_close

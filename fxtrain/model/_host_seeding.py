@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain._torch_internals import is_traced
+from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import name_of
 from fxtrain.model._captured_values import captured_values
 from fxtrain.model._clock_reads import clock_reads

@@ -9,7 +9,7 @@ import operator
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain._torch_internals import has_gradient_hooks
+from fxtrain._torch_internals.modules import has_gradient_hooks
 from fxtrain.core import TrainState, Tree
 from fxtrain.model._fingerprint import fingerprint
 from fxtrain.model._first_call_checks import (

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxtrain import rng, tree
-from fxtrain._torch_internals import is_traced, own_modules
+from fxtrain._torch_internals.modules import own_modules
+from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, name_of
 from fxtrain.model._captured_values import captured_tensors
 from fxtrain.model._checked_functions import CheckedFunctions

@@ -8,7 +8,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
-from fxtrain._torch_internals import inlined_only
+from fxtrain._torch_internals.dynamo import inlined_only
 from fxtrain.model._write_guard import written_by
 
 

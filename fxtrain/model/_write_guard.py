@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import storage_id, unwrapped
+from fxtrain._torch_internals.storages import storage_id
+from fxtrain._torch_internals.transforms import unwrapped
 from fxtrain.core import Tree
 
 

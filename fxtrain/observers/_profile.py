@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxtrain._torch_internals import start_memory_history, stop_memory_history, write_memory_snapshot
+from fxtrain._torch_internals.memory import start_memory_history, stop_memory_history, write_memory_snapshot
 from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int
 from fxtrain.disk import make_folder
 

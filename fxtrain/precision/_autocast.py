@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fxtrain._torch_internals import inlined_only
+from fxtrain._torch_internals.dynamo import inlined_only
 from fxtrain.core import Tree
 
 HALF = (torch.bfloat16, torch.float16)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fxtrain._torch_internals import is_traced, without_dispatch_modes
+from fxtrain._torch_internals.dispatch import without_dispatch_modes
+from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.rng._philox import Key, philox4x32
 
 _HOST_SITE = (1 << 24) - 1  # the last site of a key, which program order never reaches

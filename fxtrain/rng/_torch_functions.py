@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fxtrain._torch_internals import has_symbolic_sizes
+from fxtrain._torch_internals.tracing import has_symbolic_sizes
 from fxtrain.rng import _continuous as continuous
 from fxtrain.rng import _discrete as discrete
 from fxtrain.rng import _uniform as uniform

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import rng, tree
-from fxtrain._torch_internals import CALLS, constant_in_dynamo
+from fxtrain._torch_internals.dynamo import constant_in_dynamo
+from fxtrain._torch_internals.modules import CALLS
 from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
-from fxtrain._torch_internals import inlined_only
+from fxtrain._torch_internals.dynamo import inlined_only
 from fxtrain.core._tracebacks import is_of_users
 from fxtrain.model._captured_values import captured_values
 from fxtrain.step._check_function import place_of

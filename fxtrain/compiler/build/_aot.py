@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxtrain._torch_internals import cache_folder, compile_package, load_package
+from fxtrain._torch_internals.inductor import cache_folder, compile_package, load_package
 
 
 def compile_ahead(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from fxtrain._torch_internals import compile_lock, nested_calls_inlined
+from fxtrain._torch_internals.dynamo import compile_lock, nested_calls_inlined
 from fxtrain.compiler.build._executable import Executable
 from fxtrain.compiler.build._muted_logs import without_torch_logs
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdRef
 
-from fxtrain._torch_internals import without_dispatch_modes, write_count
+from fxtrain._torch_internals.dispatch import without_dispatch_modes
+from fxtrain._torch_internals.storages import write_count
 from fxtrain.core import Tree
 
 _FACTORIES = (torch.arange, torch.tensor)

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Generator
 
-from fxtrain._torch_internals import LOGGER
+from fxtrain._torch_internals.dynamo import LOGGER
 
 
 @contextlib.contextmanager

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxtrain._torch_internals import Feature, dispatch_keys_kept, supports
+from fxtrain._torch_internals.dispatch import dispatch_keys_kept
+from fxtrain._torch_internals.interface import Feature
+from fxtrain._torch_internals.support import supports
 from fxtrain.compiler.build._dynamo import compile_by_dynamo, fails
 from fxtrain.compiler.build._executable import Backend, Executable
 from fxtrain.compiler.build._graph_breaks import Break, break_from_error

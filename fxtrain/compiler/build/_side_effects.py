@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.overrides import TorchFunctionMode
 
-from fxtrain._torch_internals import TRACER_MODULES
+from fxtrain._torch_internals.tracing import TRACER_MODULES
 from fxtrain.core import Tree
 from fxtrain.core._tracebacks import is_of_users
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxtrain._torch_internals import (
+from fxtrain._torch_internals.tracing import (
     decompositions,
     make_fx,
     new_fake_mode,

@@ -18,17 +18,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxtrain import tree
-from fxtrain._torch_internals import (
-    Operator,
-    backend_named,
-    compile_graph,
-    compiled_graph_class,
-    grad_mode_setter,
-    has_option,
-    make_fx,
-    mode_options,
-    storage_id,
-)
+from fxtrain._torch_internals.dispatch import Operator, grad_mode_setter
+from fxtrain._torch_internals.dynamo import backend_named
+from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, has_option, mode_options
+from fxtrain._torch_internals.storages import storage_id
+from fxtrain._torch_internals.tracing import make_fx
 from fxtrain.compiler.build._aot import compile_ahead
 from fxtrain.compiler.build._compile_thread import compiler_lock
 from fxtrain.compiler.build._ctc import OpaqueCTC

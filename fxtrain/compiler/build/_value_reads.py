@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxtrain._torch_internals import TorchDispatchMode, item_operator, node_of, tracer, without_dispatch_modes
+from fxtrain._torch_internals.dispatch import TorchDispatchMode, without_dispatch_modes
+from fxtrain._torch_internals.operators import item_operator
+from fxtrain._torch_internals.tracing import node_of, tracer
 from fxtrain.core import Tree
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from fxtrain._torch_internals import is_known_true
+from fxtrain._torch_internals.tracing import is_known_true
 
 
 def replace_trivial_concatenations(graph: Graph) -> Graph:

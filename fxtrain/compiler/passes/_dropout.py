@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxtrain._torch_internals import Operator, is_in_place, make_fx, operator_name
+from fxtrain._torch_internals.dispatch import Operator, is_in_place, operator_name
+from fxtrain._torch_internals.tracing import make_fx
 from fxtrain.compiler.passes._in_place import storages_written
 
 _SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"))

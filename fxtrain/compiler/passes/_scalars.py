@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxtrain._torch_internals import Operator, operator_name, storage_id
+from fxtrain._torch_internals.dispatch import Operator, operator_name
+from fxtrain._torch_internals.storages import storage_id
 from fxtrain.compiler.passes._in_place import storages_written
 from fxtrain.compiler.passes._operators import expm1, once
 

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch.overrides import TorchFunctionMode
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals.interface import Interface
 
 LOOKUP = Interface("torch._dynamo.lookup_backend", "backends given by name")
 LIMIT = Interface("torch._dynamo.exc.FailOnRecompileLimitHit", "steps whose sizes change more often than Dynamo allows")

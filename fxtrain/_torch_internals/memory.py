@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals.interface import Interface
 
 RECORD = Interface("torch.cuda.memory._record_memory_history", "memory snapshots in profiles")
 DUMP = Interface("torch.cuda.memory._dump_snapshot", "memory snapshots in profiles")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-from fxtrain._torch_internals._interface import Feature, Interface
+from fxtrain._torch_internals.interface import Feature, Interface
 
 GET_MODE = Interface("torch._C._get_dispatch_mode", "recognizing a trace", Feature.TRACED)
 MODE_KEYS = Interface("torch._C._TorchDispatchModeKey", "recognizing a trace", Feature.TRACED)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxtrain._torch_internals._interface import Feature, Interface
+from fxtrain._torch_internals.interface import Feature, Interface
 
 COMPILE = Interface("torch._inductor.compile", "compiling a traced step", Feature.INDUCTOR)
 MODE_OPTIONS = Interface("torch._inductor.list_mode_options", "compile modes", Feature.INDUCTOR)

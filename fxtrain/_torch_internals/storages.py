@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, UntypedStorage
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals.interface import Interface
 
 ADDRESS = Interface("torch.UntypedStorage._cdata", "telling which tensors share memory")
 USE_COUNT = Interface("torch._C._storage_Use_Count", "donating buffers that nothing else references")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fxtrain._torch_internals._dispatch import fake_mode, is_recorded
-from fxtrain._torch_internals._interface import Feature, Interface
+from fxtrain._torch_internals.dispatch import fake_mode, is_recorded
+from fxtrain._torch_internals.interface import Feature, Interface
+
+if TYPE_CHECKING:
+    # Only for annotations, because the import is slow.
+    from torch._subclasses import FakeTensor as FakeTensor
 
 MAKE_FX = Interface("torch.fx.experimental.proxy_tensor.make_fx", "tracing a step", Feature.TRACED)
 PROXY_MODE = Interface("torch.fx.experimental.proxy_tensor.get_proxy_mode", "reading values in a trace", Feature.TRACED)

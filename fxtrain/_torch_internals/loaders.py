@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals.interface import Interface
 
 KIND = Interface("torch.utils.data._DatasetKind", "seeding workers batch by batch")
 FETCHER = Interface("torch.utils.data._DatasetKind.create_fetcher", "seeding workers batch by batch")

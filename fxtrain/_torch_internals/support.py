@@ -8,45 +8,10 @@ import warnings
 
 import torch
 
-from fxtrain._torch_internals import (
-    _dispatch,
-    _dynamo,
-    _inductor,
-    _loaders,
-    _memory,
-    _modules,
-    _operators,
-    _pytree,
-    _storages,
-    _tracing,
-    _transforms,
-)
-from fxtrain._torch_internals._interface import Feature, Interface
+from fxtrain._torch_internals.interface import INTERFACES, Feature, Interface
 
 NEWEST_TESTED = (2, 13)
 """The newest version of torch that the tests have run on."""
-
-_ROOMS = (
-    _dispatch,
-    _dynamo,
-    _inductor,
-    _loaders,
-    _memory,
-    _modules,
-    _operators,
-    _pytree,
-    _storages,
-    _tracing,
-    _transforms,
-)
-
-INTERFACES = {
-    interface.path: interface
-    for room in _ROOMS
-    for interface in vars(room).values()
-    if isinstance(interface, Interface)
-}
-"""All private interfaces that fxtrain uses, by path."""
 
 
 def missing_interfaces(features: Feature) -> list[Interface]:

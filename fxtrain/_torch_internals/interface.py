@@ -32,7 +32,7 @@ class Interface:
         feature: The part of the compiler that cannot work without it. None if there is a fallback.
 
     Example:
-        >>> Interface("torch._C._is_torch_function_enabled", "an example").exists
+        >>> INTERFACES["torch._foreach_copy_"].exists
         True
     """
 
@@ -40,6 +40,7 @@ class Interface:
 
     def __init__(self, path: str, purpose: str, feature: Feature | None = None) -> None:
         self.path, self.purpose, self.feature = path, purpose, feature
+        INTERFACES[path] = self
 
     @property
     def exists(self) -> bool:
@@ -63,6 +64,9 @@ class Interface:
     def __repr__(self) -> str:
         return f"Interface({self.path!r}, {self.purpose!r})"
 
+
+INTERFACES: dict[str, Interface] = {}
+"""All private interfaces that fxtrain uses, by path."""
 
 _MISSING = object()
 

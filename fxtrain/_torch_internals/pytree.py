@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals.interface import Interface
 
 REGISTER = Interface("torch.utils._pytree.register_pytree_node", "states as arguments of torch.func")
 IS_LEAF = Interface("torch.utils._pytree.tree_is_leaf", "batches of classes registered with torch")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxtrain._torch_internals._interface import Feature, Interface
+from fxtrain._torch_internals.interface import Feature, Interface
 
 ITEM = Interface("torch.ops.aten._local_scalar_dense.default", "reading values in a trace", Feature.TRACED)
 LINEAR = Interface("torch.ops.mkldnn._linear_pointwise", "matmuls by oneDNN", Feature.INDUCTOR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fxtrain._torch_internals._interface import Interface
+from fxtrain._torch_internals.interface import Interface
 
 BATCH_NORM = Interface("torch.nn.modules.batchnorm._BatchNorm", "recomputing the statistics of batch norms")
 HOOKS = Interface("torch.Tensor._backward_hooks", "refusing parameters with hooks, which functional calls would skip")

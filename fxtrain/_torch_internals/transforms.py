@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fxtrain._torch_internals._dispatch import without_dispatch_modes
-from fxtrain._torch_internals._interface import Feature, Interface
+from fxtrain._torch_internals.dispatch import without_dispatch_modes
+from fxtrain._torch_internals.interface import Feature, Interface
 
 TRANSFORMS = Interface("torch._C._functorch.peek_interpreter_stack", "recognizing code inside torch.func")
 IS_WRAPPED = Interface("torch._C._functorch.is_functorch_wrapped_tensor", "telling which tensors share memory")
