@@ -16,8 +16,8 @@ from torch import nn
 from torch._inductor import config as inductor
 
 import fxtrain as fx
-from fxtrain.compiler.build import _compile_thread as worker
-from fxtrain.compiler.build import _trace as traced
+from fxtrain.compiler.lowering import _compile_thread as worker
+from fxtrain.compiler.lowering import _trace as traced
 from fxtrain.data import bucketed
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
@@ -347,7 +347,7 @@ class TestResume:
 PENDING_STEP = """
 import os, signal, threading, time, torch
 import fxtrain as fx
-from fxtrain.compiler.build import _trace as traced
+from fxtrain.compiler.lowering import _trace as traced
 
 begun = threading.Event()
 
@@ -377,7 +377,7 @@ raise SystemExit(code)
 """
 PENDING_JOB = """
 import signal, threading, time, torch
-from fxtrain.compiler.build._compile_thread import Job
+from fxtrain.compiler.lowering._compile_thread import Job
 
 begun = threading.Event()
 job = Job(lambda: begun.set() or time.sleep(60), torch.device("cpu"))

@@ -187,7 +187,7 @@ def plain(module, batches):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Runs graphs without Inductor."""
-    traced = importlib.import_module("fxtrain.compiler.build._trace")
+    traced = importlib.import_module("fxtrain.compiler.lowering._trace")
     monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxtrain as fx
-from fxtrain.compiler.build import _routes as routes
-from fxtrain.compiler.build._regions import compile_in_regions
-from fxtrain.compiler.build._trace import compile_traced
+from fxtrain.compiler.lowering import _routes as routes
+from fxtrain.compiler.lowering._regions import compile_in_regions
+from fxtrain.compiler.lowering._trace import compile_traced
 from fxtrain.data import bucketed, next_tokens, packed, pad, padded
 
 TX = fx.optim.adam(1e-2)

@@ -80,7 +80,7 @@ def losses_from_outside():
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """Runs graphs without Inductor."""
-    traced = importlib.import_module("fxtrain.compiler.build._trace")
+    traced = importlib.import_module("fxtrain.compiler.lowering._trace")
     monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
 
 

@@ -16,9 +16,9 @@ import fxtrain as fx
 from fxtrain import testing
 from fxtrain._torch_internals.interface import INTERFACES
 from fxtrain.checkpoint._manifest import read_manifest
-from fxtrain.compiler.build._regions import CompileWithGraphBreaks
-from fxtrain.compiler.build._specialization import compile_specialized
-from fxtrain.compiler.build._value_reads import UncheckedReadError
+from fxtrain.compiler.lowering._regions import CompileWithGraphBreaks
+from fxtrain.compiler.lowering._specialization import compile_specialized
+from fxtrain.compiler.lowering._value_reads import UncheckedReadError
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 

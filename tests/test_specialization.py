@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compiler.build._specialization import compile_specialized
-from fxtrain.compiler.build._uncompiled import uncompiled
-from fxtrain.compiler.build._value_reads import UncheckedReadError
+from fxtrain.compiler.lowering._specialization import compile_specialized
+from fxtrain.compiler.lowering._uncompiled import uncompiled
+from fxtrain.compiler.lowering._value_reads import UncheckedReadError
 
 TX = fx.optim.adamw(1e-2)
 
@@ -261,8 +261,8 @@ class TestErrors:
 class TestRoute:
     def test_checked_route_ends_when_values_keep_changing(self, monkeypatch):
         # Eager graphs suffice here and are fast, because the tests above compare results.
-        from fxtrain.compiler.build import _routes as routes
-        from fxtrain.compiler.build import _trace as traced
+        from fxtrain.compiler.lowering import _routes as routes
+        from fxtrain.compiler.lowering import _trace as traced
 
         def fast(compiler):
             return lambda *args, **options: compiler(*args, **{**options, "backend": "eager"})

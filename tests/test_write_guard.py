@@ -20,7 +20,7 @@ def compiled(step, route, monkeypatch):
     if route in ("func", "autograd"):
         return step
     if route == "traced":
-        traced = importlib.import_module("fxtrain.compiler.build._trace")
+        traced = importlib.import_module("fxtrain.compiler.lowering._trace")
         monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
         return fx.compile(step, fullgraph=True)
     if route == "dynamo":

@@ -3,7 +3,7 @@
 from fxtrain.compiler._compile import compile as compile  # noqa: A004
 from fxtrain.compiler._compiled import Compiled
 from fxtrain.compiler._recompiles import RecompileError
-from fxtrain.compiler.build._routes import GraphBreakError
+from fxtrain.compiler.lowering._routes import GraphBreakError
 
 __all__ = [
     "Compiled",

@@ -13,10 +13,10 @@ import torch
 
 from fxtrain.compiler._background import BackgroundGraphs
 from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
-from fxtrain.compiler.build._executable import Executable, Run
-from fxtrain.compiler.build._routes import Routes
 from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._malloc import keep_freed_memory
+from fxtrain.compiler.lowering._executable import Executable, Run
+from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import Batch, Callback, StepOutput, TrainState
 from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step

@@ -10,7 +10,7 @@ import torch
 
 from fxtrain._torch_internals.dispatch import Operator, TorchDispatchMode
 from fxtrain._torch_internals.dynamo import explaining_backend
-from fxtrain.compiler.build._graph_breaks import SHAPE, VALUE, Break, break_at, break_from_error, first_line
+from fxtrain.compiler.lowering._graph_breaks import SHAPE, VALUE, Break, break_at, break_from_error, first_line
 from fxtrain.core import Batch, StepFn, TrainState
 from fxtrain.step import EvalFunction
 

@@ -15,9 +15,9 @@ from fxtrain import tree
 from fxtrain._torch_internals.inductor import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
 from fxtrain.compiler._recompiles import described
-from fxtrain.compiler.build._executable import Run
-from fxtrain.compiler.build._muted_logs import without_torch_messages
-from fxtrain.compiler.build._routes import Choice
+from fxtrain.compiler.lowering._executable import Run
+from fxtrain.compiler.lowering._muted_logs import without_torch_messages
+from fxtrain.compiler.lowering._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
 from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._breaks import break_from_error, found_by_dynamo, found_by_running, joined

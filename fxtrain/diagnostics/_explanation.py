@@ -6,7 +6,7 @@ import dataclasses
 import html
 from collections.abc import Mapping
 
-from fxtrain.compiler.build._graph_breaks import Break
+from fxtrain.compiler.lowering._graph_breaks import Break
 from fxtrain.core import first_lines, format_bytes, format_scaled, pluralize
 
 _MAX_SHOWN_LINES = 6

@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 # Functions and a module on the stack while a step has had no effect yet: while compiling, or waiting for a thread that
 # makes a batch.
 _COMPILING_OR_WAITING = (
-    ("fxtrain.compiler.build._trace", "compile_traced"),
-    ("fxtrain.compiler.build._trace", "trace_step"),
+    ("fxtrain.compiler.lowering._trace", "compile_traced"),
+    ("fxtrain.compiler.lowering._trace", "trace_step"),
     ("fxtrain.rng._host_generators", "wait_for_turn"),
 )
 # An exception inside these would leave a module half imported.

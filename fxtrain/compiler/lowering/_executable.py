@@ -1,4 +1,4 @@
-"""The result of a build: a compiled function of the leaves of a state and of a batch."""
+"""The result of lowering: a compiled function of the leaves of a state and of a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxtrain.compiler.build._symbolic_sizes import Conditions
+from fxtrain.compiler.lowering._symbolic_sizes import Conditions
 from fxtrain.core import Tree
 
 Backend = str | Callable[[GraphModule, Sequence[Tensor]], Callable[..., object]]

@@ -23,14 +23,14 @@ from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, has_option, mode_options
 from fxtrain._torch_internals.storages import storage_id
 from fxtrain._torch_internals.tracing import make_fx
-from fxtrain.compiler.build._aot import compile_ahead
-from fxtrain.compiler.build._compile_thread import compiler_lock
-from fxtrain.compiler.build._ctc import OpaqueCTC
-from fxtrain.compiler.build._cudagraphs import CudaGraphReplay
-from fxtrain.compiler.build._executable import Backend, Executable
-from fxtrain.compiler.build._literals import KnownLiterals
-from fxtrain.compiler.build._side_effects import detecting_side_effects
-from fxtrain.compiler.build._symbolic_sizes import SymbolicSizes, dense
+from fxtrain.compiler.lowering._aot import compile_ahead
+from fxtrain.compiler.lowering._compile_thread import compiler_lock
+from fxtrain.compiler.lowering._ctc import OpaqueCTC
+from fxtrain.compiler.lowering._cudagraphs import CudaGraphReplay
+from fxtrain.compiler.lowering._executable import Backend, Executable
+from fxtrain.compiler.lowering._literals import KnownLiterals
+from fxtrain.compiler.lowering._side_effects import detecting_side_effects
+from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls

@@ -19,8 +19,8 @@ from collections.abc import Callable, Generator
 import torch
 
 from fxtrain._torch_internals.dynamo import compile_lock, nested_calls_inlined
-from fxtrain.compiler.build._executable import Executable
-from fxtrain.compiler.build._muted_logs import without_torch_logs
+from fxtrain.compiler.lowering._executable import Executable
+from fxtrain.compiler.lowering._muted_logs import without_torch_logs
 
 _EXIT_TIMEOUT_SECONDS = 2.0
 

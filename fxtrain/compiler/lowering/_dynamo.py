@@ -15,7 +15,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dynamo import can_show_to_modes, recompile_limit_error, restoring_saved_tensor_hooks
 from fxtrain._torch_internals.support import is_tested
 from fxtrain._torch_internals.tracing import new_fake_mode
-from fxtrain.compiler.build._executable import Backend, Executable
+from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError

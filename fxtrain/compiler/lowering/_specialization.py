@@ -20,9 +20,9 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.build._executable import Backend, Executable, Run
-from fxtrain.compiler.build._trace import compile_traced
-from fxtrain.compiler.build._value_reads import CheckedReads, Reads, UncheckedReadError
+from fxtrain.compiler.lowering._executable import Backend, Executable, Run
+from fxtrain.compiler.lowering._trace import compile_traced
+from fxtrain.compiler.lowering._value_reads import CheckedReads, Reads, UncheckedReadError
 from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.build._executable import Executable
+from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model import forward_wrapped_by
 from fxtrain.step import EvalFunction, Step
