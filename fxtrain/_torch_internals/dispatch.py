@@ -67,7 +67,7 @@ def grad_mode_setter() -> Callable[[bool], object]:
     return SET_GRAD_ENABLED.get() if SET_GRAD_ENABLED.exists else torch.set_grad_enabled
 
 
-def operator_name(operator: Any) -> str:
+def operator_name(operator: Operator) -> str:
     """Returns the name of an operator without its namespace and overload.
 
     Example:
@@ -77,7 +77,7 @@ def operator_name(operator: Any) -> str:
     return operator.overloadpacket.__name__
 
 
-def is_in_place(operator: Any) -> bool:
+def is_in_place(operator: Operator) -> bool:
     """Whether an operator writes into one of its arguments.
 
     Example:
@@ -87,7 +87,7 @@ def is_in_place(operator: Any) -> bool:
     return operator._schema.is_mutable
 
 
-def is_view(operator: Any) -> bool:
+def is_view(operator: object) -> bool:
     """Whether an operator returns views of its arguments.
 
     Example:

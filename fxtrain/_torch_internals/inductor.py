@@ -26,7 +26,7 @@ CACHE_FOLDER = Interface(
 )
 
 
-def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], options: Mapping[str, object]) -> Any:
     """Compiles a graph. Returns a function of its inputs.
 
     Args:
@@ -52,12 +52,12 @@ def compiled_graph_class() -> type[Any]:
     return OUTPUT.get()
 
 
-def register_lowering(operator: Any, lowering: Callable[..., Any]) -> None:
+def register_lowering(operator: object, lowering: Callable[..., object]) -> None:
     """Registers how an operator is compiled: a function of Inductor's tensors."""
     LOWERING.get()(operator)(lowering)
 
 
-def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
+def pointwise(function: Callable[..., object]) -> Callable[..., Any]:
     """Returns a lowering that applies ``function``, written in ``loop_operators``, to each element."""
     return POINTWISE.get()(function)
 
@@ -76,7 +76,7 @@ def kernel_count() -> int | None:
     return metrics.generated_kernel_count
 
 
-def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, Any]) -> None:
+def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, object]) -> None:
     """Compiles an exported program ahead of time into a file."""
     PACKAGE.get()(program, package_path=path, inductor_configs=dict(options))
 

@@ -41,6 +41,6 @@ def parts_of(node: object) -> tuple[list[Any], Any]:
     return FLATTEN.get()(node, is_leaf=lambda part: part is not node)
 
 
-def node_of_parts(context: Any, children: Sequence[Any]) -> Any:
+def node_of_parts(context: object, children: Sequence[object]) -> Any:
     """Returns the node with these children."""
     return UNFLATTEN.get()(list(children), context)

@@ -52,7 +52,7 @@ def has_symbolic_sizes() -> bool:
     return getattr(mode, "shape_env", None) is not None and not getattr(mode, "static_shapes", True)
 
 
-def make_fx(function: Callable[..., object], **options: Any) -> Callable[..., torch.fx.GraphModule]:
+def make_fx(function: Callable[..., object], **options: object) -> Callable[..., torch.fx.GraphModule]:
     """Returns a function that traces ``function`` for example tensors. Tensors it captures become constants."""
     return MAKE_FX.get()(function, _allow_non_fake_inputs=True, **options)
 
@@ -75,7 +75,7 @@ def node_of(tensor: Tensor) -> torch.fx.Node | None:
     return None if proxy is None else proxy.proxy.node
 
 
-def new_fake_mode(shape_env: Any = None) -> Any:
+def new_fake_mode(shape_env: object = None) -> Any:
     """Returns a context that runs operations on tensors without values, which its ``from_tensor`` makes.
 
     Args:
@@ -100,12 +100,12 @@ def size_functions() -> dict[str, Any]:
     return INTERPRETER.get()
 
 
-def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+def decompositions(operators: Sequence[object]) -> dict[Any, Callable[..., Any]]:
     """Returns implementations of operators in Python, in terms of simpler operators."""
     return DECOMPOSITIONS.get()(operators)
 
 
-def is_known_true(condition: Any) -> bool:
+def is_known_true(condition: object) -> bool:
     """Whether a comparison of sizes is true for all values of their symbols. It adds no condition on them."""
     return KNOWN_TRUE.get()(condition)
 
