@@ -76,6 +76,10 @@ try:
     from fxtrain.step import Step, apply_gradients, eval_step, gradients, tap, train_step, weighted, wrap_step
 finally:
     if _collecting:
+        if not _gc.get_freeze_count():
+            # Moves all objects to the oldest generation, so the next collection of the youngest skips them.
+            _gc.freeze()
+            _gc.unfreeze()
         _gc.enable()
 
 __all__ = [

@@ -47,6 +47,7 @@ from fxtrain.core._events import (
 )
 from fxtrain.core._events import event_of as event_of
 from fxtrain.core._formats import dtype_name as dtype_name
+from fxtrain.core._formats import escape_html as escape_html
 from fxtrain.core._formats import first_lines as first_lines
 from fxtrain.core._formats import first_names as first_names
 from fxtrain.core._formats import format_bytes as format_bytes

@@ -111,6 +111,18 @@ def first_names(names: Collection[str], most: int = 4) -> str:
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed
 
 
+def escape_html(text: str) -> str:
+    """Escapes text for HTML, also for quoted attributes.
+
+    Example:
+        >>> escape_html("a < b")
+        'a &lt; b'
+    """
+    import html  # its table of entities would slow down the import of fxtrain
+
+    return html.escape(text)
+
+
 def first_lines(lines: Sequence[str], most: int) -> list[str]:
     """Returns the first ``most`` lines, and a line with the number of the others.
 

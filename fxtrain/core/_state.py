@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core._checks import describe, did_you_mean
-from fxtrain.core._formats import dtype_name, format_bytes
+from fxtrain.core._formats import dtype_name, escape_html, format_bytes
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 from fxtrain.core._types import Tree
 
@@ -134,12 +134,10 @@ class TrainState:
         return "\n".join([f"TrainState, {total}", *lines])
 
     def _repr_html_(self) -> str:
-        import html
-
         rows, total = _table(self)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        body = "".join("<tr>" + "".join(f"<td>{escape_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         head = "".join(f"<th>{name}</th>" for name in ("path", "shape", "dtype", "size"))
-        return f"<table><caption>TrainState, {html.escape(total)}</caption><tr>{head}</tr>{body}</table>"
+        return f"<table><caption>TrainState, {escape_html(total)}</caption><tr>{head}</tr>{body}</table>"
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "model")

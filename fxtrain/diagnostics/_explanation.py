@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping
 
 from fxtrain.compiler.lowering._graph_breaks import Break
-from fxtrain.core import first_lines, format_bytes, format_scaled, pluralize
+from fxtrain.core import escape_html, first_lines, format_bytes, format_scaled, pluralize
 
 _MAX_SHOWN_LINES = 6
 
@@ -82,10 +81,10 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         body = "".join(
-            f"<tr><th>{html.escape(label)}</th><td>{'<br>'.join(map(html.escape, texts))}</td></tr>"
+            f"<tr><th>{escape_html(label)}</th><td>{'<br>'.join(map(escape_html, texts))}</td></tr>"
             for label, texts in _rows(self)
         )
-        return f"<table><caption>Explanation of {html.escape(self.step)}</caption>{body}</table>"
+        return f"<table><caption>Explanation of {escape_html(self.step)}</caption>{body}</table>"
 
 
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:

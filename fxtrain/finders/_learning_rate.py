@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean
+from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean, escape_html
 from fxtrain.data import Exhausted, SourceLike, as_source, to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
@@ -44,7 +43,7 @@ class LearningRates:
         return f"LearningRates: {'; '.join(text for _, text in _rows(self))}"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{label}</th><td>{html.escape(text)}</td></tr>" for label, text in _rows(self))
+        rows = "".join(f"<tr><th>{label}</th><td>{escape_html(text)}</td></tr>" for label, text in _rows(self))
         return f"<table><caption>LearningRates</caption>{rows}</table>"
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
-from fxtrain.core import describe
+from fxtrain.core import describe, escape_html
 from fxtrain.values._media import Image
 
 Cell = str | bool | int | float | None
@@ -102,7 +101,7 @@ def _listed(column: Sequence[Cell] | Tensor | np.ndarray) -> list[Cell]:
 def _text(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    return "" if cell is None else html.escape(str(cell)).replace("|", "&#124;").replace("\n", "<br>")
+    return "" if cell is None else escape_html(str(cell)).replace("|", "&#124;").replace("\n", "<br>")
 
 
 def _row(cells: Iterable[str]) -> str:

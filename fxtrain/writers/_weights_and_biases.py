@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import os
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxtrain.core import escape_html
 from fxtrain.values import (
     Audio,
     ConfusionMatrix,
@@ -164,7 +164,7 @@ def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str,
 
     match value:
         case Text(markdown):
-            page = f"<pre style='white-space: pre-wrap'>{html.escape(markdown)}</pre>"
+            page = f"<pre style='white-space: pre-wrap'>{escape_html(markdown)}</pre>"
             return {name: wandb.Html(page, inject=False)}
         case Image():
             return _panels(name, [_image(frame) for frame in value.frames])
