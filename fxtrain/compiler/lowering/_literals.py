@@ -30,7 +30,7 @@ class KnownLiterals(TorchFunctionMode):
     Tensors modified in place afterwards are excluded.
 
     Example:
-        >>> from fxtrain._torch_internals import new_fake_mode
+        >>> from fxtrain._torch_internals.tracing import new_fake_mode
         >>> with new_fake_mode(), KnownLiterals():
         ...     torch.arange(2, 5).tolist()
         [2, 3, 4]
