@@ -102,7 +102,7 @@ def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _S
 
     The function is called only if the flag holds, except under ``vmap``, where both branches are computed.
     """
-    if not _is_traced():
+    if not (torch.compiler.is_dynamo_compiling() or is_recorded()):
         try:
             return function(seen, otherwise) if bool(flag) else otherwise
         except RuntimeError:  # vmap: the flag has one value per member
@@ -118,7 +118,3 @@ def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _S
     # The operator itself under make_fx, because `torch.cond` would start Dynamo.
     cond: Any = torch.cond if torch.compiler.is_dynamo_compiling() else torch.ops.higher_order.cond
     return tree.unflatten(tree.structure(otherwise), cond(flag, yes, no, tuple(leaves)))
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_dynamo_compiling() or is_recorded()

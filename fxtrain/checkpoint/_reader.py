@@ -144,11 +144,7 @@ class Reader:
             CheckpointError: If the checkpoint does not fit ``like``, or the disk fails.
         """
         targets = [entry for entry in self._targets(step) if entry.step > newer_than]
-        found = self._first_readable(targets, like, options)
-        if isinstance(found, Restoration):
-            return found
-        self._set_aside(found, "")
-        return None
+        return self._first_readable_or_none(targets, like, options)
 
     def snapshots(self) -> set[int]:
         """Returns the steps of all snapshots."""
@@ -169,11 +165,7 @@ class Reader:
             CheckpointError: If the snapshot does not fit ``like``, or the disk fails.
         """
         chosen = [entry for entry in self._snapshots() if entry.step == step][-1:]
-        found = self._first_readable(chosen, like, options)
-        if isinstance(found, Restoration):
-            return found
-        self._set_aside(found, "")
-        return None
+        return self._first_readable_or_none(chosen, like, options)
 
     def __repr__(self) -> str:
         entries = retention.listed(self._own(retention.entries(self.folder)))
@@ -237,6 +229,13 @@ class Reader:
                 self._has_read(entry)
                 return report
         return damaged
+
+    def _first_readable_or_none(self, entries: Iterable[Entry], like: Tree, options: ReadOptions) -> Restoration | None:
+        found = self._first_readable(entries, like, options)
+        if isinstance(found, Restoration):
+            return found
+        self._set_aside(found, "")
+        return None
 
     def _set_aside(self, damaged: list[tuple[Entry, DamagedError]], instead: str) -> None:
         for entry, error in damaged:

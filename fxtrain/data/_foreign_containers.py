@@ -79,9 +79,9 @@ def _node_kind(
     if is_graph(node):
         return graph_parts, graph_of, StoreEntry
     if not is_leaf(node):
-        return _torch_parts, _torch_node, optree.FlattenedEntry
+        return parts_of, node_of_parts, optree.FlattenedEntry
     if isinstance(node, list | tuple):
-        return _sequence_parts, functools.partial(_sequence_of, kind), optree.SequenceEntry
+        return lambda node: (list(node), None), functools.partial(_sequence_of, kind), optree.SequenceEntry
     if isinstance(node, dict):
         return _dict_parts, functools.partial(_dict_of, kind), optree.MappingEntry
     if isinstance(node, collections.UserDict):
@@ -91,10 +91,6 @@ def _node_kind(
     if dataclasses.is_dataclass(node) or hasattr(kind, "__attrs_attrs__"):
         return _attribute_parts, functools.partial(_attributes_of, kind), optree.GetAttrEntry
     return None
-
-
-def _sequence_parts(node: Sequence[Tree]) -> Children:
-    return list(node), None
 
 
 def _sequence_of(kind: type[list[Tree]] | type[tuple[Tree, ...]], _: None, children: Sequence[Tree]) -> Sequence[Tree]:
@@ -187,15 +183,3 @@ def _attributes_of(kind: type, names: Sequence[str], children: Sequence[Tree]) -
     for name, value in zip(names, children, strict=True):
         object.__setattr__(new, name, value)  # works for frozen dataclasses too
     return new
-
-
-# Classes registered with torch's pytree
-
-
-def _torch_parts(node: object) -> Children:
-    children, spec = parts_of(node)
-    return children, spec
-
-
-def _torch_node(spec: Any, children: Sequence[Tree]) -> Tree:
-    return node_of_parts(spec, children)

@@ -258,21 +258,17 @@ def muon(
         weight_decay=adam_weight_decay,
         nesterov=nesterov,
     )
-    return partition({"muon": matrices, "adam": rest}, _labels(_is_matrix if muon_mask is None else muon_mask))
+    return partition({"muon": matrices, "adam": rest}, _labels(muon_mask))
 
 
-def _is_matrix(path: str, leaf: Tensor) -> bool:
-    return leaf.ndim == 2
-
-
-def _labels(mask: Mask) -> Labels:
+def _labels(mask: Mask | None) -> Labels:
     def name(chosen: bool) -> str:
         return "muon" if chosen else "adam"
 
     def of_leaf(path: str, leaf: Tensor) -> str:
-        return name(mask(path, leaf))
+        return name(leaf.ndim == 2 if mask is None else mask(path, leaf))
 
-    return of_leaf if callable(mask) else tree.map(name, mask)
+    return of_leaf if mask is None or callable(mask) else tree.map(name, mask)
 
 
 def _coefficients_per_step(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:

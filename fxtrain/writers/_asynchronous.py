@@ -58,18 +58,14 @@ class AsynchronousWriter(Backend):
         self._contains_failures = False
         self._pool = asynclib.Pool(thread_name_prefix="writer", max_workers=1)  # one thread keeps the order
         self._room = threading.Semaphore(size)
-        self._blocked = 0.0
-
-    @property
-    def blocked(self) -> float:
+        self.blocked = 0.0
         """Seconds that callers have waited for queue space, host copies and flushes."""
-        return self._blocked
 
     def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         # Values are only copied here. The thread checks their range.
         began = time.perf_counter()
         own = {name: on_host_copy(value) for name, value in values.items()}
-        self._blocked += time.perf_counter() - began
+        self.blocked += time.perf_counter() - began
         write = self._channel.submit if self._contains_failures else self._channel.write
         self._submit(functools.partial(write, int(step), own, event))
 
@@ -98,7 +94,7 @@ class AsynchronousWriter(Backend):
     def _submit(self, act: Callable[[], None]) -> None:
         began = time.perf_counter()
         self._room.acquire()
-        self._blocked += time.perf_counter() - began
+        self.blocked += time.perf_counter() - began
 
         def acting() -> None:
             try:
@@ -113,7 +109,7 @@ class AsynchronousWriter(Backend):
         try:
             self._raising(self._pool.join)
         finally:
-            self._blocked += time.perf_counter() - began
+            self.blocked += time.perf_counter() - began
 
     def _raising(self, act: Callable[[], object]) -> None:
         """Raises the original exception of the thread instead of the pool's wrapper."""

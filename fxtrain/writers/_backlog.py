@@ -73,16 +73,11 @@ class Backlog:
 
     def __init__(self) -> None:
         self._calls: deque[PendingCall] = deque()
-        self._points = self._bytes = 0
+        self.points = self._bytes = 0  # of pending calls
         self.lost = Lost()
 
     def __len__(self) -> int:
         return len(self._calls)
-
-    @property
-    def points(self) -> int:
-        """The number of pending points."""
-        return self._points
 
     @property
     def first(self) -> PendingCall:
@@ -91,7 +86,7 @@ class Backlog:
     def add(self, call: PendingCall) -> None:
         self._calls.append(call)
         self._count(call, 1)
-        while (self._points > MOST_POINTS or self._bytes > MOST_BYTES) and len(self._calls) > 1:
+        while (self.points > MOST_POINTS or self._bytes > MOST_BYTES) and len(self._calls) > 1:
             oldest = next((each for each in self._calls if not each.is_kept and each is not call), None)
             if oldest is None:
                 return
@@ -119,7 +114,7 @@ class Backlog:
         self._count(call, -1)
 
     def _count(self, call: PendingCall, sign: int) -> None:
-        self._points += sign * call.points
+        self.points += sign * call.points
         self._bytes += sign * call.bytes
 
 

@@ -35,15 +35,11 @@ class RemoteWriter(Backend):
         except OSError as error:
             raise unwritable(self.service, folder, error) from error
         self._folder = folder
-        self._identity, self._last = self._read()
+        self.identity, self._last = self._read()
+        """The service's identifier of the run, or None if there is no run yet, and the last step written."""
         self._record: BinaryIO | None = None  # open during a session
         self._outbox: Outbox | None = None
         self._current: Session | None = None  # an abandoned session may still run in its thread, and is ignored
-
-    @property
-    def identity(self) -> str | None:
-        """The service's identifier of the run, or None if there is no run yet."""
-        return self._identity
 
     def _session(self) -> Session:
         """Returns the calls of a new session."""
@@ -79,10 +75,7 @@ class RemoteWriter(Backend):
         """Waits a few seconds at most for values to be sent, and not while the service does not answer."""
         if self._outbox is not None:
             self._outbox.flush()
-            with contextlib.suppress(OSError):
-                self._store_record()
-                if self._record is not None:
-                    os.fsync(self._record.fileno())
+            self._sync_record()
             self._warn_notes()
 
     def close(self) -> None:
@@ -93,10 +86,7 @@ class RemoteWriter(Backend):
         atexit.unregister(self.close)
         outbox.close()
         self._outbox = self._current = None
-        with contextlib.suppress(OSError):
-            self._store_record()
-            if self._record is not None:
-                os.fsync(self._record.fileno())
+        self._sync_record()
         if self._record is not None:
             self._record.close()
             self._record = None
@@ -130,7 +120,7 @@ class RemoteWriter(Backend):
         """Stores the identity of the run."""
         if session is not self._current:
             return
-        self._identity = identity
+        self.identity = identity
         path = self._folder / self.file
         try:
             replace_file(path, self._content())
@@ -154,9 +144,15 @@ class RemoteWriter(Backend):
             self._record.seek(0)
             self._record.write(self._content())
 
+    def _sync_record(self) -> None:
+        with contextlib.suppress(OSError):
+            self._store_record()
+            if self._record is not None:
+                os.fsync(self._record.fileno())
+
     def _content(self) -> bytes:
         # Of constant length, so that it can be overwritten in place.
-        return f'{{"id": {json.dumps(self._identity)}, "step": {self._last:>15}}}\n'.encode()
+        return f'{{"id": {json.dumps(self.identity)}, "step": {self._last:>15}}}\n'.encode()
 
     def _read(self) -> tuple[str | None, int]:
         path = self._folder / self.file
