@@ -7,8 +7,6 @@ import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_parts import Names, Part, parts_of, parts_stored, slots_of_one_side
@@ -96,7 +94,9 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
         and not {part.path, part.leaf} & used
         and part.path not in one_sided
     ]
-    _refuse_misfits(path, names, found, left_over)
+    unlike = [pair for pair in found if pair[2] is None or pair[2].kind != pair[0].kind]
+    if unlike or left_over:
+        raise CheckpointError(mismatch_message(path, names, [part for part, _, _ in found], unlike, left_over))
     _refuse_unnamed_elements(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
     _refuse_unrestored_meta(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
     outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
@@ -217,17 +217,6 @@ def _index(part: Part) -> tuple[int, ...]:
     return () if part.element is None else (part.element,)
 
 
-def _refuse_misfits(
-    path: pathlib.Path,
-    names: Names,
-    found: Sequence[tuple[Part, str, Part | None]],
-    left_over: Sequence[Part],
-) -> None:
-    unlike = [pair for pair in found if pair[2] is None or pair[2].kind != pair[0].kind]
-    if unlike or left_over:
-        raise CheckpointError(mismatch_message(path, names, [part for part, _, _ in found], unlike, left_over))
-
-
 def _refuse_unnamed_elements(
     path: pathlib.Path, partly_fresh: Collection[str], found: Iterable[tuple[Part, str, Part | None]]
 ) -> None:
@@ -240,12 +229,9 @@ def _refuse_unnamed_elements(
 
 
 def _refuse_unrestored_meta(path: pathlib.Path, like: Tree, chosen: Collection[str]) -> None:
-    leaves: dict[str, Tensor] = dict(
-        zip(tree.paths(like, root_of(tree.structure(like))), tree.leaves(like), strict=True)
-    )
-    empty = [
-        part.path for part in parts_of(like) if leaves[part.leaf].is_meta and not {part.path, part.leaf} & {*chosen}
-    ]
+    paths = tree.paths(like, root_of(tree.structure(like)))
+    meta = {place for place, leaf in zip(paths, tree.leaves(like), strict=True) if leaf.is_meta}
+    empty = [part.path for part in parts_of(like) if part.leaf in meta and not {part.path, part.leaf} & {*chosen}]
     if empty:
         raise CheckpointError(
             f"expected values for {', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''}, got none. `like` is "

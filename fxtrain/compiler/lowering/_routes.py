@@ -167,61 +167,45 @@ class Routes:
         in_place: bool,
     ) -> Executable:
         with contextlib.ExitStack() as after_failure:
-            return self._first_possible(step, state, batch, found, first, after_failure, in_place=in_place)
-
-    def _first_possible(
-        self,
-        step: Step | EvalFunction,
-        state: TrainState,
-        batch: Batch,
-        found: Break | None,
-        first: int,
-        after_failure: contextlib.ExitStack,
-        *,
-        in_place: bool,
-    ) -> Executable:
-        for index in range(first, len(self._routes)):
-            route = self._routes[index]
-            options: dict[str, Any] = {}
-            if route.has_otherwise:
-                known = found or _VALUES_CHANGE
-                options["otherwise"] = functools.partial(self._beyond, step, found=known, first=index + 1)
-            try:
-                with without_torch_messages():
-                    executable = _compiled(route, step, state, batch, in_place=in_place, **options)
-            except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
-                raise
-            except NoGradientsError as error:
-                _log.debug("%s: %s", route.name, error)
-                continue
-            except Exception as error:
-                after_failure.enter_context(_garbage_kept())
-                _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
-                if found is None:
-                    # Raises the step's own error, if it has one.
-                    step(state, batch)
-                    if is_raised_by_users(error):
-                        with without_torch_messages():
-                            again = functools.partial(_compiled, route, step, state, batch, in_place=False, **options)
-                            if not fails(again):
-                                raise
-                    found = break_from_error(error)
-                continue
-            self._chosen, self._is_chosen, self._found = index, True, found or self._found
-            if found is not None:
-                warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=6)
-            return executable
-        assert found is not None
-        raise GraphBreakError(_refused(step, found)) from None
-
-    def _beyond(
-        self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, found: Break, first: int
-    ) -> Executable:
-        """Compiles an executable for all values, because those that the step reads keep changing.
-
-        Later graphs use its route too.
-        """
-        return self._compile(step, state, batch, found, first, in_place=False)
+            for index in range(first, len(self._routes)):
+                route = self._routes[index]
+                options: dict[str, Any] = {}
+                if route.has_otherwise:
+                    known = found or _VALUES_CHANGE
+                    # Compiles an executable for all values, if those that the step reads keep changing. Later graphs
+                    # use its route too.
+                    options["otherwise"] = functools.partial(
+                        self._compile, step, found=known, first=index + 1, in_place=False
+                    )
+                try:
+                    with without_torch_messages():
+                        executable = _compiled(route, step, state, batch, in_place=in_place, **options)
+                except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
+                    raise
+                except NoGradientsError as error:
+                    _log.debug("%s: %s", route.name, error)
+                    continue
+                except Exception as error:
+                    after_failure.enter_context(_garbage_kept())
+                    _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
+                    if found is None:
+                        # Raises the step's own error, if it has one.
+                        step(state, batch)
+                        if is_raised_by_users(error):
+                            with without_torch_messages():
+                                again = functools.partial(
+                                    _compiled, route, step, state, batch, in_place=False, **options
+                                )
+                                if not fails(again):
+                                    raise
+                        found = break_from_error(error)
+                    continue
+                self._chosen, self._is_chosen, self._found = index, True, found or self._found
+                if found is not None:
+                    warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=5)
+                return executable
+            assert found is not None
+            raise GraphBreakError(_refused(step, found)) from None
 
 
 def routes_to(
