@@ -129,6 +129,31 @@ def test_fit_rejects_evaluation_batch_of_ambiguous_size():
         fx.fit(state, step, data, eval_step=MEAN, eval_data=data, epochs=1)
 
 
+class ChangesLength:
+    """An iterable with one batch more at each iteration, all with the number of its batches as value."""
+
+    def __init__(self):
+        self.length = 1
+
+    def __iter__(self):
+        self.length += 1
+        return iter([torch.full((2, 3), float(self.length))] * self.length)
+
+
+def test_evaluations_in_fit_may_differ_in_length_as_those_of_evaluate():
+    tx = fx.optim.sgd(0.1)
+    state, step = fx.init(torch.nn.Linear(3, 1), tx), fx.train_step(lambda model, batch: model(batch).mean(), tx)
+    seen = []
+
+    def count(state, event: fx.EvalStep, control):
+        seen.append(event.step)
+
+    evaluation = {"eval_step": MEAN, "eval_data": ChangesLength()}
+    result = fx.fit(state, step, [torch.ones(2, 3)], epochs=3, observers=[count], **evaluation)
+    assert seen == [1] * 2 + [2] * 3 + [3] * 4
+    assert list(result.history["eval/mean"].values) == [2, 3, 4]
+
+
 def test_evaluation_average_keeps_float64_precision():
     data = [torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
     assert fx.evaluate(STATE, MEAN, data)["mean"] == pytest.approx(1.0 + 5e-13, rel=1e-15, abs=0)

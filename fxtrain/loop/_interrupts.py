@@ -178,7 +178,7 @@ class Waits:
         return self._data.epoch_length
 
     def begin_epoch(self, epoch: int, length: int) -> None:
-        """Does nothing, because each evaluation reads the same epoch."""
+        self._data.begin_epoch(epoch, length)
 
     def __getitem__(self, position: int) -> Batch:
         try:
