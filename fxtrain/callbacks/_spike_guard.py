@@ -165,11 +165,4 @@ def _ban(slot: SpikeGuardState) -> SpikeGuardState:
     """Returns the callback state that survives a rewind: recorded positions become banned ones."""
     both = torch.cat([slot.banned, slot.found])
     newest = both.sort(stable=True).values[-slot.banned.shape[0] :]
-    return SpikeGuardState(
-        slot.window,
-        slot.count,
-        torch.zeros_like(slot.in_a_row),
-        slot.spikes,
-        torch.full_like(slot.found, -1),
-        newest,
-    )
+    return slot._replace(in_a_row=torch.zeros_like(slot.in_a_row), found=torch.full_like(slot.found, -1), banned=newest)

@@ -100,27 +100,18 @@ def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: object) -> str:
     if len(set(map(float, value.min_lrs))) > 1:
         raise NoEquivalentError("its min_lr differs between parameter groups. Use one minimum for all.")
     whole = optimizer(_bare(value.optimizer), model, inject=True)
-    options = {
-        "hyperparam": "lr" if "learning_rate=" not in whole else "learning_rate",
-        "factor": value.factor,
-        "patience": value.patience,
-        "cooldown": value.cooldown,
-        "minimum": float(value.min_lrs[0]),
-        "mode": value.mode,
-        "min_delta": value.threshold,
-        "relative": value.threshold_mode == "rel",
+    # The values and their defaults.
+    options: dict[str, tuple[object, object]] = {
+        "hyperparam": ("lr" if "learning_rate=" not in whole else "learning_rate", "learning_rate"),
+        "factor": (value.factor, 0.1),
+        "patience": (value.patience, 10),
+        "cooldown": (value.cooldown, 0),
+        "minimum": (float(value.min_lrs[0]), 0.0),
+        "mode": (value.mode, "min"),
+        "min_delta": (value.threshold, 1e-4),
+        "relative": (value.threshold_mode == "rel", True),
     }
-    defaults = {
-        "hyperparam": "learning_rate",
-        "factor": 0.1,
-        "patience": 10,
-        "cooldown": 0,
-        "minimum": 0.0,
-        "mode": "min",
-        "min_delta": 1e-4,
-        "relative": True,
-    }
-    listed = "".join(f", {name}={option!r}" for name, option in options.items() if option != defaults[name])
+    listed = "".join(f", {name}={given!r}" for name, (given, default) in options.items() if given != default)
     return (
         f"Use {whole}.\nAdd the callback fx.callbacks.reduce_on_plateau('loss'{listed}) to fx.fit, with the name of "
         "the metric at EvalEnd."

@@ -30,6 +30,8 @@ _FIRST = {
 }
 _RENAMED = {"clip": "clip_by_value"}
 
+_REMEDY = "Build it from fx.optim, which has the names and arguments of optax"
+
 
 class Transformation(Protocol):
     """A gradient transformation of optax."""
@@ -77,9 +79,7 @@ def _parts(init: Callable[..., object], update: Callable[..., object]) -> list[s
         return [None]
     if name in _DEFAULTS or name in _FIRST:
         return [_call(name, kept)]
-    raise NoEquivalentError(
-        f"the arguments of {name} cannot be read. Build it from fx.optim, which has the names and arguments of optax"
-    )
+    raise NoEquivalentError(f"the arguments of {name} cannot be read. {_REMEDY}")
 
 
 def _call(name: str, kept: Mapping[str, object]) -> str:
@@ -89,16 +89,10 @@ def _call(name: str, kept: Mapping[str, object]) -> str:
     first = _FIRST.get(name)
     for argument in [*([first] if first else []), *_DEFAULTS.get(name, {})]:
         if argument not in kept:
-            raise NoEquivalentError(
-                f"the argument {argument} of {name} cannot be read. Build it from fx.optim, which has the names and "
-                "arguments of optax"
-            )
+            raise NoEquivalentError(f"the argument {argument} of {name} cannot be read. {_REMEDY}")
         value = kept[argument]
         if not isinstance(value, bool | int | float):
-            raise NoEquivalentError(
-                f"the argument {argument} of {name} is {describe(value)}. Build it from fx.optim, which has the names "
-                "and arguments of optax"
-            )
+            raise NoEquivalentError(f"the argument {argument} of {name} is {describe(value)}. {_REMEDY}")
         if argument == first:
             arguments.append(repr(value))
         elif value != _DEFAULTS[name][argument]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fxtrain.equivalents._expressions import NoEquivalentError
 from fxtrain.equivalents._groups import Group, partitioned
-from fxtrain.equivalents._options import Options
+from fxtrain.equivalents._options import FOR_SPEED, Options, defaults_of
 from fxtrain.equivalents._schedulers import Schedules
 
 
@@ -58,8 +57,7 @@ def optimizer_class(kind: type) -> str:
     """
     if kind not in _RULES:
         raise NoEquivalentError(_unknown(kind))
-    options = {name: _plain(value) for name, value in _defaults(kind).items()}
-    return _of_group(kind, options, Schedules(""), plain=True, inject=False)
+    return _of_group(kind, _defaults(kind), Schedules(""), plain=True, inject=False)
 
 
 def _of_group(kind: type, options: Mapping[str, object], scheduled: Schedules, *, plain: bool, inject: bool) -> str:
@@ -199,18 +197,17 @@ def _masked(expression: str, predicate: str) -> str:
 
 def _given(kind: type, options: Mapping[str, object]) -> list[str]:
     """Returns keyword arguments for the options that differ from the class's defaults, except the learning rate."""
-    defaults = {name: _plain(value) for name, value in _defaults(kind).items()}
     chosen = {
         name: options[name]
-        for name, default in defaults.items()
-        if name in options and name != "lr" and name not in _FOR_SPEED and options[name] != default
+        for name, default in _defaults(kind).items()
+        if name in options and name != "lr" and name not in FOR_SPEED and options[name] != default
     }
     return [f"{name}={value!r}" for name, value in chosen.items()]
 
 
 def _defaults(kind: type) -> dict[str, object]:
-    parameters = inspect.signature(kind).parameters
-    return {name: value.default for name, value in parameters.items() if name != "params"}
+    """Returns the options of an optimizer's class with their defaults."""
+    return {name: _plain(value) for name, value in defaults_of(kind).items()}
 
 
 def _plain(value: object) -> object:
@@ -219,8 +216,6 @@ def _plain(value: object) -> object:
         return value.item()
     return tuple(_plain(item) for item in value) if isinstance(value, tuple | list) else value
 
-
-_FOR_SPEED = ("foreach", "fused", "capturable", "differentiable")
 
 _REFUSED: Mapping[str, str] = {
     "LBFGS": (

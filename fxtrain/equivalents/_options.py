@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -38,3 +39,13 @@ class Options(TypedDict):
     adjust_lr_fn: str | None  # Muon
     ns_coefficients: tuple[float, float, float]  # Muon
     ns_steps: int  # Muon
+
+
+FOR_SPEED = ("foreach", "fused", "capturable", "differentiable")
+"""Options of torch's optimizers that do not change what they compute."""
+
+
+def defaults_of(optimizer: type) -> dict[str, Any]:
+    """Returns the options of a class of ``torch.optim``, with their defaults."""
+    parameters = inspect.signature(optimizer).parameters
+    return {name: value.default for name, value in parameters.items() if name != "params"}

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.optim import lr_scheduler
 
 from fxtrain.equivalents._expressions import NoEquivalentError, half_cosine, mirrored
@@ -31,7 +30,7 @@ def schedules(scheduler: lr_scheduler.LRScheduler, group: int) -> Schedules:
     Raises:
         NoEquivalentError: If there is no equivalent expression.
     """
-    base = number(scheduler.base_lrs[group]) if hasattr(scheduler, "base_lrs") else 1.0
+    base = float(scheduler.base_lrs[group]) if hasattr(scheduler, "base_lrs") else 1.0
     match scheduler:
         case lr_scheduler.SequentialLR():
             parts = [schedules(part, group).rate for part in scheduler._schedulers]
@@ -51,11 +50,6 @@ def schedules(scheduler: lr_scheduler.LRScheduler, group: int) -> Schedules:
             "tensor of shape [], to the learning rate with tensor operations, and pass it as the learning rate."
         )
     return Schedules(rule(scheduler, base))
-
-
-def number(value: float | Tensor) -> float:
-    """Converts a learning rate, a Python scalar or a tensor, to a float."""
-    return float(value)
 
 
 def _step(scheduler: lr_scheduler.StepLR, base: float) -> str:
@@ -122,7 +116,7 @@ def _product(parts: list[lr_scheduler.LRScheduler], group: int) -> str:
                 f"a chain with {type(part).__name__}{' and eta_min' if shifted else ''} is not a product of schedules. "
                 "Write a function that maps the step, an int64 tensor of shape [], to the learning rate."
             )
-        factors.append(rule(part, number(part.base_lrs[group]) if index == 0 else 1.0))
+        factors.append(rule(part, float(part.base_lrs[group]) if index == 0 else 1.0))
     if len(factors) == 1:
         return factors[0]
     return "lambda step: " + " * ".join(f"{factor}(step)" for factor in factors)
@@ -138,8 +132,8 @@ def _one_cycle(scheduler: lr_scheduler.OneCycleLR, group: int) -> Schedules:
     shape = "cosine" if scheduler._anneal_func_type == "cos" else "linear"
 
     def phases(start: str, end: str) -> str:
-        values = [number(options[scheduler._schedule_phases[0][start]])]
-        values += [number(options[phase[end]]) for phase in scheduler._schedule_phases]
+        values = [float(options[scheduler._schedule_phases[0][start]])]
+        values += [float(options[phase[end]]) for phase in scheduler._schedule_phases]
         scales = {_whole(at): b / a for at, a, b in zip(ends, values, values[1:], strict=False)}
         return f"fx.schedules.piecewise({values[0]!r}, {scales!r}, interpolation={shape!r})"
 
@@ -171,8 +165,8 @@ def _cyclic(scheduler: lr_scheduler.CyclicLR, group: int) -> Schedules:
 
     momentum = None
     if scheduler.cycle_momentum:
-        momentum = triangle(number(scheduler.max_momentums[group]), number(scheduler.base_momentums[group]))
-    return Schedules(triangle(number(scheduler.base_lrs[group]), number(scheduler.max_lrs[group])), momentum)
+        momentum = triangle(float(scheduler.max_momentums[group]), float(scheduler.base_momentums[group]))
+    return Schedules(triangle(float(scheduler.base_lrs[group]), float(scheduler.max_lrs[group])), momentum)
 
 
 def _triangle(base: float, peak: float, rising: int, whole: int) -> str:

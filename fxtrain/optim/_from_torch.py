@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, describe, did_you_mean
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.equivalents._options import Options
+from fxtrain.equivalents._options import FOR_SPEED, Options, defaults_of
 from fxtrain.optim._adadelta import scale_by_adadelta
 from fxtrain.optim._adafactor import scale_by_factored_rms
 from fxtrain.optim._adagrad import scale_by_rss
@@ -87,7 +86,7 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: object
 
 
 def _let_torch_check(optimizer: Callable[..., torch.optim.Optimizer], given: Mapping[str, object]) -> None:
-    numbers = {name: value for name, value in given.items() if name not in _FOR_SPEED and not callable(value)}
+    numbers = {name: value for name, value in given.items() if name not in FOR_SPEED and not callable(value)}
     if not any(isinstance(value, Tensor) for value in numbers.values()):
         optimizer([torch.zeros(1, 1)], **numbers)
 
@@ -302,12 +301,6 @@ _REFUSED = {
     "SparseAdam": ", which is for sparse gradients, while torch.func computes dense ones",
 }
 
-_FOR_SPEED = ("foreach", "fused", "capturable", "differentiable")
 
 # Read at import, because Dynamo cannot trace `inspect.signature`.
-_DEFAULTS = {
-    optimizer: {
-        name: value.default for name, value in inspect.signature(optimizer).parameters.items() if name != "params"
-    }
-    for optimizer in _RULES
-}
+_DEFAULTS = {optimizer: defaults_of(optimizer) for optimizer in _RULES}
