@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+FXTRAIN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _INTERACTIVE = ("<doctest", "<ipython", "<stdin", "<string")
 
 
@@ -68,12 +68,12 @@ def reaches_users(error: BaseException) -> bool:
 
 def _is_of_library(filename: str) -> bool:
     path = os.path.abspath(filename)
-    return path.startswith(_packages()) and not path.startswith((_OURS, _torch()))
+    return path.startswith(_packages()) and not path.startswith((FXTRAIN_FOLDER, _torch()))
 
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    return (_OURS, *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    return (FXTRAIN_FOLDER, *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 @functools.cache

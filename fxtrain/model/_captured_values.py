@@ -5,14 +5,13 @@ from __future__ import annotations
 import collections
 import dis
 import functools
-import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from fxtrain.core._tracebacks import is_of_users
+from fxtrain.core._tracebacks import FXTRAIN_FOLDER, is_of_users
 
 # Maximum depth of the calls that are followed.
 _MAX_DEPTH = 3
@@ -113,7 +112,7 @@ def values_read(function: Callable[..., object]) -> Iterator[tuple[object, str, 
 def _is_of_fxtrain(part: object) -> bool:
     """Whether this is code of fxtrain, such as a step around a loss function."""
     if isinstance(part, types.FunctionType):
-        return part.__code__.co_filename.startswith(_fxtrain_folder())
+        return part.__code__.co_filename.startswith(FXTRAIN_FOLDER)
     return type(part).__module__.startswith("fxtrain.")
 
 
@@ -156,8 +155,3 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _global_names(constant)
-
-
-@functools.cache
-def _fxtrain_folder() -> str:
-    return os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

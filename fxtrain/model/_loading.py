@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, Tree, dtype_name, first_names, matching
+from fxtrain.core import TrainState, Tree, dtype_name, first_lines, first_names, matching
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors
 from fxtrain.model._renaming import Rename, proposed, renamed
@@ -251,5 +251,4 @@ def _names_differ(
 
 
 def _listed(lines: Sequence[str]) -> str:
-    more = [f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
-    return "\n".join(f"  {line}" for line in [*lines[:_MAX_LINES], *more])
+    return "\n".join(f"  {line}" for line in first_lines(lines, _MAX_LINES))
