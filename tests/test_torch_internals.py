@@ -13,7 +13,7 @@ from fxtrain import _torch_internals as internals
 from fxtrain import rng
 from fxtrain._torch_internals.interface import INTERFACES
 from fxtrain.model._tensor_reads import TensorReads
-from fxtrain.precision._autocast import Float32Norms
+from fxtrain.precision._policy import Float32Norms
 from fxtrain.step._missing_gradient import _Cuts
 
 ROOT = pathlib.Path(fxtrain.__file__).parent

@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fxtrain import precision
 from fxtrain.core import TrainState, Tree
 from fxtrain.interop._parameter_names import parameter_names, tensors_by_name
 from fxtrain.interop._read_optimizer import is_scaler, read_optimizer
 from fxtrain.model import model_of
 from fxtrain.optim._torch_state_conversion import TorchState, as_torch_state, with_torch_state
+from fxtrain.precision._loss_scale import SLOT, LossScaleState
 
 Result = TypeVar("Result")
 
@@ -99,7 +99,7 @@ def load_optimizer_state(
         return state
     scale = torch.tensor(float(found.scaler["scale"]), device=state.step.device)
     good_steps = torch.tensor(int(found.scaler["_growth_tracker"]), device=state.step.device)
-    return state.with_slot(precision.SLOT, precision.LossScaleState(scale, good_steps))
+    return state.with_slot(SLOT, LossScaleState(scale, good_steps))
 
 
 def optimizer_state_dict(

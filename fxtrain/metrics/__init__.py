@@ -7,10 +7,8 @@ torch's default dtype, or float32 if that is wider. Averages that ``lift`` makes
 """
 
 from fxtrain.metrics._by_name import compute, lift, merge
-from fxtrain.metrics._classification import Accuracy
-from fxtrain.metrics._collection import Collection
-from fxtrain.metrics._metric import Metric
-from fxtrain.metrics._statistics import Average, LastValue, Std, Sum
+from fxtrain.metrics._metric import Collection, Metric
+from fxtrain.metrics._statistics import Accuracy, Average, LastValue, Std, Sum
 
 __all__ = [
     "Accuracy",

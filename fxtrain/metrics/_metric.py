@@ -1,4 +1,4 @@
-"""The base class of metrics, and subclasses of a metric that measure one model output or a function of them."""
+"""The base class of metrics, metrics of one model output or of a function of them, and collections of metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, did_you_mean, register_node, wide_dtype
+from fxtrain.core import Tree, describe, did_you_mean, register_node, wide_dtype
 
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
@@ -97,6 +97,59 @@ class Metric:
         return _from_fun(cls, function)
 
 
+class Collection(Metric):
+    """Several named metrics of the same model outputs, as one metric. Create a class with ``Collection.create``.
+
+    Example:
+        >>> from fxtrain.metrics import Accuracy, Average
+        >>> Metrics = Collection.create(loss=Average.from_output("loss"), accuracy=Accuracy)
+        >>> metrics = Metrics.empty()
+        >>> for loss in (1.0, 2.0):
+        ...     logits, labels = torch.eye(2), torch.tensor([0, 0])
+        ...     batch = Metrics.single_from_model_output(loss=torch.tensor(loss), logits=logits, labels=labels)
+        ...     metrics = metrics.merge(batch)
+        >>> metrics.compute()
+        {'loss': tensor(1.5000), 'accuracy': tensor(0.5000)}
+        >>> metrics.loss
+        Average.from_output('loss')(total=tensor(3., dtype=torch.float64), count=tensor(2., dtype=torch.float64))
+    """
+
+    classes: ClassVar[Mapping[str, type[Metric]]] = {}
+    """The classes of the metrics by name."""
+
+    @staticmethod
+    def create(**classes: type[Metric]) -> type[Collection]:
+        """Returns the collection class of the given metrics. Equal arguments give the same class.
+
+        Args:
+            classes: Metric classes by name. They may be collections.
+        """
+        return _collection(tuple(classes.items()))
+
+    @classmethod
+    def empty(cls, *, device: torch.device | str | None = None) -> Self:
+        return cls(*(metric.empty(device=device) for metric in cls.classes.values()))
+
+    @classmethod
+    def from_model_output(cls, **outputs: Tree) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return cls(*(metric.from_model_output(**outputs) for metric in cls.classes.values()))
+
+    @classmethod
+    def single_from_model_output(cls, **outputs: Tree) -> Self:
+        """Alias of ``from_model_output``, for compatibility with clu."""
+        return cls.from_model_output(**outputs)
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, name).merge(getattr(other, name)) for name in self.classes))
+
+    def compute(self) -> dict[str, Tree]:
+        return {name: getattr(self, name).compute() for name in self.classes}
+
+    if typing.TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
 # Pytree classes cannot be unregistered, so each is created once.
 
 
@@ -132,3 +185,21 @@ def _mask_for(value: Tensor, outputs: Mapping[str, Tree]) -> Tensor | None:
 def _subclass(base: type[Metric], made: str, from_model_output: Callable[..., Metric]) -> type[Metric]:
     space = {"from_model_output": classmethod(from_model_output), "__module__": base.__module__}
     return types.new_class(f"{base.__name__}.{made}", (base,), exec_body=lambda names: names.update(space))
+
+
+@functools.cache
+def _collection(classes: tuple[tuple[str, type[Metric]], ...]) -> type[Collection]:
+    if not classes:
+        raise ValueError("expected at least one metric, got none. Name one, as in Collection.create(loss=Average).")
+    for name, metric in classes:
+        if hasattr(Collection, name):
+            raise ValueError(
+                f"expected a metric name that is not an attribute of Collection, got {name!r}. Rename the metric."
+            )
+        if not (isinstance(metric, type) and issubclass(metric, Metric)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected {name} to be a subclass of Metric, got {describe(metric)}. Use a class such as "
+                f"Average.from_output({name!r})."
+            )
+    space = {"__annotations__": dict(classes), "__module__": "fxtrain.metrics", "classes": dict(classes)}
+    return type(f"Collection({', '.join(name for name, _ in classes)})", (Collection,), space)

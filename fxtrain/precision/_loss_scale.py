@@ -76,7 +76,7 @@ def dynamic_loss_scale(scale: LossScale) -> Handler:
         )
 
     def update(state: TrainState, event: Gradients, old: LossScaleState) -> tuple[LossScaleState, Control]:
-        finite = all_finite(event.grads)
+        finite = finite_leaves(event.grads).all()
         grows = old.good_steps + 1 >= scale.period
         up = torch.where(grows, old.scale * scale.factor, old.scale)
         down = (old.scale / scale.factor).clamp(min=scale.floor)
@@ -109,11 +109,6 @@ def loss_scale_of(state: TrainState) -> Tensor:
             "which attaches the slot and updates the scale."
         )
     return state.slots[SLOT].scale
-
-
-def all_finite(values: Tree) -> Tensor:
-    """Whether every element of every leaf is finite: bool []."""
-    return finite_leaves(values).all()
 
 
 def finite_leaves(values: Tree) -> Tensor:

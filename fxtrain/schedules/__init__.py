@@ -6,11 +6,8 @@ with this signature is a schedule. Parameters of type ``Scalar`` may be 0-d tens
 vectorized over them with ``vmap``.
 """
 
-from fxtrain.schedules._decays import constant, cosine, exponential, inverse_sqrt, linear, polynomial
-from fxtrain.schedules._joins import cycle, join
-from fxtrain.schedules._piecewise import one_cycle, piecewise
-from fxtrain.schedules._schedule import Schedule
-from fxtrain.schedules._warmups import warmup, warmup_cosine_decay
+from fxtrain.schedules._joins import cycle, join, one_cycle, piecewise, warmup, warmup_cosine_decay
+from fxtrain.schedules._schedule import Schedule, constant, cosine, exponential, inverse_sqrt, linear, polynomial
 
 __all__ = [
     "Schedule",

@@ -1,13 +1,14 @@
-"""What a schedule is, and the conversion of a function of the step to one."""
+"""What a schedule is, and schedules of one piece: constants and decays."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import Scalar, describe, wide_dtype
+from fxtrain.core import Scalar, check_int, check_positive, check_positive_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Tensor], Tensor]
@@ -48,12 +49,154 @@ def wide(step: Tensor) -> Tensor:
     return step.to(wide_dtype(step.device))
 
 
-def past(step: Tensor, boundary: float) -> Tensor:
-    """Returns the number of steps since a boundary, negative before it."""
-    # An integer tensor minus a float would be float32.
-    return wide(step - boundary) if isinstance(boundary, int) else wide(step) - boundary
-
-
 def as_value(value: Scalar, step: Tensor) -> Tensor:
     """Returns a value in the dtype of schedules, on the device of the step."""
     return torch.as_tensor(value, dtype=wide_dtype(step.device), device=step.device)
+
+
+def constant(value: Scalar) -> Schedule:
+    """A constant schedule.
+
+    Example:
+        >>> constant(0.1)(7)
+        tensor(0.1000, dtype=torch.float64)
+    """
+    return schedule_of(lambda step: value)
+
+
+def polynomial(
+    init_value: Scalar, end_value: Scalar, *, power: Scalar = 1.0, transition_steps: int, transition_begin: int = 0
+) -> Schedule:
+    """A polynomial transition from ``init_value`` to ``end_value``.
+
+        value = (init - end) (1 - t / T)^power + end,    t = step - begin, clamped to [0, T]
+
+    Args:
+        init_value: The value until ``transition_begin``.
+        end_value: The value from ``transition_begin + transition_steps`` on.
+        power: The power of the polynomial; 1 is linear.
+        transition_steps: T, the length of the transition; positive.
+        transition_begin: Number of steps before the transition.
+
+    Example:
+        >>> polynomial(1.0, 0.0, power=2.0, transition_steps=10)(5)
+        tensor(0.2500, dtype=torch.float64)
+    """
+    check_positive_int("transition_steps", transition_steps)
+    check_int("transition_begin", transition_begin, minimum=0)
+
+    def value(step: Tensor) -> Scalar:
+        left = 1.0 - wide((step - transition_begin).clamp(0, transition_steps)) / transition_steps
+        return (init_value - end_value) * left**power + end_value
+
+    return schedule_of(value)
+
+
+def linear(init_value: Scalar, end_value: Scalar, *, transition_steps: int, transition_begin: int = 0) -> Schedule:
+    """A linear transition from ``init_value`` to ``end_value``.
+
+    Args:
+        init_value: The value until ``transition_begin``.
+        end_value: The value from ``transition_begin + transition_steps`` on.
+        transition_steps: The length of the transition; positive.
+        transition_begin: Number of steps before the transition.
+
+    Example:
+        >>> linear(0.0, 1.0, transition_steps=10)(torch.tensor(3))
+        tensor(0.3000, dtype=torch.float64)
+    """
+    return polynomial(init_value, end_value, transition_steps=transition_steps, transition_begin=transition_begin)
+
+
+def cosine(init_value: Scalar, decay_steps: int, *, alpha: Scalar = 0.0, exponent: Scalar = 1.0) -> Schedule:
+    """Cosine decay from ``init_value`` to ``alpha * init_value``.
+
+        value = init ((1 - alpha) (1/2 (1 + cos(pi t / T)))^exponent + alpha),    t = min(step, T)
+
+    Args:
+        init_value: The value at step 0.
+        decay_steps: T, the length of the decay; positive.
+        alpha: The final value as a fraction of ``init_value``.
+        exponent: The exponent of the cosine.
+
+    Example:
+        >>> [round(float(cosine(1.0, 4)(step)), 3) for step in range(6)]
+        [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+
+    References:
+        Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017.
+    """
+    check_positive_int("decay_steps", decay_steps)
+
+    def value(step: Tensor) -> Scalar:
+        angle = wide(step.clamp(0, decay_steps)) * (math.pi / decay_steps)
+        return init_value * ((1 - alpha) * (0.5 * (1 + torch.cos(angle))) ** exponent + alpha)
+
+    return schedule_of(value)
+
+
+def exponential(
+    init_value: Scalar,
+    transition_steps: int,
+    *,
+    decay_rate: Scalar,
+    transition_begin: int = 0,
+    staircase: bool = False,
+    end_value: float | None = None,
+) -> Schedule:
+    """Exponential decay, or growth if ``decay_rate`` is above 1.
+
+        value = init * decay_rate^((step - begin) / T)
+
+    Args:
+        init_value: The value until ``transition_begin``.
+        transition_steps: T, the steps in which the value is multiplied by ``decay_rate`` once; positive.
+        decay_rate: The factor; positive.
+        transition_begin: Number of steps before the decay.
+        staircase: Whether the exponent is rounded down, so that the value changes at multiples of T only.
+        end_value: A lower bound of the value, or an upper bound if ``decay_rate`` is 1 or more; None for no bound.
+
+    Example:
+        >>> exponential(1.0, 10, decay_rate=0.5)(20)
+        tensor(0.2500, dtype=torch.float64)
+    """
+    check_positive_int("transition_steps", transition_steps)
+    check_int("transition_begin", transition_begin, minimum=0)
+    check_positive(decay_rate=decay_rate)
+    if end_value is not None and isinstance(decay_rate, Tensor):
+        raise ValueError(
+            f"expected decay_rate to be a Python scalar, because end_value is given, got {describe(decay_rate)}. Its "
+            "value decides whether end_value is a lower or an upper bound."
+        )
+
+    def value(step: Tensor) -> Scalar:
+        elapsed = wide((step - transition_begin).clamp(min=0)) / transition_steps
+        decayed = init_value * decay_rate ** (elapsed.floor() if staircase else elapsed)
+        if end_value is None:
+            return decayed
+        return decayed.clamp(min=end_value) if decay_rate < 1 else decayed.clamp(max=end_value)
+
+    return schedule_of(value)
+
+
+def inverse_sqrt(init_value: Scalar, timescale: int) -> Schedule:
+    """Inverse square root decay.
+
+        value = init / sqrt(1 + step / timescale)
+
+    ``warmup(inverse_sqrt(init, timescale), timescale)`` is the schedule of the original Transformer: after the warmup
+    its value is ``init * sqrt(timescale / step)``.
+
+    Args:
+        init_value: The value at step 0.
+        timescale: The unit of the decay in steps; positive.
+
+    Example:
+        >>> inverse_sqrt(1.0, 100)(300)
+        tensor(0.5000, dtype=torch.float64)
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017.
+    """
+    check_positive_int("timescale", timescale)
+    return schedule_of(lambda step: init_value * torch.rsqrt(1.0 + wide(step.clamp(min=0)) / timescale))
