@@ -5,21 +5,11 @@ kind and immediately check its shape and dtype. Tensors stay on their device unt
 is checked then.
 """
 
-from fxtrain.values._confusion import ConfusionMatrix
-from fxtrain.values._figure import Figure
 from fxtrain.values._histogram import Histogram
-from fxtrain.values._json import jsonable as jsonable
-from fxtrain.values._kinds import KINDS as KINDS
-from fxtrain.values._kinds import Kind as Kind
-from fxtrain.values._kinds import Value
-from fxtrain.values._kinds import kind_of as kind_of
-from fxtrain.values._kinds import plain_number as plain_number
-from fxtrain.values._kinds import simplified as simplified
-from fxtrain.values._media import Audio, Image, Video
-from fxtrain.values._point_cloud import PointCloud
-from fxtrain.values._published import named_after as named_after
-from fxtrain.values._published import published as published
-from fxtrain.values._table import Table
+from fxtrain.values._kinds import KINDS, Kind, Value, jsonable, kind_of, plain_number, simplified
+from fxtrain.values._media import Audio, Figure, Image, PointCloud, Video
+from fxtrain.values._published import named_after, published
+from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
 
 __all__ = [

@@ -1,18 +1,16 @@
-"""The kinds of values that can be logged, and their conversion to simpler kinds."""
+"""The kinds of values that can be logged, and their conversion to simpler kinds and to JSON."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
 from torch import Tensor
 
-from fxtrain.values._confusion import ConfusionMatrix
-from fxtrain.values._figure import Figure
 from fxtrain.values._histogram import Histogram
-from fxtrain.values._media import Audio, Image, Video
-from fxtrain.values._point_cloud import PointCloud
-from fxtrain.values._table import Table
+from fxtrain.values._media import Audio, Figure, Image, PointCloud, Video
+from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
 
 Wrapped = Text | Image | Video | Audio | Histogram | Table | Figure | ConfusionMatrix | PointCloud | HParams
@@ -20,6 +18,9 @@ Wrapped = Text | Image | Video | Audio | Histogram | Table | Figure | ConfusionM
 
 Value = Scalar | Tensor | np.ndarray | np.generic | Wrapped
 """A value that can be logged. Tensors and arrays that are not wrapped are 0-d."""
+
+Json = str | int | float | None | dict[str, "Json"] | list["Json"]
+"""A value that ``json`` can represent."""
 
 Kind = type[object]
 """A class of values. ``float`` stands for scalars of any type."""
@@ -75,3 +76,25 @@ def simplified(value: Value, kinds: Collection[Kind]) -> Value | None:
             return Text(value.markdown())
         case _:
             return None
+
+
+def jsonable(value: object) -> Json:
+    """Converts a value to types that JSON can represent.
+
+    Non-finite floats become strings that ``float`` can parse. Objects of other types become their ``str``.
+
+    Example:
+        >>> jsonable({"loss": float("-inf"), "shape": (2, 3), "lr": float("nan")})
+        {'loss': '-Infinity', 'shape': [2, 3], 'lr': 'NaN'}
+    """
+    match value:
+        case str() | int() | None:
+            return value
+        case float():
+            return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+        case Mapping():
+            return {str(name): jsonable(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [jsonable(inner) for inner in value]
+        case _:
+            return str(value)

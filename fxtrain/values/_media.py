@@ -1,17 +1,20 @@
-"""Images, videos and sounds, as arrays with known axes and ranges."""
+"""Images, videos, sounds, Matplotlib figures and point clouds, as arrays with known axes and ranges."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive, check_positive_int
-from fxtrain.values._nodes import as_tensor, on_host, register_value
+from fxtrain.core import check_choice, check_positive, check_positive_int, describe
+from fxtrain.values._nodes import on_host, register_value, set_tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 Layout = Literal["HWC", "CHW"]
 _NOTE = "_clipped"
@@ -128,8 +131,7 @@ class Audio:
     rate: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", as_tensor("Audio", self.samples))
-        shape = list(self.samples.shape)
+        shape = list(set_tensor(self, "samples").shape)
         if not self.samples.is_floating_point():
             raise TypeError(
                 f"expected Audio samples of a floating-point dtype, got {self.samples.dtype}. Scale them to -1 to 1."
@@ -155,10 +157,94 @@ class Audio:
         return f"Audio of {self.samples.shape[0 if self.samples.ndim < 3 else 1] / self.rate:.1f} s"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Figure:
+    """A Matplotlib figure. It is rendered on construction, so it may be changed or closed afterwards.
+
+    Args:
+        figure: A ``matplotlib.figure.Figure``.
+        dpi: Dots per inch. Defaults to the figure's own.
+
+    Raises:
+        TypeError: ``figure`` is not a figure.
+
+    Example:
+        >>> from matplotlib.figure import Figure as Canvas
+        >>> canvas = Canvas(figsize=(2, 1))
+        >>> _ = canvas.subplots().plot([1, 4, 9])
+        >>> Figure(canvas, dpi=100)
+        Figure of 100 x 200
+    """
+
+    figure: dataclasses.InitVar[MatplotlibFigure]
+    dpi: dataclasses.InitVar[float | None] = None
+    pixels: np.ndarray = dataclasses.field(init=False)  # uint8 [H, W, 4]
+
+    def __post_init__(self, figure: MatplotlibFigure, dpi: float | None) -> None:
+        if not (hasattr(figure, "savefig") and hasattr(figure, "dpi")):
+            remedy = " Use its .figure." if hasattr(figure, "figure") else ""
+            raise TypeError(f"expected a Matplotlib figure, got {describe(figure)}.{remedy}")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        before, canvas = figure.dpi, figure.canvas
+        try:
+            figure.set_dpi(dpi or before)
+            drawn = FigureCanvasAgg(figure)
+            drawn.draw()
+            object.__setattr__(self, "pixels", np.array(drawn.buffer_rgba()))
+        finally:
+            figure.set_dpi(before)
+            figure.set_canvas(canvas)
+
+    def image(self) -> Image:
+        """Returns the rendered figure."""
+        return Image(self.pixels)
+
+    def __repr__(self) -> str:
+        return f"Figure of {self.pixels.shape[0]} x {self.pixels.shape[1]}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PointCloud:
+    """Points in space, optionally colored.
+
+    Args:
+        points: Floating-point tensor or array [N, 3]: x, y and z.
+        colors: uint8 tensor or array [N, 3]: red, green and blue.
+
+    Raises:
+        TypeError: An argument has another dtype.
+        ValueError: An argument has another shape.
+
+    Example:
+        >>> PointCloud(torch.zeros(100, 3))
+        PointCloud of 100 points
+    """
+
+    points: Any  # tensors after __post_init__
+    colors: Any = None
+
+    def __post_init__(self) -> None:
+        points = set_tensor(self, "points")
+        if not points.is_floating_point():
+            raise TypeError(f"expected points of a floating-point dtype, got {points.dtype}. Convert them.")
+        if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+            raise ValueError(f"expected points of shape [N, 3] with N above 0, got {list(points.shape)}.")
+        if self.colors is None:
+            return
+        colors = set_tensor(self, "colors")
+        if colors.dtype != torch.uint8:
+            raise TypeError(f"expected colors of dtype uint8, from 0 to 255, got {colors.dtype}. Convert them.")
+        if colors.shape != points.shape:
+            raise ValueError(f"expected colors of shape {list(points.shape)}, one per point, got {list(colors.shape)}.")
+
+    def __repr__(self) -> str:
+        return f"PointCloud of {len(self.points)} points"
+
+
 def _check_pixels(value: Image | Video, name: str, *, inner: int) -> None:
     """Checks pixels, layout and limits. ``inner`` is the number of axes of one image or video."""
-    pixels = as_tensor(name, value.pixels)
-    object.__setattr__(value, "pixels", pixels)
+    pixels = set_tensor(value, "pixels")
     object.__setattr__(value, "limits", tuple(map(float, value.limits)))
     shape = list(pixels.shape)
     check_choice("layout", value.layout, ("HWC", "CHW"))
@@ -229,3 +315,4 @@ def _described(value: Image | Video, name: str) -> str:
 register_value(Image, "pixels")
 register_value(Video, "pixels")
 register_value(Audio, "samples")
+register_value(PointCloud, "points", "colors")

@@ -42,22 +42,25 @@ def register_value(cls: type[DataclassInstance], *tensors: str) -> None:
     register_node(cls, flatten, unflatten)
 
 
-def as_tensor(what: str, value: object) -> Tensor:
-    """Returns a detached tensor of real numbers from a tensor or array.
+def set_tensor(owner: object, field: str) -> Tensor:
+    """Replaces a field of a frozen dataclass, a tensor or array, by a detached tensor of real numbers, and returns it.
 
     Args:
-        what: The name of the class in the error.
-        value: A tensor, which is not copied, or an array, which is.
+        owner: The object, named in the error.
+        field: The name of the field. A tensor is not copied, and an array is.
 
     Raises:
-        TypeError: ``value`` is neither, or not real.
+        TypeError: The field is neither, or not real.
     """
+    value = getattr(owner, field)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         # Copied, because refilling the array would change the logged value.
-        return torch.from_numpy(np.array(value))
-    if isinstance(value, Tensor) and not value.is_complex():
-        return value.detach()
-    raise TypeError(f"expected a real tensor or array for {what}, got {describe(value)}.")
+        value = torch.from_numpy(np.array(value))
+    elif not isinstance(value, Tensor) or value.is_complex():
+        raise TypeError(f"expected a real tensor or array for {type(owner).__name__}, got {describe(value)}.")
+    value = value.detach()
+    object.__setattr__(owner, field, value)
+    return value
 
 
 def on_host(tensor: Tensor) -> np.ndarray:
