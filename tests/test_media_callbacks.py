@@ -14,7 +14,7 @@ from torch import nn
 import fxtrain as fx
 from fxtrain import callbacks as cb
 from fxtrain import testing
-from fxtrain.callbacks._textgen import draw
+from fxtrain.callbacks._samples import draw
 from fxtrain.report._markdown import as_html
 from fxtrain.values import ConfusionMatrix, Image
 

@@ -13,7 +13,7 @@ from fxtrain import tree
 from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._update_stats import KINDS, UpdateStats, leaf_names
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching
-from fxtrain.fold import Handler, When
+from fxtrain.fold import Composed, Handler, When, compose
 from fxtrain.values import Histogram
 
 
@@ -116,3 +116,28 @@ def _count(values: Tensor, bounds: Tensor) -> Tensor:
     ends = above.new_full((1,), values.shape[0])
     beyond = torch.cat([ends, above, torch.zeros_like(ends)])
     return beyond[:-1] - beyond[1:]
+
+
+def watch(*of: str, every: When = 100, parameter: str | Sequence[str] = "*", sample: int = 4096) -> Composed:
+    """Logs histograms of weights and gradients: several ``histograms``, composed.
+
+    Gradients exist only inside the compiled step, so this is a callback and not an observer.
+
+    Args:
+        of: Any of ``"weights"``, ``"grads"`` and ``"updates"``; the first two by default.
+        every: As for ``histograms``.
+        parameter: Patterns of the parameters to include.
+        sample: Elements per parameter, 1 or more.
+
+    Raises:
+        ValueError: As for ``histograms``.
+
+    Example:
+        >>> watch("grads", every=50)
+        1 callback
+          Updated    histograms/grads
+          StepEnd    histograms/grads
+          slots: 'histograms/grads'
+    """
+    chosen = of or ("weights", "grads")
+    return compose(*(histograms(each, every=every, parameter=parameter, sample=sample) for each in chosen))

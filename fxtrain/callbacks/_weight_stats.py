@@ -1,4 +1,4 @@
-"""Statistics of the weights, and ratios of update norm to weight norm."""
+"""Statistics of weights and module outputs, and ratios of update norm to weight norm."""
 
 from __future__ import annotations
 
@@ -146,3 +146,30 @@ def update_ratios(
         return shown
 
     return monitor(name, measure, show, every=every, publish=publish)
+
+
+def activation_stats(output: Tensor) -> dict[str, Tensor]:
+    """Returns the mean, standard deviation, fraction of exact zeros and largest absolute value of a module's output.
+
+    Pass it to ``fx.tap`` to log them.
+
+    Args:
+        output: Real tensor of any shape.
+
+    Returns:
+        ``"mean"``, ``"std"``, ``"zeros"`` and ``"max"``: float32 [] each.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> activation_stats(torch.tensor([0.0, 4.0]))
+        {'mean': tensor(2.), 'std': tensor(2.), 'zeros': tensor(0.5000), 'max': tensor(4.)}
+        >>> loss_fn = fx.tap(lambda model, batch: model(batch).sum(), "*.relu", activation_stats)
+    """
+    values = output.to(torch.promote_types(output.dtype, torch.float32))
+    mean = values.mean()
+    return {
+        "mean": mean.float(),
+        "std": (values - mean).square().mean().sqrt().float(),
+        "zeros": (values == 0).float().mean(),
+        "max": values.abs().amax().float(),
+    }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxtrain as fx
-from fxtrain.callbacks._textgen import generate
+from fxtrain.callbacks._samples import generate
 from fxtrain.cli import _baselines as baselines
 from fxtrain.cli._arguments import parse
 from fxtrain.cli._corpus import CorpusError, check_fits, read_corpus

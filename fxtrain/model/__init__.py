@@ -1,22 +1,20 @@
 """The functional model: a module's parameters and buffers as trees of tensors, and its code as a function of them."""
 
 from fxtrain.model._batch_norm_statistics import recompute_statistics
-from fxtrain.model._captured_values import captured_values as captured_values
+from fxtrain.model._captured_values import captured_values
 from fxtrain.model._first_call_checks import ValuesNeededError
 from fxtrain.model._freezing import with_trainable
 from fxtrain.model._host_seeding import UnseededError
 from fxtrain.model._init import init
 from fxtrain.model._loading import LoadReport
-from fxtrain.model._model import Model as Model
-from fxtrain.model._model import model_of as model_of
+from fxtrain.model._model import Model, model_of
 from fxtrain.model._outside_values import CapturedStateError
-from fxtrain.model._parameter_trees import CallResult as CallResult
+from fxtrain.model._parameter_trees import CallResult
 from fxtrain.model._state_dict import load_state_dict, state_dict
 from fxtrain.model._types import Modules, StateDict, Transforms
-from fxtrain.model._version_counters import refuse_in_place_writes as refuse_in_place_writes
-from fxtrain.model._version_counters import versions as versions
+from fxtrain.model._version_counters import refuse_in_place_writes, versions
 from fxtrain.model._view import View, view
-from fxtrain.model._wrapped_forward import forward_wrapped_by as forward_wrapped_by
+from fxtrain.model._wrapped_forward import forward_wrapped_by
 
 __all__ = [
     "CapturedStateError",
