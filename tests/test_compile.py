@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -435,13 +436,14 @@ class TestScalars:
 class TestLayouts:
     def test_cpu_training_keeps_convolution_layouts(self, monkeypatch):
         kept = []
-        compiled = torch._inductor.compile
+        compiled = compile_fx.compile_fx
 
-        def seen(graph, examples, options):
-            kept.append(options.get("layout_optimization", True) is False)
-            return compiled(graph, examples, options=options)
+        def seen(*args, config_patches=None, **options):
+            if config_patches is not None:  # it calls itself without them
+                kept.append(config_patches.get("layout_optimization", True) is False)
+            return compiled(*args, config_patches=config_patches, **options)
 
-        monkeypatch.setattr(torch._inductor, "compile", seen)
+        monkeypatch.setattr(compile_fx, "compile_fx", seen)
         module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
         tx = fx.optim.sgd(0.1)
         state, images = fx.init(module, tx), torch.randn(2, 1, 6, 6)
