@@ -95,8 +95,8 @@ def read_manifest(path: pathlib.Path) -> Manifest:
     except (ValueError, RecursionError) as error:  # the errors of decoding are ValueErrors too
         raise DamagedError(f"{file} is damaged: expected lines of JSON, got {error}.") from None
     expect = functools.partial(_expect, file)
-    expect("a head", head, lambda: type(head) is dict and "format" in head)
-    expect("a format number", head["format"], lambda: type(head["format"]) is int)
+    expect("a head", head, type(head) is dict and "format" in head)
+    expect("a format number", head["format"], type(head["format"]) is int)
     if head["format"] != FORMAT:
         raise CheckpointError(
             f"expected a checkpoint of format {FORMAT} at {path}, got format {head['format']}. Restore it with the "
@@ -124,72 +124,65 @@ def read_entry(entry: Entry) -> Manifest:
     return manifest
 
 
-Expect = Callable[[str, object, Callable[[], bool]], None]
+Expect = Callable[[str, object, bool], None]
 
 
-def _expect(file: pathlib.Path, what: str, value: object, holds: Callable[[], bool]) -> None:
-    if not holds():
+def _expect(file: pathlib.Path, what: str, value: object, holds: bool) -> None:
+    if not holds:
         raise DamagedError(f"{file} is damaged: expected {what}, got {reprlib.repr(value)}.")
 
 
 def _check_head(expect: Expect, head: Head) -> None:
     keys = {"format", "bytes", "step", "time", "metrics", "environment", "run", "role", "sequence"}
-    expect(f"a head with the keys {sorted(keys)}", sorted(head), lambda: set(head) == keys)
-    expect("a number of bytes", head["bytes"], lambda: _is_size(head["bytes"]))
-    expect("a step", head["step"], lambda: head["step"] is None or _is_size(head["step"]))
-    expect("a time", head["time"], lambda: type(head["time"]) is float and math.isfinite(head["time"]))
+    expect(f"a head with the keys {sorted(keys)}", sorted(head), set(head) == keys)
+    expect("a number of bytes", head["bytes"], _is_size(head["bytes"]))
+    expect("a step", head["step"], head["step"] is None or _is_size(head["step"]))
+    expect("a time", head["time"], type(head["time"]) is float and math.isfinite(head["time"]))
     metrics, environment = head["metrics"], head["environment"]
-    expect("metrics", metrics, lambda: type(metrics) is dict and all(type(v) is float for v in metrics.values()))
+    expect("metrics", metrics, type(metrics) is dict and all(type(v) is float for v in metrics.values()))
     expect(
         "an environment",
         environment,
-        lambda: type(environment) is dict and all(type(v) in (str, int, bool) for v in environment.values()),
+        type(environment) is dict and all(type(v) in (str, int, bool) for v in environment.values()),
     )
     run, role, sequence = head["run"], head["role"], head["sequence"]
     if (run, role, sequence) != (None, None, None):  # all three are None in checkpoints of fxtrain.save
-        expect("a run", run, lambda: type(run) is str and re.fullmatch("[0-9a-f]{12}", run) is not None)
-        expect("a role", role, lambda: type(role) is str and role in ROLES)
-        expect("a sequence number", sequence, lambda: _is_size(sequence))
-        expect("the step of a state", head["step"], lambda: head["step"] is not None)
+        expect("a run", run, type(run) is str and re.fullmatch("[0-9a-f]{12}", run) is not None)
+        expect("a role", role, type(role) is str and role in ROLES)
+        expect("a sequence number", sequence, _is_size(sequence))
+        expect("the step of a state", head["step"], head["step"] is not None)
 
 
 def _check_table(expect: Expect, head: Head, table: list[Leaf]) -> None:
     root = "tree" if head["step"] is None else "state"
     seen: set[str] = set()
     for row in table:
-        expect("a row", row, lambda row=row: type(row) is dict and set(row) | {"elements"} == set(Leaf.__annotations__))
-        path, entries, shape = row["path"], row["entries"], row["shape"]
-        expect("entries of a path", entries, lambda it=entries: type(it) is list and all(map(_is_entry, it)))
-        expect("a path that matches its entries", path, lambda at=path, it=entries: at == root + code_of(it))
-        expect("a unique path", path, lambda at=path: at not in seen)
+        expect("a row", row, type(row) is dict and set(row) | {"elements"} == set(Leaf.__annotations__))
+        path, entries, shape, size = row["path"], row["entries"], row["shape"], row["bytes"]
+        expect("entries of a path", entries, type(entries) is list and all(map(_is_entry, entries)))
+        expect("a path that matches its entries", path, path == root + code_of(entries))
+        expect("a unique path", path, path not in seen)
         seen.add(path)
-        expect("a dtype", row["dtype"], lambda it=row["dtype"]: type(it) is str and dtype_of(it) is not None)
-        expect("a shape", shape, lambda it=shape: type(it) is list and len(it) <= _MAX_DIMENSIONS)
-        expect("a shape", shape, lambda it=shape: all(map(_is_size, it)))
-        dtype = dtype_of(row["dtype"])
+        dtype = dtype_of(row["dtype"]) if type(row["dtype"]) is str else None
+        expect("a dtype", row["dtype"], dtype is not None)
         assert dtype is not None
+        expect("a shape", shape, type(shape) is list and len(shape) <= _MAX_DIMENSIONS and all(map(_is_size, shape)))
         # torch computes strides from nonzero lengths, so these must not overflow either.
         whole = math.prod(max(length, 1) for length in shape) * dtype.itemsize
-        expect("a shape that a tensor can have", shape, lambda it=whole: it < _MAX_SIZE)
-        size = math.prod(shape) * dtype.itemsize
-        expect(
-            f"{size} bytes of {path}", row["bytes"], lambda is_=row["bytes"], it=size: type(is_) is int and is_ == it
-        )
+        expect("a shape that a tensor can have", shape, whole < _MAX_SIZE)
+        expected = math.prod(shape) * dtype.itemsize
+        expect(f"{expected} bytes of {path}", size, type(size) is int and size == expected)
         elements = row.get("elements", [])
-        expect("paths of elements", elements, lambda it=elements: type(it) is list and all(map(_is_path, it)))
-        expect(
-            "a shape that matches its elements",
-            shape,
-            lambda it=row, of=shape: "elements" not in it or of == [len(it["elements"])],
-        )
+        expect("paths of elements", elements, type(elements) is list and all(map(_is_path, elements)))
+        expect("a shape that matches its elements", shape, "elements" not in row or shape == [len(elements)])
         xxh3 = row["xxh3"]
-        expect("a checksum", xxh3, lambda it=xxh3: type(it) is str and re.fullmatch("[0-9a-f]{16}", it) is not None)
+        expect("a checksum", xxh3, type(xxh3) is str and re.fullmatch("[0-9a-f]{16}", xxh3) is not None)
     places = offsets([(dtype_of(row["dtype"]).itemsize, row["bytes"]) for row in table])  # pyright: ignore[reportOptionalMemberAccess]
     for row, place in zip(table, places, strict=True):
         at = row["offset"]
-        expect(f"{row['path']} at the offset {place}", at, lambda at=at, it=place: type(at) is int and at == it)
+        expect(f"{row['path']} at the offset {place}", at, type(at) is int and at == place)
     total = sum(row["bytes"] for row in table)
-    expect(f"{total} bytes in total", head["bytes"], lambda: head["bytes"] == total)
+    expect(f"{total} bytes in total", head["bytes"], head["bytes"] == total)
 
 
 def _is_size(value: object) -> bool:
