@@ -9,12 +9,10 @@ exchange trees with JAX programs. ``fxtrain.state_dict`` and ``fxtrain.load_stat
 
 from fxtrain.checkpoint._checkpointer import Checkpointer, checkpointer
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
-from fxtrain.checkpoint._handle import Committed as Committed
-from fxtrain.checkpoint._handle import Save as Save
 from fxtrain.checkpoint._orbax import from_orbax, to_orbax
 from fxtrain.checkpoint._restore import Restoration, restore
 from fxtrain.checkpoint._retention import Role
-from fxtrain.checkpoint._save import save
+from fxtrain.checkpoint._save import Committed, Save, save
 
 __all__ = [
     "CheckpointError",

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import ParamSpec
 
 import torch
 
 from fxtrain.checkpoint import _folder as folders
 from fxtrain.checkpoint import _ownership as ownership
 from fxtrain.checkpoint import _retention as retention
-from fxtrain.checkpoint._deletion import Deletion
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._handle import Committed, Save
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._job_thread import JobThread
 from fxtrain.checkpoint._lock import FolderLock
 from fxtrain.checkpoint._ownership import Ownership
 from fxtrain.checkpoint._reader import Reader
-from fxtrain.checkpoint._retention import Entry, RetentionPolicy, Role
-from fxtrain.checkpoint._save import device_of, facts
+from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
+from fxtrain.checkpoint._save import Committed, Save, device_of, facts
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
-
-P = ParamSpec("P")
 
 
 class Checkpointer(Reader):
@@ -163,14 +159,20 @@ class Checkpointer(Reader):
         if self._run is None:
             self._run = self._ownership.run_of_save(ownership.contents(self.folder))
         try:
-            content = self._content(state, save)
+            if role == "snapshot":
+                content = Direct(state)
+            else:
+                self._in_snapshot, content = save, self._snapshot
+                content.take(state)
         except CheckpointError as error:
             self._failed(error)
             return save
         texts = {name: str(text) for name, text in (notes or {}).items()}
         # The thread count is read here, because the writer thread has its own.
         measured = {"threads": torch.get_num_threads(), **texts}
-        self._submit(self._commit, save, self._run, content, dict(metrics or {}), measured, device_of(state))
+        device = device_of(state)
+        job = functools.partial(self._commit, save, self._run, content, dict(metrics or {}), measured, device)
+        self._submit(job)
         if not self._background:
             self.wait()
         return save
@@ -188,7 +190,7 @@ class Checkpointer(Reader):
             raise CheckpointError(
                 f"expected a session that saves to {self.folder}, got none. Call begin or save first."
             )
-        self._submit(self._delete_snapshots, self._run, frozenset(steps))
+        self._submit(functools.partial(self._delete_snapshots, self._run, frozenset(steps)))
 
     def wait(self) -> None:
         """Blocks until all saves are finished.
@@ -257,13 +259,6 @@ class Checkpointer(Reader):
 
     # Helpers
 
-    def _content(self, state: TrainState, save: Save) -> Direct | HostCopy:
-        if save.role == "snapshot":
-            return Direct(state)
-        self._in_snapshot = save
-        self._snapshot.take(state)
-        return self._snapshot
-
     def _release(self) -> None:
         """Unlocks the folder, after any writes that are still pending because a wait was interrupted."""
         self._run = None
@@ -277,10 +272,10 @@ class Checkpointer(Reader):
             raise error
         warnings.warn(f"{error} Training continues without this checkpoint.", RuntimeWarning, stacklevel=4)
 
-    def _submit(self, job: Callable[P, None], *arguments: P.args, **options: P.kwargs) -> None:
+    def _submit(self, job: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
-                job(*arguments, **options)
+                job()
             except BaseException as error:
                 self._errors.append(error)
 
@@ -384,10 +379,5 @@ def checkpointer(
     path = pathlib.Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"expected folder to be a directory, got the file {path}. Choose another path.")
-    return Checkpointer(
-        path,
-        RetentionPolicy(keep, keep_every, best, mode),
-        background=background,
-        on_error=on_error,
-        overwrite=overwrite,
-    )
+    policy = RetentionPolicy(keep, keep_every, best, mode)
+    return Checkpointer(path, policy, background=background, on_error=on_error, overwrite=overwrite)

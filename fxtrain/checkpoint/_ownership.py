@@ -95,7 +95,7 @@ class Ownership:
 
 def contents(folder: pathlib.Path) -> list[Entry]:
     """Returns the checkpoints of all runs, including those set aside as unreadable, oldest first."""
-    return sorted([*retention.entries(folder), *retention.unreadable(folder)])
+    return sorted([*retention.entries(folder), *retention.entries(folder, retention.UNREADABLE)])
 
 
 def newest_run(found: Sequence[Entry]) -> str | None:

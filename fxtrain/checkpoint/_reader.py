@@ -250,7 +250,7 @@ class Reader:
 
     def _refuse_fresh_start(self, damaged: list[tuple[Entry, DamagedError]]) -> None:
         lines = [str(error) for _, error in damaged]
-        aside = self._own(retention.unreadable(self.folder))
+        aside = self._own(retention.entries(self.folder, retention.UNREADABLE))
         lines += [f"{entry.path} was set aside earlier as unreadable." for entry in aside]
         if lines:
             listing = "\n".join(f"  {line}" for line in lines)

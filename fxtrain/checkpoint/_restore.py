@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.checkpoint._environment import differences, environment
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._folder import Leaves
 from fxtrain.checkpoint._host_copy import bytes_of
 from fxtrain.checkpoint._leaf_table import Leaf
 from fxtrain.checkpoint._manifest import Manifest, dtype_of, read_manifest
-from fxtrain.checkpoint._match import Elements, Fresh, Match, Where, match
+from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
-from fxtrain.checkpoint._save import device_of
-from fxtrain.core import CHANGED_AT_END, LOOP, TrainState, Tree, check_choice
+from fxtrain.checkpoint._save import device_of, environment
+from fxtrain.core import CHANGED_AT_END, LOOP, Tree, check_choice
 from fxtrain.model._freezing import refuse_shared_counts
 
 _MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
@@ -186,31 +185,34 @@ def read(
     with contextlib.closing(Leaves(path, manifest)) as file:
         state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, target))
         if fresh is not None:
-            _refuse_shared_counts(state, matched, fresh)
+            sourced = zip(tree.leaves(state), matched.sources, strict=True)
+            kept = {id(leaf) for leaf, source in sourced if source is None}
+            remedy = "restore only the parameters, with where='state.params'"
+            refuse_shared_counts(state.opt_state, kept, f"fresh={fresh!r}", remedy)
         if extra == "keep" and matched.extra:
             home = device_of(state)
-            kept = {
+            slots = {
                 name: rebuild([(row["entries"][2:], _read_leaf(file, row, home)) for row in own])
                 for name, own in matched.extra.items()
             }
-            state = state.replace(slots={**state.slots, **kept})
+            state = state.replace(slots={**state.slots, **slots})
         if CHANGED_AT_END in matched.missing:  # `like` is the result of a run, and the checkpoint is not
             state = state.replace(slots={name: slot for name, slot in state.slots.items() if name != CHANGED_AT_END})
     now = {**environment(device_of(state)), **(notes or {})}
-    different = differences(manifest["environment"], now)
+    different = _differences(manifest["environment"], now)
     missing, added = _callback_slots(matched.missing), _callback_slots(matched.extra)
     outdated, shared = _callback_slots(matched.outdated), _callback_slots(matched.shared)
     return Restoration(state, path, missing, added, outdated, shared, different, manifest["environment"])
 
 
-def _refuse_shared_counts(state: TrainState, matched: Match, fresh: Fresh) -> None:
-    kept = {id(leaf) for leaf, source in zip(tree.leaves(state), matched.sources, strict=True) if source is None}
-    refuse_shared_counts(
-        state.opt_state,
-        kept,
-        f"fresh={fresh!r}",
-        "restore only the parameters, with where='state.params'",
-    )
+def _differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Returns one line for each name whose value differs. A tuple in ``now`` matches any of its values."""
+    possible = {name: value if isinstance(value, tuple) else (value,) for name, value in now.items()}
+    return [
+        f"{name}: {then[name]} at the save, {values[0]} now"
+        for name, values in possible.items()
+        if name in then and then[name] not in values
+    ]
 
 
 def _callback_slots(slots: Iterable[str]) -> list[str]:

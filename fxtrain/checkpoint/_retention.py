@@ -1,13 +1,17 @@
-"""The folder names of checkpoints, and the policy that selects which checkpoints of a run are kept."""
+"""The folder names of checkpoints, the policy that selects which of a run are kept, and the deletion of others."""
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._temporary_folder import UNFINISHED
+from fxtrain.disk import sync_folder
 
 Role = Literal["trajectory", "session", "snapshot"]
 """The purpose of a checkpoint.
@@ -19,6 +23,7 @@ Role = Literal["trajectory", "session", "snapshot"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 UNREADABLE = "unreadable-"
+_DELETED = ".deleted-"
 _NAME = re.compile(r"([0-9]{8,})(?:-([0-9a-f]{12}))?(?:-(session|snapshot))?-step-([0-9]{9,})")
 
 
@@ -82,14 +87,19 @@ def name(sequence: int, step: int, run: str, role: Role) -> str:
     return f"{sequence:08d}-{run}{kind}-step-{step:09d}"
 
 
-def entries(folder: pathlib.Path) -> list[Entry]:
-    """Returns the committed checkpoints of all runs, oldest first."""
-    return _named(folder, "")
-
-
-def unreadable(folder: pathlib.Path) -> list[Entry]:
-    """Returns the checkpoints of all runs that were set aside as unreadable, oldest first."""
-    return _named(folder, UNREADABLE)
+def entries(folder: pathlib.Path, prefix: str = "") -> list[Entry]:
+    """Returns the committed checkpoints of all runs, or with ``UNREADABLE`` those set aside, oldest first."""
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"expected a folder that can be listed, got {folder}: {error}.") from error
+    return sorted(
+        Entry(int(match[1]), int(match[4]), match[2] or "", match[3] or "trajectory", path)  # pyright: ignore[reportArgumentType]
+        for path in paths
+        if path.name.startswith(prefix) and (match := _NAME.fullmatch(path.name.removeprefix(prefix)))
+    )
 
 
 def listed(found: Iterable[Entry]) -> list[Entry]:
@@ -118,15 +128,45 @@ def _rewind_marks(kept: Iterable[Entry], found: Sequence[Entry]) -> set[Entry]:
     return marks
 
 
-def _named(folder: pathlib.Path, prefix: str) -> list[Entry]:
-    try:
-        paths = list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointError(f"expected a folder that can be listed, got {folder}: {error}.") from error
-    return sorted(
-        Entry(int(match[1]), int(match[4]), match[2] or "", match[3] or "trajectory", path)  # pyright: ignore[reportArgumentType]
-        for path in paths
-        if path.name.startswith(prefix) and (match := _NAME.fullmatch(path.name.removeprefix(prefix)))
-    )
+class Deletion:
+    """Deletes checkpoints from a folder.
+
+    A failed deletion only wastes disk space, so it is reported as a warning, once for each path.
+
+    Args:
+        folder: The folder of the checkpoints.
+        warnings: A queue that receives the texts of warnings.
+    """
+
+    def __init__(self, folder: pathlib.Path, warnings: collections.deque[str]) -> None:
+        self._folder, self._warnings = folder, warnings
+        self._warned: set[pathlib.Path] = set()
+
+    def delete(self, entries: Iterable[Entry]) -> None:
+        """Deletes the checkpoints in ``entries``."""
+        for entry in entries:
+            # Renamed first, because an interrupted deletion must not leave a partial checkpoint under a valid name.
+            renamed = entry.path.with_name(f"{_DELETED}{entry.path.name}")
+            try:
+                if entry.path.is_symlink():
+                    raise OSError("a symbolic link")
+                entry.path.rename(renamed)
+                sync_folder(self._folder)
+                shutil.rmtree(renamed)
+            except OSError as error:
+                self.warn_once(
+                    entry.path,
+                    f"expected to delete the expired checkpoint {entry.path}, got {error}. It still takes disk space.",
+                )
+
+    def warn_once(self, path: pathlib.Path, text: str) -> None:
+        """Queues the warning ``text``, unless there was one for the same path."""
+        if path not in self._warned:
+            self._warned.add(path)
+            self._warnings.append(text)
+
+    def clear(self) -> None:
+        """Deletes partly written and partly deleted checkpoints. Requires the folder lock, so no writer is active."""
+        for pattern in (f"{UNFINISHED}*-step-*", f"{_DELETED}*"):
+            for path in self._folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)

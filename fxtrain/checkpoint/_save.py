@@ -1,24 +1,50 @@
-"""Saves one checkpoint."""
+"""Saves one checkpoint: its facts, and the handle of a save in the background."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import platform
 import time
 from collections.abc import Mapping
+from importlib import metadata
+from typing import NamedTuple
 
 import torch
 
 from fxtrain import tree
-from fxtrain.checkpoint._environment import environment
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._folder import FILES, write
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._leaf_table import root_of
 from fxtrain.checkpoint._manifest import Facts
+from fxtrain.checkpoint._retention import Role
 from fxtrain.checkpoint._temporary_folder import clear_abandoned
-from fxtrain.core import Tree
+from fxtrain.core import Tree, device_name
 from fxtrain.disk import make_folder
+
+
+class Committed(NamedTuple):
+    """A checkpoint that is committed to disk.
+
+    Args:
+        step: The state's step.
+        path: The checkpoint's folder.
+        metrics: The metrics it was saved with.
+    """
+
+    step: int
+    path: pathlib.Path
+    metrics: dict[str, float]
+
+
+class Save:
+    """The handle returned by ``Checkpointer.save``. ``committed`` is None until the checkpoint is on disk."""
+
+    def __init__(self, role: Role) -> None:
+        self.role: Role = role
+        self.committed: Committed | None = None
+        self.ended = False  # whether the writer is done with it, committed or failed
 
 
 def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
@@ -88,3 +114,18 @@ def facts(contents: Direct | HostCopy, device: torch.device, metrics: Mapping[st
 def device_of(state: object) -> torch.device:
     """Returns the device of the first leaf, or the CPU for a tree without leaves."""
     return tree.device_of(state) or torch.device("cpu")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Returns the conditions of bitwise equality in this process, for computations on ``device``, by name."""
+    return {
+        "fxtrain": metadata.version("fxtrain"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": torch.backends.cpu.get_cpu_capability(),  # the vector width determines the order of summation
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+    }
