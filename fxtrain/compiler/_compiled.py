@@ -21,7 +21,7 @@ from fxtrain.core import Batch, Callback, StepOutput, TrainState
 from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
-from fxtrain.step import EvalFunction, ManySteps, Step
+from fxtrain.step import EvalFunction, ManySteps, Step, take_steps
 from fxtrain.step._callbacks import identity
 
 _log = logging.getLogger(__name__)
@@ -182,8 +182,7 @@ class Compiled:
         if len(batches) != self.steps_per_call:
             raise ValueError(f"expected {self.steps_per_call} batches (steps_per_call), got {len(batches)}.")
         if self.steps_per_call == 1:
-            state, output = self(state, batches[0])
-            return state, (output,)
+            return take_steps(self, state, batches)
         if self._several is None:
             assert isinstance(self.step, Step)
             self._several = copy.copy(self)

@@ -9,6 +9,7 @@ from fxtrain.core import Batch, Epoch, StepOutput, TrainState
 from fxtrain.data import Source
 from fxtrain.loop._interrupts import leaving_compilation
 from fxtrain.loop._types import LoopStep
+from fxtrain.step import take_steps
 
 Many = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Sequence[StepOutput]]]
 
@@ -49,20 +50,14 @@ class Dispatch:
 
     def take(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
         """Takes one step per batch. In a multi-step dispatch, outputs after a stop are invalid."""
-        if len(batches) == 1:
-            state, output = self._one(state, batches[0])
-            return state, (output,)
         if (
             self._many is not None
-            and len(batches) == self._steps_per_call
+            and 1 < len(batches) == self._steps_per_call
             and (not self._may_differ or _are_alike(batches))
         ):
             return self._many(state, batches)
-        outputs: list[StepOutput] = []
-        for batch in batches:  # the last batches of the data, or batches of several shapes
-            state, output = self._one(state, batch)
-            outputs.append(output)
-        return state, outputs
+        # A single batch, the last batches of the data, or batches of several shapes.
+        return take_steps(self._one, state, batches)
 
 
 def _are_alike(batches: Sequence[Batch]) -> bool:

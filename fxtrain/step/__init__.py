@@ -2,10 +2,8 @@
 
 from fxtrain.step._eval_step import EvalFunction, eval_step
 from fxtrain.step._gradients import Gradient, gradients
-from fxtrain.step._many_steps import ManySteps as ManySteps
-from fxtrain.step._microbatches import mean_gradient as mean_gradient
-from fxtrain.step._microbatches import microbatches as microbatches
-from fxtrain.step._step import Step
+from fxtrain.step._microbatches import mean_gradient, microbatches
+from fxtrain.step._step import ManySteps, Step, take_steps
 from fxtrain.step._tap import tap
 from fxtrain.step._train_step import apply_gradients, train_step
 from fxtrain.step._weighted import Weighted, weighted

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,47 @@ class Step:
     def __repr__(self) -> str:
         fires = ", ".join(kind.__name__ for kind in TRACED if kind in self.fires) or "nothing"
         return f"<step {self._name}, fires {fires}>"
+
+
+class ManySteps(Step):
+    """A function ``(state, batches) -> (state, outputs)`` that applies a step to each batch in turn.
+
+    One graph of it takes several steps per dispatch, for models so small that dispatch overhead dominates.
+
+    Args:
+        step: The step.
+        count: Number of batches per call, for its name.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.5)
+        >>> step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+        >>> state, batches = fx.init({"w": torch.tensor(0.0)}, tx), torch.tensor([1.0, 3.0]).unbind()
+        >>> state, outputs = ManySteps(step, 2)(state, batches)
+        >>> [float(output.metrics["loss"]) for output in outputs], int(state.step)
+        ([1.0, 4.0], 2)
+    """
+
+    def __init__(self, step: Step, count: int) -> None:
+        super().__init__(step.function, callbacks=step.callbacks, fires=step.fires)
+        self.step, self.count = step, count
+
+    def __call__(self, state: TrainState, batch: Sequence[Batch]) -> tuple[TrainState, Any]:
+        return take_steps(self.step, state, batch)
+
+    def __repr__(self) -> str:
+        return f"<{self.count} of {self.step!r}>"
+
+
+def take_steps(
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepOutput]], state: TrainState, batches: Sequence[Batch]
+) -> tuple[TrainState, Sequence[StepOutput]]:
+    """Applies a step to each batch in turn, and returns the last state and all outputs."""
+    outputs: list[StepOutput] = []
+    for batch in batches:
+        state, output = step(state, batch)
+        outputs.append(output)
+    return state, tuple(outputs)
 
 
 def on_device(control: Control | None, device: torch.device) -> Control:
