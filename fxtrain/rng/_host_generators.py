@@ -15,10 +15,9 @@ import torch
 
 from fxtrain._torch_internals.dispatch import without_dispatch_modes
 from fxtrain._torch_internals.tracing import is_traced
-from fxtrain.rng._philox import Key, philox4x32
+from fxtrain.rng._philox import Key, words
 
 _HOST_SITE = (1 << 24) - 1  # the last site of a key, which program order never reaches
-_WORD = (1 << 32) - 1
 _LOCKS: dict[int, threading.RLock] = {}  # by process, because a forked worker must not inherit a held lock
 _MT19937_BYTES = 625 * 4  # bytes of NumPy's Mersenne Twister: 624 words and the position
 _GENERATORS: list[Any] = []  # one bit generator per nesting depth of ``seeded``
@@ -46,9 +45,8 @@ def host_seed(key: Key) -> int | None:
                 seed, step, microbatch = torch.stack(tensors).tolist()  # one transfer
     except RuntimeError:  # batched by vmap
         return None
-    counter = 0, key.stream << 24 | _HOST_SITE, step & _WORD, microbatch & _WORD
-    words = philox4x32(counter, (seed & _WORD, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & _WORD))
-    return int(words[0]) | int(words[1]) << 32
+    low, high, *_ = words(0, _HOST_SITE, key.stream, seed, step, microbatch)
+    return low | high << 32
 
 
 @contextlib.contextmanager

@@ -155,11 +155,11 @@ def blocks(key: Key, count: int, *, site: int, device: torch.device) -> Words:
         raise ValueError(f"expected site to be an int from 0 to 2^24 - 1, got {site}.")
     if count > 1 << 32:
         raise ValueError(f"expected at most 2^34 random words from one site, got {4 * count}. Use several sites.")
-    seed, step, microbatch = key.seed.to(device), key.step.to(device), key.microbatch.to(device)
-    counter = (
-        torch.arange(count, device=device),
-        key.stream << 24 | site,
-        step & MASK,
-        microbatch & MASK,
-    )
+    position = key.seed.to(device), key.step.to(device), key.microbatch.to(device)
+    return words(torch.arange(count, device=device), site, key.stream, *position)
+
+
+def words(index: Word, site: int, stream: int, seed: Word, step: Word, microbatch: Word) -> Words:
+    """Returns the four random words of the blocks with this index, of a site and a position in a run."""
+    counter = index, stream << 24 | site, step & MASK, microbatch & MASK
     return philox4x32(counter, (seed & MASK, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & MASK))

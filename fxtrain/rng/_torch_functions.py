@@ -306,20 +306,8 @@ def linear(
     return flat.view(input.shape[0], input.shape[1], weight.shape[0])
 
 
-def fractional_max_pool2d(
-    source: Source, func: Callable[..., Tensor], input: Tensor, *args: object, **options: object
-) -> Any:
-    return _fractional_max_pool(source, func, 2, input, *args, **options)
-
-
-def fractional_max_pool3d(
-    source: Source, func: Callable[..., Tensor], input: Tensor, *args: object, **options: object
-) -> Any:
-    return _fractional_max_pool(source, func, 3, input, *args, **options)
-
-
-def _fractional_max_pool(
-    source: Source, func: Callable[..., Tensor], axes: int, input: Tensor, *args: object, **options: object
+def fractional_max_pool(
+    axes: int, source: Source, func: Callable[..., Tensor], input: Tensor, *args: object, **options: object
 ) -> Any:
     if options.get("_random_samples") is None:
         shape = [input.shape[0] if input.ndim == axes + 2 else 1, input.shape[-axes - 1], axes]
@@ -395,10 +383,10 @@ REPLACED: dict[str, Callable[..., Any]] = {
 SOMETIMES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": attention,
     "linear": linear,
-    "fractional_max_pool2d": fractional_max_pool2d,
-    "fractional_max_pool2d_with_indices": fractional_max_pool2d,
-    "fractional_max_pool3d": fractional_max_pool3d,
-    "fractional_max_pool3d_with_indices": fractional_max_pool3d,
+    "fractional_max_pool2d": functools.partial(fractional_max_pool, 2),
+    "fractional_max_pool2d_with_indices": functools.partial(fractional_max_pool, 2),
+    "fractional_max_pool3d": functools.partial(fractional_max_pool, 3),
+    "fractional_max_pool3d_with_indices": functools.partial(fractional_max_pool, 3),
     "lstm": recurrent,
     "gru": recurrent,
     "rnn_tanh": recurrent,
