@@ -2,22 +2,64 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.core import Batch, describe
+from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._data_loaders import from_loader
 from fxtrain.data._graphs import is_graph
 from fxtrain.data._hugging_face import as_torch, has_state
 from fxtrain.data._iterables import from_iterable
-from fxtrain.data._sequence import sequence
 from fxtrain.data._source import Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
 from fxtrain.data._types import Batches, SourceLike
+
+
+class ListBatches(Source):
+    """Batches from a list. Use ``sequence``."""
+
+    epoch_length: int
+
+    def __init__(self, items: Sequence[Batch], *, dynamic: bool = False) -> None:
+        super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
+        if not items:
+            raise ValueError("expected at least one batch, got an empty list.")
+        self.items = items
+        self.epoch_length = len(items)
+        # Check all batches now, so that a mismatch raises before the run and not during it.
+        self._batches = [super(ListBatches, self).__getitem__(position) for position in range(len(items))]
+
+    def fetch(self, position: int) -> Batch:
+        return self.items[position % self.epoch_length]
+
+    def __getitem__(self, position: int) -> Batch:
+        position = operator.index(position)
+        return self._batches[position % self.epoch_length] if position >= 0 else super().__getitem__(position)
+
+
+def sequence(items: Sequence[Batch], *, dynamic: bool = False) -> Source:
+    """Returns the given batches, in the same order in each epoch.
+
+    Args:
+        items: Batches of equal structure, dtypes and shapes. The last may have fewer rows.
+        dynamic: Whether sizes may change from batch to batch.
+
+    Raises:
+        ValueError: If there are no batches, or they differ.
+
+    Example:
+        >>> import torch
+        >>> data = sequence([torch.zeros(2), torch.ones(2)])
+        >>> data.epoch_length, data[3]
+        (2, tensor([1., 1.]))
+    """
+    return ListBatches(list(items), dynamic=dynamic)
 
 
 class CheckedBatches(Source):
@@ -83,13 +125,12 @@ def as_source(source: SourceLike, *, seed: int = 0) -> Source:
         return from_stateful_loader(data, seed=seed)
     if isinstance(data, DataLoader):
         return from_loader(data, seed=seed)
-    _refuse_other_kinds(data)
-    _refuse_samples(data)
+    _refuse_all_but_batches(data)
     return from_iterable(data, seed=seed)
 
 
-def _refuse_other_kinds(source: object) -> None:
-    """Raises for objects that neither hold samples nor yield batches."""
+def _refuse_all_but_batches(source: object) -> None:
+    """Raises for objects that hold samples, and for those that hold no data."""
     remedy = ""
     if isinstance(source, type):
         remedy = "Create an instance."
@@ -101,9 +142,6 @@ def _refuse_other_kinds(source: object) -> None:
         remedy = f"Select one: data[{next(iter(source))!r}]."
     if remedy:
         raise TypeError(f"expected batches, got {describe(source)}. {remedy}")
-
-
-def _refuse_samples(source: object) -> None:
     samples = isinstance(source, Dataset) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
     if isinstance(source, Tensor | np.ndarray | Mapping) or (samples and not isinstance(source, IterableDataset)):
         raise TypeError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeGuard
 
 import numpy as np
@@ -14,13 +15,12 @@ from fxtrain.core import Batch, Tree, check_positive_int, describe
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._collate import collate, samples
 from fxtrain.data._hugging_face import as_torch, has_state, is_stream
-from fxtrain.data._indexed import DropLast, IndexedBatches, take_rows
+from fxtrain.data._indexed_batches import DropLast, IndexedBatches, take_rows
 from fxtrain.data._iterables import from_iterable
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
-from fxtrain.data._stream_batches import StatefulStreamBatches, StreamBatches
-from fxtrain.data._types import LazyArray, MapDataset, Sample
+from fxtrain.data._types import MapDataset, Sample, StatefulLoader
 
 
 def batches(
@@ -69,14 +69,15 @@ def batches(
     source = as_torch(source)
     _refuse_table(source)
     if isinstance(source, IterableDataset) or is_stream(source):
-        return _grouped(
-            *(source, batch_size),
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            collate=collate,
-            dynamic=dynamic,
-        )
+        if shuffle:
+            raise ValueError(
+                "expected shuffle=False for a stream, got shuffle=True. Shuffle the stream itself, for example with "
+                "dataset.shuffle(...) of datasets or webdataset."
+            )
+        if has_state(source):
+            stream = StatefulStreamBatches(source, batch_size, collate, drop_last)
+            return from_stateful_loader(stream, seed=seed, dynamic=dynamic)
+        return from_iterable(StreamBatches(source, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
     if _is_dataset(source):
 
         def take(items: np.ndarray, position: int) -> Batch:
@@ -85,7 +86,8 @@ def batches(
 
         size, what = len(source), f"a dataset with {len(source)} samples"
     else:
-        size, what = _common_length(source), f"arrays with {_common_length(source)} rows"
+        size = _common_length(source)
+        what = f"arrays with {size} rows"
         if drop_last == "pad" and (not isinstance(source, Mapping) or "mask" in source):
             raise ValueError(
                 f'expected a dict of arrays without the key "mask", which drop_last="pad" adds, got {describe(source)}.'
@@ -106,29 +108,43 @@ def batches(
     )
 
 
-def _grouped(
-    stream: Iterable[Sample],
-    batch_size: int,
-    *,
-    seed: int,
-    shuffle: bool | None,
-    drop_last: DropLast,
-    collate: Callable[[list[Sample]], Batch],
-    dynamic: bool,
-) -> Source:
-    """Returns batches of an iterable dataset's samples."""
-    check_positive_int("batch_size", batch_size)
-    if shuffle:
-        raise ValueError(
-            "expected shuffle=False for a stream, got shuffle=True. Shuffle the stream itself, for example with "
-            "dataset.shuffle(...) of datasets or webdataset."
-        )
-    if not isinstance(drop_last, bool):
-        raise ValueError(f"expected drop_last to be True or False for a stream, got {describe(drop_last)}.")
-    if has_state(stream):
-        loader = StatefulStreamBatches(stream, batch_size, collate, drop_last)
-        return from_stateful_loader(loader, seed=seed, dynamic=dynamic)
-    return from_iterable(StreamBatches(stream, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
+class StreamBatches:
+    """A stream's samples in groups of ``batch_size``."""
+
+    def __init__(
+        self, dataset: Iterable[Sample], batch_size: int, collate: Callable[[list[Sample]], Batch], drop_last: DropLast
+    ) -> None:
+        check_positive_int("batch_size", batch_size)
+        if not isinstance(drop_last, bool):
+            raise ValueError(f"expected drop_last to be True or False for a stream, got {describe(drop_last)}.")
+        self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
+        self._collate = collate
+
+    def set_epoch(self, epoch: int) -> None:
+        if callable(set_epoch := getattr(self.dataset, "set_epoch", None)):
+            set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        group: list[Tree] = []
+        for sample in self.dataset:
+            group.append(sample)
+            if len(group) == self.batch_size:
+                yield self._collate(group)
+                group = []
+        if group and not self.drop_last:
+            yield self._collate(group)
+
+
+class StatefulStreamBatches(StreamBatches):
+    """``StreamBatches`` for a stream that can save and restore its position."""
+
+    dataset: StatefulLoader
+
+    def state_dict(self) -> dict[str, Tree]:
+        return {"dataset": copy.deepcopy(self.dataset.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Tree]) -> None:
+        self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))
 
 
 def _is_dataset(source: object) -> TypeGuard[MapDataset[Tree]]:
@@ -166,7 +182,7 @@ def _refuse_table(source: object) -> None:
         )
 
 
-def _is_read_lazily(leaf: object) -> TypeGuard[LazyArray]:
+def _is_read_lazily(leaf: object) -> bool:
     """Whether this is an array on disk that reads only the indexed items, like those of h5py and zarr."""
     is_array = all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
     return is_array and isinstance(getattr(leaf, "dtype", None), np.dtype) and not hasattr(leaf, "iloc")

@@ -9,10 +9,9 @@ import numpy as np
 from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
-from fxtrain.data._indexed import DropLast
+from fxtrain.data._indexed_batches import DropLast
 from fxtrain.data._pad import PadLayout, Side, pad
-from fxtrain.data._padded import padded
-from fxtrain.data._ragged_batches import BatchPlan, RaggedBatches
+from fxtrain.data._padded import BatchPlan, RaggedBatches, padded
 from fxtrain.data._types import Examples
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.
@@ -157,9 +156,11 @@ class BucketedBatches(RaggedBatches):
         epoch_length = int(self._ends[-1]) + (rest > 0 and drop_last is not True)
         self._order = Order(epoch_length, seed=mix(seed, 1), shuffle=shuffle)
         self._cache: tuple[int, list[np.ndarray]] | None = None  # the carried-over examples of one epoch
-        super().__init__(examples, layout, lengths, sizes=shapes, epoch_length=epoch_length, seed=seed)
+        super().__init__(
+            self._choose_items, examples, layout, lengths, sizes=shapes, epoch_length=epoch_length, seed=seed
+        )
 
-    def choose(self, epoch: int, index: int) -> BatchPlan:
+    def _choose_items(self, epoch: int, index: int) -> BatchPlan:
         number = int(self._order.items(epoch, index, index + 1)[0])
         bucket = min(int(np.searchsorted(self._ends, number, side="right")), len(self._rows) - 1)
         rows = self._rows[bucket]

@@ -14,10 +14,9 @@ from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._bin_packing import Bins
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
-from fxtrain.data._indexed import DropLast
+from fxtrain.data._indexed_batches import DropLast
 from fxtrain.data._pad import PadLayout, pad, refuse_unless_alike
-from fxtrain.data._padded import padded
-from fxtrain.data._ragged_batches import Padding
+from fxtrain.data._padded import Padding, padded
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._types import Examples

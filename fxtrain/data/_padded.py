@@ -1,68 +1,107 @@
-"""Batches of examples of different lengths, in random order, each padded to its longest example."""
+"""Batches of examples of different lengths, each padded to its longest example, and the padding that they count."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from fxtrain.core import args_from, check_choice, check_positive_int
+from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._epoch_order import Order
 from fxtrain.data._examples import Lengths, MeasuredExamples
-from fxtrain.data._indexed import DropLast
+from fxtrain.data._indexed_batches import DropLast
 from fxtrain.data._pad import PadLayout, Side, pad
-from fxtrain.data._ragged_batches import BatchPlan, RaggedBatches
+from fxtrain.data._seeding import seeded
+from fxtrain.data._source import Source
 from fxtrain.data._types import Examples
 
+# With more shapes, compiling a graph for each no longer pays off.
+_MAX_COMPILED_SHAPES = 16
 
-class PaddedBatches(RaggedBatches):
-    """Batches padded to their longest example. Use ``padded``."""
+
+class Padding(NamedTuple):
+    """The amount of padding in an epoch's batches.
+
+    Args:
+        padded: Number of padding positions.
+        positions: Number of all positions.
+    """
+
+    padded: int
+    positions: int
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of padding, between 0 and 1."""
+        return self.padded / self.positions
+
+
+class BatchPlan(NamedTuple):
+    """The composition of a batch.
+
+    Args:
+        items: Indices of examples, int64 [n].
+        rows: Number of rows, at least n.
+        sizes: The padded length of each column.
+    """
+
+    items: np.ndarray
+    rows: int
+    sizes: Mapping[str, int]
+
+
+class RaggedBatches(Source):
+    """Batches of examples of different lengths. Use ``padded`` or ``bucketed``.
+
+    Args:
+        choose: Maps an epoch and an index in it to the composition of a batch.
+        examples: The examples and their lengths.
+        layout: The layout of examples in a batch.
+        lengths: The length of each example after truncation, by column.
+        sizes: Rows and length of each batch shape.
+        epoch_length: Batches per epoch.
+        seed: Seed of the dataset's random samples.
+    """
+
+    epoch_length: int
 
     def __init__(
         self,
+        choose: Callable[[int, int], BatchPlan],
         examples: MeasuredExamples,
         layout: PadLayout,
-        batch_size: int,
+        lengths: Mapping[str, np.ndarray],
         *,
-        multiple: int,
+        sizes: Sequence[tuple[int, int]],
+        epoch_length: int,
         seed: int,
-        shuffle: bool,
-        drop_last: DropLast,
     ) -> None:
-        check_positive_int("batch_size", batch_size)
-        check_positive_int("multiple", multiple)
-        check_choice("drop_last", drop_last, (True, False, "pad"))
-        count = examples.count
-        full, rest = divmod(count, batch_size)
-        if drop_last is True and not full:
-            raise ValueError(
-                f"expected at least batch_size={batch_size} examples, got {count}. Lower batch_size, or keep a short "
-                'batch with drop_last=False or "pad".'
-            )
-        lengths = layout.cut(examples.by_column)
-        self.batch_size, self.multiple, self.drop_last = batch_size, multiple, drop_last
-        self._order = Order(count, seed=seed, shuffle=shuffle)
-        # The longest of b examples is at least as long as the b-th shortest of all.
-        ascending = np.sort(np.maximum.reduce(list(lengths.values())))
-        examples_by_rows = {batch_size: batch_size} if full else {}
-        if rest and drop_last is not True:
-            rows = batch_size if drop_last == "pad" else rest
-            examples_by_rows[rows] = rest
-        sizes = [
-            (rows, int(length))
-            for rows, real in sorted(examples_by_rows.items(), reverse=True)
-            for length in np.unique(-(-ascending[real - 1 :] // multiple) * multiple)
-        ]
-        epoch_length = full + (rest > 0 and drop_last is not True)
-        super().__init__(examples, layout, lengths, sizes=sizes, epoch_length=epoch_length, seed=seed)
+        few = len(sizes) <= _MAX_COMPILED_SHAPES
+        super().__init__(dynamic_dims=0 if few else ALL_DIMS, num_shapes=len(sizes) if few else None)
+        self._choose = choose
+        self._examples, self._layout, self._lengths = examples, layout, lengths
+        self.sizes = tuple(sizes)
+        """Rows and length of each batch shape."""
+        self.epoch_length, self._seed = epoch_length, seed
+        # Make a batch of one example, so that unsuitable data raises now and not during a run.
+        layout.batch([examples.first], {name: int(each[0]) for name, each in lengths.items()}, 1)
 
-    def choose(self, epoch: int, index: int) -> BatchPlan:
-        start = index * self.batch_size
-        items = self._order.items(epoch, start, min(start + self.batch_size, self.examples.count))
-        sizes = self.layout.sizes({name: each[items] for name, each in self.lengths.items()}, self.multiple)
-        # One length for all columns, because each combination of lengths would compile another graph.
-        sizes = dict.fromkeys(sizes, max(sizes.values()))
-        return BatchPlan(items, len(items) if self.drop_last is False else self.batch_size, sizes)
+    def fetch(self, position: int) -> dict[str, Tensor]:
+        items, rows, sizes = self._choose(*divmod(position, self.epoch_length))
+        with seeded(self._seed, position):
+            return self._layout.batch(self._examples.read(items), sizes, rows)
+
+    def padding(self, epoch: int = 0) -> Padding:
+        """Returns the amount of padding in an epoch, without reading examples."""
+        real = positions = 0
+        for index in range(self.epoch_length):
+            items, rows, sizes = self._choose(epoch, index)
+            real += sum(int(self._lengths[name][items].sum()) for name in sizes)
+            positions += rows * sum(sizes.values())
+        return Padding(positions - real, positions)
 
 
 @args_from(pad)
@@ -82,7 +121,7 @@ def padded(
     columns: Sequence[str] | None = None,
     variable: Sequence[str] | None = None,
     lengths: Lengths | None = None,
-) -> PaddedBatches:
+) -> RaggedBatches:
     """Returns batches of examples of different lengths, each padded to its longest example, rounded up to a multiple.
 
     Examples are shuffled as in ``batches``, so each batch is a fair sample of the data. ``bucketed`` groups examples of
@@ -125,6 +164,35 @@ def padded(
     """
     examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     layout = PadLayout(examples.by_column, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
-    return PaddedBatches(
-        examples, layout, batch_size, multiple=multiple, seed=seed, shuffle=shuffle, drop_last=drop_last
-    )
+    check_positive_int("batch_size", batch_size)
+    check_positive_int("multiple", multiple)
+    check_choice("drop_last", drop_last, (True, False, "pad"))
+    full, rest = divmod(examples.count, batch_size)
+    if drop_last is True and not full:
+        raise ValueError(
+            f"expected at least batch_size={batch_size} examples, got {examples.count}. Lower batch_size, or keep a "
+            'short batch with drop_last=False or "pad".'
+        )
+    cut = layout.cut(examples.by_column)
+    longest = np.maximum.reduce(list(cut.values()))
+    order = Order(examples.count, seed=seed, shuffle=shuffle)
+
+    def choose(epoch: int, index: int) -> BatchPlan:
+        start = index * batch_size
+        items = order.items(epoch, start, min(start + batch_size, examples.count))
+        # One length for all columns, because each combination of lengths would compile another graph.
+        size = -(-int(longest[items].max()) // multiple) * multiple
+        return BatchPlan(items, len(items) if drop_last is False else batch_size, dict.fromkeys(cut, size))
+
+    # The longest of b examples is at least as long as the b-th shortest of all.
+    ascending = np.sort(longest)
+    examples_by_rows = {batch_size: batch_size} if full else {}
+    if rest and drop_last is not True:
+        examples_by_rows[batch_size if drop_last == "pad" else rest] = rest
+    shapes = [
+        (rows, int(length))
+        for rows, real in sorted(examples_by_rows.items(), reverse=True)
+        for length in np.unique(-(-ascending[real - 1 :] // multiple) * multiple)
+    ]
+    epoch_length = full + (rest > 0 and drop_last is not True)
+    return RaggedBatches(choose, examples, layout, cut, sizes=shapes, epoch_length=epoch_length, seed=seed)

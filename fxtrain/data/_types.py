@@ -51,20 +51,6 @@ class StatefulLoader(Protocol):
     def load_state_dict(self, state: Mapping[str, Tree], /) -> None: ...
 
 
-class LazyArray(Protocol):
-    """An array on disk that reads only the indexed rows, like those of h5py and zarr."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
-
-
 @runtime_checkable
 class Batches(Protocol):
     """A stream of batches by position: ``data[i]`` returns the same batch each time.

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from fxtrain.core import Control, EpochEnd, FitEnd, TrainState
 from fxtrain.data import Source
-from fxtrain.data._ragged_batches import Padding
+from fxtrain.data._padded import Padding
 from fxtrain.fold import Handler, on
 
 
