@@ -1,14 +1,12 @@
 """Observers: functions ``(state, event, control)`` with side effects. They cannot influence training."""
 
-from fxtrain.observers._memory import memory
+from fxtrain.observers._machine import memory, system
 from fxtrain.observers._profile import profile
 from fxtrain.observers._progress import progress
-from fxtrain.observers._rank_zero import rank_zero
 from fxtrain.observers._record_code import record_code
 from fxtrain.observers._record_run import record_run
-from fxtrain.observers._required import required
 from fxtrain.observers._summary import summary
-from fxtrain.observers._system import system
+from fxtrain.observers._wrapped import rank_zero, required
 from fxtrain.observers._write import write
 
 __all__ = [

@@ -12,6 +12,7 @@ from fxtrain.observers._running_averages import fraction
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
     from rich.text import Text
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
@@ -163,7 +164,6 @@ class Panel:
     def __init__(self, place: Terminal | Cell) -> None:
         self._place = place
         self._frame: Frame | None = None
-        self._event: LoopEvent | None = None
         self._phase = ""  # the current activity, while no steps run
         self._batch: tuple[int, int | None] | None = None  # evaluation batches done, and their total
         self._end = ""
@@ -201,18 +201,18 @@ class Panel:
         self._place.close()
 
     def _show(self, event: LoopEvent, frame: Frame | None) -> None:
-        self._event, self._frame, self._drawn = event, frame, event.time
-        self._place.draw(self._draw())
-
-    def _draw(self) -> RenderableType:
         from rich.table import Table
 
+        self._frame, self._drawn = frame, event.time
         table = Table.grid(padding=(0, 2, 0, 0))
-        if self._frame is None or self._event is None:
-            return table
-        frame, width = self._frame, min(max(self._place.width - 50, 8), 40)
+        if frame is not None:
+            self._add_rows(table, event, frame)
+        self._place.draw(table)
+
+    def _add_rows(self, table: Table, event: LoopEvent, frame: Frame) -> None:
+        width = min(max(self._place.width - 50, 8), 40)
         where = filter(None, (frame.step, frame.epoch, frame.remaining and f"{frame.remaining} left"))
-        table.add_row(_label("train"), self._bar(fraction(self._event), width, "   ".join(where)))
+        table.add_row(_label("train"), self._bar(fraction(event), width, "   ".join(where)))
         if self._phase or frame.columns:
             table.add_row("", _text(self._phase, style="yellow") if self._phase else _styled(frame.columns))
         if self._batch is not None:
@@ -223,7 +223,6 @@ class Panel:
             table.add_row(_label("eval"), _styled(frame.evaluation))
         if self._end:
             table.add_row(_label("end"), _text(self._end))
-        return table
 
     def _bar(self, share: float | None, width: int, text: str) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -260,8 +259,7 @@ def _labeled(columns: list[Column]) -> list[str]:
 def _styled(columns: list[Column]) -> Text:
     from rich.text import Text
 
-    parts = [
+    return Text("   ").join(
         Text.assemble((f"{printable(label)} ", "dim"), printable(value)) if label else _text(value)
         for label, value in columns
-    ]
-    return Text("   ").join(parts)
+    )

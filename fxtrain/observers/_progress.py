@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
@@ -29,8 +30,8 @@ from fxtrain.core import (
     format_scaled,
 )
 from fxtrain.observers._display import Column, Frame, Lines, Panel, display
-from fxtrain.observers._rank_zero import rank
 from fxtrain.observers._running_averages import RunningAverages
+from fxtrain.observers._wrapped import rank
 
 _AVERAGING_SECONDS = 10.0  # for throughput and metrics
 
@@ -93,25 +94,20 @@ def progress(
     return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, seconds, every_rank, file)
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class Progress:
     """Shows the progress of a run. Created by ``progress``."""
 
-    def __init__(
-        self,
-        metrics: tuple[str, ...],
-        rate: tuple[str, float],
-        extra: Mapping[str, Derived],
-        best: str,
-        sign: int,
-        seconds: float,
-        every_rank: bool,
-        file: TextIO | None,
-    ) -> None:
-        self.file = file
-        self._every_rank = every_rank
-        self._metrics, self._rate, self._extra = metrics, rate, extra
-        self._best_of, self._sign = best, sign
-        self._seconds = seconds
+    _metrics: tuple[str, ...]
+    _rate: tuple[str, float]
+    _extra: Mapping[str, Derived]
+    _best_of: str
+    _sign: int  # -1 if higher values are better
+    _seconds: float
+    _every_rank: bool
+    file: TextIO | None
+
+    def __post_init__(self) -> None:
         self._display: Lines | Panel | None = None
         self._reset()
 
@@ -207,17 +203,14 @@ class Progress:
         return Frame(
             step=step.rjust(2 * len(f"{event.total_steps or 0}") + 1 if event.total_steps else 0),
             epoch=_epoch(event),
-            columns=[
-                *(self._metric_columns(metrics) if (metrics := self._averages.metrics) else []),
-                *self._throughput_columns(),
-            ],
+            columns=[*self._metric_columns(self._averages.metrics), *self._throughput_columns()],
             remaining=format_duration(left) if (left := self._averages.remaining(event)) else None,
             evaluation=self._evaluation_columns(),
         )
 
     def _metric_columns(self, metrics: Mapping[str, float]) -> list[Column]:
         shown = [(name, format_number(metrics[name])) for name in self._metrics if name in metrics]
-        for name, derive in self._extra.items():
+        for name, derive in self._extra.items() if metrics else ():
             with contextlib.suppress(KeyError):  # an evaluation may have fewer metrics than a step
                 shown.append((name, format_number(derive(metrics))))
         return shown
@@ -234,20 +227,19 @@ class Progress:
             return []
         step, metrics = self._last
         rest = [(name, format_number(value)) for name, value in metrics.items() if name not in self._metrics]
-        best: list[tuple[str, str]] = []
+        columns = [("at step", str(step)), *self._metric_columns(metrics), *rest]
         if self._best:
-            best = [(f"best {self._best_of}", f"{format_number(self._best[0])} at step {self._best[1]}")]
-        return [("at step", str(step)), *self._metric_columns(metrics), *rest, *best]
+            columns.append((f"best {self._best_of}", f"{format_number(self._best[0])} at step {self._best[1]}"))
+        return columns
 
     def _check(self, event: StepEnd) -> None:
         self._checked = True  # only once, because reading metrics synchronizes with the device
         for name in self._metrics:
             if name not in event.metrics:
-                there = describe(dict.fromkeys(event.metrics))
                 raise KeyError(
-                    f"expected the metrics of the step to include {name!r}, got {there}."
-                    f"{did_you_mean(name, event.metrics)} Set progress(metrics=...) to "
-                    "names that the step returns."
+                    f"expected the metrics of the step to include {name!r}, got "
+                    f"{describe(dict.fromkeys(event.metrics))}.{did_you_mean(name, event.metrics)} Set "
+                    "progress(metrics=...) to names that the step returns."
                 )
         for derive in self._extra.values():
             derive(event.metrics)
@@ -257,9 +249,8 @@ def _describe_restored(event: Restored) -> str:
     """Returns the differences of the restored state from the expected one, in one line."""
     new = [f"slot {name!r} is initialized" for name in event.missing]
     kept = [f"slot {name!r} belongs to no callback" for name in event.extra]
-    return "; ".join(
-        [*new, *kept, *(f"results may differ in the last bits: {line}" for line in event.environment_changes)]
-    )
+    changed = [f"results may differ in the last bits: {line}" for line in event.environment_changes]
+    return "; ".join([*new, *kept, *changed])
 
 
 def _epoch(event: LoopEvent) -> str | None:

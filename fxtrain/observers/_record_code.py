@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
 from fxtrain.core import Control, FitBegin, Observer, TrainState
 from fxtrain.disk import append_lines, make_folder, sync_file, sync_folder
-from fxtrain.observers._repository import commit_of, git
 
 _MAX_FILE_BYTES = 2**20  # bytes; larger files are unlikely to be source
 _EXTENSIONS = frozenset(
@@ -126,3 +126,25 @@ def _commit(root: Path, own: Path) -> dict[str, object]:
         return {}
     apart = (f":(exclude){own.relative_to(root)}",) if root in own.parents else ()
     return {"commit": commit, "changed": bool(git(root, "status", "--porcelain", ".", *apart))}
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """Runs git in a folder and returns its output, or None if git fails or is not installed.
+
+    Args:
+        folder: The folder to run git in.
+        arguments: The command and its arguments.
+    """
+    try:
+        process = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", errors="replace"
+        )
+    except OSError:
+        return None
+    return process.stdout if process.returncode == 0 else None
+
+
+def commit_of(folder: Path) -> str | None:
+    """Returns the checked-out commit of the repository that contains ``folder``, or None."""
+    output = git(folder, "rev-parse", "HEAD")
+    return None if output is None else output.strip()

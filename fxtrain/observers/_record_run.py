@@ -35,7 +35,7 @@ from fxtrain.core import (
     printable,
 )
 from fxtrain.disk import append_lines, make_folder, replace_file, set_aside, sync_file
-from fxtrain.observers._repository import commit_of
+from fxtrain.observers._record_code import commit_of
 from fxtrain.values import jsonable
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
@@ -155,12 +155,8 @@ class RecordRun:
         if not self._content:
             return
         reason = event.reason if isinstance(event, FitEnd) else f"interrupted by {event.cause}"
-        self._content["sessions"][-1] |= {
-            "ended": _now(),
-            "to_step": event.step,
-            "reason": reason,
-            "seconds": event.time,
-        }
+        end = {"ended": _now(), "to_step": event.step, "reason": reason, "seconds": event.time}
+        self._content["sessions"][-1] |= end
         self._write()
 
     def _write(self) -> None:
@@ -203,7 +199,9 @@ class RecordRun:
             if requests := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
                 line["asked"] = requests
             if requests or kind in _RECORDED_FIELDS:
-                self._line({"event": kind.__name__, **_at(event), **line})
+                self._line(
+                    {"event": kind.__name__, "step": event.step, "epoch": event.epoch, "time": event.time, **line}
+                )
         if self._lines:
             self._try(self._write_pending)
 
@@ -238,10 +236,6 @@ def _flags(control: Control) -> list[Flag | int]:
 
 def _reasons(control: Control, kind: str) -> list[str]:
     return [reason for reason, flag in control.requests[kind].items() if flag]
-
-
-def _at(event: LoopEvent) -> dict[str, object]:
-    return {"step": event.step, "epoch": event.epoch, "time": event.time}
 
 
 def _now() -> str:

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import os
+import platform
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from fxtrain.core import Control, FitBegin, Observer, TrainState, check_positive_int, printable
-from fxtrain.disk import make_folder, replace_file
-from fxtrain.observers._rank_zero import rank
-from fxtrain.observers._summary_facts import (
-    data_facts,
-    device_facts,
-    model_facts,
-    process_facts,
-    run_facts,
-    training_facts,
+import torch
+import torch.distributed as dist
+
+from fxtrain import tree
+from fxtrain.core import (
+    TRACED,
+    Control,
+    FitBegin,
+    Observer,
+    TrainState,
+    check_positive_int,
+    device_name,
+    dtype_name,
+    format_bytes,
+    pluralize,
+    printable,
 )
-from fxtrain.observers._summary_parameters import leaves_of, modules_of
-from fxtrain.observers._summary_tables import module_rows, table, tensor_rows
+from fxtrain.disk import make_folder, replace_file
+from fxtrain.observers._summary_tables import (
+    Leaf,
+    leaves_of,
+    module_rows,
+    modules_of,
+    numel_of,
+    table,
+    tensor_rows,
+    which_trainable,
+)
+from fxtrain.observers._wrapped import rank
+from fxtrain.optim import PerParameter
 
 _LINE_WIDTH = 96  # characters per line outside tables
+
+Facts = dict[str, str]
+"""Known facts by label. Unknown ones are left out."""
 
 
 def summary(*, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | TextIO | None = None) -> Observer:
@@ -116,12 +138,12 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
     leaves = leaves_of(state)
     modules, tied = modules_of(state)
     facts = {
-        "run": run_facts(state, event),
-        "model": model_facts(state, leaves, tied),
-        "data": data_facts(event),
-        "training": training_facts(state),
-        "distributed": process_facts(),
-        "device": device_facts(state.step.device),
+        "run": _run_facts(state, event),
+        "model": _model_facts(state, leaves, tied),
+        "data": _data_facts(event),
+        "training": _training_facts(state),
+        "distributed": _process_facts(),
+        "device": _device_facts(state.step.device),
     }
     by_module = module_rows(leaves, modules, depth, rows)
     tables = {
@@ -140,3 +162,98 @@ def _line(label: str, text: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _run_facts(state: TrainState, event: FitBegin) -> Facts:
+    limits = [
+        pluralize(total, unit)
+        for total, unit in ((event.total_steps, "step"), (event.total_epochs, "epoch"))
+        if total is not None
+    ]
+    fires = [kind.__name__ for kind in TRACED if kind in event.fires]
+    return _nonempty(
+        length=" or ".join(limits) + (", whichever comes first" if len(limits) > 1 else ""),
+        begins=f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
+        seed=str(int(state.seed)),
+        events=f"{', '.join(fires)} in the step" if fires else "",
+    )
+
+
+def _model_facts(state: TrainState, leaves: list[Leaf], tied: dict[str, str]) -> Facts:
+    buffers = tree.leaves(state.buffers)
+    counts: Counter[str] = Counter()
+    for leaf in leaves:
+        counts[dtype_name(leaf.tensor.dtype)] += leaf.tensor.numel()
+    several = ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+    whole = f"{numel_of(leaves):,} in {pluralize(len(leaves), 'tensor')}"
+    trainable = which_trainable(leaves)
+    if trainable == "some":
+        moving = numel_of(leaf for leaf in leaves if leaf.trainable)
+        whole += f": {moving:,} trainable, {numel_of(leaves) - moving:,} frozen"
+    elif trainable:
+        whole += ", all trainable" if trainable == "all" else ", all frozen"
+    parts = {name: tree.nbytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    named = [f"{name} {format_bytes(count)}" for name, count in parts.items() if count]
+    everything = tree.nbytes(state)
+    rest = everything - sum(parts.values())
+    return _nonempty(
+        parameters=whole,
+        tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
+        buffers=f"{sum(buffer.numel() for buffer in buffers):,} in {pluralize(len(buffers), 'tensor')}"
+        if buffers
+        else "",
+        dtype=several if len(counts) > 1 else "".join(counts),
+        state=f"{format_bytes(everything)}: {', '.join([*named, f'other {format_bytes(rest)}'])}",
+    )
+
+
+def _data_facts(event: FitBegin) -> Facts:
+    at = f" of epoch {int(event.epoch) + 1:,}" if event.epoch is not None else ""
+    within = event.position - event.epoch_start
+    within = within % event.epoch_length if event.epoch_length else within
+    return _nonempty(
+        epoch=pluralize(event.epoch_length, "batch", "batches") if event.epoch_length is not None else "",
+        sizes=f"{event.num_shapes}, with one graph each if the step is compiled" if (event.num_shapes or 1) > 1 else "",
+        position=f"after {pluralize(within, 'batch', 'batches')}{at}" if event.position else "",
+    )
+
+
+def _training_facts(state: TrainState) -> Facts:
+    kinds: Counter[str] = Counter()
+    accessors = tree.accessors(state.opt_state)
+    for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
+        # The innermost node of a named type tells which transformation owns the leaf.
+        named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
+        kinds[named[-1] if named else "tensors"] += leaf.nbytes
+    return _nonempty(
+        optimizer=", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
+        callbacks=", ".join(f"{name} {format_bytes(tree.nbytes(slot))}" for name, slot in state.slots.items()),
+    )
+
+
+def _process_facts() -> Facts:
+    if dist.is_available() and dist.is_initialized():
+        return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if world_size != "1":
+        return {"processes": f"{world_size}, this is rank {rank()}; torch.distributed is not initialized"}
+    return {"processes": "one"}
+
+
+def _device_facts(device: torch.device) -> Facts:
+    import psutil
+
+    cuda = device.type == "cuda"
+    taken = torch.cuda.mem_get_info(device) if cuda else None
+    return _nonempty(
+        device=f"{device}, {device_name(device)}" if cuda else str(device),
+        memory=f"{format_bytes(taken[1])}, {format_bytes(taken[0])} of it free" if taken else "",
+        host=f"{format_bytes(psutil.virtual_memory().total)}, {pluralize(os.cpu_count() or 1, 'core')}",
+        threads=f"{torch.get_num_threads():,}",
+        torch=torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ""),
+        python=platform.python_version(),
+    )
+
+
+def _nonempty(**facts: str) -> Facts:
+    return {label: text for label, text in facts.items() if text}
