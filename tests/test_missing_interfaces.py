@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain._torch_internals import support
+from fxtrain._torch_internals import interface
 from fxtrain._torch_internals.interface import INTERFACES, Feature
 
 TX = fx.optim.adamw(1e-2)
-NEEDED = [path for path, interface in INTERFACES.items() if interface.feature is not None]
+NEEDED = [path for path, each in INTERFACES.items() if each.feature is not None]
 OTHERS = [path for path in INTERFACES if path not in NEEDED]
 USED_BY_DYNAMO = {
     "torch._C._autograd._saved_tensors_hooks_enable",
@@ -26,9 +26,9 @@ OPTIONS = {Feature.SYMBOLIC: {"dynamic": True}, Feature.AHEAD: {"mode": "ahead-o
 
 @pytest.fixture(autouse=True)
 def forget_warnings():
-    support._warn.cache_clear()
+    interface._warn.cache_clear()
     yield
-    support._warn.cache_clear()
+    interface._warn.cache_clear()
     torch._dynamo.reset()
 
 
@@ -92,10 +92,10 @@ def test_missing_interface_is_named_once(monkeypatch, path):
     hide(monkeypatch, path)
     feature = INTERFACES[path].feature
     with pytest.warns(UserWarning, match=f"lacks {path}_of_another_version.*{INTERFACES[path].purpose}"):
-        assert not support.supports(feature)
+        assert not interface.supports(feature)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not support.supports(feature)
+        assert not interface.supports(feature)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_dynamo_is_right_without_interface(monkeypatch, path):
 
 def test_newer_torch_is_named_and_step_compiled_by_torch_compile(monkeypatch, recwarn, compile_by_eager):
     reference = expected()
-    monkeypatch.setattr(support, "NEWEST_TESTED", (2, 1))
+    monkeypatch.setattr(interface, "NEWEST_TESTED", (2, 1))
     steps = []
 
     def compile_step(step):
@@ -157,7 +157,7 @@ def test_newer_torch_is_named_and_step_compiled_by_torch_compile(monkeypatch, re
 
 def test_newer_torch_trains_uncompiled_without_a_warning(monkeypatch, recwarn):
     reference = expected()
-    monkeypatch.setattr(support, "NEWEST_TESTED", (2, 1))
+    monkeypatch.setattr(interface, "NEWEST_TESTED", (2, 1))
     assert all(map(torch.equal, fx.tree.leaves(trained()), fx.tree.leaves(reference)))
     assert not fallbacks(recwarn)
 

@@ -345,13 +345,13 @@ def reads_are_an_operator():
 
     with Watch():
         torch.ones(1).item()
-    assert internals.operators.item_operator() in seen
+    assert internals.dispatch.item_operator() in seen
 
 
 @canary("torch.ops.mkldnn._linear_pointwise")
 def linear_layers_run_by_onednn():
     x, weight, bias = torch.rand(2, 3), torch.rand(4, 3), torch.rand(4)
-    torch.testing.assert_close(internals.operators.linear_by_onednn(x, weight, bias), x @ weight.t() + bias)
+    torch.testing.assert_close(internals.dispatch.linear_by_onednn(x, weight, bias), x @ weight.t() + bias)
 
 
 @canary("torch.ops.aten._ctc_loss", "torch.ops.aten._ctc_loss_backward")
@@ -360,7 +360,7 @@ def ctc_losses_have_gradients():
     given = scores, torch.tensor([[1, 2]]), [5], [2]
     losses = torch.nn.functional.ctc_loss(*given, reduction="none")
     losses.sum().backward()
-    torch.testing.assert_close(internals.operators.ctc_loss(*given, 0, False), (losses, scores.grad))
+    torch.testing.assert_close(internals.dispatch.ctc_loss(*given, 0, False), (losses, scores.grad))
 
 
 @canary(
@@ -377,7 +377,7 @@ def attention_is_an_operator_on_cpu():
             op="call_function", target=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         )
     }
-    assert internals.operators.attention_on_cpu()[0] in operators
+    assert internals.dispatch.attention_on_cpu()[0] in operators
 
 
 @canary(
@@ -405,25 +405,25 @@ def registered_classes_are_nodes():
 @canary("torch.UntypedStorage._cdata", "torch._C._storage_Use_Count")
 def storages_are_identified_and_counted():
     x = torch.ones(2, 2)
-    assert internals.storages.storage_id(x) == internals.storages.storage_id(x.t())
-    (alone,) = internals.storages.storage_use_counter()([x.untyped_storage()])
+    assert internals.memory.storage_id(x) == internals.memory.storage_id(x.t())
+    (alone,) = internals.memory.storage_use_counter()([x.untyped_storage()])
     view = x.t()
-    (shared,) = internals.storages.storage_use_counter()([view.untyped_storage()])
+    (shared,) = internals.memory.storage_use_counter()([view.untyped_storage()])
     assert shared == alone + 1
 
 
 @canary("torch.Tensor._version")
 def writes_are_counted():
     x = torch.ones(2)
-    before = internals.storages.write_count(x)
+    before = internals.memory.write_count(x)
     x[:1].add_(1)
-    assert internals.storages.write_count(x) == before + 1
+    assert internals.memory.write_count(x) == before + 1
 
 
 @canary("torch._foreach_copy_")
 def many_tensors_are_copied():
     targets = [torch.zeros(2), torch.zeros(3, dtype=torch.int64)]
-    internals.storages.copy_all(targets, [torch.ones(2), torch.arange(3)], non_blocking=False)
+    internals.memory.copy_all(targets, [torch.ones(2), torch.arange(3)], non_blocking=False)
     assert [target.tolist() for target in targets] == [[1, 1], [0, 1, 2]]
 
 
@@ -494,15 +494,15 @@ def libraries_see_the_flag():
 @canary("torch._C._functorch.peek_interpreter_stack")
 def transforms_are_recognized():
     found = []
-    torch.vmap(lambda x: found.append(internals.transforms.is_transformed()) or x)(torch.ones(2))
-    assert [*found, internals.transforms.is_transformed()] == [True, False]
+    torch.vmap(lambda x: found.append(internals.dispatch.is_transformed()) or x)(torch.ones(2))
+    assert [*found, internals.dispatch.is_transformed()] == [True, False]
 
 
 @canary("torch._C._functorch.is_functorch_wrapped_tensor", "torch._C._functorch.get_unwrapped")
 def wrappers_are_removed():
     x, found = torch.ones(2), []
-    torch.vmap(torch.func.grad(lambda x: found.append(internals.transforms.unwrapped(x)) or x.sum()))(x)
-    assert internals.storages.storage_id(found[0]) == internals.storages.storage_id(x)
+    torch.vmap(torch.func.grad(lambda x: found.append(internals.dispatch.unwrapped(x)) or x.sum()))(x)
+    assert internals.memory.storage_id(found[0]) == internals.memory.storage_id(x)
 
 
 @canary("torch._C.DisableTorchFunction", "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack")
@@ -510,9 +510,9 @@ def traces_can_be_left():
     found = []
 
     def function(x):
-        with internals.transforms.outside_of_traces():
-            found.append((internals.transforms.is_transformed(), torch.rand(1).item()))
-        assert internals.transforms.is_transformed()
+        with internals.dispatch.outside_of_traces():
+            found.append((internals.dispatch.is_transformed(), torch.rand(1).item()))
+        assert internals.dispatch.is_transformed()
         return x
 
     with rng.functional(rng.key(0)):

@@ -6,14 +6,4 @@ private interface may change with any release of torch. tests/test_torch_interna
 """
 
 # All modules are imported, so that INTERFACES is complete.
-from fxtrain._torch_internals import dispatch as dispatch
-from fxtrain._torch_internals import dynamo as dynamo
-from fxtrain._torch_internals import inductor as inductor
-from fxtrain._torch_internals import loaders as loaders
-from fxtrain._torch_internals import memory as memory
-from fxtrain._torch_internals import modules as modules
-from fxtrain._torch_internals import operators as operators
-from fxtrain._torch_internals import pytree as pytree
-from fxtrain._torch_internals import storages as storages
-from fxtrain._torch_internals import tracing as tracing
-from fxtrain._torch_internals import transforms as transforms
+from fxtrain._torch_internals import dispatch, dynamo, inductor, loaders, memory, modules, pytree, tracing

@@ -1,29 +1,43 @@
-"""torch's dispatcher: the modes of this thread, and operators."""
+"""torch's dispatcher: the modes and transforms of this thread, and operators."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from fxtrain._torch_internals.interface import Feature, Interface
 
 GET_MODE = Interface("torch._C._get_dispatch_mode", "recognizing a trace", Feature.TRACED)
 MODE_KEYS = Interface("torch._C._TorchDispatchModeKey", "recognizing a trace", Feature.TRACED)
-WITHOUT_MODES = Interface(
-    "torch.utils._python_dispatch._disable_current_modes", "reading values in a trace", Feature.TRACED
-)
+NO_MODES = Interface("torch.utils._python_dispatch._disable_current_modes", "reading values in a trace", Feature.TRACED)
 INCLUDED_KEYS = Interface("torch._C._dispatch_tls_local_include_set", "garbage collection after a failed compilation")
 EXCLUDED_KEYS = Interface("torch._C._dispatch_tls_local_exclude_set", "garbage collection after a failed compilation")
 KEY_GUARD = Interface("torch._C._ForceDispatchKeyGuard", "garbage collection after a failed compilation")
-SET_GRAD_ENABLED = Interface("torch._C._set_grad_enabled", "calls of Inductor's code with little dispatch overhead")
+SET_GRAD_ENABLED = Interface("torch._C._set_grad_enabled", "calls of Inductor's code with low dispatch overhead")
 OPERATOR = Interface("torch._ops.OpOverload", "telling operators from other functions", Feature.TRACED)
 PACKET = Interface("torch._ops.OpOverloadPacket", "telling operators from other functions", Feature.TRACED)
 SCHEMA = Interface("torch.ops.aten.copy_.default._schema", "finding in-place operators and views", Feature.TRACED)
+TRANSFORMS = Interface("torch._C._functorch.peek_interpreter_stack", "recognizing code inside torch.func")
+IS_WRAPPED = Interface("torch._C._functorch.is_functorch_wrapped_tensor", "telling which tensors share memory")
+UNWRAPPED = Interface("torch._C._functorch.get_unwrapped", "telling which tensors share memory")
+NO_FUNCTION_MODES = Interface("torch._C.DisableTorchFunction", "importing modules in a trace", Feature.TRACED)
+NO_TRANSFORMS = Interface(
+    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", "importing modules in a trace", Feature.TRACED
+)
+ITEM = Interface("torch.ops.aten._local_scalar_dense.default", "reading values in a trace", Feature.TRACED)
+LINEAR = Interface("torch.ops.mkldnn._linear_pointwise", "matmuls by oneDNN", Feature.INDUCTOR)
+CTC = Interface("torch.ops.aten._ctc_loss", "CTC losses in a graph", Feature.TRACED)
+CTC_BACKWARD = Interface("torch.ops.aten._ctc_loss_backward", "CTC losses in a graph", Feature.TRACED)
+ATTENTION = Interface("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "FLOPs of attention in fx.explain")
+ATTENTION_BACKWARD = Interface(
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "FLOPs of attention in fx.explain"
+)
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload as Operator
@@ -49,7 +63,7 @@ def fake_mode() -> Any:
 
 def without_dispatch_modes() -> AbstractContextManager[object]:
     """A context whose operations no dispatch mode sees: neither recorded nor run on fake tensors."""
-    return WITHOUT_MODES.get()() if WITHOUT_MODES.exists else contextlib.nullcontext()
+    return NO_MODES.get()() if NO_MODES.exists else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -60,6 +74,26 @@ def dispatch_keys_kept() -> Iterator[bool]:
         return
     with KEY_GUARD.get()(INCLUDED_KEYS.get()(), EXCLUDED_KEYS.get()()):
         yield True
+
+
+def is_transformed() -> bool:
+    """Whether this call is inside a transform. Not inside Dynamo. True where torch cannot tell."""
+    return not TRANSFORMS.exists or TRANSFORMS.get()() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Returns the tensor inside all wrappers of transforms."""
+    if IS_WRAPPED.exists and UNWRAPPED.exists:
+        while IS_WRAPPED.get()(tensor):
+            tensor = UNWRAPPED.get()(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def outside_of_traces() -> Iterator[None]:
+    """A context outside of all modes and transforms of this thread."""
+    with without_dispatch_modes(), NO_FUNCTION_MODES.get()(), NO_TRANSFORMS.get()():
+        yield
 
 
 def grad_mode_setter() -> Callable[[bool], object]:
@@ -98,3 +132,31 @@ def is_view(operator: object) -> bool:
     if schema is None:
         return False
     return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+
+
+def item_operator() -> Any:
+    """Returns the operator that reads a one-element tensor as a number. None if torch lacks it."""
+    return ITEM.get() if ITEM.exists else None
+
+
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns x weight^T + bias. Shapes: x [n, k], weight [m, k], bias [m], result [n, m]."""
+    return LINEAR.get()(x, weight, bias, "none", [], "")
+
+
+def ctc_loss(
+    scores: Tensor, targets: Tensor, inputs: Sequence[int], lengths: Sequence[int], blank: int, zero_infinity: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns CTC losses [batch] and their gradients with respect to the scores [time, batch, classes].
+
+    Takes the arguments of ``torch.nn.functional.ctc_loss``.
+    """
+    given = targets, inputs, lengths
+    losses, alphas = CTC.get()(scores, *given, blank, zero_infinity)
+    ones = losses.new_ones(losses.shape)
+    return losses, CTC_BACKWARD.get()(ones, scores, *given, losses, alphas, blank, zero_infinity)
+
+
+def attention_on_cpu() -> tuple[Any, Any]:
+    """Returns the operators of attention on a CPU, forward and backward."""
+    return ATTENTION.get(), ATTENTION_BACKWARD.get()

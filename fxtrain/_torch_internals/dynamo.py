@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from torch.overrides import TorchFunctionMode
 
@@ -38,8 +39,6 @@ LOGGER = "torch._dynamo"
 
 _Mode = TypeVar("_Mode", bound=type[TorchFunctionMode])
 _F = TypeVar("_F", bound=Callable[..., Any])
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 def is_dynamo_loaded() -> bool:
@@ -52,13 +51,9 @@ def backend_named(name: str) -> Callable[..., Any]:
     return LOOKUP.get()(name)
 
 
-def recompile_limit_error() -> type[Exception]:
-    """Returns the exception of a call for which Dynamo would make more graphs than it allows."""
-    return LIMIT.get() if LIMIT.exists else _UnraisedError
-
-
-class _UnraisedError(Exception):
-    pass
+def recompile_limit_error() -> type[Exception] | tuple[()]:
+    """Returns the exception of a call for which Dynamo would make more graphs than it allows, for ``except``."""
+    return LIMIT.get() if LIMIT.exists else ()
 
 
 def nested_calls_inlined() -> Callable[[], None]:
@@ -70,13 +65,8 @@ def nested_calls_inlined() -> Callable[[], None]:
         return lambda: None
     from torch._dynamo import config
 
-    before = config.error_on_nested_fx_trace
-    config.error_on_nested_fx_trace = False
-
-    def restore() -> None:
-        config.error_on_nested_fx_trace = before
-
-    return restore
+    before, config.error_on_nested_fx_trace = config.error_on_nested_fx_trace, False
+    return functools.partial(setattr, config, "error_on_nested_fx_trace", before)
 
 
 def compile_lock() -> AbstractContextManager[object]:
@@ -134,13 +124,13 @@ def inlined_only(mode: _Mode) -> _Mode:
     return mode
 
 
-def restoring_saved_tensor_hooks(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def restoring_saved_tensor_hooks(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns ``function``, enabling the hooks of saved tensors again if an error in it has left them disabled."""
     if not (HOOKS_ERROR.exists and HOOKS_ENABLED.exists):
         return function
     disabled_reason, enable = HOOKS_ERROR.get(), HOOKS_ENABLED.get()
 
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def run(*args: object, **kwargs: object) -> Any:
         before = disabled_reason()
         try:
             return function(*args, **kwargs)

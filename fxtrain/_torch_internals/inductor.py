@@ -12,18 +12,14 @@ from fxtrain._torch_internals.interface import Feature, Interface
 COMPILE = Interface("torch._inductor.compile", "compiling a traced step", Feature.INDUCTOR)
 MODE_OPTIONS = Interface("torch._inductor.list_mode_options", "compile modes", Feature.INDUCTOR)
 CONFIG = Interface("torch._inductor.config", "compiling a traced step", Feature.INDUCTOR)
-OUTPUT = Interface(
-    "torch._inductor.output_code.CompiledFxGraph", "calls with little dispatch overhead", Feature.INDUCTOR
-)
+OUTPUT = Interface("torch._inductor.output_code.CompiledFxGraph", "calls with low dispatch overhead", Feature.INDUCTOR)
 LOWERING = Interface("torch._inductor.lowering.register_lowering", "operators of fxtrain", Feature.INDUCTOR)
 POINTWISE = Interface("torch._inductor.lowering.make_pointwise", "operators of fxtrain", Feature.INDUCTOR)
 LOOP_OPERATORS = Interface("torch._inductor.virtualized.ops", "operators of fxtrain", Feature.INDUCTOR)
 KERNELS = Interface("torch._inductor.metrics.generated_kernel_count", "the number of kernels in fx.explain")
 PACKAGE = Interface("torch._inductor.aoti_compile_and_package", "compilation ahead of time", Feature.AHEAD)
 LOAD = Interface("torch._inductor.aoti_load_package", "compilation ahead of time", Feature.AHEAD)
-CACHE_FOLDER = Interface(
-    "torch._inductor.runtime.cache_dir_utils.cache_dir", "compilation ahead of time", Feature.AHEAD
-)
+CACHE = Interface("torch._inductor.runtime.cache_dir_utils.cache_dir", "compilation ahead of time", Feature.AHEAD)
 
 
 def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], options: Mapping[str, object]) -> Any:
@@ -88,4 +84,4 @@ def load_package(path: str) -> Callable[[list[torch.Tensor]], Sequence[torch.Ten
 
 def cache_folder() -> str:
     """Returns the folder of torch's compiled code."""
-    return CACHE_FOLDER.get()()
+    return CACHE.get()()

@@ -1,10 +1,12 @@
-"""The class of a private interface: where torch has it, and what of fxtrain depends on it."""
+"""Private interfaces: where torch has each, what of fxtrain depends on it, and whether the installed torch suffices."""
 
 from __future__ import annotations
 
 import enum
 import functools
 import importlib
+import re
+import warnings
 from typing import Any
 
 import torch
@@ -85,3 +87,44 @@ def _found(path: str) -> object:
             except ImportError:
                 return _MISSING
     return found
+
+
+NEWEST_TESTED = (2, 13)
+"""The newest version of torch that the tests have run on."""
+
+
+def missing_interfaces(features: Feature) -> list[Interface]:
+    """Returns the interfaces that parts of the compiler need and the installed torch lacks.
+
+    Imports the modules that contain them, as compilation does.
+    """
+    needed = [interface for interface in INTERFACES.values() if interface.feature and interface.feature in features]
+    return [interface for interface in needed if not interface.exists]
+
+
+def is_tested() -> bool:
+    """Whether the installed torch is not newer than the versions that fxtrain has been tested with."""
+    return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) <= NEWEST_TESTED
+
+
+def supports(features: Feature) -> bool:
+    """Whether parts of the compiler work with the installed torch. If not, warns about it once in a process."""
+    if not features:
+        return True
+    if not is_tested():
+        newest = ".".join(map(str, NEWEST_TESTED))
+        _warn(f"fxtrain has been tested with torch up to {newest}, and this is torch {torch.__version__}")
+        return False
+    missing = missing_interfaces(features)
+    if missing:
+        _warn(f"torch {torch.__version__} lacks {missing[0].path}, which fxtrain uses for {missing[0].purpose}")
+    return not missing
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"{reason}. Steps are compiled by torch.compile instead, with the same results and more dispatch overhead.",
+        UserWarning,
+        stacklevel=3,
+    )

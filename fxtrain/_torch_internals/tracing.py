@@ -21,9 +21,7 @@ MAKE_FX = Interface("torch.fx.experimental.proxy_tensor.make_fx", "tracing a ste
 PROXY_MODE = Interface("torch.fx.experimental.proxy_tensor.get_proxy_mode", "reading values in a trace", Feature.TRACED)
 PROXY_SLOT = Interface("torch.fx.experimental.proxy_tensor.get_proxy_slot", "reading values in a trace", Feature.TRACED)
 UNRECORDED = Interface(
-    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
-    "computations outside of a graph",
-    Feature.TRACED,
+    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing", "computations outside of a graph", Feature.TRACED
 )
 FAKE_MODE = Interface("torch._subclasses.FakeTensorMode", "running a step without values", Feature.TRACED)
 KNOWN_TRUE = Interface("torch.fx.experimental.symbolic_shapes.statically_known_true", "comparing sizes", Feature.TRACED)

@@ -9,7 +9,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals.storages import copy_all
+from fxtrain._torch_internals.memory import copy_all
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_table import Place, places, root_of
 from fxtrain.core import Tree, describe

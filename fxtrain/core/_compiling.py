@@ -17,8 +17,8 @@ import types
 from collections.abc import Callable, Generator
 from typing import Any
 
+from fxtrain._torch_internals.dispatch import outside_of_traces
 from fxtrain._torch_internals.tracing import compiling_flag, set_compiling_flag
-from fxtrain._torch_internals.transforms import outside_of_traces
 
 
 class _ThreadFlag:

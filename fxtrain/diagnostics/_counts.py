@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals.dispatch import is_view
-from fxtrain._torch_internals.operators import attention_on_cpu
+from fxtrain._torch_internals.dispatch import attention_on_cpu, is_view
 from fxtrain._torch_internals.tracing import make_fx, new_fake_mode
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
 from fxtrain.compiler.lowering._ctc import OpaqueCTC

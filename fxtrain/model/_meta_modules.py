@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxtrain._torch_internals.memory import write_count
 from fxtrain._torch_internals.modules import own_buffers, own_modules, own_parameters
-from fxtrain._torch_internals.storages import write_count
 from fxtrain.core import Tree
 from fxtrain.model._attribute_snapshots import AttributeSnapshot, leaves
 from fxtrain.rng._host_generators import global_generators

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxtrain import tree
-from fxtrain._torch_internals.storages import write_count
+from fxtrain._torch_internals.memory import write_count
 from fxtrain.core import Tree
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals.storages import storage_id
-from fxtrain._torch_internals.transforms import unwrapped
+from fxtrain._torch_internals.dispatch import unwrapped
+from fxtrain._torch_internals.memory import storage_id
 from fxtrain.core import Tree
 
 

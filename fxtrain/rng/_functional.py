@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxtrain._torch_internals.dispatch import Operator, OperatorPacket
+from fxtrain._torch_internals.dispatch import Operator, OperatorPacket, is_transformed
 from fxtrain._torch_internals.dynamo import constant_in_dynamo, inlined_only, is_dynamo_loaded, show_to_modes
 from fxtrain._torch_internals.tracing import is_traced
-from fxtrain._torch_internals.transforms import is_transformed
 from fxtrain.rng._philox import Key
 from fxtrain.rng._torch_functions import REPLACED, SOMETIMES
 

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 
 from fxtrain import tree
+from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.tracing import has_symbolic_sizes, is_traced
-from fxtrain._torch_internals.transforms import is_transformed
 from fxtrain.core import Tree, check_choice, truncate
 from fxtrain.core._tracebacks import places
 from fxtrain.model import ValuesNeededError

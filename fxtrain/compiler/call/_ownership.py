@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals.storages import storage_use_counter
+from fxtrain._torch_internals.memory import storage_use_counter
 
 _storages = functools.partial(map, Tensor.untyped_storage)
 _references: Any = functools.partial(map, sys.getrefcount)

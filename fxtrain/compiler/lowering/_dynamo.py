@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.dynamo import can_show_to_modes, recompile_limit_error, restoring_saved_tensor_hooks
-from fxtrain._torch_internals.support import is_tested
+from fxtrain._torch_internals.interface import is_tested
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.core import Batch, TrainState, Tree, compiling

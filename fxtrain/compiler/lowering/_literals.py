@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdRef
 
 from fxtrain._torch_internals.dispatch import without_dispatch_modes
-from fxtrain._torch_internals.storages import write_count
+from fxtrain._torch_internals.memory import write_count
 from fxtrain.core import Tree
 
 _FACTORIES = (torch.arange, torch.tensor)

@@ -19,10 +19,10 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.dynamo import can_show_to_modes, modes_work_below_compile
-from fxtrain._torch_internals.storages import storage_id
+from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import new_fake_mode
-from fxtrain._torch_internals.transforms import is_transformed
 from fxtrain.compiler.lowering._executable import Backend, Executable, Run
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
 from fxtrain.compiler.lowering._trace import compile_traced

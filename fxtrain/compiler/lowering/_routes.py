@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fxtrain._torch_internals.dispatch import dispatch_keys_kept
-from fxtrain._torch_internals.interface import Feature
-from fxtrain._torch_internals.support import supports
+from fxtrain._torch_internals.interface import Feature, supports
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo, fails
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.compiler.lowering._graph_breaks import Break, break_from_error

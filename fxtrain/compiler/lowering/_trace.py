@@ -21,7 +21,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dispatch import Operator, grad_mode_setter
 from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, has_option, mode_options
-from fxtrain._torch_internals.storages import storage_id
+from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import make_fx
 from fxtrain.compiler.lowering._aot import compile_ahead
 from fxtrain.compiler.lowering._compile_thread import compiler_lock

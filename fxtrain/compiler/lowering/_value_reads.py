@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxtrain._torch_internals.dispatch import TorchDispatchMode, without_dispatch_modes
-from fxtrain._torch_internals.operators import item_operator
+from fxtrain._torch_internals.dispatch import TorchDispatchMode, item_operator, without_dispatch_modes
 from fxtrain._torch_internals.tracing import node_of, tracer
 from fxtrain.core import Tree
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxtrain._torch_internals.dispatch import Operator, is_in_place
-from fxtrain._torch_internals.storages import storage_id
+from fxtrain._torch_internals.memory import storage_id
 
 
 def storages_written(graph: Graph) -> set[int]:

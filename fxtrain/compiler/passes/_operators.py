@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals.dispatch import ctc_loss, linear_by_onednn
 from fxtrain._torch_internals.inductor import loop_operators, pointwise, register_lowering
-from fxtrain._torch_internals.operators import ctc_loss, linear_by_onednn
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxtrain._torch_internals.dispatch import Operator, operator_name
-from fxtrain._torch_internals.storages import storage_id
+from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._in_place import storages_written
 from fxtrain.compiler.passes._operators import expm1, once
 
