@@ -40,7 +40,7 @@ FIRST_STEP = (
 )
 
 MEMORY = (
-    "Compiled steps of fxtrain keep freed memory for the next step (`fxtrain/compiler/call/_malloc.py`). The other "
+    "Compiled steps of fxtrain keep freed memory for the next step (`fxtrain/compiler/call/_memory.py`). The other "
     "contestants run with default settings, with which glibc returns memory to the system and maps it again. With the "
     "same settings for all contestants (`MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=33554432`; 3 rounds, "
     "commit bc8070e, on another machine), fxtrain took 0.60 of the time of the best loop by hand on `small_gpt` and "

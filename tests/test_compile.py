@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compiler.lowering._cudagraphs import CudaGraphReplay
+from fxtrain.compiler.lowering._modes import CudaGraphReplay
 from fxtrain.compiler.passes import _matmuls as matmul
 from fxtrain.compiler.passes._scalars import hoist_scalars
 

@@ -14,7 +14,7 @@ import torch
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain.compiler._recompiles import RecompileError
-from fxtrain.compiler.call._ownership import is_sole, shared
+from fxtrain.compiler.call._memory import is_sole, shared
 from fxtrain.core import DonatedError
 
 pytestmark = pytest.mark.slow  # Inductor compiles

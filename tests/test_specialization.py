@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import tree
+from fxtrain.compiler.lowering._executable import uncompiled
 from fxtrain.compiler.lowering._specialization import compile_specialized
-from fxtrain.compiler.lowering._uncompiled import uncompiled
 from fxtrain.compiler.lowering._value_reads import UncheckedReadError
 
 TX = fx.optim.adamw(1e-2)

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compiler.lowering._ctc import OpaqueCTC
+from fxtrain.compiler.lowering._function_modes import OpaqueCTC
 from fxtrain.compiler.lowering._side_effects import FileInTraceError, detecting_side_effects
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.core import compiling

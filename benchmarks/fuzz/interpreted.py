@@ -7,8 +7,8 @@ by a Python function that computes the new state and copies it into the old leav
 from __future__ import annotations
 
 from fxtrain.compiler._compiled import Compiled
+from fxtrain.compiler.lowering._executable import uncompiled
 from fxtrain.compiler.lowering._routes import Route, Routes
-from fxtrain.compiler.lowering._uncompiled import uncompiled
 from fxtrain.step import Step
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compiler.call._graph import Graph
 from fxtrain.compiler.lowering._compile_thread import Job, compiler_lock, is_idle
+from fxtrain.compiler.lowering._executable import uncompiled
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Routes
-from fxtrain.compiler.lowering._uncompiled import uncompiled
 from fxtrain.core import Batch, TrainState
 from fxtrain.step import EvalFunction, Step
 

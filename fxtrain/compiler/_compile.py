@@ -8,8 +8,8 @@ from typing import Any
 from fxtrain.compiler._compiled import Compiled
 from fxtrain.compiler._recompiles import OnRecompile
 from fxtrain.compiler.lowering._executable import Backend
+from fxtrain.compiler.lowering._modes import AHEAD
 from fxtrain.compiler.lowering._routes import Routes, routes_to
-from fxtrain.compiler.lowering._trace import AHEAD
 from fxtrain.core import check_choice, check_positive_int, describe
 from fxtrain.step import EvalFunction, Step
 

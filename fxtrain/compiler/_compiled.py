@@ -14,7 +14,7 @@ import torch
 from fxtrain.compiler._background import BackgroundGraphs
 from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
 from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
-from fxtrain.compiler.call._malloc import keep_freed_memory
+from fxtrain.compiler.call._memory import keep_freed_memory
 from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import Batch, Callback, StepOutput, TrainState

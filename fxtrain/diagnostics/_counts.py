@@ -12,8 +12,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dispatch import attention_on_cpu, is_view
 from fxtrain._torch_internals.tracing import make_fx, new_fake_mode
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
-from fxtrain.compiler.lowering._ctc import OpaqueCTC
-from fxtrain.compiler.lowering._literals import KnownLiterals
+from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.core import Batch, TrainState, compiling
 from fxtrain.step import EvalFunction, Step

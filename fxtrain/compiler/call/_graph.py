@@ -12,7 +12,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.call._ownership import is_foreign, is_sole, shared
+from fxtrain.compiler.call._memory import is_foreign, is_sole, shared
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.core import Batch, TrainState, Tree, invalidate
 from fxtrain.core._state import build

@@ -1,15 +1,18 @@
-"""The result of lowering: a compiled function of the leaves of a state and of a batch."""
+"""The result of lowering: a function of the leaves of a state and of a batch, and the uncompiled step in this form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxtrain import tree
 from fxtrain.compiler.lowering._symbolic_sizes import Conditions
-from fxtrain.core import Tree
+from fxtrain.core import Batch, TrainState, Tree
+from fxtrain.model import forward_wrapped_by
+from fxtrain.step import EvalFunction, Step
 
 Backend = str | Callable[[GraphModule, Sequence[Tensor]], Callable[..., object]]
 """A backend of ``torch.compile``: its name, or a function from a graph and example inputs to a compiled function."""
@@ -30,3 +33,38 @@ class Executable(NamedTuple):
     run: Run
     written: Sequence[int] | None
     conditions: Conditions | None = None
+
+
+def uncompiled(
+    step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool, wrap: Any = None
+) -> Executable:
+    """Returns an executable that runs the step uncompiled.
+
+    Args:
+        step: The step.
+        state: The part of a state that enters the step.
+        batch: A batch.
+        in_place: Whether to write the new state into the old state's buffers.
+        wrap: As in ``forward_wrapped_by``.
+    """
+    state_structure, batch_structure = tree.structure(state), tree.structure(batch)
+
+    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
+        with forward_wrapped_by(wrap):
+            result: Any = step(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
+        if not isinstance(step, Step):
+            return (), result
+        moved, output = result
+        new = tree.leaves(moved)
+        if not in_place:
+            return new, output
+        # Cloned before the first write, because new values may be views of old leaves.
+        values = [value if value is old else value.clone() for value, old in zip(new, leaves, strict=True)]
+        output = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+        for old, value in zip(leaves, values, strict=True):
+            if value is not old:
+                old.copy_(value)
+        return (), output
+
+    writes = in_place and isinstance(step, Step)
+    return Executable(run, range(state_structure.num_leaves) if writes else None)

@@ -23,10 +23,9 @@ from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.dynamo import can_show_to_modes, modes_work_below_compile
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import new_fake_mode
-from fxtrain.compiler.lowering._executable import Backend, Executable, Run
+from fxtrain.compiler.lowering._executable import Backend, Executable, Run, uncompiled
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
 from fxtrain.compiler.lowering._trace import compile_traced
-from fxtrain.compiler.lowering._uncompiled import uncompiled
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.model import forward_wrapped_by
 from fxtrain.model._closeness import are_close

@@ -15,13 +15,13 @@ import torch
 from fxtrain._torch_internals.dispatch import dispatch_keys_kept
 from fxtrain._torch_internals.interface import Feature, supports
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo, fails
-from fxtrain.compiler.lowering._executable import Backend, Executable
+from fxtrain.compiler.lowering._executable import Backend, Executable, uncompiled
 from fxtrain.compiler.lowering._graph_breaks import Break, break_from_error
+from fxtrain.compiler.lowering._modes import AHEAD
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._regions import NoGradientsError, compile_in_regions
 from fxtrain.compiler.lowering._specialization import compile_specialized
-from fxtrain.compiler.lowering._trace import AHEAD, compile_traced, trace_step
-from fxtrain.compiler.lowering._uncompiled import uncompiled
+from fxtrain.compiler.lowering._trace import compile_traced, trace_step
 from fxtrain.core import Batch, TrainState
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError

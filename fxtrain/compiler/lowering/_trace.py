@@ -23,12 +23,10 @@ from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, has_option, mode_options
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import make_fx
-from fxtrain.compiler.lowering._aot import compile_ahead
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
-from fxtrain.compiler.lowering._ctc import OpaqueCTC
-from fxtrain.compiler.lowering._cudagraphs import CudaGraphReplay
 from fxtrain.compiler.lowering._executable import Backend, Executable
-from fxtrain.compiler.lowering._literals import KnownLiterals
+from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
+from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, CudaGraphReplay, compile_ahead
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
@@ -37,9 +35,6 @@ from fxtrain.compiler.passes._matmuls import speed_up_matmuls
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.step import Step
-
-AHEAD = "ahead-of-time"
-REPLAYED = "reduce-overhead"
 
 # Inductor's assertions on input sizes repeat what the caller has just checked, and add to the dispatch overhead.
 _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
