@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -33,7 +33,7 @@ def optimizer(
         NoEquivalentError: If there is no equivalent expression.
     """
     kind = type(given)
-    if kind not in _RULES:
+    if not _is_translated(kind):
         raise NoEquivalentError(_unknown(kind))
     groups: list[Group] = []
     for index, group in enumerate(given.param_groups):
@@ -55,7 +55,7 @@ def optimizer_class(kind: type) -> str:
     Raises:
         NoEquivalentError: If there is no equivalent expression.
     """
-    if kind not in _RULES:
+    if not _is_translated(kind):
         raise NoEquivalentError(_unknown(kind))
     return _of_group(kind, _defaults(kind), Schedules(""), plain=True, inject=False)
 
@@ -65,8 +65,7 @@ def _of_group(kind: type, options: Mapping[str, object], scheduled: Schedules, *
     if kind is torch.optim.Rprop and (scheduled.rate or inject):
         raise NoEquivalentError("Rprop uses its learning rate in the first step only. Leave the scheduler out.")
     amsgrad, maximize = options.get("amsgrad", False), options.get("maximize", False)
-    rule = _RULES[kind]
-    named = rule(cast(Options, options)) if rule is not None and plain and not amsgrad and not maximize else None
+    named = _named(kind, cast(Options, options)) if plain and not amsgrad and not maximize else None
     if named is None:
         if scheduled.momentum:
             raise NoEquivalentError(
@@ -77,16 +76,13 @@ def _of_group(kind: type, options: Mapping[str, object], scheduled: Schedules, *
         call = f"fx.optim.inject_hyperparams({_FROM})" if inject else _FROM
         return f"{call}({', '.join([f'torch.optim.{kind.__name__}', f'lr={rate}', *given])})"
     before, name, arguments = named
+    if scheduled.momentum:
+        arguments["momentum" if name == "sgd" else "b1"] = scheduled.momentum
+    listed = [f"{argument}={value}" for argument, value in arguments.items()]
     if inject or scheduled.momentum:
-        arguments = {"learning_rate": rate, **arguments}
-        if scheduled.momentum:
-            arguments["momentum" if name == "sgd" else "b1"] = scheduled.momentum
-        listed = [f"{argument}={value}" for argument, value in arguments.items()]
-        call = f"fx.optim.inject_hyperparams(fx.optim.{name})({', '.join(listed)})"
+        call = f"fx.optim.inject_hyperparams(fx.optim.{name})({', '.join([f'learning_rate={rate}', *listed])})"
     else:
-        call = (
-            f"fx.optim.{name}({', '.join([rate, *(f'{argument}={value}' for argument, value in arguments.items())])})"
-        )
+        call = f"fx.optim.{name}({', '.join([rate, *listed])})"
     return f"fx.optim.chain({before}, {call})" if before else call
 
 
@@ -96,79 +92,39 @@ Named = tuple[str, str, dict[str, str]]
 """The transformation to chain before, the factory's name, and its arguments except the learning rate."""
 
 
-def _sgd(options: Options) -> Named:
-    momentum = _other(options, momentum=0, nesterov=False, dampening=0) if options["momentum"] else {}
-    return _decayed(options), "sgd", _code(momentum)
-
-
-def _adam(options: Options) -> Named:
-    if options["decoupled_weight_decay"]:
-        return _adamw(options)
-    return _decayed(options), "adam", _moments(options)
-
-
-def _adamw(options: Options) -> Named:
-    return "", "adamw", {**_moments(options), "weight_decay": repr(options["weight_decay"])}
-
-
-def _adamax(options: Options) -> Named:
-    return _decayed(options), "adamax", _moments(options)
-
-
-def _nadam(options: Options) -> Named | None:
-    if options["decoupled_weight_decay"]:
-        return None
-    return _decayed(options), "nadam", {**_moments(options), "momentum_decay": repr(options["momentum_decay"])}
-
-
-def _radam(options: Options) -> Named | None:
-    if options["decoupled_weight_decay"]:
-        return None
-    return _decayed(options), "radam", {**_moments(options), "correct_eps": "True"}
-
-
-def _rmsprop(options: Options) -> Named | None:
-    if options["momentum"]:
-        return None  # fx.optim.rmsprop applies the learning rate before the momentum, torch after it
-    arguments = {"decay": options["alpha"], **_other(options, eps=1e-8), "eps_in_sqrt": False}
-    return _decayed(options), "rmsprop", _code({**arguments, **({"centered": True} if options["centered"] else {})})
-
-
-def _adagrad(options: Options) -> Named | None:
-    if options["lr_decay"]:
-        return None
-    start = options["initial_accumulator_value"]
-    arguments = {"initial_accumulator_value": float(start), "eps": options["eps"], "eps_in_sqrt": False}
-    return _decayed(options), "adagrad", _code(arguments)
-
-
-def _adadelta(options: Options) -> Named:
-    return "", "adadelta", _code(_other(options, rho=0.9, eps=1e-6, weight_decay=0.0))
-
-
-def _rprop(options: Options) -> Named:
-    (eta_minus, eta_plus), (smallest, largest) = options["etas"], options["step_sizes"]
-    arguments = {"eta_minus": eta_minus, "eta_plus": eta_plus, "min_step_size": smallest, "max_step_size": largest}
-    defaults = {"eta_minus": 0.5, "eta_plus": 1.2, "min_step_size": 1e-6, "max_step_size": 50}
-    return "", "rprop", _code({name: value for name, value in arguments.items() if value != defaults[name]})
-
-
-_RULES: dict[type, Callable[[Options], Named | None] | None] = {
-    torch.optim.ASGD: None,
-    torch.optim.Adadelta: _adadelta,
-    torch.optim.Adafactor: None,
-    torch.optim.Adagrad: _adagrad,
-    torch.optim.Adam: _adam,
-    torch.optim.AdamW: _adamw,
-    torch.optim.Adamax: _adamax,
-    torch.optim.Muon: None,
-    torch.optim.NAdam: _nadam,
-    torch.optim.RAdam: _radam,
-    torch.optim.RMSprop: _rmsprop,
-    torch.optim.Rprop: _rprop,
-    torch.optim.SGD: _sgd,
-}
-"""By class: its translation to the factory of fx.optim, or None if there is only ``from_torch``."""
+def _named(kind: type, options: Options) -> Named | None:
+    """Returns the translation to a factory of fx.optim, or None if there is only ``from_torch``."""
+    match kind:
+        case torch.optim.SGD:
+            momentum = _other(options, momentum=0, nesterov=False, dampening=0) if options["momentum"] else {}
+            return _decayed(options), "sgd", _code(momentum)
+        case torch.optim.Adam if not options["decoupled_weight_decay"]:
+            return _decayed(options), "adam", _moments(options)
+        case torch.optim.Adam | torch.optim.AdamW:
+            return "", "adamw", {**_moments(options), "weight_decay": repr(options["weight_decay"])}
+        case torch.optim.Adamax:
+            return _decayed(options), "adamax", _moments(options)
+        case torch.optim.NAdam if not options["decoupled_weight_decay"]:
+            return _decayed(options), "nadam", {**_moments(options), "momentum_decay": repr(options["momentum_decay"])}
+        case torch.optim.RAdam if not options["decoupled_weight_decay"]:
+            return _decayed(options), "radam", {**_moments(options), "correct_eps": "True"}
+        # With momentum, fx.optim.rmsprop applies the learning rate before the momentum and torch after it.
+        case torch.optim.RMSprop if not options["momentum"]:
+            arguments = {"decay": options["alpha"], **_other(options, eps=1e-8), "eps_in_sqrt": False}
+            arguments |= {"centered": True} if options["centered"] else {}
+            return _decayed(options), "rmsprop", _code(arguments)
+        case torch.optim.Adagrad if not options["lr_decay"]:
+            start = float(options["initial_accumulator_value"])
+            arguments = {"initial_accumulator_value": start, "eps": options["eps"], "eps_in_sqrt": False}
+            return _decayed(options), "adagrad", _code(arguments)
+        case torch.optim.Adadelta:
+            return "", "adadelta", _code(_other(options, rho=0.9, eps=1e-6, weight_decay=0.0))
+        case torch.optim.Rprop:
+            (eta_minus, eta_plus), (smallest, largest) = options["etas"], options["step_sizes"]
+            steps = {"eta_minus": eta_minus, "eta_plus": eta_plus, "min_step_size": smallest, "max_step_size": largest}
+            return "", "rprop", _code(_other(steps, eta_minus=0.5, eta_plus=1.2, min_step_size=1e-6, max_step_size=50))
+        case _:
+            return None
 
 
 def _moments(options: Options) -> dict[str, str]:
@@ -189,6 +145,10 @@ def _decayed(options: Options) -> str:
 
 def _code(arguments: Mapping[str, object]) -> dict[str, str]:
     return {name: repr(value) for name, value in arguments.items()}
+
+
+def _is_translated(kind: type) -> bool:
+    return kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Optimizer", *_REFUSED)
 
 
 def _masked(expression: str, predicate: str) -> str:
@@ -255,7 +215,7 @@ def _unknown(kind: type) -> str:
     name = kind.__name__
     if kind.__module__.startswith("torch.optim") and name in _REFUSED:
         return _REFUSED[name]
-    bases: Sequence[type] = [base for base in kind.__mro__[1:] if base in _RULES]
+    bases = [base for base in kind.__mro__[1:] if _is_translated(base)]
     if name in _KNOWN:
         close = f"The closest is {_KNOWN[name]}, whose defaults may differ. Otherwise implement"
     elif bases:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ def schedules(scheduler: lr_scheduler.LRScheduler, group: int) -> Schedules:
     Raises:
         NoEquivalentError: If there is no equivalent expression.
     """
-    base = float(scheduler.base_lrs[group]) if hasattr(scheduler, "base_lrs") else 1.0
+    base = _base(scheduler, group)
     match scheduler:
         case lr_scheduler.SequentialLR():
             parts = [schedules(part, group).rate for part in scheduler._schedulers]
@@ -43,80 +42,62 @@ def schedules(scheduler: lr_scheduler.LRScheduler, group: int) -> Schedules:
             return _cyclic(scheduler, group)
         case lr_scheduler.LambdaLR():
             return Schedules(_lambda(scheduler.lr_lambdas[group], base))
-    rule = _RULES.get(type(scheduler))
-    if rule is None:
+    rate = _rate(scheduler, base)
+    if rate is None:
         raise NoEquivalentError(
             f"fx has no counterpart of {type(scheduler).__name__}. Write a function that maps the step, an int64 "
             "tensor of shape [], to the learning rate with tensor operations, and pass it as the learning rate."
         )
-    return Schedules(rule(scheduler, base))
+    return Schedules(rate)
 
 
-def _step(scheduler: lr_scheduler.StepLR, base: float) -> str:
-    return f"fx.schedules.exponential({base!r}, {scheduler.step_size}, decay_rate={scheduler.gamma!r}, staircase=True)"
+def _base(scheduler: lr_scheduler.LRScheduler, group: int) -> float:
+    return float(scheduler.base_lrs[group]) if hasattr(scheduler, "base_lrs") else 1.0
 
 
-def _multi_step(scheduler: lr_scheduler.MultiStepLR, base: float) -> str:
-    scales = {step: scheduler.gamma**times for step, times in sorted(Counter(scheduler.milestones).items())}
-    return f"fx.schedules.piecewise({base!r}, {scales!r})"
-
-
-def _exponential(scheduler: lr_scheduler.ExponentialLR, base: float) -> str:
-    return f"fx.schedules.exponential({base!r}, 1, decay_rate={scheduler.gamma!r})"
-
-
-def _constant(scheduler: lr_scheduler.ConstantLR, base: float) -> str:
-    first = f"fx.schedules.constant({base * scheduler.factor!r})"
-    if scheduler.total_iters <= 0:  # torch removes the factor when a step after 0 equals total_iters, so never here
-        return first
-    return f"fx.schedules.join([{first}, fx.schedules.constant({base!r})], [{scheduler.total_iters}])"
-
-
-def _linear(scheduler: lr_scheduler.LinearLR, base: float) -> str:
-    start, end = base * scheduler.start_factor, base * scheduler.end_factor
-    return f"fx.schedules.linear({start!r}, {end!r}, transition_steps={scheduler.total_iters})"
-
-
-def _polynomial(scheduler: lr_scheduler.PolynomialLR, base: float) -> str:
-    return (
-        f"fx.schedules.polynomial({base!r}, 0.0, power={float(scheduler.power)!r}, "
-        f"transition_steps={scheduler.total_iters})"
-    )
-
-
-def _cosine(scheduler: lr_scheduler.CosineAnnealingLR, base: float) -> str:
-    return mirrored(base, scheduler.T_max, scheduler.eta_min)
-
-
-def _warm_restarts(scheduler: lr_scheduler.CosineAnnealingWarmRestarts, base: float) -> str:
-    growth = f", growth={scheduler.T_mult}" if scheduler.T_mult != 1 else ""
-    return f"fx.schedules.cycle({half_cosine(base, scheduler.T_0, scheduler.eta_min)}, {scheduler.T_0}{growth})"
-
-
-_RULES: dict[type, Callable[[Any, float], str]] = {
-    lr_scheduler.StepLR: _step,
-    lr_scheduler.MultiStepLR: _multi_step,
-    lr_scheduler.ExponentialLR: _exponential,
-    lr_scheduler.ConstantLR: _constant,
-    lr_scheduler.LinearLR: _linear,
-    lr_scheduler.PolynomialLR: _polynomial,
-    lr_scheduler.CosineAnnealingLR: _cosine,
-    lr_scheduler.CosineAnnealingWarmRestarts: _warm_restarts,
-}
+def _rate(given: Any, base: float) -> str | None:
+    """Returns the expression for a scheduler whose rate is one function of the step, or None for other classes."""
+    match type(given):  # subclasses may compute other rates
+        case lr_scheduler.StepLR:
+            options = f"{given.step_size}, decay_rate={given.gamma!r}, staircase=True"
+            return f"fx.schedules.exponential({base!r}, {options})"
+        case lr_scheduler.MultiStepLR:
+            scales = {step: given.gamma**times for step, times in sorted(given.milestones.items())}
+            return f"fx.schedules.piecewise({base!r}, {scales!r})"
+        case lr_scheduler.ExponentialLR:
+            return f"fx.schedules.exponential({base!r}, 1, decay_rate={given.gamma!r})"
+        case lr_scheduler.ConstantLR:
+            first, then = (f"fx.schedules.constant({value!r})" for value in (base * given.factor, base))
+            # torch removes the factor when a step after 0 equals total_iters, so never if that is 0.
+            return first if given.total_iters <= 0 else f"fx.schedules.join([{first}, {then}], [{given.total_iters}])"
+        case lr_scheduler.LinearLR:
+            start, end = base * given.start_factor, base * given.end_factor
+            return f"fx.schedules.linear({start!r}, {end!r}, transition_steps={given.total_iters})"
+        case lr_scheduler.PolynomialLR:
+            options = f"power={float(given.power)!r}, transition_steps={given.total_iters}"
+            return f"fx.schedules.polynomial({base!r}, 0.0, {options})"
+        case lr_scheduler.CosineAnnealingLR:
+            return mirrored(base, given.T_max, given.eta_min)
+        case lr_scheduler.CosineAnnealingWarmRestarts:
+            growth = f", growth={given.T_mult}" if given.T_mult != 1 else ""
+            return f"fx.schedules.cycle({half_cosine(base, given.T_0, given.eta_min)}, {given.T_0}{growth})"
+        case _:
+            return None
 
 
 def _product(parts: list[lr_scheduler.LRScheduler], group: int) -> str:
     """Translates chained schedulers, each of which multiplies the learning rate by a factor."""
     factors: list[str] = []
-    for index, part in enumerate(parts):
-        rule = _RULES.get(type(part))
+    for part in parts:
         shifted = getattr(part, "eta_min", 0) != 0 and len(parts) > 1
-        if rule is None or shifted or isinstance(part, lr_scheduler.CosineAnnealingWarmRestarts):
+        is_product = not shifted and not isinstance(part, lr_scheduler.CosineAnnealingWarmRestarts)
+        factor = _rate(part, 1.0 if factors else _base(part, group)) if is_product else None
+        if factor is None:
             raise NoEquivalentError(
                 f"a chain with {type(part).__name__}{' and eta_min' if shifted else ''} is not a product of schedules. "
                 "Write a function that maps the step, an int64 tensor of shape [], to the learning rate."
             )
-        factors.append(rule(part, float(part.base_lrs[group]) if index == 0 else 1.0))
+        factors.append(factor)
     if len(factors) == 1:
         return factors[0]
     return "lambda step: " + " * ".join(f"{factor}(step)" for factor in factors)

@@ -51,13 +51,7 @@ def _cycles(steps: int, count: float) -> int:
 
 
 def _polynomial_warmup(
-    base: float,
-    *,
-    num_warmup_steps: int,
-    num_training_steps: int,
-    lr_end: float,
-    power: float,
-    lr_init: float,
+    base: float, *, num_warmup_steps: int, num_training_steps: int, lr_end: float, power: float, lr_init: float
 ) -> str:
     left = max(1, num_training_steps - num_warmup_steps)
     end = base * (lr_end / lr_init)
