@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fxtrain.equivalents._expressions import NoEquivalentError
+
+_FREEZE = "fx.optim.set_to_zero()"
 
 Masked = Callable[[str, str], str]
 """Maps an expression with weight decay and a predicate to the expression that decays where the predicate holds."""
@@ -53,7 +56,7 @@ def partitioned(groups: list[Group], model: object, masked: Masked | None) -> st
     left = trained - {member.name for found in members.values() for member in found}
     members = {expression: found for expression, found in members.items() if found}
     if left and all(member.name for found in members.values() for member in found):
-        members["fx.optim.set_to_zero()"] = [_Member(name, -1) for name in sorted(left)]
+        members[_FREEZE] = [_Member(name, -1) for name in sorted(left)]
     if len(members) <= 1:
         return next(iter(members), groups[0].expression)
     if masked and len(members) == 2 and not left and len({group.undecayed for group in groups}) == 1:
@@ -62,9 +65,7 @@ def partitioned(groups: list[Group], model: object, masked: Masked | None) -> st
             return masked(decayed, _predicate(members[decayed], members[plain]))
     # The largest group takes all parameters that no predicate selects.
     ranked = sorted(members.items(), key=lambda item: len(item[1]))
-    labels = {expression: f"group {index}" for index, expression in enumerate(members)}
-    if "fx.optim.set_to_zero()" in labels:
-        labels["fx.optim.set_to_zero()"] = "frozen"
+    labels = {key: "frozen" if key == _FREEZE else f"group {index}" for index, key in enumerate(members)}
     choice = repr(labels[ranked[-1][0]])
     for index in reversed(range(len(ranked) - 1)):
         expression, found = ranked[index]
@@ -103,10 +104,9 @@ def _predicate(chosen: list[_Member], others: list[_Member]) -> str:
     prefix = _common(names)
     if prefix and not any(name.startswith(prefix) for name in rest):
         return f"path.startswith({prefix!r})"
-    ends = tuple(sorted({name.rpartition(".")[2] for name in names}))
+    ends = sorted({name.rpartition(".")[2] for name in names})
     if not {name.rpartition(".")[2] for name in rest} & set(ends):
-        suffixes = ", ".join(map(repr, ends))
-        return f"path.rpartition('.')[2] in {{{suffixes}}}"
+        return f"path.rpartition('.')[2] in {{{', '.join(map(repr, ends))}}}"
     if len(names) > len(rest):
         return f"path not in {{{', '.join(map(repr, rest))}}}"
     return f"path in {{{', '.join(map(repr, names))}}}"
@@ -114,10 +114,6 @@ def _predicate(chosen: list[_Member], others: list[_Member]) -> str:
 
 def _common(names: list[str]) -> str:
     """Returns the longest common prefix that ends in a dot."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared: list[str] = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return "".join(f"{part}." for part in shared)
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+    return "".join(f"{column[0]}." for column in shared)
