@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.optim import lr_scheduler
 
 from fxtrain.equivalents._expressions import NoEquivalentError
-from fxtrain.equivalents._optax import Transformation, chained_from_optax, is_from_optax, schedule_from_optax
+from fxtrain.equivalents._optax import chained_from_optax, is_from_optax, schedule_from_optax
 from fxtrain.equivalents._optimizers import optimizer, optimizer_class
 from fxtrain.equivalents._schedulers import schedules
-
-Foreign = TypeVar("Foreign")
 
 
 def advice_on(value: object, model: object, *, as_schedule: bool) -> tuple[str, str] | None:
@@ -24,35 +22,34 @@ def advice_on(value: object, model: object, *, as_schedule: bool) -> tuple[str, 
         model: The module that is trained, or None.
         as_schedule: Whether a scheduler is translated to a schedule alone, without its optimizer.
     """
-    if as_schedule and isinstance(value, lr_scheduler.LRScheduler) and not _is_plateau(value):
-        return _name(type(value)), _attempt(_schedule, value, model)
-    return _advice_on(value, model)
-
-
-def _advice_on(value: object, model: object) -> tuple[str, str] | None:
     match value:
-        case _ if _unwrapped(value) is not None:
-            return _advice_on(_unwrapped(value), model)
+        case _ if (inner := _unwrapped(value)) is not None:
+            return advice_on(inner, model, as_schedule=False)
         case lr_scheduler.ReduceLROnPlateau():
-            return _name(type(value)), _attempt(_plateau, value, model)
+            return _name(type(value)), _attempt(lambda: _plateau(value, model))
+        case lr_scheduler.LRScheduler() if as_schedule:
+            return _name(type(value)), _attempt(lambda: _schedule(value))
         case lr_scheduler.LRScheduler():
-            return _name(type(value)), _attempt(_scheduled, value, model)
+            return _name(type(value)), _attempt(lambda: _scheduled(value, model))
         case torch.optim.Optimizer():
-            return _name(type(value)), _attempt(_optimizer, value, model)
+            return _name(type(value)), _attempt(lambda: _optimizer(value, model))
         case type() if issubclass(value, torch.optim.Optimizer):
-            return f"the class {_name(value)}", _attempt(_class, value, model)
+            return f"the class {_name(value)}", _attempt(lambda: f"Use {optimizer_class(value)}.")
         case type() if issubclass(value, lr_scheduler.LRScheduler):
             advice = f"Pass the scheduler, {value.__name__}(optimizer, ...), to see its equivalent."
             return f"the class {_name(value)}", advice
+        case _ if is_from_optax(value) and callable(value):
+            name = schedule_from_optax(value)
+            return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same values."
         case _ if is_from_optax(value):
-            return _from_optax(value)
+            return "an optax transformation", _attempt(lambda: f"Use {chained_from_optax(value)}.")
         case _:
             return None
 
 
-def _attempt(translate: Callable[[Foreign, object], str], value: Foreign, model: object) -> str:
+def _attempt(translate: Callable[[], str]) -> str:
     try:
-        return translate(value, model)
+        return translate()
     except NoEquivalentError as error:
         reason = str(error).rstrip(".")
     except AttributeError as error:  # private attributes of schedulers may change
@@ -67,19 +64,12 @@ def _optimizer(value: torch.optim.Optimizer, model: object) -> str:
     return advice
 
 
-def _class(value: type, model: object) -> str:
-    return f"Use {optimizer_class(value)}."
-
-
-def _is_plateau(value: object) -> bool:
-    return isinstance(value, lr_scheduler.ReduceLROnPlateau)
-
-
 def _scheduled(value: lr_scheduler.LRScheduler, model: object) -> str:
-    return f"Use {optimizer(_bare(value.optimizer), model, lambda index: schedules(value, index))}.\n{_STEPS}"
+    bare = _unwrapped(value.optimizer) or value.optimizer
+    return f"Use {optimizer(bare, model, lambda index: schedules(value, index))}.\n{_STEPS}"
 
 
-def _schedule(value: lr_scheduler.LRScheduler, model: object) -> str:
+def _schedule(value: lr_scheduler.LRScheduler) -> str:
     found = schedules(value, 0)
     if any(schedules(value, index) != found for index in range(1, len(value.optimizer.param_groups))):
         raise NoEquivalentError(
@@ -99,7 +89,7 @@ _STEPS = (
 def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: object) -> str:
     if len(set(map(float, value.min_lrs))) > 1:
         raise NoEquivalentError("its min_lr differs between parameter groups. Use one minimum for all.")
-    whole = optimizer(_bare(value.optimizer), model, inject=True)
+    whole = optimizer(_unwrapped(value.optimizer) or value.optimizer, model, inject=True)
     # The values and their defaults.
     options: dict[str, tuple[object, object]] = {
         "hyperparam": ("lr" if "learning_rate=" not in whole else "learning_rate", "learning_rate"),
@@ -116,14 +106,6 @@ def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: object) -> str:
         f"Use {whole}.\nAdd the callback fx.callbacks.reduce_on_plateau('loss'{listed}) to fx.fit, with the name of "
         "the metric at EvalEnd."
     )
-
-
-def _from_optax(value: Transformation | Callable[..., object]) -> tuple[str, str]:
-    if callable(value):
-        name = schedule_from_optax(value)
-        return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same values."
-    advice = _attempt(lambda tx, model: f"Use {chained_from_optax(tx)}.", value, None)
-    return "an optax transformation", advice
 
 
 _SCHEDULES = {
@@ -151,16 +133,11 @@ def _unwrapped(value: object) -> Any:
     if not isinstance(value, list | tuple | dict) or type(value) not in (list, tuple, dict):
         return None
     parts = list(value.values() if isinstance(value, dict) else value)
-    parts = [inner if (inner := _unwrapped(part)) is not None else part for part in parts]
+    parts = [_unwrapped(part) or part for part in parts]
     ranked = [
         part for kind in (lr_scheduler.LRScheduler, torch.optim.Optimizer) for part in parts if isinstance(part, kind)
     ]
     return ranked[0] if ranked else None
-
-
-def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    inner = _unwrapped(optimizer)
-    return optimizer if inner is None else inner
 
 
 _WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")

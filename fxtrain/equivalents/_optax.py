@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 from fxtrain.core import describe
 from fxtrain.equivalents._expressions import NoEquivalentError
@@ -33,14 +33,7 @@ _RENAMED = {"clip": "clip_by_value"}
 _REMEDY = "Build it from fx.optim, which has the names and arguments of optax"
 
 
-class Transformation(Protocol):
-    """A gradient transformation of optax."""
-
-    init: Callable[..., object]
-    update: Callable[..., object]
-
-
-def is_from_optax(value: object) -> TypeGuard[Transformation | Callable[..., object]]:
+def is_from_optax(value: object) -> bool:
     """Whether a transformation or a schedule was made by optax."""
     init = getattr(value, "init", None)
     if init is not None and hasattr(value, "update"):
@@ -53,18 +46,17 @@ def schedule_from_optax(schedule: object) -> str:
     return str(getattr(schedule, "__qualname__", "schedule")).partition(".")[0]
 
 
-def chained_from_optax(tx: Transformation) -> str:
+def chained_from_optax(tx: Any) -> str:
     """Returns the expression for an optax transformation.
 
     Raises:
         NoEquivalentError: If a part of it cannot be read.
     """
     parts = _parts(tx.init, tx.update)
-    listed = [part for part in parts if part is not None]
-    return listed[0] if len(listed) == 1 else f"fx.optim.chain({', '.join(listed)})"
+    return parts[0] if len(parts) == 1 else f"fx.optim.chain({', '.join(parts)})"
 
 
-def _parts(init: Callable[..., object], update: Callable[..., object]) -> list[str | None]:
+def _parts(init: Callable[..., object], update: Callable[..., object]) -> list[str]:
     name = str(init.__qualname__).partition(".")[0]
     kept = {**inspect.getclosurevars(init).nonlocals, **inspect.getclosurevars(update).nonlocals}
     if name == "chain":
@@ -76,7 +68,7 @@ def _parts(init: Callable[..., object], update: Callable[..., object]) -> list[s
     if name == "with_extra_args_support":
         return _parts(kept["tx"].init, kept["tx"].update)
     if name == "identity":
-        return [None]
+        return []
     if name in _DEFAULTS or name in _FIRST:
         return [_call(name, kept)]
     raise NoEquivalentError(f"the arguments of {name} cannot be read. {_REMEDY}")
