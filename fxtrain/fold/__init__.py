@@ -5,10 +5,8 @@
 nothing short-circuits. The returned controls are joined by ``|``, so no request is lost.
 """
 
-from fxtrain.fold._allowed import ALLOWED_REQUESTS
-from fxtrain.fold._compose import Composed, as_composed, compose
-from fxtrain.fold._handler import Handler, Needs, needs, on
-from fxtrain.fold._stateful import attach, slotted, stateful
+from fxtrain.fold._compose import Composed, as_composed, attach, compose
+from fxtrain.fold._handler import Handler, Needs, needs, on, slotted, stateful
 from fxtrain.fold._triggers import Trigger, When, after, as_trigger, at, every, when
 
 __all__ = [

@@ -1,14 +1,14 @@
-"""Composes callbacks into one and dispatches each event to those that subscribe to it."""
+"""Composes callbacks into one, dispatches each event to those that subscribe to it, and attaches their slots."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-from fxtrain.core import EVENTS, TRACED, Callback, Control, Event, TrainState
-from fxtrain.fold._allowed import refuse_impossible_requests, refuse_overreach
+from fxtrain import tree
+from fxtrain.core import EVENTS, TRACED, Callback, Control, Event, StepFn, TrainState
+from fxtrain.fold._checks import refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._handler import Handler, checked_result, handler_of
-from fxtrain.fold._structure import refuse_other_structure
 
 _NOTHING = Control()
 
@@ -113,3 +113,24 @@ def as_composed(callbacks: object) -> Composed:
     if isinstance(folded, Iterable):
         return compose(*cast("Iterable[Callback]", folded))
     return compose(cast("Callback", folded))
+
+
+def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback]) -> TrainState:
+    """Returns ``state`` with the missing slots of ``callbacks`` initialized. Existing slots are kept.
+
+    Args:
+        state: The training state.
+        callbacks: A callback, several in an iterable, or a step that folds callbacks.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(1, 1), fx.optim.sgd(0.1))
+        >>> list(attach(state, fx.callbacks.early_stopping("loss", patience=2)).slots)
+        ['early_stopping']
+    """
+    for name, handler in as_composed(callbacks).slots.items():
+        if name not in state.slots and handler.init is not None:
+            # Cloned, because an initial content is often a view of the parameters, and no two leaves of a state may
+            # share storage.
+            state = state.with_slot(name, tree.clone(handler.init(state)))
+    return state

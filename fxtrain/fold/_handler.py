@@ -1,4 +1,4 @@
-"""A callback with its name, subscription, slot and needs."""
+"""A callback with its name, subscription, slot and needs, and the functions that declare these."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from fxtrain.core import EVENTS, TRACED, Callback, Control, Event, LoopEvent, TrainState, Tree, describe, name_of
+from fxtrain.core import EVENTS, LOOP, TRACED, Callback, Control, Event, LoopEvent, TrainState, Tree, describe, name_of
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import kinds, subscription, takes
@@ -103,7 +103,7 @@ def _refuse_observer(callback: Callable[..., object]) -> None:
         )
 
 
-def elements_of(result: object) -> tuple[object, ...]:
+def _elements_of(result: object) -> tuple[object, ...]:
     """Returns the elements of a tuple, or none for any other value."""
     return cast("tuple[object, ...]", result) if isinstance(result, tuple) else ()
 
@@ -119,7 +119,7 @@ def checked_result(handler: Handler, event: Event, result: object) -> tuple[Trai
     Raises:
         TypeError: If ``result`` is not ``(state, control)``.
     """
-    pair = elements_of(result)
+    pair = _elements_of(result)
     if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
         return pair[0], pair[1]
     raise TypeError(
@@ -166,11 +166,77 @@ def needs(
             raise TypeError(f"expected events to be traced event types ({names}), got {describe(event)}.")
     handler = handler_of(callback)
     old = handler.needs
-    return dataclasses.replace(
-        handler,
-        needs=Needs(
-            eval_metrics=(*old.eval_metrics, *eval_metrics),
-            slots=(*old.slots, *slots),
-            events=(*old.events, *events),
-        ),
-    )
+    both = Needs((*old.eval_metrics, *eval_metrics), (*old.slots, *slots), (*old.events, *events))
+    return dataclasses.replace(handler, needs=both)
+
+
+def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *, label: str | None = None) -> Handler:
+    """Reserves the slot ``name`` for ``callback``, which manages its content itself.
+
+    The callback reads ``state.slots[name]`` and writes with ``state.with_slot(name, content)``. ``stateful`` does both
+    for it.
+
+    Args:
+        name: The slot's name, also in checkpoints.
+        init: Maps the training state to the slot's initial content, a pytree of tensors.
+        callback: ``(state, event) -> (state, control)``.
+        label: The callback's name; the slot's name by default.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def count(state, event: fx.StepEnd):
+        ...     return state.with_slot("counter", state.slots["counter"] + 1), fx.Control()
+        >>> slotted("counter", lambda state: torch.tensor(0), count)
+        <callback counter on StepEnd, slot 'counter'>
+    """
+    if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"expected a non-empty string as the slot's name, got {describe(name)}.")
+    if name.startswith(LOOP):
+        raise ValueError(f"expected a slot name without the prefix {LOOP!r}, which the loop reserves, got {name!r}.")
+    return dataclasses.replace(handler_of(callback), name=label or name, slot=name, init=init)
+
+
+def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[..., tuple[Tree, Control]]) -> Handler:
+    """Makes a callback whose state is kept in ``state.slots[name]``, and so in every checkpoint.
+
+    Args:
+        name: The slot's name.
+        init: Maps the training state to the slot's initial content, a pytree of tensors.
+        update: ``(state, event, content) -> (content, control)``, subscribed by the annotation of ``event``. The
+            content must keep its containers, shapes, dtypes and devices.
+
+    Raises:
+        TypeError: When the callback runs, if ``update`` did not return ``(content, control)``.
+        ValueError: When the callback runs, if the content changed in structure, shape, dtype or device.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def update(state, event: fx.StepEnd, count):
+        ...     return count + 1, fx.Control(log={"steps seen": count + 1})
+        >>> stateful("counter", lambda state: torch.tensor(0), update)
+        <callback counter on StepEnd, slot 'counter'>
+    """
+
+    # A handler made by `on` carries its subscription and has no annotation to read.
+    events = update.events if isinstance(update, Handler) else subscription(update)
+    function = cast("Callable[..., object]", update.function if isinstance(update, Handler) else update)
+
+    def callback(state: TrainState, event: Event) -> tuple[TrainState, Control]:
+        try:
+            content = state.slots[name]
+        except KeyError:
+            there = ", ".join(repr(slot) for slot in state.slots if not slot.startswith(LOOP)) or "none"
+            raise KeyError(
+                f"expected the state to have the slot {name!r}, got {there}. Call fxtrain.attach(state, callbacks) "
+                "first."
+            ) from None
+        result = function(state, event, content)
+        pair = _elements_of(result)
+        if len(pair) == 2 and isinstance(pair[1], Control):
+            return state.with_slot(name, pair[0]), pair[1]
+        raise TypeError(
+            f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
+            f"{describe(result)}. To request nothing, return the content and Control()."
+        )
+
+    return slotted(name, init, on(tuple(events), callback))

@@ -26,10 +26,8 @@ def takes(function: Callable[..., object], count: int) -> bool:
     """
     try:
         inspect.signature(function).bind(*range(count))
-    except TypeError:
-        return False
-    except ValueError:
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)
     return True
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,12 @@ from fxtrain.core import (
     describe,
     name_of,
 )
+from fxtrain.fold._checks import refuse_other_structure
 from fxtrain.fold._compose import Composed
 from fxtrain.fold._handler import Handler, checked_result, handler_of
-from fxtrain.fold._structure import refuse_other_structure
 
-
-class Predicate(Protocol):
-    """Maps an event to a bool, or to a bool tensor of shape [] inside the step."""
-
-    def __call__(self, event: Any, /) -> Flag: ...
+Predicate = Callable[[Any], Flag]
+"""Maps an event to a bool, or to a bool tensor of shape [] inside the step."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -97,10 +95,9 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
     unit, period = _one_of("every", steps=steps, seconds=seconds, epochs=epochs)
     if unit == "steps":
         check_positive_int("steps", period)
-    elif period <= 0:
-        raise ValueError(f"every: expected {unit} to be positive, got {period!r}.")
-    if unit == "steps":
         return Trigger(f"every({period})", lambda event: event.step % period == 0)
+    if period <= 0:
+        raise ValueError(f"every: expected {unit} to be positive, got {period!r}.")
     if unit == "seconds":
         return Trigger(
             f"every(seconds={period})", lambda event: _elapsed(event) // period > event.previous_time // period
@@ -212,6 +209,8 @@ def when(trigger: When, callback: Callback) -> Handler | Composed:
 
 
 def _gate(trigger: Predicate, handler: Handler) -> Handler:
+    text = repr(trigger) if isinstance(trigger, Trigger) else name_of(trigger)
+
     def gated(state: TrainState, event: Event) -> tuple[TrainState, Control]:
         flag = trigger(event)
         if not isinstance(flag, Tensor):
@@ -220,7 +219,7 @@ def _gate(trigger: Predicate, handler: Handler) -> Handler:
         refuse_other_structure(handler.name, type(event), state, new)
         return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.gated(flag)
 
-    return dataclasses.replace(handler, name=f"{handler.name} when {_text(trigger)}", function=gated)
+    return dataclasses.replace(handler, name=f"{handler.name} when {text}", function=gated)
 
 
 def _one_of(function: str, **periods: float | None) -> tuple[str, float]:
@@ -248,7 +247,3 @@ def _epoch(event: Event) -> tuple[float, int]:
             "use data that has a length."
         )
     return event.epoch, event.epoch_length
-
-
-def _text(trigger: Predicate) -> str:
-    return repr(trigger) if isinstance(trigger, Trigger) else name_of(trigger)

@@ -1,20 +1,120 @@
-"""Checks that callbacks keep the structure of the state: containers, shapes, dtypes and devices."""
+"""Checks of what a callback returns: the requests and writes that its event allows, and the structure of the state."""
 
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Event, TrainState, Tree, describe
+from fxtrain.core import (
+    SESSION,
+    TRACED,
+    Control,
+    EpochBegin,
+    EpochEnd,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    Event,
+    FitBegin,
+    FitEnd,
+    Gradients,
+    Microbatch,
+    Restored,
+    Rewound,
+    Saved,
+    StepBegin,
+    StepEnd,
+    TrainState,
+    Tree,
+    Updated,
+    describe,
+)
+from fxtrain.core._state import FIELDS
+
+_LOOP = frozenset({"stop", "skip_final_save", "end_epoch", "evaluate", "save", "rewind"})
+_INSIDE_EVALUATION = _LOOP - {"evaluate"}  # nested evaluations would never end
+
+_ALLOWED_REQUESTS: Mapping[type[Event], frozenset[str]] = {
+    Microbatch: frozenset({"stop", "skip_final_save", "skip_update"}),
+    Gradients: frozenset({"stop", "skip_final_save", "skip_update"}),
+    Updated: frozenset({"stop", "skip_final_save"}),  # too late for skip_update
+    EpochBegin: _LOOP,
+    StepBegin: _LOOP | {"skip_batch"},
+    StepEnd: _LOOP,
+    EvalBegin: _INSIDE_EVALUATION,
+    EvalStep: _INSIDE_EVALUATION,
+    EvalEnd: _INSIDE_EVALUATION,
+    EpochEnd: _LOOP - {"end_epoch"},
+    Rewound: frozenset({"stop", "skip_final_save"}),
+    # No evaluation at session events: an interrupted run would evaluate more often, which callbacks would count.
+    FitBegin: frozenset({"stop", "skip_final_save", "save"}),
+    Restored: frozenset({"stop", "skip_final_save"}),
+    Saved: frozenset({"stop", "skip_final_save"}),
+}
+"""The requests that are allowed at each event. At events that are not listed, callbacks can only log."""
 
 _MODEL = (
     "Callbacks cannot change the model. Change it between two calls of fit, or train parameters in phases with "
     "fxtrain.optim.unfreeze."
 )
 _KEEP = "A run can only be resumed into the structure that it started with: "
+
+
+def refuse_impossible_requests(name: str, kind: type[Event], control: Control) -> None:
+    """Raises if a callback requested something that is not possible at an event.
+
+    Args:
+        name: The callback's name.
+        kind: The type of the event.
+        control: Its requests.
+
+    Raises:
+        ValueError: The message names the events at which the request is possible.
+    """
+    for request in control.kinds:
+        if request not in _ALLOWED_REQUESTS.get(kind, ()):
+            where = [event.__name__ for event, possible in _ALLOWED_REQUESTS.items() if request in possible]
+            raise ValueError(
+                f"{name}: expected requests that are possible at {kind.__name__}, got {request}. Request it at "
+                f"{', '.join(where)}."
+            )
+
+
+def refuse_overreach(name: str, kind: type[Event], before: TrainState, after: TrainState) -> None:
+    """Raises if a callback wrote to a part of the state that it may only read at an event.
+
+    Args:
+        name: The callback's name.
+        kind: The type of the event.
+        before: The state that the callback received.
+        after: The state that it returned.
+
+    Raises:
+        ValueError: The message names the field.
+    """
+    if kind is FitEnd or kind not in (*TRACED, *SESSION):
+        return
+    for field in (*FIELDS, "model"):
+        is_writable = field == "slots" and kind in TRACED
+        if not is_writable and not same_leaves(getattr(before, field), getattr(after, field)):
+            allowed, remedy = (
+                ("writes to slots only", "Request skip_update, or change it at StepEnd.")
+                if kind in TRACED
+                else ("no changes", "How often this event fires depends on interruptions, so use a trajectory event.")
+            )
+            raise ValueError(
+                f"{name} changed state.{field} at {kind.__name__}: expected {allowed}, got another value. {remedy}"
+            )
+
+
+def same_leaves(first: Tree, second: Tree) -> bool:
+    """Whether two trees hold the same leaf objects. Dynamo tracks the identity of tensors, but not of containers."""
+    leaves, others = tree.leaves(first), tree.leaves(second)
+    return len(leaves) == len(others) and all(leaf is other for leaf, other in zip(leaves, others, strict=True))
 
 
 def refuse_other_structure(name: str, event: type[Event], before: TrainState, after: TrainState) -> None:
