@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import Control, Scalar, TrainState, Tree, Updated, check_int, describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, When, as_trigger, stateful
-from fxtrain.optim._moments import wide
+from fxtrain.optim._leafwise import wide
 
 
 class AveragedState(NamedTuple):

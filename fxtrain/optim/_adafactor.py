@@ -12,15 +12,18 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, check_positive_int
-from fxtrain.optim._clipping import clip_by_block_rms
-from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._initial_state import real_full
-from fxtrain.optim._leafwise import refuse_paths
+from fxtrain.optim._leafwise import at_least, mixed, refuse_paths, squared, wide, widest
 from fxtrain.optim._masking import Mask
-from fxtrain.optim._moments import at_least, mixed, squared, wide, widest
 from fxtrain.optim._momentum import ema
-from fxtrain.optim._parameter_scalars import PerParameter, start_counts
-from fxtrain.optim._scaling import ScalarOrSchedule, scale, scale_by_learning_rate, scale_by_param_block_rms
+from fxtrain.optim._scaling import (
+    ScalarOrSchedule,
+    add_decayed_weights,
+    clip_by_block_rms,
+    scale,
+    scale_by_learning_rate,
+    scale_by_param_block_rms,
+)
+from fxtrain.optim._state import PerParameter, real_full, start_counts
 from fxtrain.optim._transform import GradientTransformation, chain
 from fxtrain.tree import MaskedNode, leaf_paths
 

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
-from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._initial_state import real_full, zeros
+from fxtrain.optim._leafwise import bias_correction, bias_corrections, debiased, moving_average, squared
 from fxtrain.optim._masking import Mask
-from fxtrain.optim._moments import bias_correction, bias_corrections, debiased, moving_average, squared
-from fxtrain.optim._parameter_scalars import PerParameter, start_counts
-from fxtrain.optim._rules import from_counted_rule
-from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
-from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
+from fxtrain.optim._state import PerParameter, real_full, start_counts, zeros
+from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule
 
 
 class ScaleByAdamState(NamedTuple):

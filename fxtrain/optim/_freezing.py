@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, describe
-from fxtrain.optim._initial_state import start_count
 from fxtrain.optim._masking import partition
+from fxtrain.optim._state import start_count
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation, set_to_zero
 
 Phase = int | tuple[int, int] | None

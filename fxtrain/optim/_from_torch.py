@@ -14,26 +14,25 @@ from torch import Tensor
 from fxtrain.core import Scalar, Tree, describe, did_you_mean
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.equivalents._options import FOR_SPEED, Options, defaults_of
-from fxtrain.optim._adadelta import scale_by_adadelta
+from fxtrain.optim._accumulated_squares import scale_by_adadelta, scale_by_rms, scale_by_rss, scale_by_stddev
 from fxtrain.optim._adafactor import scale_by_factored_rms
-from fxtrain.optim._adagrad import scale_by_rss
 from fxtrain.optim._adam import scale_by_adam, scale_by_amsgrad
-from fxtrain.optim._adamax import scale_by_adamax
-from fxtrain.optim._clipping import clip_by_block_rms
-from fxtrain.optim._complex_values import split_real_and_imaginary
-from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._initial_state import start_count, zeros
-from fxtrain.optim._leafwise import map_with_state
-from fxtrain.optim._moments import at_most, widest
+from fxtrain.optim._adam_variants import scale_by_adamax, scale_by_nadam, scale_by_radam
+from fxtrain.optim._leafwise import at_most, map_with_state, widest
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._muon import scale_by_muon, scale_by_shape
-from fxtrain.optim._nadam import scale_by_nadam
-from fxtrain.optim._parameter_scalars import PerParameter, per_parameter, start_counts
-from fxtrain.optim._radam import scale_by_radam
-from fxtrain.optim._rmsprop import scale_by_rms, scale_by_stddev
 from fxtrain.optim._rprop import rprop
-from fxtrain.optim._scaling import ScalarOrSchedule, scale, scale_by_learning_rate, scale_by_param_block_rms
+from fxtrain.optim._scaling import (
+    ScalarOrSchedule,
+    add_decayed_weights,
+    clip_by_block_rms,
+    scale,
+    scale_by_learning_rate,
+    scale_by_param_block_rms,
+)
+from fxtrain.optim._state import PerParameter, per_parameter, start_count, start_counts, zeros
 from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._wrappers import split_real_and_imaginary
 
 
 def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: object) -> GradientTransformation:

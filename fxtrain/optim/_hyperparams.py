@@ -15,8 +15,8 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import Scalar, Tree, did_you_mean
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._initial_state import start_count
-from fxtrain.optim._moments import widest
+from fxtrain.optim._leafwise import widest
+from fxtrain.optim._state import start_count
 from fxtrain.optim._transform import GradientTransformation
 from fxtrain.schedules import Schedule
 from fxtrain.tree import Path, as_code, children, rebuilt

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
-from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._initial_state import zeros
+from fxtrain.optim._leafwise import bias_correction, debiased, moving_average
 from fxtrain.optim._masking import Mask
-from fxtrain.optim._moments import bias_correction, debiased, moving_average
-from fxtrain.optim._parameter_scalars import PerParameter, start_counts
-from fxtrain.optim._rules import from_counted_rule, from_rule
-from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
-from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
+from fxtrain.optim._state import PerParameter, start_counts, zeros
+from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule, from_rule
 
 
 class TraceState(NamedTuple):

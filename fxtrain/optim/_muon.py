@@ -24,15 +24,11 @@ from fxtrain.core import (
     describe,
 )
 from fxtrain.optim._adam import adamw
-from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._initial_state import zeros
-from fxtrain.optim._leafwise import map_updates
+from fxtrain.optim._leafwise import bias_corrections, debiased, map_updates, moving_average
 from fxtrain.optim._masking import Labels, Mask, partition
-from fxtrain.optim._moments import bias_corrections, debiased, moving_average
-from fxtrain.optim._parameter_scalars import PerParameter, start_counts
-from fxtrain.optim._rules import from_counted_rule
-from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
-from fxtrain.optim._transform import GradientTransformation, chain, stateless
+from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
+from fxtrain.optim._state import PerParameter, start_counts, zeros
+from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule, stateless
 from fxtrain.tree import as_code, leaf_paths
 
 Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]

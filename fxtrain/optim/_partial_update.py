@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, describe
-from fxtrain.optim._accumulation import EveryKState
-from fxtrain.optim._parameter_scalars import PerParameter
+from fxtrain.optim._state import PerParameter
 from fxtrain.optim._transform import GradientTransformation
+from fxtrain.optim._wrappers import EveryKState
 from fxtrain.tree import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, check_positive
-from fxtrain.optim._initial_state import real_full, zeros
-from fxtrain.optim._moments import at_least, at_most
-from fxtrain.optim._rules import from_rule
+from fxtrain.optim._leafwise import at_least, at_most
 from fxtrain.optim._scaling import scale
-from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._state import real_full, zeros
+from fxtrain.optim._transform import GradientTransformation, chain, from_rule
 
 
 class ScaleByRpropState(NamedTuple):

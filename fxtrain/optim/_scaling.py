@@ -1,4 +1,4 @@
-"""Scaling by a constant, by a learning rate or schedule, and by the size of the parameters."""
+"""Transformations that scale or bound the size of updates, and weight decay."""
 
 # pyright: reportIncompatibleMethodOverride=false
 # As in optax, states have a field named `count`, which shadows the method of tuples.
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Scalar, Tree, check_non_negative, describe
+from fxtrain import tree
+from fxtrain.core import Scalar, Tree, check_non_negative, check_positive, describe
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._initial_state import start_count
-from fxtrain.optim._leafwise import map_updates, map_with_params
-from fxtrain.optim._moments import at_least, norm, root_mean_square
-from fxtrain.optim._transform import GradientTransformation, stateless
+from fxtrain.optim._leafwise import at_least, at_most, map_updates, map_with_params, norm, root_mean_square
+from fxtrain.optim._masking import Mask, masked
+from fxtrain.optim._state import start_count
+from fxtrain.optim._transform import GradientTransformation, identity, stateless
 from fxtrain.schedules import Schedule
 
 ScalarOrSchedule = float | Tensor | Schedule
@@ -154,3 +155,123 @@ def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformat
         return update * at_least(root_mean_square(param), min_scale)
 
     return stateless(lambda updates, params: map_with_params(rule, "scale_by_param_block_rms", updates, params))
+
+
+def clip_by_value(max_delta: Scalar) -> GradientTransformation:
+    """Clips each element to [-max_delta, max_delta]. Split complex updates first: see ``split_real_and_imaginary``.
+
+    Example:
+        >>> tx = clip_by_value(5.0)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 3., -5.])
+    """
+    check_positive(max_delta=max_delta)
+    return stateless(
+        lambda updates, params: map_updates(lambda update: at_most(at_least(update, -max_delta), max_delta), updates)
+    )
+
+
+def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
+    """Scales all updates by one factor, so that the norm of the whole tree is at most ``max_norm``.
+
+        u = g min(1, max_norm / |g|)
+
+    Gradients that are not finite stay non-finite: see ``apply_if_finite``.
+
+    Args:
+        max_norm: Upper bound of the norm, above 0.
+
+    Example:
+        >>> tx = clip_by_global_norm(1.0)
+        >>> grads = {"a": torch.tensor(3.0), "b": torch.tensor(4.0)}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'a': tensor(0.6000), 'b': tensor(0.8000)}
+
+    References:
+        Pascanu et al., On the difficulty of training Recurrent Neural Networks, 2013.
+    """
+    check_positive(max_norm=max_norm)
+
+    def clipped(updates: Tree, params: Tree) -> Tree:
+        norm = tree.global_norm(updates)
+        factor = torch.where(norm < max_norm, 1.0, max_norm / norm)
+        return map_updates(lambda update: update * factor, updates)
+
+    return stateless(clipped)
+
+
+def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
+    """Scales each leaf down so that its root mean square is at most ``threshold``.
+
+        u = g / max(1, rms(g) / threshold)
+
+    Example:
+        >>> tx = clip_by_block_rms(1.0)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.0212, -1.4141])
+    """
+    check_positive(threshold=threshold)
+
+    def rule(update: Tensor) -> Tensor:
+        return update / (root_mean_square(update) / threshold).clamp(min=1.0)
+
+    return stateless(lambda updates, params: map_updates(rule, updates))
+
+
+class WeightDecaySchedule(NamedTuple):
+    """The state of a scheduled weight decay."""
+
+    count: Tensor  # int64 []: updates made
+
+
+def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None) -> GradientTransformation:
+    """Adds a multiple of the parameters to the updates: ``u = g + weight_decay * p``.
+
+    Before an adaptive rescaling this is L2 regularization. Between the rescaling and the learning rate it is the
+    decoupled weight decay of AdamW.
+
+    Args:
+        weight_decay: A float, a tensor of shape [], or a schedule.
+        mask: Which parameters decay: a pytree of bools, or a function ``(path, leaf) -> bool``. Defaults to all.
+
+    Example:
+        >>> import torch
+        >>> params = {"norm.scale": torch.ones(2), "linear.weight": torch.ones(2, 2)}
+        >>> tx = add_decayed_weights(0.1, mask=lambda path, leaf: leaf.ndim > 1)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> float(updates["norm.scale"][0]), float(updates["linear.weight"][0, 0])
+        (1.0, 1.10...)
+    """
+    refuse_foreign("weight_decay", "a number or a schedule", weight_decay, as_schedule=True)
+    tx = _scheduled(weight_decay) if callable(weight_decay) else _constant(weight_decay)
+    return tx if mask is None else masked(tx, mask)
+
+
+def _constant(weight_decay: float | Tensor) -> GradientTransformation:
+    check_non_negative(weight_decay=weight_decay)
+    if not isinstance(weight_decay, Tensor) and weight_decay == 0:
+        return identity()
+
+    def decayed(updates: Tree, params: Tree) -> Tree:
+        return _decayed(updates, params, weight_decay)
+
+    return stateless(decayed)
+
+
+def _scheduled(weight_decay: Schedule) -> GradientTransformation:
+    def update(
+        updates: Tree, opt_state: WeightDecaySchedule, params: Tree | None = None
+    ) -> tuple[Tree, WeightDecaySchedule]:
+        decayed = _decayed(updates, params, weight_decay(opt_state.count))
+        return decayed, WeightDecaySchedule(opt_state.count + 1)
+
+    def init(params: Tree) -> WeightDecaySchedule:
+        return WeightDecaySchedule(start_count(params))
+
+    return GradientTransformation(init, update)
+
+
+def _decayed(updates: Tree, params: Tree, rate: Scalar) -> Tree:
+    return map_with_params(lambda update, param: update + rate * param, "add_decayed_weights", updates, params)

@@ -10,25 +10,24 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree
-from fxtrain.optim._accumulation import EveryKState
-from fxtrain.optim._adadelta import ScaleByAdaDeltaState
+from fxtrain.optim._accumulated_squares import (
+    ScaleByAdaDeltaState,
+    ScaleByRmsState,
+    ScaleByRssState,
+    ScaleByStddevState,
+)
 from fxtrain.optim._adafactor import FactoredState
-from fxtrain.optim._adagrad import ScaleByRssState
 from fxtrain.optim._adam import ScaleByAdamState, ScaleByAmsgradState
-from fxtrain.optim._adamax import ScaleByAdamaxState
-from fxtrain.optim._apply_if_finite import ApplyIfFiniteState
-from fxtrain.optim._decay import WeightDecaySchedule
+from fxtrain.optim._adam_variants import ScaleByAdamaxState, ScaleByNadamState
 from fxtrain.optim._freezing import ActiveWhenState
 from fxtrain.optim._from_torch import AsgdState, StepSizeState
 from fxtrain.optim._hyperparams import InjectHyperparamsState, Scheduled
-from fxtrain.optim._lookahead import LookaheadState
 from fxtrain.optim._momentum import DampenedTraceState, ScaleByLionState, TraceState
 from fxtrain.optim._muon import ScaleByMuonState
-from fxtrain.optim._nadam import ScaleByNadamState
-from fxtrain.optim._parameter_scalars import PerParameter
-from fxtrain.optim._rmsprop import ScaleByRmsState, ScaleByStddevState
 from fxtrain.optim._rprop import ScaleByRpropState
-from fxtrain.optim._scaling import ScaleByScheduleState
+from fxtrain.optim._scaling import ScaleByScheduleState, WeightDecaySchedule
+from fxtrain.optim._state import PerParameter
+from fxtrain.optim._wrappers import ApplyIfFiniteState, EveryKState, LookaheadState
 from fxtrain.tree import Path, as_name, children, leaf_paths, rebuilt
 
 Entry = Mapping[str, Tensor | float | None]

@@ -1,4 +1,4 @@
-"""RMSProp: updates divided by the root of a moving average of their squares."""
+"""Updates divided by the root of accumulated squares: AdaGrad, RMSProp and AdaDelta."""
 
 # pyright: reportIncompatibleMethodOverride=false
 # As in optax, states have a field named `count`, which shadows the method of tuples.
@@ -8,17 +8,74 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
-from fxtrain.optim._initial_state import real_full, zeros
-from fxtrain.optim._moments import bias_correction, moving_average, squared, wide
+from fxtrain.optim._leafwise import bias_correction, moving_average, squared, wide
+from fxtrain.optim._masking import Mask
 from fxtrain.optim._momentum import trace
-from fxtrain.optim._parameter_scalars import PerParameter, start_counts
-from fxtrain.optim._rules import Rule, from_counted_rule, from_rule
-from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
-from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
+from fxtrain.optim._state import PerParameter, real_full, start_counts, zeros
+from fxtrain.optim._transform import GradientTransformation, Rule, chain, from_counted_rule, from_rule
+
+
+class ScaleByRssState(NamedTuple):
+    """The state of ``scale_by_rss``."""
+
+    sum_of_squares: Tree  # like the parameters, real, float32 at least
+
+
+def scale_by_rss(
+    *, initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7, eps_in_sqrt: bool = True
+) -> GradientTransformation:
+    """Divides updates by the root of the sum of all their squares so far; see ``adagrad``.
+
+    Args:
+        initial_accumulator_value: Initial value of the sum. Defaults to 0.1 as in optax; ``torch.optim.Adagrad`` has 0.
+        eps: Prevents division by zero. Defaults to 1e-7 as in optax; torch has 1e-10.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax, or outside, as in torch.
+
+    Example:
+        >>> tx = scale_by_rss()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.9945, -1.0000])
+    """
+    check_non_negative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+
+    def rule(update: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        total = total + squared(update)
+        scaled = update / ((total + eps).sqrt() if eps_in_sqrt else total.sqrt() + eps)
+        return torch.where(total > 0, scaled, torch.zeros_like(scaled)), total
+
+    return from_rule(lambda params: ScaleByRssState(real_full(params, initial_accumulator_value)), rule)
+
+
+@args_from(scale_by_rss, scale_by_learning_rate)
+def adagrad(
+    learning_rate: ScalarOrSchedule,
+    *,
+    initial_accumulator_value: Scalar = 0.1,
+    eps: Scalar = 1e-7,
+    eps_in_sqrt: bool = True,
+) -> GradientTransformation:
+    """AdaGrad: ``u = -lr g / sqrt(sum |g|^2 + eps)``, with the sum over all gradients so far.
+
+    Example:
+        >>> tx = adagrad(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.0994,  0.1000])
+
+    References:
+        Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.
+    """
+    return chain(
+        scale_by_rss(initial_accumulator_value=initial_accumulator_value, eps=eps, eps_in_sqrt=eps_in_sqrt),
+        scale_by_learning_rate(learning_rate),
+    )
 
 
 class ScaleByRmsState(NamedTuple):
@@ -182,3 +239,68 @@ def _from_averages(
     if not correct:
         return from_rule(init, rule)
     return from_counted_rule(init, rule, lambda count, dtype: [bias_correction(decay, count, dtype)])
+
+
+class ScaleByAdaDeltaState(NamedTuple):
+    """The state of ``scale_by_adadelta``."""
+
+    e_g: Tree  # like the parameters, real, float32 at least: average of squared incoming updates
+    e_x: Tree  # like the parameters, real, float32 at least: average of squared outgoing updates
+
+
+def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
+    """Scales updates by the root mean square of past outgoing updates over that of incoming ones; see ``adadelta``.
+
+    Args:
+        rho: Decay rate of both averages, in [0, 1).
+        eps: Added to both averages, inside the square roots. It sets the size of the first steps.
+
+    Example:
+        >>> import torch
+        >>> tx = scale_by_adadelta(eps=0.01)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.3145, -0.3162])
+    """
+    check_fraction(rho=rho)
+    check_non_negative(eps=eps)
+
+    def rule(update: Tensor, e_g: Tensor, e_x: Tensor) -> tuple[Tensor, ...]:
+        e_g = moving_average(squared(update), e_g, rho)
+        update = (e_x + eps).sqrt() / (e_g + eps).sqrt() * update
+        return update, e_g, moving_average(squared(update), e_x, rho)
+
+    return from_rule(lambda params: ScaleByAdaDeltaState(real_full(params), real_full(params)), rule)
+
+
+@args_from(scale_by_adadelta, add_decayed_weights, scale_by_learning_rate)
+def adadelta(
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    rho: Scalar = 0.9,
+    eps: Scalar = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """AdaDelta: each step is scaled by the size of past steps, so a learning rate of 1 is usually suitable.
+
+        u = -lr sqrt(E[x^2] + eps) / sqrt(E[g^2] + eps) g
+
+    Args:
+        weight_decay: Coefficient of L2 regularization, which is added to the gradient.
+
+    Example:
+        >>> import torch
+        >>> tx = adadelta(eps=0.01)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.3145,  0.3162])
+
+    References:
+        Zeiler, ADADELTA: An Adaptive Learning Rate Method, 2012.
+    """
+    return chain(
+        add_decayed_weights(weight_decay, mask),
+        scale_by_adadelta(rho=rho, eps=eps),
+        scale_by_learning_rate(learning_rate),
+    )
