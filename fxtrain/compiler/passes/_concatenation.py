@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fxtrain._torch_internals.tracing import is_known_true
+from fxtrain.compiler.passes._nodes import replace
 
 
 def replace_trivial_concatenations(graph: Graph) -> Graph:
@@ -21,16 +22,12 @@ def replace_trivial_concatenations(graph: Graph) -> Graph:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
     aten = torch.ops.aten
-    for node in list(graph.nodes):
-        if node.target != aten.cat.default:
-            continue
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         full = [part for part in node.args[0] if not is_known_true(part.meta["val"].numel() == 0)]
         found: Tensor = node.meta["val"]
         if len(full) != 1 or full[0].meta["val"].dtype != found.dtype or not found.is_contiguous():
             continue
         with graph.inserting_before(node):
             copy = graph.call_function(aten.clone.default, tuple(full), {"memory_format": torch.contiguous_format})
-        copy.meta.update(node.meta)
-        node.replace_all_uses_with(copy)
-        graph.erase_node(node)
+        replace(node, copy)
     return graph

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxtrain._torch_internals.dispatch import Operator, is_in_place, operator_name
+from fxtrain._torch_internals.dispatch import is_in_place
 from fxtrain._torch_internals.tracing import make_fx
-from fxtrain.compiler.passes._in_place import storages_written
+from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
 
-_SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"))
+_SHAPING = {"_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"}
 
 
 class _Draw(NamedTuple):
@@ -69,7 +69,8 @@ def _merge_counter_nodes(graph: Graph) -> dict[Any, None]:
             if not value.ndim:
                 integer_nodes[node] = None
             continue
-        if not _is_plain(node) or any(other not in integer_nodes for other in node.all_input_nodes):
+        is_plain = is_pointwise(node.target, _SHAPING) and not is_in_place(node.target)
+        if not is_plain or any(other not in integer_nodes for other in node.all_input_nodes):
             continue
         first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         is_of_site = _takes_site(node) or not of_sites.isdisjoint(node.all_input_nodes)
@@ -81,13 +82,6 @@ def _merge_counter_nodes(graph: Graph) -> dict[Any, None]:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
     return integer_nodes
-
-
-def _is_plain(node: Node) -> bool:
-    target = node.target
-    if not isinstance(target, Operator) or is_in_place(target):
-        return False
-    return torch.Tag.pointwise in target.tags or operator_name(target) in _SHAPING
 
 
 def _takes_site(node: Node) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
+from fxtrain.compiler.passes._nodes import replace
 from fxtrain.compiler.passes._operators import linear, once
 
 _MIN_ONEDNN_FLOPS = 4_000_000
@@ -51,9 +52,7 @@ def speed_up_matmuls(graph: Graph) -> Graph:
                 product = _with_separate_bias(graph, x, other, bias)
             else:
                 continue
-        product.meta.update(node.meta)
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
+        replace(node, product)
     return graph
 
 

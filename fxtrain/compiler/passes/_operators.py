@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,16 +20,14 @@ def once() -> Any:
 
     Inductor would otherwise recompute ``x`` in each of its readers.
     """
-    _library().define("once(Tensor x) -> Tensor")
-    _library().impl("once", torch.clone, "CPU")
-    torch.library.register_fake("fxtrain::once", torch.empty_like)
+    operator = _registered("once(Tensor x) -> Tensor", torch.clone, torch.empty_like)
 
     def lowered(x: Any) -> Any:
         x.realize()
         return x
 
-    register_lowering(torch.ops.fxtrain.once.default, lowered)
-    return torch.ops.fxtrain.once.default
+    register_lowering(operator, lowered)
+    return operator
 
 
 @functools.cache
@@ -39,9 +38,7 @@ def expm1() -> Any:
     depends on the other operations of its loop, and the second loses half of the digits near 0.
     """
     ops = loop_operators()
-    _library().define("expm1(Tensor x) -> Tensor")
-    _library().impl("expm1", torch.expm1, "CPU")
-    torch.library.register_fake("fxtrain::expm1", torch.empty_like)
+    operator = _registered("expm1(Tensor x) -> Tensor", torch.expm1, torch.empty_like)
 
     def arithmetic(dtype: torch.dtype, x: Any) -> Any:
         def number(value: float) -> Any:
@@ -60,8 +57,8 @@ def expm1() -> Any:
     def lowered(x: Any) -> Any:
         return pointwise(functools.partial(arithmetic, x.get_dtype()))(x)
 
-    register_lowering(torch.ops.fxtrain.expm1.default, lowered)
-    return torch.ops.fxtrain.expm1.default
+    register_lowering(operator, lowered)
+    return operator
 
 
 _MIN_EXPONENT = -750.0  # exp of less is 0 in float64
@@ -74,10 +71,8 @@ def linear() -> Any:
 
     Shapes: x [n, k], weight [m, k], bias [m] or None, result [n, m].
     """
-    _library().define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    _library().impl("linear", linear_by_onednn, "CPU")
-    torch.library.register_fake("fxtrain::linear", lambda x, weight, bias: x.new_empty((len(x), len(weight))))
-    return torch.ops.fxtrain.linear.default
+    schema = "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+    return _registered(schema, linear_by_onednn, lambda x, weight, bias: x.new_empty((len(x), len(weight))))
 
 
 @functools.cache
@@ -100,11 +95,17 @@ def ctc() -> Any:
         return scores.new_empty(scores.shape[1]), scores.new_empty(scores.shape)
 
     arguments = "Tensor scores, Tensor targets, Tensor inputs, Tensor lengths, int blank, bool zero_infinity"
-    _library().define(f"ctc({arguments}) -> (Tensor, Tensor)")
-    for device in ("CPU", "CUDA"):
-        _library().impl("ctc", computed, device)
-    torch.library.register_fake("fxtrain::ctc", shapes)
-    return torch.ops.fxtrain.ctc.default
+    return _registered(f"ctc({arguments}) -> (Tensor, Tensor)", computed, shapes, "CPU", "CUDA")
+
+
+def _registered(schema: str, computed: Any, fake: Callable[..., Any], *devices: str) -> Any:
+    """Registers an operator for these devices, by default only the CPU, and for fake tensors. Returns it."""
+    name = schema.partition("(")[0]
+    _library().define(schema)
+    for device in devices or ("CPU",):
+        _library().impl(name, computed, device)
+    torch.library.register_fake(f"fxtrain::{name}", fake)
+    return getattr(torch.ops.fxtrain, name).default
 
 
 # Cached, because operators are removed when their library is.

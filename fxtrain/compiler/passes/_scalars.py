@@ -13,23 +13,19 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxtrain._torch_internals.dispatch import Operator, operator_name
+from fxtrain._torch_internals.dispatch import operator_name
 from fxtrain._torch_internals.memory import storage_id
-from fxtrain.compiler.passes._in_place import storages_written
+from fxtrain.compiler.passes._nodes import is_pointwise, replace, storages_written
 from fxtrain.compiler.passes._operators import expm1, once
 
 _MIN_ELEMENTS_PER_SCALAR = 8  # the elements of a vector
 
 # Calls of the C library, which take longer than reading a scalar from memory.
-_EXPENSIVE = frozenset(
-    (
-        *("exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "pow", "sigmoid", "tanh"),
-        *("acos", "asin", "atan", "atan2", "cos", "cosh", "erf", "erfc", "sin", "sinh", "tan"),
-    )
-)
-_VALUE_PRESERVING = frozenset(
-    ("_to_copy", "_unsafe_view", "clone", "expand", "permute", "squeeze", "transpose", "unsqueeze", "view")
-)
+_EXPENSIVE = {
+    *("exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "pow", "sigmoid", "tanh"),
+    *("acos", "asin", "atan", "atan2", "cos", "cosh", "erf", "erfc", "sin", "sinh", "tan"),
+}
+_LAYOUT_ONLY = {"_to_copy", "_unsafe_view", "clone", "expand", "permute", "squeeze", "transpose", "unsqueeze", "view"}
 
 
 def hoist_scalars(graph: Graph) -> Any:
@@ -43,15 +39,12 @@ def hoist_scalars(graph: Graph) -> Any:
     expensive_nodes, written = set[Any](), storages_written(graph)
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or not is_pointwise(node.target, _LAYOUT_ONLY):
             continue
         # A float64 scalar in a loop over float32 elements halves its vector width.
         is_double = value.dtype == torch.float64 and value.numel() == 1
-        if (
-            not is_double
-            and operator_name(node.target) not in _EXPENSIVE
-            and expensive_nodes.isdisjoint(node.all_input_nodes)
-        ):
+        is_expensive = operator_name(node.target) in _EXPENSIVE or is_double
+        if not is_expensive and expensive_nodes.isdisjoint(node.all_input_nodes):
             continue
         expensive_nodes.add(node)
         readers = [
@@ -78,14 +71,10 @@ def make_bias_corrections_exact(graph: Graph) -> Graph:
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    for node in list(graph.nodes):
-        if node.target != torch.ops.aten.expm1.default or not _is_of_counts(node):
-            continue
+    for node in filter(_is_of_counts, graph.find_nodes(op="call_function", target=torch.ops.aten.expm1.default)):
         with graph.inserting_before(node):
             exact = graph.call_function(expm1(), node.args)
-        exact.meta.update(node.meta)
-        node.replace_all_uses_with(exact)
-        graph.erase_node(node)
+        replace(node, exact)
     return graph
 
 
@@ -102,17 +91,11 @@ def _is_of_counts(node: Node) -> bool:
         value = part.meta.get("val")
         if part in seen or not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
             continue
-        if part.op == "placeholder" or not _is_elementwise(part.target):
+        if part.op == "placeholder" or not is_pointwise(part.target, _LAYOUT_ONLY):
             return False
         seen.add(part)
         todo += part.all_input_nodes
     return True
-
-
-def _is_elementwise(target: Any) -> bool:
-    if not isinstance(target, Operator):
-        return False
-    return torch.Tag.pointwise in target.tags or operator_name(target) in _VALUE_PRESERVING
 
 
 def _picks(node: Node) -> bool:
