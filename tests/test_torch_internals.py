@@ -14,7 +14,7 @@ from fxtrain import rng
 from fxtrain._torch_internals.interface import INTERFACES
 from fxtrain.model._tensor_reads import TensorReads
 from fxtrain.precision._policy import Float32Norms
-from fxtrain.step._missing_gradient import _Cuts
+from fxtrain.step._loss_mistakes import _Cuts
 
 ROOT = pathlib.Path(fxtrain.__file__).parent
 DOOR = ROOT / "_torch_internals"

@@ -2,11 +2,11 @@
 
 from fxtrain.step._eval_step import EvalFunction, eval_step
 from fxtrain.step._gradients import Gradient, gradients
+from fxtrain.step._loss_results import Weighted, weighted
 from fxtrain.step._microbatches import mean_gradient, microbatches
 from fxtrain.step._step import ManySteps, Step, take_steps
 from fxtrain.step._tap import tap
 from fxtrain.step._train_step import apply_gradients, train_step
-from fxtrain.step._weighted import Weighted, weighted
 from fxtrain.step._wrap_step import WrappedStep, wrap_step
 
 __all__ = [

@@ -10,10 +10,9 @@ from fxtrain.core import Batch, StepOutput, TrainState, describe, name_of
 from fxtrain.data import for_step
 from fxtrain.precision import Policy, policy_of
 from fxtrain.step._check_function import place_of, refuse_unless_loss
-from fxtrain.step._check_result import measured
 from fxtrain.step._forward_pass import forward
+from fxtrain.step._loss_results import Weighted, measured
 from fxtrain.step._step import on_device
-from fxtrain.step._weighted import Weighted
 
 
 class EvalFunction:

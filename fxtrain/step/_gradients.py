@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -15,15 +16,11 @@ from fxtrain.core import Batch, Metrics, TrainState, Tree, name_of, register_nod
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
-from fxtrain.step._backward import Find, Objective, by_autograd, ordinary, outside_inference_mode
 from fxtrain.step._check_function import refuse_unless_loss
-from fxtrain.step._check_result import loss_and_metrics
-from fxtrain.step._differentiate import Differentiate, Differentiation
+from fxtrain.step._differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode, rerun
 from fxtrain.step._forward_pass import forward
-from fxtrain.step._frozen_writes import record
-from fxtrain.step._intercept_gradients import handled
-from fxtrain.step._missing_gradient import missing_gradient
-from fxtrain.step._torch_loop import torch_optimizers_refused
+from fxtrain.step._loss_mistakes import missing_gradient, torch_optimizers_refused
+from fxtrain.step._loss_results import loss_and_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +135,8 @@ def gradients(
     differentiation = Differentiation(differentiate, name_of(loss_fn))
 
     def find(state: TrainState, batch: Batch, index: int = 0) -> Gradient:
-        return handled(compute, state, batch, index)
+        handler = None if torch.compiler.is_dynamo_compiling() else _handler.get()
+        return compute(state, batch, index) if handler is None else handler(compute, state, batch, index)
 
     def compute(state: TrainState, batch: Batch, index: int) -> Gradient:
         model = model_of(state)
@@ -182,11 +180,11 @@ def gradients(
         with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
             grads, used, (metrics, buffers, written, weights) = differentiation(objective, trainable)
             if is_first and not any(tree.leaves(used)):
-                raise missing_gradient(loss_fn, wrt, functools.partial(_run_again, objective, trainable))
+                raise missing_gradient(loss_fn, wrt, functools.partial(rerun, objective, trainable))
         if is_first:
             reached.add(loss_fn)
         if tree.leaves(written):
-            _note_written(model, state.params, written)
+            _record_replaced(model, state.params, written)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
         found = Gradient(metrics["loss"], metrics, grads, buffers, used, *weights, written=written)
@@ -195,13 +193,84 @@ def gradients(
     return find
 
 
-def _note_written(model: Model, params: Tree, written: Tree) -> None:
-    if torch.compiler.is_dynamo_compiling():
+FindGradient = Callable[[TrainState, Batch, int], Tree]
+"""``(state, batch, index) -> Gradient``, as returned by ``gradients``."""
+
+_handler: ContextVar[Callable[[FindGradient, TrainState, Batch, int], Tree] | None]
+_handler = ContextVar("handler of gradients", default=None)
+
+
+@contextlib.contextmanager
+def intercepted(handler: Callable[[FindGradient, TrainState, Batch, int], Tree]) -> Generator[None]:
+    """Passes calls of functions from ``gradients`` to ``handler`` inside the context, in this thread only.
+
+    Args:
+        handler: Maps such a function and its arguments to the result that the step gets instead.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> find = fx.gradients(lambda model, batch: model(batch).mean())
+        >>> state = fx.init(torch.nn.Linear(1, 1))
+        >>> with intercepted(lambda find, state, batch, index: "in place of a gradient"):
+        ...     find(state, torch.ones(2, 1))
+        'in place of a gradient'
+    """
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+
+
+_replaced: ContextVar[list[tuple[str, Tensor]] | None] = ContextVar("replaced parameters", default=None)
+
+
+def recording_replaced() -> contextlib.AbstractContextManager[list[tuple[str, Tensor]]]:
+    """Collects the frozen parameters that forward passes inside the context replace, with their paths.
+
+    In this thread only. Collects nothing inside Dynamo.
+    """
+    return contextlib.nullcontext([]) if torch.compiler.is_dynamo_compiling() else _recording_replaced()
+
+
+@contextlib.contextmanager
+def _recording_replaced() -> Generator[list[tuple[str, Tensor]]]:
+    replaced: list[tuple[str, Tensor]] = []
+    token = _replaced.set(replaced)
+    try:
+        yield replaced
+    finally:
+        _replaced.reset(token)
+
+
+def _record_replaced(model: Model, params: Tree, written: Tree) -> None:
+    replaced = None if torch.compiler.is_dynamo_compiling() else _replaced.get()
+    if replaced is not None:
+        new = tree.leaves(model.with_written(params, written))
+        old = zip(tree.paths(params, "state.params"), tree.leaves(params), new, strict=True)
+        replaced += [(path, leaf) for path, leaf, after in old if after is not leaf]
+
+
+def refuse_lost(who: str, replaced: list[tuple[str, Tensor]], params: Tree) -> None:
+    """Raises if a new state still has parameters from before a forward pass that wrote them.
+
+    Args:
+        who: Name of the step, for errors.
+        replaced: The leaves that forward passes replaced, with their paths.
+        params: Parameters of the new state.
+
+    Raises:
+        RuntimeError: Names the parameter.
+    """
+    if not replaced:
         return
-    new = tree.leaves(model.with_written(params, written))
-    old = zip(tree.leaves(params), new, tree.paths(params, "state.params"), strict=True)
-    replaced = [(path, leaf) for leaf, after, path in old if after is not leaf]
-    record([path for path, _ in replaced], [leaf for _, leaf in replaced])
+    kept = set(map(id, tree.leaves(params)))
+    lost = next((path for path, leaf in replaced if id(leaf) in kept), None)
+    if lost is not None:
+        raise RuntimeError(
+            f"expected {who} to return a state with the frozen parameters that its forward pass wrote, got {lost} from "
+            "before it. Use state = found.carried(state), where found is the result of fxtrain.gradients."
+        )
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
@@ -212,19 +281,6 @@ def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
     }
     grads = tree.map(lambda grad: torch.where(counted, grad, 0), found.grads)
     return dataclasses.replace(found, loss=metrics["loss"], metrics=metrics, grads=grads)
-
-
-def _run_again(objective: Objective, trainable: Tree, look: Callable[[Tensor], None]) -> None:
-    """Recomputes a loss by torch.autograd, and passes it to ``look``."""
-
-    def watched(trainable: Tree, find: Find, apart: bool) -> tuple[Tensor, Tree, Tree]:
-        def seen(value: Tensor) -> Tree:
-            look(value)
-            return find(value)
-
-        return objective(trainable, seen, apart)
-
-    by_autograd(watched, trainable)
 
 
 def _depends_on_none(loss: Tensor, trainable: Tree) -> bool:

@@ -16,7 +16,7 @@ from fxtrain.fold import Composed, as_composed, attach, compose
 from fxtrain.model import refuse_in_place_writes, versions
 from fxtrain.step._callbacks import refused, traced_others
 from fxtrain.step._check_function import refuse_unless_step
-from fxtrain.step._frozen_writes import recording, refuse_lost
+from fxtrain.step._gradients import recording_replaced, refuse_lost
 
 
 class Step:
@@ -84,11 +84,11 @@ class Step:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
         name, before = self._name, versions(state)
-        with recording() as written:
+        with recording_replaced() as replaced:
             result = self.function(state, for_step(batch))
         new, output = _checked(name, result)
         refuse_in_place_writes(name, state, before, "state")
-        refuse_lost(name, written, new.params)
+        refuse_lost(name, replaced, new.params)
         stopped = state.due.stop
         # A stopped step makes no requests.
         control = on_device(output.control, stopped.device).gated(~stopped)

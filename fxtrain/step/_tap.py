@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Metrics, Tree, matching
-from fxtrain.step._check_result import loss_and_metrics
-from fxtrain.step._weighted import Weighted, weighted
+from fxtrain.step._loss_results import Weighted, loss_and_metrics, weighted
 from fxtrain.tree import as_name, leaf_paths
 
 Statistic = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
@@ -53,15 +52,13 @@ def tap(
     def tapped(model: Tree, *arguments: object) -> tuple[Tensor | Weighted, Metrics]:
         seen: dict[str, Tensor] = {}
 
-        def watching(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: object, output: Tree) -> None:
-                first = next((leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)), None)
-                if first is not None:
-                    seen.update(_named(f"{prefix}/{name}", statistic(first.detach())))
+        def watch(name: str, module: nn.Module, inputs: object, output: Tree) -> None:
+            first = next((leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)), None)
+            if first is not None:
+                seen.update(_named(f"{prefix}/{name}", statistic(first.detach())))
 
-            return hook
-
-        hooks = [module.register_forward_hook(watching(name)) for name, module in _chosen(model, modules)]
+        chosen = _chosen(model, modules)
+        hooks = [module.register_forward_hook(functools.partial(watch, name)) for name, module in chosen]
         try:
             result = loss_fn(model, *arguments)
         finally:

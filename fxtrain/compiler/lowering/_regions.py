@@ -30,7 +30,7 @@ from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.model import forward_wrapped_by
 from fxtrain.model._closeness import are_close
 from fxtrain.step import EvalFunction, Step
-from fxtrain.step._intercept_gradients import Find, intercepted
+from fxtrain.step._gradients import FindGradient, intercepted
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class _Reached(BaseException):
     It is a BaseException, so that an ``except Exception`` in the step does not catch it.
     """
 
-    def __init__(self, find: Find, state: TrainState, batch: Batch, index: int) -> None:
+    def __init__(self, find: FindGradient, state: TrainState, batch: Batch, index: int) -> None:
         super().__init__()
         self.call = find, state, batch, index
 
@@ -179,7 +179,7 @@ class _Rest(Step):
         batch, found = batch
         given = iter(found)
 
-        def handler(find: Find, state: TrainState, batch: Batch, index: int) -> Any:
+        def handler(find: FindGradient, state: TrainState, batch: Batch, index: int) -> Any:
             for gradient in given:
                 return gradient
             raise _Reached(find, state, batch, index)
@@ -225,7 +225,7 @@ class _Cut:
 
     def __call__(
         self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]
-    ) -> tuple[Find, Any, Any, int]:
+    ) -> tuple[FindGradient, Any, Any, int]:
         given = [*leaves, *inputs, *tree.leaves(found)]
         made = iter(self._run(leaves, given[len(leaves) :])[1]) if self._run is not None else iter(())
         values = [next(made) if source is None else given[source] for source in self._sources]

@@ -1,21 +1,70 @@
-"""Checks the results of user-defined functions, and splits them into loss, metrics and weight."""
+"""Results of loss functions: weighted losses, and the checked parts loss, metrics and weight."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fxtrain.core import Metrics, describe, wide_dtype
+from fxtrain.core import Metrics, Tree, describe, wide_dtype
 from fxtrain.metrics import Metric
 from fxtrain.step._check_function import ContractError, place_of
-from fxtrain.step._weighted import Weighted
 
-_REMEDY_FOR_TUPLES = (
-    "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. Leave out other outputs."
-)
+
+class Weighted(NamedTuple):
+    """A loss with its weight. Made by ``weighted``.
+
+    Args:
+        loss: float [], or a model's output with such a ``loss``.
+        weight: The weight of the batch: [].
+
+    Example:
+        >>> import fxtrain as fx
+        >>> fx.weighted(0.5, weight=3)
+        Weighted(loss=0.5, weight=3)
+    """
+
+    loss: Tree
+    weight: Tensor | float
+
+
+def weighted(loss: Tree, weight: Tensor | float) -> Weighted:
+    """Returns a loss with the weight of its batch, for a loss function to return in place of the loss.
+
+        sum_i w_i L_i / sum_i w_i
+
+    Texts have different numbers of tokens, so the mean of the microbatches' means is not the mean over all tokens.
+    Gradients, loss and 0-d metrics are averaged over microbatches by weight, and so are evaluations over batches and
+    ``fxtrain.callbacks.epoch_mean`` over steps.
+
+    A batch of weight 0, such as one of padding only, does not count, even if its loss is nan. If all microbatches of a
+    step have weight 0, its loss, its 0-d metrics and its gradients are 0.
+
+    Args:
+        loss: The mean over the items of the batch: float [], or a model's output with such a ``loss``.
+        weight: The number of items, or the sum of their weights: a nonnegative real number or 0-d tensor.
+
+    Raises:
+        ValueError: If ``weight`` is a negative or non-finite number. Tensors are not checked.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def loss_fn(model, batch):
+        ...     kept = batch["x"] != 0
+        ...     return fx.weighted((model["w"] * batch["x"]).sum() / kept.sum(), kept.sum())
+        >>> tx = fx.optim.sgd(1.0)
+        >>> step = fx.train_step(loss_fn, tx, accumulate=2)
+        >>> batch = {"x": torch.tensor([[1.0, 1.0], [4.0, 0.0]])}
+        >>> state, output = step(fx.init({"w": torch.tensor(1.0)}, tx), batch)
+        >>> output.metrics["loss"], output.weight
+        (tensor(2.), tensor(3., dtype=torch.float64))
+    """
+    if isinstance(weight, int | float) and not 0 <= weight < math.inf:
+        raise ValueError(f"expected a finite weight of 0 or more, got {weight!r}. Count the items of the batch.")
+    return Weighted(loss, weight)
 
 
 class Returned(NamedTuple):
@@ -26,7 +75,7 @@ class Returned(NamedTuple):
     weight: Tensor | None  # float64 [] (float32 where there is no float64); None without fxtrain.weighted
 
 
-def loss_and_metrics(function: object, result: object) -> Returned:
+def loss_and_metrics(function: object, result: Tree) -> Returned:
     """Splits the result of a loss function into loss, metrics and weight.
 
     A result is a loss, a pair of a loss and a dict of metrics, or a dict with the entry ``"loss"``, whose other
@@ -42,19 +91,22 @@ def loss_and_metrics(function: object, result: object) -> Returned:
         ValueError: If a metric is named ``"loss"``.
     """
     loss, metrics = result, {}
-    if _is_pair(result):
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         loss, metrics = result
-    elif _has_named_loss(result):
+    elif isinstance(result, Mapping) and not hasattr(result, "loss") and "loss" in result:
         metrics = {name: value for name, value in result.items() if name != "loss"}
         loss = result["loss"]
     weight = None
     if isinstance(loss, Weighted):
         loss, weight = loss
-    loss = _taken_from_output(loss)
+    if not isinstance(loss, Tensor | nn.Module):
+        loss = getattr(loss, "loss", loss)
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        is_direct = loss is result or isinstance(result, tuple)
+        got = describe(result) if is_direct else f"a {type(result).__name__} whose loss is {describe(loss)}"
         raise ContractError(
             f"expected {place_of(function)} to return a 0-d floating tensor, alone or with a dict of metrics, got "
-            f"{_described_result(result, loss)}. {_remedy(result, loss)}"
+            f"{got}. {_remedy(result, loss)}"
         )
     if "loss" in metrics:
         raise ValueError(
@@ -77,11 +129,8 @@ def measured(function: object, result: object) -> tuple[Metrics, Tensor | None]:
         TypeError: As for ``loss_and_metrics``.
         ValueError: As for ``loss_and_metrics``.
     """
-    if (
-        isinstance(result, Mapping)
-        and not hasattr(result, "loss")
-        and ("loss" not in result or _is_metric(result["loss"]))
-    ):
+    has_loss = hasattr(result, "loss")
+    if isinstance(result, Mapping) and not has_loss and ("loss" not in result or _is_metric(result["loss"])):
         return checked_metrics(function, result), None
     loss, metrics, weight = loss_and_metrics(function, result)
     return {"loss": loss, **metrics}, weight
@@ -119,25 +168,6 @@ def _is_metric(value: object) -> TypeGuard[Tensor | Metric]:
     return isinstance(value, Metric) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
-def _is_pair(result: object) -> TypeGuard[tuple[object, Mapping[str, object]]]:
-    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
-
-
-def _has_named_loss(result: object) -> TypeGuard[Mapping[str, object]]:
-    return isinstance(result, Mapping) and not hasattr(result, "loss") and "loss" in result
-
-
-def _taken_from_output(value: object) -> object:
-    """Returns the loss of a model's output, or any other value itself."""
-    return value if isinstance(value, Tensor | nn.Module) else getattr(value, "loss", value)
-
-
-def _described_result(result: object, loss: object) -> str:
-    if loss is result or isinstance(result, tuple):
-        return describe(result)
-    return f"a {type(result).__name__} whose loss is {describe(loss)}"
-
-
 def _remedy(result: object, loss: object) -> str:
     """Returns a sentence on how to return a valid loss."""
     if isinstance(loss, Tensor):
@@ -167,7 +197,10 @@ def _remedy_for_several(parts: Sequence[object]) -> str:
         return "Return the loss first: return loss, metrics."
     if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], Mapping):
         return "Return a tuple: return loss, metrics."
-    return _REMEDY_FOR_TUPLES
+    return (
+        "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. Leave out other "
+        "outputs."
+    )
 
 
 def _checked_weight(function: object, weight: object, loss: Tensor) -> Tensor | None:

@@ -1,20 +1,62 @@
-"""Errors for losses that do not depend on a trainable parameter, with the line that cuts them off."""
+"""Errors for loss functions that do not depend on a trainable parameter, or that run parts of a plain PyTorch loop."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain._torch_internals.dynamo import inlined_only
 from fxtrain.core._tracebacks import is_of_users
 from fxtrain.model._captured_values import captured_values
-from fxtrain.step._check_function import place_of
+from fxtrain.step._check_function import ContractError, code_of, place_of
+
+
+@contextlib.contextmanager
+def torch_optimizers_refused(function: Callable[..., object]) -> Iterator[None]:
+    """Raises if a loss function uses a torch optimizer or gradient scaler, whose state is not part of the TrainState.
+
+    Raises:
+        ContractError: On entry if the function reads one by name, and inside before a torch optimizer makes a step.
+    """
+    code = code_of(function)
+    for name, value in captured_values(function):
+        kind = type(value).__name__
+        if name.startswith("self.") and (code is None or name.removeprefix("self.") not in code.co_names):
+            continue  # An attribute of the method's object that the method does not read.
+        if isinstance(value, torch.optim.Optimizer):
+            raise _optimizer_refused(function, f"reads the optimizer {name} ({kind})")
+        if isinstance(value, torch.amp.GradScaler):
+            raise ContractError(
+                f"expected {place_of(function)} to only compute a loss, got one that reads the gradient scaler "
+                f'{name} ({kind}). Return the loss itself, and give the step precision="fp16".'
+            )
+    thread = threading.get_ident()
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if threading.get_ident() == thread:
+            raise _optimizer_refused(function, f"calls step() of an optimizer ({type(optimizer).__name__})")
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _optimizer_refused(function: Callable[..., object], what: str) -> ContractError:
+    return ContractError(
+        f"expected {place_of(function)} to only compute a loss, got one that {what}. Remove zero_grad(), backward() "
+        "and step(): the step computes the gradients and applies the tx given to train_step."
+    )
 
 
 def missing_gradient(
