@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from typing import Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from fxtrain.core import TRACED, Callback
 from fxtrain.fold import Composed, Handler, as_composed, compose
-
-
-@runtime_checkable
-class FoldsOthers(Protocol):
-    """A step that can fold callbacks besides its own."""
-
-    def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> Self: ...
-
 
 S = TypeVar("S")
 
@@ -49,9 +41,10 @@ def shared(step: S, callbacks: Callback | Iterable[Callback]) -> tuple[S, Compos
             )
     others = traced_others(own, callbacks)
     if others:
-        if not isinstance(step, FoldsOthers):
+        folding_others: Any = getattr(step, "with_callbacks", None)
+        if folding_others is None:
             raise refused(others[0])
-        step = step.with_callbacks(callbacks)
+        step = folding_others(callbacks)
     return step, compose(*without(own, callbacks), *callbacks.handlers)
 
 

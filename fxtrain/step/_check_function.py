@@ -62,7 +62,7 @@ def refuse_unless_step(function: object) -> None:
         what = f"the loss function {place_of(function)}"
         remedy = "Make a step from it: fxtrain.train_step(loss_fn, tx)."
     elif not _takes_two(function):
-        what = f"{name_of(function)}{_signature(function)}{_line(function)}"
+        what = _shown(function)
         remedy = "Define it with these two parameters."
     if remedy:
         raise TypeError(f"expected step to be a function (state, batch) -> (state, output), got {what}. {remedy}")
@@ -96,9 +96,7 @@ def _is_plain_loss_function(function: object) -> bool:
         code.co_argcount == 2
         and not code.co_kwonlyargcount
         and not code.co_flags & _UNUSUAL_FLAGS
-        and code.co_varnames[0] not in _BATCH_NAMES
-        and code.co_varnames[0] not in _PREDICTION_NAMES
-        and code.co_varnames[0] != "self"
+        and code.co_varnames[0] in _MODEL_NAMES
         and not hasattr(function, "__wrapped__")
     )
 
@@ -112,7 +110,7 @@ def _fault_of_loss(function: object) -> tuple[str, str] | None:
     target = function if code_of(function) is not None else type(function).__call__
     while isinstance(target, functools.partial):
         target = target.func
-    shown = f"{name_of(function)}{_signature(function)}{_line(function)}"
+    shown = _shown(function)
     if inspect.iscoroutinefunction(target) or inspect.isasyncgenfunction(target):
         return f"the async function {shown}", "Write it without async."
     if inspect.isgeneratorfunction(target):
@@ -121,11 +119,9 @@ def _fault_of_loss(function: object) -> tuple[str, str] | None:
     if first[:1] == ["self"]:
         return f"{shown}, an unbound method", "Give the method of an instance."
     fault = _fault_of_names(function, first)
-    if fault is not None:
-        return shown, fault
-    if _takes_two(function):
+    if fault is None and _takes_two(function):
         return None
-    return shown, _remedy_for_signature(function, first)
+    return shown, fault or _remedy_for_signature(function, first)
 
 
 def _fault_of_names(function: Callable[..., object], first: list[str]) -> str | None:
@@ -160,8 +156,9 @@ def _fault_of_module(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module).__name__
     first = _positional_names(module.forward)
     if hasattr(module, "training_step"):
+        is_lightning = any(base.__name__ == "LightningModule" for base in type(module).__mro__)
         return (
-            f"the LightningModule {kind}" if _is_lightning(module) else f"the module {kind}",
+            f"the LightningModule {kind}" if is_lightning else f"the module {kind}",
             "Give it to fxtrain.init, and turn its training_step into a function that calls model instead of self.",
         )
     if type(module).__module__.startswith("torch.nn.modules.loss") or (
@@ -178,10 +175,6 @@ def _fault_of_module(module: nn.Module) -> tuple[str, str] | None:
         "Give the model to fxtrain.init, and write a function that computes the loss: "
         'lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]).',
     )
-
-
-def _is_lightning(module: nn.Module) -> bool:
-    return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
 def _remedy_for_class(function: object) -> str:
@@ -220,17 +213,15 @@ def _positional_names(function: Callable[..., object]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
-def _signature(function: Callable[..., object]) -> str:
+def _shown(function: Callable[..., object]) -> str:
+    """Returns the name, signature and line of a function, without annotations."""
+    name, place = name_of(function), place_of(function)
     try:
         signature = _parameters(function)
     except (TypeError, ValueError):
-        return ""
+        return place
     plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
-    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
-
-
-def _line(function: object) -> str:
-    return place_of(function).removeprefix(name_of(function))
+    return f"{name}{signature.replace(parameters=plain, return_annotation=signature.empty)}{place.removeprefix(name)}"
 
 
 def code_of(function: object) -> types.CodeType | None:

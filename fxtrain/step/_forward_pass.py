@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import functools
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
@@ -149,20 +150,17 @@ def _naming_module(model: Model, policy: Policy, train: bool) -> Iterator[None]:
         found = _innermost(error, model.named_modules(train=train))
         if found is None:
             raise
-        name, frame, line = found
-        raise _mismatch(policy, name, frame, line, error) from error
+        raise _mismatch(policy, *found, error) from error
 
 
 def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str, FrameType, int] | None:
     """Returns the module name, the frame and the line of the innermost frame that runs a module's method."""
     names = {id(module): name for name, module in modules.items()}
-    found, trace = None, error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        part = _owner(frame)
-        if id(part) in names and frame.f_code.co_name not in CALLS:
-            found = names[id(part)], frame, trace.tb_lineno
-        trace = trace.tb_next
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = names.get(id(_owner(frame)))
+        if name is not None and frame.f_code.co_name not in CALLS:
+            found = name, frame, line
     return found
 
 

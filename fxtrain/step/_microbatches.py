@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable
 from typing import TypeGuard
@@ -47,16 +48,15 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
             "accumulate=1 and a smaller batch size in its loader."
         )
     examples = _common_size(batch, count)
-    size = examples // count
+    is_column = functools.partial(_is_column, examples)
 
-    def part(leaf: Tree, index: int) -> Tree:
-        is_cut = _has_examples(leaf) or _is_column(leaf, examples)
-        return leaf[index * size : (index + 1) * size] if is_cut else leaf
+    def part(index: int) -> Batch:
+        rows = slice(index * examples // count, (index + 1) * examples // count)
+        return tree.map(
+            lambda leaf: leaf[rows] if _has_examples(leaf) or is_column(leaf) else leaf, batch, is_leaf=is_column
+        )
 
-    def is_leaf(part: object) -> bool:
-        return _is_column(part, examples)
-
-    return [tree.map(lambda leaf, index=index: part(leaf, index), batch, is_leaf=is_leaf) for index in range(count)]
+    return [part(index) for index in range(count)]
 
 
 def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
@@ -142,14 +142,11 @@ def _has_examples(leaf: object) -> TypeGuard[Tensor]:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] != 1
 
 
-def _is_column(part: object, examples: int) -> bool:
+def _is_column(examples: int, part: Tree) -> bool:
     """Whether this is a list or a tuple with one entry per example and without tensors."""
-    return (
-        isinstance(part, list | tuple)
-        and type(part) in (list, tuple)
-        and len(part) == examples
-        and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
-    )
+    if type(part) not in (list, tuple) or len(part) != examples:
+        return False
+    return not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
 
 
 def _common_size(batch: Batch, count: int) -> int:

@@ -111,39 +111,25 @@ def train_step(
         for index, microbatch in enumerate(microbatches(batch, accumulate)):
             part = find(before, microbatch, index)
             before = part.carried(before)
-            state, requests = folded(
-                state,
-                Microbatch(
-                    step=number,
-                    index=index,
-                    loss=part.loss,
-                    metrics=part.metrics,
-                    grads=part.grads,
-                    weight=part.weight,
-                ),
-            )
+            measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
+            state, requests = folded(state, Microbatch(step=number, index=index, **measured))
             control = _merged(control, requests)
             found = part if found is None else joined(found, part)
         assert found is not None
         found = averaged(found, accumulate)
-        loss, measured, grads, weight = found.loss, found.metrics, found.grads, found.weight
-        state, requests = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads, weight=weight))
+        measured = {"loss": found.loss, "metrics": found.metrics, "grads": found.grads, "weight": found.weight}
+        state, requests = folded(state, Gradients(step=number, **measured))
         control = _merged(control, requests)
 
         used = found.used if unused == "keep" else None
         carried = state.replace(params=before.params, buffers=before.buffers)
-        moved, updates = apply_gradients(carried, grads, tx, used=used)
+        moved, updates = apply_gradients(carried, found.grads, tx, used=used)
         skip = control.any("skip_update")
         # Not torch.tensor(...), which would become an input of the graph even if it is unused.
         skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
-        state = _unless(skipped, moved, state) if "skip_update" in control.kinds else moved
-        state, requests = folded(
-            state,
-            Updated(
-                step=number, loss=loss, metrics=measured, grads=grads, updates=updates, skipped=skipped, weight=weight
-            ),
-        )
-        return state, StepOutput(measured, _merged(control, requests), weight=weight)
+        state = tree.where(skipped, state, moved) if "skip_update" in control.kinds else moved
+        state, requests = folded(state, Updated(step=number, updates=updates, skipped=skipped, **measured))
+        return state, StepOutput(found.metrics, _merged(control, requests), weight=found.weight)
 
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
@@ -210,10 +196,3 @@ def _merged(control: Control, requests: Control) -> Control:
     }
     kept = {name: entry for name, entry in control.log.items() if name not in again}
     return control.with_log(kept) | requests
-
-
-def _unless(skipped: Tensor, moved: TrainState, state: TrainState) -> TrainState:
-    kept = tree.where(
-        skipped, (state.params, state.opt_state, state.buffers), (moved.params, moved.opt_state, moved.buffers)
-    )
-    return state.replace(params=kept[0], opt_state=kept[1], buffers=kept[2])
