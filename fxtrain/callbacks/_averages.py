@@ -194,17 +194,10 @@ def _averaging(
             value = _wide(value)
             real = value.real if value.is_complex() else value
             by = share.to(real.dtype) if isinstance(share, Tensor) else share
-            stats = torch.lerp(average, value, by)
-            return torch.where(counts, stats, torch.where(before, value, average))
+            return torch.where(counts, torch.lerp(average, value, by), torch.where(before, value, average))
 
-        return (
-            AveragedState(
-                average=tree.map(averaged_leaf, slot.average, now),
-                weight=torch.where(counts, new_weight, slot.weight),
-                count=slot.count + counts,
-            ),
-            Control(),
-        )
+        average = tree.map(averaged_leaf, slot.average, now)
+        return AveragedState(average, torch.where(counts, new_weight, slot.weight), slot.count + counts), Control()
 
     return stateful(name, init, update)
 

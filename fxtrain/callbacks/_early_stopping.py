@@ -24,10 +24,6 @@ from fxtrain.core import (
 )
 from fxtrain.fold import Handler, slotted
 
-_UNITS = ("evaluations", "steps", "epochs")
-# Rounding error of a difference of fractional epochs.
-_ROUNDING = 1e-9
-
 
 class EarlyStoppingState(NamedTuple):
     """State of ``early_stopping``."""
@@ -89,10 +85,10 @@ def early_stopping(
     """
     check_positive_int("patience", patience)
     check_int("start_from", start_from, minimum=0)
-    check_choice("unit", unit, _UNITS)
+    check_choice("unit", unit, ("evaluations", "steps", "epochs"))
     better, worst = direction(mode, min_delta=min_delta, relative=relative)
     first = baseline if callable(mode) and baseline is not None else worst
-    slack = _ROUNDING if unit == "epochs" else 0
+    slack = 1e-9 if unit == "epochs" else 0  # rounding error of a difference of fractional epochs
     no_improvement = (
         f"{called(metric)} has not improved for {patience} {unit.removesuffix('s') if patience == 1 else unit}"
     )
@@ -220,9 +216,7 @@ def _after_step(slot: OverfittingState, event: Updated, metric: str, who: str) -
     value = measured(event, metric, who, slot.total.device).to(slot.total.dtype)
     # Steps with a non-finite metric are excluded, because guards skip their updates.
     finite = value.isfinite()
-    return slot._replace(
-        total=slot.total + torch.where(finite, value, torch.zeros_like(value)), count=slot.count + finite
-    )
+    return slot._replace(total=slot.total + torch.where(finite, value, 0.0), count=slot.count + finite)
 
 
 def _after_evaluation(slot: OverfittingState, value: Tensor, sign: float, min_delta: float) -> OverfittingState:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._monitor import monitor
-from fxtrain.callbacks._update_stats import NORMS, UpdateStats, layers
+from fxtrain.callbacks._monitor import NORMS, UpdateStats, layers, monitor
 from fxtrain.core import TrainState, check_choice, describe, matching
 from fxtrain.fold import Handler, When
 
@@ -64,13 +63,9 @@ def grad_norms(
         return GradNorms(stats.norms("grads", norm, everything)[0], stats.norms("grads", norm, groups))
 
     def show(state: TrainState, values: GradNorms) -> dict[str, Tensor]:
-        names = list(layers(state))
-        several = {"max": values.layers.max(), "min": values.layers.min(), "mean": values.layers.mean()}
-        return {
-            "total": values.total,
-            **several,
-            **{names[i]: values.layers[i] for i in matching(names, layer, "layer")},
-        }
+        names, (total, norms) = list(layers(state)), values
+        shown = {"total": total, "max": norms.max(), "min": norms.min(), "mean": norms.mean()}
+        return shown | {names[i]: norms[i] for i in matching(names, layer, "layer")}
 
     return monitor(name, measure, show, every=every, publish=publish)
 

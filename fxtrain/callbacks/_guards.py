@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._update_stats import trainable
+from fxtrain.callbacks._monitor import trainable
 from fxtrain.core import (
     Control,
     Gradients,
@@ -70,7 +70,10 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
     def update(state: TrainState, event: Gradients | StepEnd) -> tuple[TrainState, Control]:
         slot: NanGuardState = state.slots[name]
         if isinstance(event, StepEnd):
-            return state, stop_with_first(state, slot)
+            # Only on a CPU, because on an accelerator the read would synchronize with the device at each step.
+            if slot.in_a_row.device.type != "cpu" or int(slot.in_a_row) < patience:
+                return state, Control()
+            return state, Control(stop=True, reason=f"first non-finite: {first_not_finite(state, name)}")
         good = finite_leaves(event.grads)
         finite = event.loss.isfinite() & good.all()
         place = torch.where(good.all(), -1, (~good).to(torch.uint8).argmax() if good.numel() else -1)
@@ -84,12 +87,6 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         skip = Control(skip_update=~finite, reason=reason, log={f"{name}/skipped": slot.skipped})
         stop_reason = f"loss or gradients were not finite {patience} times in a row"
         return state.with_slot(name, slot), skip | Control(stop=slot.in_a_row >= patience, reason=stop_reason)
-
-    def stop_with_first(state: TrainState, slot: NanGuardState) -> Control:
-        # Only on a CPU, because on an accelerator the read would synchronize with the device at each step.
-        if slot.in_a_row.device.type != "cpu" or int(slot.in_a_row) < patience:
-            return Control()
-        return Control(stop=True, reason=f"first non-finite: {first_not_finite(state, name)}")
 
     return slotted(name, init, on(Gradients | StepEnd, update))
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._monitor import monitor
-from fxtrain.callbacks._update_stats import KINDS, UpdateStats, leaf_names
+from fxtrain.callbacks._monitor import KINDS, UpdateStats, leaf_names, monitor
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching
 from fxtrain.fold import Composed, Handler, When, compose
 from fxtrain.values import Histogram

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.callbacks._watched_metric import Better, Metric, direction, measured, needing
-from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, Tree, check_int, describe, wide_dtype
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Handler, slotted
 
@@ -106,7 +106,9 @@ def reduce_on_plateau(
             reductions=slot.reductions + reduce,
         )
         state = state.replace(opt_state=opt_state).with_slot(name, slot)
-        return state, Control(log=_shown(opt_state, hyperparam, name))
+        found = optim.get_hyperparams(opt_state).items()
+        log = {f"{name}/{path}": changed for path, changed in found if path.rpartition(".")[2] == hyperparam}
+        return state, Control(log=log)
 
     return needing(slotted(name, init, update), metric)
 
@@ -144,8 +146,3 @@ def schedule_hyperparam(hyperparam: str, schedule: Callable[[Tensor], Tensor | f
         return state.replace(opt_state=opt_state), Control()
 
     return Handler(f"schedule_hyperparam {hyperparam}", update, frozenset({EpochBegin, StepEnd}))
-
-
-def _shown(opt_state: Tree, hyperparam: str, name: str) -> dict[str, Tensor]:
-    found = optim.get_hyperparams(opt_state)
-    return {f"{name}/{path}": value for path, value in found.items() if path.rpartition(".")[2] == hyperparam}

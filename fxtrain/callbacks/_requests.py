@@ -149,11 +149,7 @@ def save(every: When = 1) -> Callback:
         >>> save(every=1000), fx.on(fx.EvalEnd, save())
         (<callback save when every(1000) on StepEnd>, <callback save on EvalEnd>)
     """
-
-    def ask(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
-        return state, Control(save=True, reason="a save is due")
-
-    return _gated(every, Handler("save", ask, frozenset({StepEnd})))
+    return _requesting("save", Control(save=True, reason="a save is due"), every)
 
 
 def evaluate(every: When = 1) -> Callback:
@@ -167,13 +163,10 @@ def evaluate(every: When = 1) -> Callback:
         >>> evaluate(every=fx.every(epochs=0.5))
         <callback evaluate when every(epochs=0.5) on StepEnd>
     """
-
-    def ask(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
-        return state, Control(evaluate=True, reason="an evaluation is due")
-
-    return _gated(every, Handler("evaluate", ask, frozenset({StepEnd})))
+    return _requesting("evaluate", Control(evaluate=True, reason="an evaluation is due"), every)
 
 
-def _gated(every: When, handler: Handler) -> Callback:
+def _requesting(name: str, control: Control, every: When) -> Callback:
     trigger = as_trigger(every)
+    handler = Handler(name, lambda state, event: (state, control), frozenset({StepEnd}))
     return handler if every == 1 else when(trigger, handler)

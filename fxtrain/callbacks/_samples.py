@@ -134,12 +134,8 @@ def textgen(
             key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=event.step, microbatch=index)
             numbers = rng.uniform(key, (max_tokens,)).tolist()
             written = generate(model, tokens, numbers, length=length, device=state.step.device, **drawing)
-            parts += [
-                "**prompt**\n",
-                _verbatim(prompts[index]),
-                "**continuation**\n",
-                _verbatim(tokenizer.decode(written)),
-            ]
+            continuation = _verbatim(tokenizer.decode(written))
+            parts += ["**prompt**\n", _verbatim(prompts[index]), "**continuation**\n", continuation]
         return state, Control(log={name: Text("\n".join(parts))})
 
     callback.__name__ = name

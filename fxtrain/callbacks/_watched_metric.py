@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,19 +72,8 @@ def sign_of(mode: str) -> float:
     return 1.0 if mode == "min" else -1.0
 
 
-class Direction(NamedTuple):
-    """The direction in which a metric improves.
-
-    ``better(value, best)`` is whether ``value`` is an improvement, compared in its own dtype. Any finite value improves
-    on ``worst``.
-    """
-
-    better: Better
-    worst: float
-
-
-def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = False) -> Direction:
-    """Returns the direction for a mode.
+def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = False) -> tuple[Better, float]:
+    """Returns the direction in which a metric improves.
 
         min:  value < best - min_delta            relative:  value < best - min_delta |best|
         max:  value > best + min_delta            relative:  value > best + min_delta |best|
@@ -96,6 +84,10 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
         mode: ``"min"``, ``"max"`` or a function.
         min_delta: The margin, 0 or more.
         relative: Whether the margin is a fraction of the best value.
+
+    Returns:
+        Whether a value is an improvement on the best one, compared in its own dtype, and the worst value, on which any
+        finite one improves.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -111,7 +103,7 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
                 "expected mode to be 'min' or 'max' with min_delta or relative, got a function. Apply the margin in "
                 "the function, or leave out min_delta and relative."
             )
-        return Direction(lambda value, best: mode(value, best.to(value.dtype)), math.nan)
+        return lambda value, best: mode(value, best.to(value.dtype)), math.nan
     if mode not in ("min", "max"):
         raise ValueError(
             f"expected mode to be 'min', 'max' or a function (value, best) -> bool tensor, got {describe(mode)}."
@@ -125,4 +117,4 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
         # An infinite best has no margin, because inf - inf is nan.
         return sign * value < torch.where(best.isfinite(), sign * best - margin, sign * best)
 
-    return Direction(better, sign * math.inf)
+    return better, sign * math.inf

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._monitor import monitor
-from fxtrain.callbacks._update_stats import UpdateStats, leaf_names
+from fxtrain.callbacks._monitor import UpdateStats, leaf_names, monitor
 from fxtrain.core import TrainState, check_int, check_non_negative, check_positive_int, matching
 from fxtrain.fold import Handler, When
 from fxtrain.values import Text
