@@ -2,12 +2,6 @@
 
 from fxtrain.report._page import page
 from fxtrain.report._read import read_run
-from fxtrain.report._run import Mark as Mark
-from fxtrain.report._run import Run, RunFolderError
+from fxtrain.report._run import Mark, Run, RunFolderError
 
-__all__ = [
-    "Run",
-    "RunFolderError",
-    "page",
-    "read_run",
-]
+__all__ = ["Run", "RunFolderError", "page", "read_run"]

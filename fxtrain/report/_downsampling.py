@@ -4,18 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 Curve = tuple[list[int], list[float]]  # steps, increasing, and values
 
 
-class Series(Protocol):
-    """Values at increasing steps, which can be thinned."""
+class Points:
+    """A curve. Thinning keeps the minimum and the maximum of each interval, so that spikes stay visible."""
 
-    cost: int
+    _MIN_POINTS = 2000  # more points than the page draws
 
-    def put(self, step: int, value: Any, cost: int) -> None:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[float] = []
+        self.cost = 0
+
+    def put(self, step: int, value: float, cost: int = 1) -> None:
+        """Adds a value, or replaces the last value if ``step`` is the same.
+
+        Args:
+            step: A step that is not before the last one.
+            value: The value.
+            cost: Ignored: all points take the same memory.
+
+        Raises:
+            ValueError: If ``step`` is before the last one.
+        """
+        if self.steps and step <= self.steps[-1]:
+            _check_not_before(step, self.steps[-1])
+            self.values[-1] = value
+        else:
+            self.steps.append(step)
+            self.values.append(value)
+            self.cost += 1
+
+    def thin(self) -> None:
+        """Drops about half of the values."""
+        self.steps, self.values = thinned((self.steps, self.values), max(len(self.steps) // 2, self._MIN_POINTS))
+        self.cost = len(self.steps)
+
+
+class Items(Generic[Value]):
+    """Values of any type. Thinning drops every second value, but never the last.
+
+    Attributes:
+        count: The number of steps, including those dropped.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Value, int]] = []  # step, value, cost
+        self._stride = 1
+        self.count = self.cost = 0
+
+    @property
+    def items(self) -> list[tuple[int, Value]]:
+        """The retained steps and values, including the last."""
+        return [(step, value) for step, value, _ in self._kept]
+
+    def put(self, step: int, value: Value, cost: int = 1) -> None:
         """Adds a value, or replaces the last value if ``step`` is the same.
 
         Args:
@@ -26,14 +73,33 @@ class Series(Protocol):
         Raises:
             ValueError: If ``step`` is before the last one.
         """
-        ...
+        last = self._kept[-1] if self._kept else None
+        if last is not None and step <= last[0]:
+            _check_not_before(step, last[0])
+            self._drop_last()
+            self.count -= 1
+        elif (self.count - 1) % self._stride:
+            self._drop_last()  # retained only while it was the last
+        self._kept.append((step, value, cost))
+        self.cost += cost
+        self.count += 1
+
+    def _drop_last(self) -> None:
+        self.cost -= self._kept.pop()[2]
 
     def thin(self) -> None:
         """Drops about half of the values."""
-        ...
+        if len(self._kept) < 3:
+            return
+        self._stride *= 2
+        last = self._kept[-1]
+        self._kept = self._kept[::2]
+        if self._kept[-1] is not last:
+            self._kept.append(last)
+        self.cost = sum(cost for *_, cost in self._kept)
 
 
-_Series = TypeVar("_Series", bound=Series)
+_Series = TypeVar("_Series", bound=Points | Items[Any])
 
 
 class BoundedSeries(Generic[_Series]):
@@ -82,73 +148,6 @@ class BoundedSeries(Generic[_Series]):
         if self._cost > self._budget:
             self._cost -= self.series.pop(latest).cost
             raise ValueError("expected values within the memory budget, got more")
-
-
-class Points:
-    """A curve. Thinning keeps the minimum and the maximum of each interval, so that spikes stay visible."""
-
-    _MIN_POINTS = 2000  # more points than the page draws
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: list[float] = []
-        self.cost = 0
-
-    def put(self, step: int, value: float, cost: int = 1) -> None:
-        if self.steps and step <= self.steps[-1]:
-            _check_not_before(step, self.steps[-1])
-            self.values[-1] = value
-        else:
-            self.steps.append(step)
-            self.values.append(value)
-            self.cost += 1
-
-    def thin(self) -> None:
-        self.steps, self.values = thinned((self.steps, self.values), max(len(self.steps) // 2, self._MIN_POINTS))
-        self.cost = len(self.steps)
-
-
-class Items(Generic[Value]):
-    """Values of any type. Thinning drops every second value, but never the last.
-
-    Attributes:
-        count: The number of steps, including those dropped.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[int, Value, int]] = []  # step, value, cost
-        self._stride = 1
-        self.count = self.cost = 0
-
-    @property
-    def items(self) -> list[tuple[int, Value]]:
-        """The retained steps and values, including the last."""
-        return [(step, value) for step, value, _ in self._kept]
-
-    def put(self, step: int, value: Value, cost: int = 1) -> None:
-        last = self._kept[-1] if self._kept else None
-        if last is not None and step <= last[0]:
-            _check_not_before(step, last[0])
-            self._drop_last()
-            self.count -= 1
-        elif (self.count - 1) % self._stride:
-            self._drop_last()  # retained only while it was the last
-        self._kept.append((step, value, cost))
-        self.cost += cost
-        self.count += 1
-
-    def _drop_last(self) -> None:
-        self.cost -= self._kept.pop()[2]
-
-    def thin(self) -> None:
-        if len(self._kept) < 3:
-            return
-        self._stride *= 2
-        last = self._kept[-1]
-        self._kept = self._kept[::2]
-        if self._kept[-1] is not last:
-            self._kept.append(last)
-        self.cost = sum(cost for *_, cost in self._kept)
 
 
 def _check_not_before(step: int, last: int) -> None:

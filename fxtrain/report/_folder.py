@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -25,10 +26,6 @@ _KINDS = (
 )
 
 
-class UnreadableError(Exception):
-    """A file cannot be read. The message is the reason."""
-
-
 class Problems:
     """The problems found while reading a folder: for each file the first problem and the number of others."""
 
@@ -50,6 +47,19 @@ class Problems:
             self._found[file] = reason, 1
         else:
             self._beyond += 1
+
+    @contextlib.contextmanager
+    def recording(self, file: str, where: str = "") -> Iterator[None]:
+        """Records an ``OSError`` or a ``ValueError`` of the context as a problem of a file, instead of raising it.
+
+        Args:
+            file: The path of the file, relative to the folder.
+            where: The place in the file, with which the problem begins.
+        """
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.add(file, f"{where}{reason(error)}")
 
     def lines(self) -> list[str]:
         """Returns one line for each of the first twenty files, and a line that counts the others."""
@@ -83,11 +93,9 @@ class Folder:
 
     def size(self, path: str) -> int | None:
         """Returns the size of a file in bytes. If it cannot be read, records a problem and returns None."""
-        try:
+        with self.problems.recording(path):
             return os.stat(self._checked(path)).st_size
-        except (OSError, UnreadableError) as error:
-            self.problems.add(path, reason(error))
-            return None
+        return None
 
     def read(self, path: str, limit: int = LONGEST) -> bytes | None:
         """Returns the content of a file. If it cannot be read, records a problem and returns None.
@@ -96,15 +104,12 @@ class Folder:
             path: The path of the file.
             limit: The largest size accepted, in bytes.
         """
-        try:
-            with self._opened(path) as file:
-                content = file.read(limit + 1)
-            if len(content) > limit:
-                raise UnreadableError(f"expected at most {limit:,} bytes, got more")
-        except (OSError, UnreadableError) as error:
-            self.problems.add(path, reason(error))
-            return None
-        return content
+        with self.problems.recording(path), self._opened(path) as file:
+            content = file.read(limit + 1)
+            if len(content) <= limit:
+                return content
+            raise ValueError(f"expected at most {limit:,} bytes, got more")
+        return None
 
     def lines(self, path: str, *, quiet: bool = False) -> Iterator[tuple[int, bytes]]:
         """Yields the complete lines of a file with their numbers, from 1.
@@ -116,14 +121,11 @@ class Folder:
             quiet: Whether to record no problems, for a file that is read again.
         """
         problems = Problems() if quiet else self.problems
-        try:
-            with self._opened(path) as file:
-                # Stops at the current size, because a file that grows while it is read might never end.
-                yield from self._lines(path, problems, file, min(os.fstat(file.fileno()).st_size, _LARGEST))
-                if file.tell() >= _LARGEST:
-                    problems.add(path, f"expected at most {_LARGEST:,} bytes, got more")
-        except (OSError, UnreadableError) as error:
-            problems.add(path, reason(error))
+        with problems.recording(path), self._opened(path) as file:
+            # Stops at the current size, because a file that grows while it is read might never end.
+            yield from self._lines(path, problems, file, min(os.fstat(file.fileno()).st_size, _LARGEST))
+            if file.tell() >= _LARGEST:
+                problems.add(path, f"expected at most {_LARGEST:,} bytes, got more")
 
     def _lines(self, path: str, problems: Problems, file: BinaryIO, left: int) -> Iterator[tuple[int, bytes]]:
         number, overlong = 1, False
@@ -152,29 +154,17 @@ class Folder:
         folders, count = [path], 0
         while folders:
             folder = folders.pop()
-            try:
-                with os.scandir(os.path.join(self.root, folder)) as entries:
-                    for entry in entries:
-                        inside = f"{folder}/{entry.name}"
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(inside)
-                        elif not entry.is_symlink() or self._leads_to_a_file(inside):
-                            yield folder, entry.name
-                        count += 1
-                        if count >= _MAX_FILES:
-                            self.problems.add(path, f"expected at most {_MAX_FILES:,} files, got more")
-                            return
-            except OSError as error:
-                self.problems.add(folder, reason(error))
-
-    def _leads_to_a_file(self, path: str) -> bool:
-        """Returns whether a symbolic link leads to a regular file in the folder. If not, records a problem."""
-        try:
-            self._checked(path)
-        except (OSError, UnreadableError) as error:
-            self.problems.add(path, reason(error))
-            return False
-        return True
+            with self.problems.recording(folder), os.scandir(os.path.join(self.root, folder)) as entries:
+                for entry in entries:
+                    inside = f"{folder}/{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(inside)
+                    elif not entry.is_symlink() or self.size(inside) is not None:  # a link to a regular file
+                        yield folder, entry.name
+                    count += 1
+                    if count >= _MAX_FILES:
+                        self.problems.add(path, f"expected at most {_MAX_FILES:,} files, got more")
+                        return
 
     def _checked(self, path: str) -> str:
         """Returns the real path of a regular file inside the folder, without opening it.
@@ -183,7 +173,7 @@ class Folder:
         """
         real = os.path.realpath(os.path.join(self.root, path), strict=True)
         if os.path.commonpath((real, self.root)) != self.root:
-            raise UnreadableError("expected a file in the run folder, got a symbolic link to another place")
+            raise ValueError("expected a file in the run folder, got a symbolic link to another place")
         _refuse_unless_regular(os.stat(real))
         return real
 
@@ -201,7 +191,7 @@ class Folder:
 
 def _refuse_unless_regular(info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise UnreadableError(f"expected a regular file, got {kind_of_file(info.st_mode)}")
+        raise ValueError(f"expected a regular file, got {kind_of_file(info.st_mode)}")
 
 
 def kind_of_file(mode: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 
@@ -12,6 +13,7 @@ from fxtrain.report import _validation as validation
 from fxtrain.report._downsampling import BoundedSeries, Items, Points
 from fxtrain.report._folder import Folder, Problems
 from fxtrain.report._run import Cell, Confusion, Heights, Mark, Table
+from fxtrain.writers._media import REWINDS, MediaFile, latest_files, media_file, rewinds_of
 from fxtrain.writers._rewinds import REWOUND, Rewinds
 
 _MAX_TEXT = 2**16  # characters shown of a text
@@ -27,6 +29,10 @@ _MAX_MATRICES = 20
 _MAX_CLASSES = 2000
 _OVERHEAD = 100  # memory cost of a text in addition to its characters
 _NO_METRICS = ("epoch", "time")  # CSV columns that are not metrics
+_MEDIA = (".png", ".gif", ".wav")
+
+Files = dict[str, dict[int, list[PurePosixPath]]]
+"""Files by name and step, ordered by step and number."""
 
 
 class Logged:
@@ -45,12 +51,12 @@ class Logged:
         self.tables: dict[str, Table] = {}
         self.confusion: dict[str, Confusion] = {}
         self.hparams: dict[str, object] = {}
-        self._kinds: dict[str, Callable[[str, int, object], None]] = {
+        self._kinds: dict[str, Callable[[str, int, object], object]] = {
             "metrics": self._take_number,
             "texts": self._take_text,
             "histograms": self._take_histogram,
-            "tables": self._take_table,
-            "confusion": self.take_confusion,
+            "tables": lambda name, step, value: self._take_table(name, step, {"columns": value}),
+            "confusion": self._take_confusion,
         }
 
     def read_lines(self, path: str) -> None:
@@ -63,17 +69,14 @@ class Logged:
                     if REWOUND in line:
                         rewinds.add(count, validation.step(line[REWOUND]))
         for count, content in self._folder.lines(path):
-            try:
+            with self._folder.problems.recording(path, f"line {count}: "):
                 line = validation.mapping(validation.parsed(content))
                 self.hparams |= validation.mapping(line.get("hparams", {}))
                 kinds = {kind: validation.mapping(line[kind]) for kind in self._kinds if kind in line}
                 step = validation.step(line.get("step")) if kinds else validation.step(line.get(REWOUND, 0))
-            except ValueError as error:
-                self._folder.problems.add(path, f"line {count}: {error}")
-                continue
-            if rewinds.keeps(count, step):
-                for kind, values in kinds.items():
-                    self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
+                if rewinds.keeps(count, step):
+                    for kind, values in kinds.items():
+                        self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
 
     def read_rows(self, path: str) -> None:
         """Reads metrics from the CSV file ``path``."""
@@ -85,6 +88,56 @@ class Logged:
             if rewinds.keeps(count, step):
                 numbers = {name: cell for name, cell in cells.items() if name not in _NO_METRICS}
                 self._take(path, f"line {count}, column", self._take_number, step, numbers)
+
+    def read_media(self, path: str) -> tuple[Files, Files]:
+        """Finds the files written by ``writers.media``, and reads tables and confusion matrices from them.
+
+        Args:
+            path: The subfolder of the media, relative to the run folder.
+
+        Returns:
+            The files of images, videos and sounds, without images that belong to tables, and the files of texts.
+        """
+        names: dict[str, list[tuple[MediaFile, PurePosixPath]]] = {}
+        rewinds = Rewinds()
+        for parent, file in self._folder.walk(path):
+            if (parent, file) == (path, REWINDS):
+                rewinds = rewinds_of(self._folder.read(f"{path}/{REWINDS}") or b"")
+            elif (stated := media_file(file)) is not None:
+                with self._folder.problems.recording(f"{parent}/{file}"):
+                    validation.step(stated.step)
+                    # Folder names encode characters that file systems reject as %XX.
+                    name = urllib.parse.unquote(PurePosixPath(parent).relative_to(path).as_posix())
+                    names.setdefault(name, []).append((stated, PurePosixPath(parent, file)))
+        found = [
+            (name, step, file)
+            for name in sorted(names)
+            for step, files in latest_files(names[name], rewinds).items()
+            for file in files
+        ]
+        in_tables: set[PurePosixPath] = set()
+        for name, step, file in found:
+            if file.suffix == ".json":
+                in_tables |= self._read_table(name, step, file)
+        media: Files = {}
+        texts: Files = {}
+        for name, step, file in found:
+            if file.suffix == ".md":
+                texts.setdefault(name, {}).setdefault(step, []).append(file)
+            elif file.suffix in _MEDIA and file not in in_tables:
+                media.setdefault(name, {}).setdefault(step, []).append(file)
+        return media, texts
+
+    def _read_table(self, name: str, step: int, file: PurePosixPath) -> set[PurePosixPath]:
+        """Adds the table or the confusion matrix in a file, and returns the images that it refers to."""
+        content = self._folder.read(str(file))
+        if content is not None:
+            with self._folder.problems.recording(str(file)):
+                found = validation.mapping(validation.parsed(content))
+                if "columns" in found:
+                    return self._take_table(validation.name(name), step, found, file.parent)
+                self._take_confusion(validation.name(name), step, found)
+        return set()
 
     def _rows(self, path: str, *, quiet: bool = False) -> Iterator[tuple[int, int, dict[str, str]]]:
         """Yields the line number, the step and the other cells of each row, without empty cells."""
@@ -115,7 +168,7 @@ class Logged:
         return row
 
     def _take(
-        self, path: str, where: str, take: Callable[[str, int, object], None], step: int, values: Mapping[str, object]
+        self, path: str, where: str, take: Callable[[str, int, object], object], step: int, values: Mapping[str, object]
     ) -> None:
         for name, value in values.items():
             try:
@@ -140,10 +193,7 @@ class Logged:
         edges = validation.edges(found.get("edges"), len(counts))
         self.histograms.put(name, step, Heights(counts, edges), len(counts) + len(edges))
 
-    def _take_table(self, name: str, step: int, value: object) -> None:
-        self.take_table(name, step, {"columns": value})
-
-    def take_table(
+    def _take_table(
         self, name: str, step: int, value: Mapping[str, object], beside: PurePosixPath | None = None
     ) -> set[PurePosixPath]:
         """Adds a table, unless there is a later one of the same name.
@@ -181,7 +231,7 @@ class Logged:
             self.tables[name] = Table(step, shown, len(next(iter(columns.values()))))
         return images
 
-    def take_confusion(self, name: str, step: int, value: object) -> None:
+    def _take_confusion(self, name: str, step: int, value: object) -> None:
         """Adds a confusion matrix, unless there is a later one of the same name.
 
         Args:

@@ -17,8 +17,7 @@ from fxtrain.report._downsampling import evenly
 from fxtrain.report._html import card, grid, section, table
 from fxtrain.report._panels import heat, sections
 from fxtrain.report._run import Mark, Run, Session
-from fxtrain.report._samples import Embedded, media, texts
-from fxtrain.report._tables import confusion, tables
+from fxtrain.report._samples import Embedded, confusion, media, tables, texts
 
 _MAX_MARKS = 300  # per kind, evenly spaced
 _MAX_EVENTS = 200  # rows in the table of events, the latest
@@ -94,12 +93,11 @@ def _problems(run: Run) -> str:
 
 def _head(run: Run) -> str:
     last = run.sessions[-1] if run.sessions else None
-    reason = _end(last) if last is not None else ""
     seconds = sum(session["seconds"] for session in run.sessions)
     step = max((steps[-1] for steps, _ in run.curves.values()), default=0)
     facts = {
         "step": f"{step:,}",
-        "status": reason,
+        "status": _end(last) if last is not None else "",
         "time": format_duration(seconds) if 0 < seconds < math.inf else "",
         "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
         "device": _device(last["environment"] if last is not None else {}),

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import TypeVar
 
+from fxtrain.core import truncate
 from fxtrain.report import _validation as validation
 from fxtrain.report._downsampling import Items, evenly
-from fxtrain.report._events import Events
 from fxtrain.report._folder import LONGEST, Folder, reason
-from fxtrain.report._logged import Logged, shortened_text
-from fxtrain.report._media import Files, read_media
+from fxtrain.report._logged import Files, Logged, shortened_text
 from fxtrain.report._run import Mark, Run, RunFolderError, Sampled, Session
 
 _SHOWN_TEXTS = 20  # per name, evenly spaced
 _SHOWN_HISTOGRAMS = 100
 _MAX_SUMMARY = 2**20  # bytes
 _MAX_SESSIONS = 1000
-_METRICS = ("metrics.jsonl", "metrics.csv")
-_FILES = (*_METRICS, "run.json", "events.jsonl", "media")
+_MAX_MARKS = 20_000  # per kind
+_MAX_REASONS = 20  # per request
+_REQUESTS = (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped"))
+_FILES = ("metrics.jsonl", "metrics.csv", "run.json", "events.jsonl", "media")
 
 _Checked = TypeVar("_Checked")
 
@@ -61,13 +63,16 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         metrics.read_rows("metrics.csv")
     if "events.jsonl" in found.names:
         events.read("events.jsonl")
-    media, texts = read_media(found, "media", metrics) if "media" in found.names else ({}, {})
+    media, texts = metrics.read_media("media") if "media" in found.names else ({}, {})
     facts, result = (_object(found, name) for name in ("run.json", "result.json"))
-    improved = [mark for items in metrics.improved.series.values() for _, mark in items.items]
+    improved = metrics.improved.series.values()
+    num_improved = sum(items.count for items in improved)
     run = Run(
         name=found.name,
         curves={name: (points.steps, points.values) for name, points in metrics.curves.series.items()},
-        marks=sorted([*improved, *events.marks()], key=lambda mark: mark.step),
+        marks=sorted(
+            [*(mark for items in improved for _, mark in items.items), *events.marks()], key=lambda mark: mark.step
+        ),
         texts=_texts(found, metrics, texts),
         histograms={
             name: Sampled(evenly(items.items, _SHOWN_HISTOGRAMS), items.count)
@@ -80,7 +85,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         sessions=_sessions(found, facts),
         summary=(_read_text(found, "summary.txt", _MAX_SUMMARY) or "") if "summary.txt" in found.names else "",
         result=result,
-        counts=events.counts() | _counted("improved", metrics.improved.series.values()),
+        counts=events.counts() | ({"improved": num_improved} if num_improved else {}),
         folder=found,
     )
     if not (run.curves or run.texts or run.histograms or run.tables or run.confusion or run.media or run.sessions):
@@ -101,9 +106,63 @@ def _why_nothing(folder: Folder) -> str:
     return f"expected logged values in {folder.root}, got none. Wait until the run has logged its first values."
 
 
-def _counted(kind: str, series: Iterable[Items[Mark]]) -> dict[str, int]:
-    count = sum(items.count for items in series)
-    return {kind: count} if count else {}
+class Events:
+    """The marks of a run, by kind. Checkpoints abandoned by a rewind or a resumed session are omitted.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._saved = array("q")
+        self._marks: dict[str, Items[Mark]] = {}
+
+    def read(self, path: str) -> None:
+        """Reads events from the JSON Lines file ``path``."""
+        for count, content in self._folder.lines(path):
+            with self._folder.problems.recording(path, f"line {count}: "):
+                self._add(validation.mapping(validation.parsed(content)))
+
+    def marks(self) -> list[Mark]:
+        """Returns the retained marks: first all kinds except checkpoints, each in order of time, then checkpoints."""
+        saved = [Mark(step, "saved", "checkpoint") for step in self._saved]
+        return [mark for items in self._marks.values() for _, mark in items.items] + saved
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of marks of each kind, including those that were dropped to save memory."""
+        counts = {kind: items.count for kind, items in self._marks.items()}
+        return counts | ({"saved": len(self._saved)} if self._saved else {})
+
+    def _add(self, line: dict[str, object]) -> None:
+        step, kind = validation.step(line.get("step")), line.get("event")
+        if kind == "Saved":
+            self._saved.append(step)
+        elif kind == "Rewound":
+            first, to = validation.step(line.get("from_step")), validation.step(line.get("to_step"))
+            self._keep_saved(to)
+            self._mark(first, "rewound", f"back to step {to}")
+        elif kind == "Interrupted":
+            self._mark(step, "interrupted", f"interrupted by {validation.words(line.get('cause'))}")
+        elif kind == "FitBegin" and line.get("resumed"):
+            # The resumed session repeats the steps that a killed session took after its last checkpoint.
+            self._keep_saved(step)
+            self._mark(step, "resumed", "a session resumed here")
+        asked = validation.mapping(line.get("asked", {}))
+        for request, mark in _REQUESTS:
+            if request in asked:
+                reasons = [validation.words(each) for each in validation.listed(asked[request])[:_MAX_REASONS]]
+                self._mark(step, mark, "; ".join(reasons))
+
+    def _keep_saved(self, last: int) -> None:
+        self._saved = array("q", (step for step in self._saved if step <= last))
+
+    def _mark(self, step: int, kind: str, text: str) -> None:
+        items = self._marks.setdefault(kind, Items())
+        # Stored by index, because steps decrease after a rewind.
+        items.put(items.count, Mark(step, kind, truncate(text, validation.MAX_WORDS)))
+        if items.cost > _MAX_MARKS:
+            items.thin()
 
 
 def _texts(folder: Folder, metrics: Logged, files: Files) -> dict[str, Sampled[str]]:
@@ -126,24 +185,18 @@ def _text(folder: Folder, text: str | PurePosixPath) -> str | None:
 
 def _read_text(folder: Folder, path: str, limit: int) -> str | None:
     content = folder.read(path, limit)
-    if content is None:
-        return None
-    try:
-        return shortened_text(validation.decoded(content))
-    except ValueError as error:
-        folder.problems.add(path, str(error))
-        return None
+    if content is not None:
+        with folder.problems.recording(path):
+            return shortened_text(validation.decoded(content))
+    return None
 
 
 def _object(folder: Folder, name: str) -> dict[str, object]:
     content = folder.read(name) if name in folder.names else None
-    if content is None:
-        return {}
-    try:
-        return validation.mapping(validation.parsed(content))
-    except ValueError as error:
-        folder.problems.add(name, str(error))
-        return {}
+    if content is not None:
+        with folder.problems.recording(name):
+            return validation.mapping(validation.parsed(content))
+    return {}
 
 
 def _sessions(folder: Folder, facts: dict[str, object]) -> list[Session]:
@@ -172,10 +225,7 @@ def _field(
     folder: Folder, facts: Mapping[str, object], name: str, checked: Callable[[object], _Checked]
 ) -> _Checked | None:
     """Returns a validated field of ``run.json``, or None if it is missing or invalid. The latter is a problem."""
-    if facts.get(name) is None:
-        return None
-    try:
-        return checked(facts[name])
-    except ValueError as error:
-        folder.problems.add("run.json", f"{name}: {error}")
-        return None
+    if facts.get(name) is not None:
+        with folder.problems.recording("run.json", f"{name}: "):
+            return checked(facts[name])
+    return None
