@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fxtrain import tree
-from fxtrain.checkpoint._leaf_table import Key, Leaf, element_paths, entry_of, root_of
-from fxtrain.core import TrainState, Tree, dtype_name, matching
+from fxtrain.checkpoint._leaf_table import Key, Leaf
+from fxtrain.core import TrainState, matching
 from fxtrain.tree import as_code, as_name
 
 Keys = tuple[Key, ...]
@@ -33,35 +32,15 @@ class Part(NamedTuple):
     element: int | None = None
 
 
-def parts_of(like: Tree) -> list[Part]:
-    """Returns the parts of a tree, in the order of its leaves."""
-    leaves, structure = tree.flatten(like)
-    elements = element_paths(structure)
-    found: list[Part] = []
-    for index, (accessor, leaf) in enumerate(zip(structure.accessors(), leaves, strict=True)):
-        path, keys = accessor.codify(root_of(structure)), tuple(entry_of(entry)[1] for entry in accessor)
-        found += _split(path, keys, dtype_name(leaf.dtype), list(leaf.shape), elements.get(index))
-    return found
-
-
-def parts_stored(stored: Mapping[str, Leaf]) -> list[Part]:
-    """Returns the parts of a checkpoint, given its rows by path."""
-    found: list[Part] = []
-    for row in stored.values():
-        keys = tuple(key for _, key in row["entries"])
-        found += _split(row["path"], keys, row["dtype"], row["shape"], row.get("elements"))
-    return found
-
-
-def _split(
-    path: str, keys: Keys, dtype: str, shape: Sequence[int], elements: Sequence[Sequence[Key]] | None
-) -> list[Part]:
-    kind = f"{dtype}{list(shape)}"
-    if elements is None:
+def parts_of(row: Leaf) -> list[Part]:
+    """Returns the parts of one leaf, in the order of its elements."""
+    path, keys = row["path"], tuple(key for _, key in row["entries"])
+    kind = f"{row['dtype']}{row['shape']}"
+    if "elements" not in row:
         return [Part(path, keys, kind, path, kind)]
     return [
-        Part(path + as_code(tuple(element)), (*keys, *element), f"{dtype}[]", path, kind, index)
-        for index, element in enumerate(elements)
+        Part(path + as_code(tuple(element)), (*keys, *element), f"{row['dtype']}[]", path, kind, index)
+        for index, element in enumerate(row["elements"])
     ]
 
 
@@ -91,10 +70,7 @@ class Names:
 
     def of(self, part: Part) -> str | None:
         """Returns the name of the parameter or buffer that ``part`` belongs to, or None."""
-        return self.of_keys(part.keys)
-
-    def of_keys(self, keys: Keys) -> str | None:
-        """Returns the name of the parameter or buffer that the path with ``keys`` belongs to, or None."""
+        keys = part.keys
         if keys[:1] in (("params",), ("buffers",)):
             return self._names.get(keys[1:])
         if keys[:1] not in (("opt_state",), ("slots",)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.core import TrainState, dtype_name
+from fxtrain.core import TrainState, Tree, dtype_name
 from fxtrain.optim import PerParameter
 
 Key = str | int
@@ -72,7 +72,7 @@ def rows(structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str
     Raises:
         CheckpointError: If two leaves have the same path.
     """
-    root, elements = root_of(structure), element_paths(structure)
+    root, elements = root_of(structure), _element_paths(structure)
     seen: set[str] = set()
     for index, (accessor, place, checksum) in enumerate(zip(structure.accessors(), placed, checksums, strict=True)):
         path = accessor.codify(root)
@@ -81,7 +81,7 @@ def rows(structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str
         seen.add(path)
         row = Leaf(
             path=path,
-            entries=[entry_of(entry) for entry in accessor],
+            entries=[_entry_of(entry) for entry in accessor],
             dtype=dtype_name(place.dtype),
             shape=list(place.shape),
             offset=place.offset,
@@ -93,7 +93,13 @@ def rows(structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str
         yield row
 
 
-def element_paths(structure: PyTreeSpec) -> dict[int, Sequence[Sequence[Key]]]:
+def rows_of(like: Tree) -> Iterator[Leaf]:
+    """Yields the table of a checkpoint of ``like``, without checksums."""
+    leaves, structure = tree.flatten(like)
+    return rows(structure, places(leaves), [""] * len(leaves))
+
+
+def _element_paths(structure: PyTreeSpec) -> dict[int, Sequence[Sequence[Key]]]:
     """Returns the parameter paths of each leaf that has one element per parameter, by the index of the leaf."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
     nodes = tree.leaves(numbered, is_leaf=lambda node: isinstance(node, PerParameter))
@@ -117,7 +123,7 @@ def keys_of(entries: Sequence[PathEntry]) -> tuple[str, ...]:
     return tuple(str(key) for _, key in entries)
 
 
-def entry_of(entry: optree.PyTreeEntry) -> PathEntry:
+def _entry_of(entry: optree.PyTreeEntry) -> PathEntry:
     """Returns one entry of an accessor as a ``[kind, key]`` pair for JSON."""
     match entry:
         case optree.NamedTupleEntry():

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._leaf_parts import Names, Part, parts_of, parts_stored, slots_of_one_side
-from fxtrain.checkpoint._leaf_table import Leaf, root_of
+from fxtrain.checkpoint._leaf_parts import Names, Part, parts_of, slots_of_one_side
+from fxtrain.checkpoint._leaf_table import Leaf, rows_of
 from fxtrain.checkpoint._mismatch import mismatch_message
 from fxtrain.core import TrainState, Tree, describe, first_names
 
@@ -63,7 +63,8 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
     """
     if fresh is not None and not isinstance(like, TrainState):
         raise ValueError(f"expected a TrainState as `like` for fresh={fresh!r}, got {describe(like)}.")
-    here, there = parts_of(like), parts_stored(stored)
+    rows = {row["path"]: row for row in rows_of(like)}
+    here, there = ([part for row in side.values() for part in parts_of(row)] for side in (rows, stored))
     names = Names(here, there)
     kept = names.chosen(fresh)
 
@@ -84,7 +85,7 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
             absent.add(slot)
             continue
         found.append((part, target, by_path.get(target)))
-    used = {source.path for _, _, source in found if source} | {source.leaf for _, _, source in found if source}
+    used = {path for _, _, source in found if source for path in (source.path, source.leaf)}
     one_sided = {part.path for own in extra.values() for part in own}
     left_over = [
         part
@@ -98,7 +99,14 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
     if unlike or left_over:
         raise CheckpointError(mismatch_message(path, names, [part for part, _, _ in found], unlike, left_over))
     _refuse_unnamed_elements(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
-    _refuse_unrestored_meta(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
+    restored = {path for part, _, _ in found for path in (part.path, part.leaf)}
+    meta = {path for path, leaf in zip(rows, tree.leaves(like), strict=True) if leaf.is_meta}
+    empty = [part.path for part in here if part.leaf in meta and not {part.path, part.leaf} & restored]
+    if empty:
+        raise CheckpointError(
+            f"expected values for {', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''}, got none. `like` is "
+            f"on the meta device there, and no value is restored from {path}. Use a `like` with values."
+        )
     outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
     partly_fresh = {part.keys[1] for part in here if part.keys[:1] == ("slots",) and is_fresh(part)}
     shared = {
@@ -111,11 +119,9 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
         for name, own in extra.items()
         if name not in outdated
     }
-    paths = tree.paths(like, root_of(tree.structure(like)))
-    sources = _sources(paths, here, found, stored)
     if where is not None:
         unclaimed, outdated = {}, []
-    return Match(sources, sorted(absent), unclaimed, outdated, sorted(shared))
+    return Match(_sources(rows, found, stored), sorted(absent), unclaimed, outdated, sorted(shared))
 
 
 def _selection(
@@ -185,32 +191,28 @@ def _whole(part: Part) -> Part:
 
 
 def _sources(
-    paths: Sequence[str],
-    here: Iterable[Part],
-    found: Iterable[tuple[Part, str, Part | None]],
-    stored: Mapping[str, Leaf],
+    rows: Mapping[str, Leaf], found: Iterable[tuple[Part, str, Part | None]], stored: Mapping[str, Leaf]
 ) -> list[Leaf | Elements | None]:
-    counts: dict[str, int] = {}
-    for part in here:
-        counts[part.leaf] = counts.get(part.leaf, 0) + (part.element is not None)
     chosen: dict[str, list[tuple[Part, Part]]] = {}
     for part, _, source in found:
         if source is not None:
             chosen.setdefault(part.leaf, []).append((part, source))
 
-    def source_of(path: str) -> Leaf | Elements | None:
+    def source_of(path: str, row: Leaf) -> Leaf | Elements | None:
         pairs = chosen.get(path)
         if not pairs:
             return None
         first = stored[pairs[0][1].leaf]
-        whole = len(pairs) == counts[path] == len(first.get("elements", ()))
-        if (pairs[0][0].element, pairs[0][1].element) == (None, None) or (
-            whole and all((one.element, first["path"]) == (other.element, other.leaf) for one, other in pairs)
+        taken = [(part.element, source.leaf, source.element) for part, source in pairs]
+        elements = range(len(row.get("elements", ())))
+        has_all = len(elements) == len(first.get("elements", ()))
+        if taken == [(None, first["path"], None)] or (
+            has_all and taken == [(index, first["path"], index) for index in elements]
         ):
             return first
-        return Elements(tuple((_index(one), stored[other.leaf], _index(other)) for one, other in pairs))
+        return Elements(tuple((_index(part), stored[source.leaf], _index(source)) for part, source in pairs))
 
-    return [source_of(path) for path in paths]
+    return [source_of(path, row) for path, row in rows.items()]
 
 
 def _index(part: Part) -> tuple[int, ...]:
@@ -226,14 +228,3 @@ def _refuse_unnamed_elements(
                 f"expected the parameter of each element of {target} in {path}, got none, because an older version "
                 "of fxtrain wrote it. Restore only the parameters, with where='state.params'."
             )
-
-
-def _refuse_unrestored_meta(path: pathlib.Path, like: Tree, chosen: Collection[str]) -> None:
-    paths = tree.paths(like, root_of(tree.structure(like)))
-    meta = {place for place, leaf in zip(paths, tree.leaves(like), strict=True) if leaf.is_meta}
-    empty = [part.path for part in parts_of(like) if part.leaf in meta and not {part.path, part.leaf} & {*chosen}]
-    if empty:
-        raise CheckpointError(
-            f"expected values for {', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''}, got none. `like` is "
-            f"on the meta device there, and no value is restored from {path}. Use a `like` with values."
-        )

@@ -15,9 +15,8 @@ from typing import TypeVar
 
 import torch
 
-from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._leaf_table import entry_of, keys_of, root_of
+from fxtrain.checkpoint._leaf_table import keys_of, rows_of
 from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.checkpoint._match import Where
 from fxtrain.checkpoint._restore import read
@@ -82,13 +81,8 @@ def from_orbax(
 def _same_keys(path: pathlib.Path, like: Tree) -> dict[str, str]:
     """Maps the paths of ``like`` to those of the checkpoint with the same keys, ignoring the types of containers."""
     stored = {keys_of(row["entries"]): row["path"] for row in read_manifest(path)["leaves"]}
-    structure = tree.structure(like)
-    root = root_of(structure)
-    return {
-        accessor.codify(root): stored.get(keys, "tree" + "".join(f"[{key!r}]" for key in keys))
-        for accessor in structure.accessors()
-        for keys in [keys_of([entry_of(entry) for entry in accessor])]
-    }
+    wanted = {row["path"]: keys_of(row["entries"]) for row in rows_of(like)}
+    return {path: stored.get(keys, "tree" + "".join(f"[{key!r}]" for key in keys)) for path, keys in wanted.items()}
 
 
 def _run_worker(verb: str, ours: pathlib.Path, theirs: pathlib.Path) -> None:
