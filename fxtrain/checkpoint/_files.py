@@ -9,7 +9,6 @@ import stat
 
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 
-_PIECE = 2**22
 # Errors of paths that are not regular files. Any other error may be temporary, so it is not reported as damage.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
@@ -45,20 +44,14 @@ def read_at_most(path: pathlib.Path, limit: int) -> bytes:
         CheckpointError: If the file cannot be read.
         DamagedError: If the file is missing, not a regular file, or longer than ``limit``.
     """
-    descriptor = open_regular(path)
-    try:
-        pieces: list[bytes] = []
-        size = os.fstat(descriptor).st_size
-        while size <= limit and (piece := os.read(descriptor, _PIECE)):
-            pieces.append(piece)
-            size = max(size, sum(map(len, pieces)))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    finally:
-        os.close(descriptor)
-    if size > limit:
-        raise DamagedError(f"{path} is damaged: expected at most {limit} bytes, got {size}.")
-    return b"".join(pieces)
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise DamagedError(f"{path} is damaged: expected at most {limit} bytes, got {size}.")
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise unreadable(path, error) from None
 
 
 def unreadable(path: pathlib.Path, error: OSError) -> CheckpointError:

@@ -95,8 +95,8 @@ def read_manifest(path: pathlib.Path) -> Manifest:
     except (ValueError, RecursionError) as error:  # the errors of decoding are ValueErrors too
         raise DamagedError(f"{file} is damaged: expected lines of JSON, got {error}.") from None
     expect = functools.partial(_expect, file)
-    expect("a head", head, type(head) is dict and "format" in head)
-    expect("a format number", head["format"], type(head["format"]) is int)
+    expect("a head", head, type(head) is dict)
+    expect("a format number", head.get("format"), type(head.get("format")) is int)
     if head["format"] != FORMAT:
         raise CheckpointError(
             f"expected a checkpoint of format {FORMAT} at {path}, got format {head['format']}. Restore it with the "
@@ -133,18 +133,15 @@ def _expect(file: pathlib.Path, what: str, value: object, holds: bool) -> None:
 
 
 def _check_head(expect: Expect, head: Head) -> None:
-    keys = {"format", "bytes", "step", "time", "metrics", "environment", "run", "role", "sequence"}
+    keys = set(Head.__annotations__)
     expect(f"a head with the keys {sorted(keys)}", sorted(head), set(head) == keys)
     expect("a number of bytes", head["bytes"], _is_size(head["bytes"]))
     expect("a step", head["step"], head["step"] is None or _is_size(head["step"]))
     expect("a time", head["time"], type(head["time"]) is float and math.isfinite(head["time"]))
     metrics, environment = head["metrics"], head["environment"]
     expect("metrics", metrics, type(metrics) is dict and all(type(v) is float for v in metrics.values()))
-    expect(
-        "an environment",
-        environment,
-        type(environment) is dict and all(type(v) in (str, int, bool) for v in environment.values()),
-    )
+    known = type(environment) is dict and all(type(v) in (str, int, bool) for v in environment.values())
+    expect("an environment", environment, known)
     run, role, sequence = head["run"], head["role"], head["sequence"]
     if (run, role, sequence) != (None, None, None):  # all three are None in checkpoints of fxtrain.save
         expect("a run", run, type(run) is str and re.fullmatch("[0-9a-f]{12}", run) is not None)
@@ -191,9 +188,7 @@ def _is_size(value: object) -> bool:
 
 def _is_entry(value: object) -> bool:
     match value:
-        case ["attribute", str()]:
-            return True
-        case ["key", str() | int()]:  # bool too
+        case ["attribute", str()] | ["key", str() | int()]:  # bool too
             return True
         case ["index", int(index)]:
             return type(index) is int and index >= 0
