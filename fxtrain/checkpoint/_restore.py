@@ -200,9 +200,8 @@ def read(
             state = state.replace(slots={name: slot for name, slot in state.slots.items() if name != CHANGED_AT_END})
     now = {**environment(device_of(state)), **(notes or {})}
     different = _differences(manifest["environment"], now)
-    missing, added = _callback_slots(matched.missing), _callback_slots(matched.extra)
-    outdated, shared = _callback_slots(matched.outdated), _callback_slots(matched.shared)
-    return Restoration(state, path, missing, added, outdated, shared, different, manifest["environment"])
+    slots = map(_callback_slots, (matched.missing, matched.extra, matched.outdated, matched.shared))
+    return Restoration(state, path, *slots, different=different, environment=manifest["environment"])
 
 
 def _differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -23,7 +23,14 @@ _NAME = re.compile(rf"{re.escape(UNFINISHED)}.+-[0-9a-f]{{8}}")
 @contextlib.contextmanager
 def unfinished_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Creates a folder next to ``path``, locks it during the block, and deletes it if the block raises."""
-    folder, descriptor = _make_locked(path)
+    while True:
+        folder = path.with_name(f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}")
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        # Another writer may have deleted the folder before it was locked. Without locks, nothing is ever deleted.
+        if try_lock(descriptor) is not False and folder.exists():
+            break
+        os.close(descriptor)
     try:
         yield folder
     except BaseException:
@@ -50,14 +57,3 @@ def clear_abandoned(above: pathlib.Path, files: Sequence[str]) -> None:
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)
-
-
-def _make_locked(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-    while True:
-        folder = path.with_name(f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}")
-        folder.mkdir()
-        descriptor = os.open(folder, os.O_RDONLY)
-        # Another writer may have deleted the folder before it was locked. Without locks, nothing is ever deleted.
-        if try_lock(descriptor) is not False and folder.exists():
-            return folder, descriptor
-        os.close(descriptor)
