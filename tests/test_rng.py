@@ -10,7 +10,7 @@ from torch.func import vmap
 
 from fxtrain import rng
 from fxtrain.rng import _arithmetic as arithmetic
-from fxtrain.rng import _continuous, _discrete, _fill
+from fxtrain.rng import _continuous, _discrete, _uniform
 
 MANY = 1 << 17
 ONES = 0xFFFFFFFF
@@ -128,7 +128,7 @@ def test_arithmetic_is_accurate_to_a_few_epsilons(dtype):
 @pytest.mark.parametrize("word", [0, ONES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_extreme_words_give_samples_in_range(monkeypatch, word, dtype):
-    monkeypatch.setattr(_fill, "blocks", lambda key, n, **_: [torch.full((n,), word)] * 4)
+    monkeypatch.setattr(_uniform, "blocks", lambda key, n, **_: [torch.full((n,), word)] * 4)
     key = rng.key(0)
     for low, high in ((0.0, 1.0), (1.0, 2.0), (-1e-3, 1e3)):
         drawn = rng.uniform(key, [4], low=low, high=high, dtype=dtype)

@@ -5,10 +5,9 @@ There is no generator state. Samples are the same in eager, compiled and vmapped
 
 from fxtrain.rng._continuous import exponential, normal
 from fxtrain.rng._discrete import bernoulli, categorical, dropout, multinomial
-from fxtrain.rng._fill import bits
 from fxtrain.rng._functional import DataAssignmentError, functional, untouched
 from fxtrain.rng._philox import Key, Stream, key, philox4x32
-from fxtrain.rng._uniform import permutation, randint, uniform
+from fxtrain.rng._uniform import bits, permutation, randint, uniform
 
 __all__ = [
     "DataAssignmentError",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fxtrain.rng._arithmetic import form_of, negative_log, point_on_circle, sqrt
-from fxtrain.rng._fill import fill, integers, join
 from fxtrain.rng._philox import Key
+from fxtrain.rng._uniform import fill, integers, join
 
 
 def normal(

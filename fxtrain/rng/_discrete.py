@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fxtrain.rng._continuous import exponential
-from fxtrain.rng._fill import bits, fill
 from fxtrain.rng._philox import Key
-from fxtrain.rng._uniform import uniform
+from fxtrain.rng._uniform import bits, fill, uniform
 
 
 def bernoulli(
