@@ -46,9 +46,9 @@ class Metric:
     @classmethod
     def empty(cls, *, device: torch.device | str | None = None) -> Self:
         """Returns the metric of no data, the unit of ``merge``."""
-        names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
         where = torch.empty((), device=device).device
-        return cls(*(torch.zeros((), dtype=wide_dtype(where), device=where) for _ in names))
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        return cls(*(torch.zeros((), dtype=wide_dtype(where), device=where) for _ in fields))
 
     @classmethod
     def from_model_output(cls, *args: Tree, **outputs: Tree) -> Self:
@@ -155,34 +155,29 @@ class Collection(Metric):
 
 @functools.cache
 def _from_output(base: type[Metric], name: str) -> Any:
-    def from_model_output(cls: type[Metric], **outputs: Tree) -> Metric:
+    def select(**outputs: Tree) -> Tree:
         if name not in outputs:
             raise KeyError(
                 f"expected the model output {name!r}, got {', '.join(outputs) or 'none'}.{did_you_mean(name, outputs)}"
             )
-        return above(cls, outputs[name], mask=_mask_for(outputs[name], outputs))
+        return outputs[name]
 
-    above = base.from_model_output.__func__
-    return _subclass(base, f"from_output({name!r})", from_model_output)
+    return _subclass(base, f"from_output({name!r})", select)
 
 
 @functools.cache
 def _from_fun(base: type[Metric], function: Callable[..., Tensor | Mapping[str, Tree]]) -> Any:
+    return _subclass(base, f"from_fun({getattr(function, '__name__', repr(function))})", function)
+
+
+def _subclass(base: type[Metric], made: str, function: Callable[..., Tensor | Mapping[str, Tree]]) -> type[Metric]:
     def from_model_output(cls: type[Metric], **outputs: Tree) -> Metric:
         result = function(**outputs)
-        if isinstance(result, Mapping):
-            return above(cls, **{"mask": _mask_for(next(iter(result.values())), outputs), **result})
-        return above(cls, result, mask=_mask_for(result, outputs))
+        first = next(iter(result.values())) if isinstance(result, Mapping) else result
+        mask = outputs.get("mask") if first.ndim else None  # a value of the whole batch cannot be masked
+        return above(cls, **{"mask": mask, **result}) if isinstance(result, Mapping) else above(cls, result, mask=mask)
 
     above = base.from_model_output.__func__
-    return _subclass(base, f"from_fun({getattr(function, '__name__', repr(function))})", from_model_output)
-
-
-def _mask_for(value: Tensor, outputs: Mapping[str, Tree]) -> Tensor | None:
-    return outputs.get("mask") if value.ndim else None  # a value of the whole batch cannot be masked
-
-
-def _subclass(base: type[Metric], made: str, from_model_output: Callable[..., Metric]) -> type[Metric]:
     space = {"from_model_output": classmethod(from_model_output), "__module__": base.__module__}
     return types.new_class(f"{base.__name__}.{made}", (base,), exec_body=lambda names: names.update(space))
 
