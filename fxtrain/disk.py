@@ -34,12 +34,16 @@ def make_folder(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Syncs the entries of a folder to the disk."""
-    _sync(folder)
+    sync_file(folder)
 
 
 def sync_file(path: Path) -> None:
     """Syncs the content of a file to the disk, whichever handle wrote it."""
-    _sync(path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:
@@ -150,11 +154,3 @@ def set_aside(path: Path, what: str, begin: int = 0) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
