@@ -16,12 +16,12 @@ from fxtrain._torch_internals.inductor import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
 from fxtrain.compiler._recompiles import described
 from fxtrain.compiler.lowering._executable import Run
+from fxtrain.compiler.lowering._graph_breaks import break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
 from fxtrain.data import for_step, to_device
-from fxtrain.diagnostics._breaks import break_from_error, found_by_dynamo, found_by_running, joined
-from fxtrain.diagnostics._counts import counted, trace
+from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import as_composed, attach
 from fxtrain.model import ValuesNeededError, captured_values
@@ -83,7 +83,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     # Read before the copy is donated.
     assumed, sizes = described(entered, batch), _sizes(state)
 
-    counts, breaks, graphs = None, [], 1
+    counts, breaks, graphs = Counts(), [], 1
     try:
         try:
             counts = counted(trace(pure, entered, batch))
@@ -118,13 +118,10 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         graphs=graphs,
         breaks=joined(breaks),
         reads=joined(reads),
-        operations=counts.operations if counts else None,
+        **counts._asdict(),
         kernels=kernels,
-        flops=counts.flops if counts else None,
         state_bytes=sizes,
         batch_bytes=tree.nbytes(batch),
-        least_traffic=counts.least_traffic if counts else None,
-        most_traffic=counts.most_traffic if counts else None,
         seconds=seconds,
         first_seconds=first,
         assumed=assumed,
