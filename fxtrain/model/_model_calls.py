@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ from fxtrain._torch_internals.modules import own_modules
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, name_of
 from fxtrain.model._captured_values import captured_tensors
-from fxtrain.model._checked_functions import CheckedFunctions
 from fxtrain.model._first_call_checks import (
+    CheckedFunctions,
     refuse_hidden_state,
     refuse_new_parameters,
     refusing_meta_reads,
@@ -27,10 +29,8 @@ from fxtrain.model._host_seeding import HostSeeding, captured_generators
 from fxtrain.model._meta_modules import MetaModules
 from fxtrain.model._outside_values import restoring_outside_values
 from fxtrain.model._parameter_trees import CallResult, ParameterTrees
+from fxtrain.model._tensor_access import CloneNeeded, WriteGuard, copies, versions
 from fxtrain.model._types import Out
-from fxtrain.model._version_counters import versions
-from fxtrain.model._wrapped_forward import forward_of, is_forward_wrapped
-from fxtrain.model._write_guard import CloneNeeded, WriteGuard, copies
 from fxtrain.rng import _host_generators as host
 from fxtrain.rng._recomputation import replayed
 from fxtrain.tree import as_name, leaf_paths
@@ -207,7 +207,7 @@ class ModelCalls(ParameterTrees):
                 captured=lambda: [*template.tensors(), *(captured_tensors(function) if examine else ())],
             )
             with seeding(), _functional(key, writes), watch(), self._entered(inside, train):
-                output = forward_of(function)(model, *given)
+                output = _wrapped(function)(model, *given)
                 finished = finish(output)
             return template.copy_containers(output), template.copy_containers(finished)
 
@@ -321,3 +321,40 @@ def _functional(key: rng.Key | None, writes: WriteGuard) -> Iterator[None]:
 def _kept_shape(after: Tensor | None, before: Tensor) -> Tensor:
     """Returns the buffer after a call, or before it if the call changed its shape or dtype."""
     return before if after is None or after.shape != before.shape or after.dtype != before.dtype else after
+
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+_wrap: ContextVar[Wrap | None] = ContextVar("wrap of the forward pass", default=None)
+
+
+@contextlib.contextmanager
+def forward_wrapped_by(wrap: Wrap | None) -> Generator[None]:
+    """Makes ``Model.call`` run ``wrap(function)`` in place of ``function`` inside the context, in this thread only.
+
+    Another compiler can compile the forward pass in this way.
+
+    Args:
+        wrap: Maps a function ``(model, *args)`` to one that computes the same. None leaves functions unwrapped.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> state = fx.init(__import__("torch").nn.ReLU())
+        >>> with forward_wrapped_by(lambda function: lambda *args: "wrapped"):
+        ...     state.model.call(state.params, state.buffers, lambda model: "plain", train=True)[0]
+        'wrapped'
+    """
+    token = _wrap.set(wrap)
+    try:
+        yield
+    finally:
+        _wrap.reset(token)
+
+
+def is_forward_wrapped() -> bool:
+    """Returns whether this thread is inside ``forward_wrapped_by`` with a wrap."""
+    return _wrap.get() is not None
+
+
+def _wrapped(function: Callable[..., Out]) -> Callable[..., Out]:
+    wrap = _wrap.get()
+    return function if wrap is None else wrap(function)

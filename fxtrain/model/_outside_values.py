@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from fxtrain.core import Tree, name_of
 from fxtrain.model._attribute_snapshots import Container, refill
 from fxtrain.model._captured_values import is_of_users, values_read
-from fxtrain.model._checked_functions import CheckedFunctions
-from fxtrain.model._first_call_checks import ValuesNeededError
-from fxtrain.model._tensor_reads import TensorReads
+from fxtrain.model._first_call_checks import CheckedFunctions, ValuesNeededError
+from fxtrain.model._tensor_access import TensorReads
 from fxtrain.model._types import Out
 
 
