@@ -46,7 +46,7 @@ def optimizer(
             for each in (options, {**options, "weight_decay": 0.0})
         )
         groups.append(Group(expression, undecayed, cast(float, options.get("weight_decay", 0.0)), group))
-    return partitioned(groups, model, _masked if kind is torch.optim.AdamW else None)
+    return partitioned(groups, model, has_mask=kind is torch.optim.AdamW)
 
 
 def optimizer_class(kind: type) -> str:
@@ -149,10 +149,6 @@ def _code(arguments: Mapping[str, object]) -> dict[str, str]:
 
 def _is_translated(kind: type) -> bool:
     return kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Optimizer", *_REFUSED)
-
-
-def _masked(expression: str, predicate: str) -> str:
-    return f"{expression.removesuffix(')')}, mask=lambda path, leaf: {predicate})"
 
 
 def _given(kind: type, options: Mapping[str, object]) -> list[str]:
