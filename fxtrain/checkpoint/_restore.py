@@ -231,16 +231,14 @@ def _read_leaves(
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         futures: list[concurrent.futures.Future[None]] = []
         for index, source in enumerate(sources):
-            if source is None:
-                continue
             if isinstance(source, Elements):
                 found[index] = _read_elements(file, like[index], source)
-                continue
-            found[index], memory = _allocate(source)
-            if source["bytes"] < _MIN_THREADED_BYTES:
-                file.read_into(memory, source)
-            else:
-                futures.append(pool.submit(file.read_into, memory, source))
+            elif source is not None:
+                found[index], memory = _allocate(source)
+                if source["bytes"] < _MIN_THREADED_BYTES:
+                    file.read_into(memory, source)
+                else:
+                    futures.append(pool.submit(file.read_into, memory, source))
         for future in futures:
             future.result()
     return [
