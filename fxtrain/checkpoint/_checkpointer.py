@@ -163,9 +163,8 @@ class Checkpointer(Reader):
         except CheckpointError as error:
             self._failed(error)
             return save
-        texts = {name: str(text) for name, text in (notes or {}).items()}
         # The environment is read here, because the writer thread has another thread count.
-        conditions = {**environment(device_of(state)), **texts}
+        conditions = environment(device_of(state)) | {name: str(text) for name, text in (notes or {}).items()}
         self._submit(functools.partial(self._commit, save, self._run, content, dict(metrics or {}), conditions))
         if not self._background:
             self.wait()

@@ -181,9 +181,8 @@ def read(
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, like, stored, where, fresh)
     leaves, structure = tree.flatten(like)
-    target = torch.device(device or "cpu")
     with contextlib.closing(Leaves(path, manifest)) as file:
-        state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, target))
+        state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, torch.device(device or "cpu")))
         if fresh is not None:
             sourced = zip(tree.leaves(state), matched.sources, strict=True)
             kept = {id(leaf) for leaf, source in sourced if source is None}

@@ -153,12 +153,8 @@ def _is_translated(kind: type) -> bool:
 
 def _given(kind: type, options: Mapping[str, object]) -> list[str]:
     """Returns keyword arguments for the options that differ from the class's defaults, except the learning rate."""
-    chosen = {
-        name: options[name]
-        for name, default in _defaults(kind).items()
-        if name in options and name != "lr" and name not in FOR_SPEED and options[name] != default
-    }
-    return [f"{name}={value!r}" for name, value in chosen.items()]
+    defaults = {name: value for name, value in _defaults(kind).items() if name != "lr" and name not in FOR_SPEED}
+    return [f"{name}={options[name]!r}" for name, value in defaults.items() if options.get(name, value) != value]
 
 
 def _defaults(kind: type) -> dict[str, object]:
