@@ -157,11 +157,10 @@ def hooks_error(paths: Iterable[str]) -> NotImplementedError:
 
 
 def _changed(before: dict[str, object], after: dict[str, object], read: Collection[int] = ()) -> list[str]:
-    missing = _Missing
     return [
         path
         for path in dict.fromkeys((*before, *after))
-        if not are_alike(after.get(path, missing), before.get(path, missing), read)
+        if not are_alike(after.get(path, _Missing), before.get(path, _Missing), read)
     ]
 
 
@@ -183,9 +182,8 @@ def _refusal(
         third = f", {_shown(second[path]) if path in second else 'missing'} after a second one" if second else ""
         return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
 
-    named = "; ".join(map(change, paths[:_MAX_NAMED])) + (
-        f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
-    )
+    named = "; ".join(map(change, paths[:_MAX_NAMED]))
+    named += f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
     named += f": {also}" if also else ""
     if not buffers.isdisjoint(paths):
         return RuntimeError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -100,14 +100,19 @@ def load(
         chosen = list(model.tensors)
         if where is not None:
             chosen = [chosen[i] for i in matching(chosen, where, "name of the model")]
-            values = {name: value for name, value in values.items() if _fits_any(name, where)}
-        mismatched = _mismatched(model.tensors, values)
+            patterns = [where] if isinstance(where, str) else where
+            values = {name: values[name] for name in values if any(fnmatchcase(name, each) for each in patterns)}
+        shared = _shared_tensors(model.tensors, values)
+        mismatched = {
+            name: (there.shape, here.shape) for name, (there, here) in shared.items() if _shape(there) != _shape(here)
+        }
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(_shapes_differ(mismatched))
         values = {name: value for name, value in values.items() if name not in mismatched}
         _refuse_extra_state(model.tensors, values)
         _refuse_untied(model.ties, values)
-        casts = _dtypes_to_cast(model.tensors, values)
+        shared = {name: pair for name, pair in shared.items() if name not in mismatched}
+        casts = {name: (there.dtype, here.dtype) for name, (there, here) in shared.items() if there.dtype != here.dtype}
         if casts and not cast:
             raise ValueError(_dtypes_differ(casts))
         _refuse_lossy_casts(values, casts)
@@ -135,30 +140,17 @@ def load(
     return LoadReport(state.replace(params=params, buffers=buffers), **report)
 
 
-def _fits_any(name: str, patterns: str | Sequence[str]) -> bool:
-    return any(
-        fnmatch.fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-    )
-
-
-def _mismatched(here: Mapping[str, Tree], values: Mapping[str, Tree]) -> dict[str, tuple[torch.Size, torch.Size]]:
-    return {
-        name: (value.shape, here[name].shape)
-        for name, value in values.items()
-        if isinstance(value, Tensor) and isinstance(here.get(name), Tensor) and _shape(value) != _shape(here[name])
-    }
-
-
 def _shape(value: Tensor) -> torch.Size:
     # torch loads a tensor of shape [1] into a scalar.
     return torch.Size([]) if value.shape == (1,) else value.shape
 
 
-def _dtypes_to_cast(here: Mapping[str, Tree], values: Mapping[str, Tree]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+def _shared_tensors(here: Mapping[str, Tree], values: Mapping[str, Tree]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the tensors of the state dict and of the model that have the same names."""
     return {
-        name: (value.dtype, here[name].dtype)
+        name: (value, here[name])
         for name, value in values.items()
-        if isinstance(value, Tensor) and isinstance(here.get(name), Tensor) and value.dtype != here[name].dtype
+        if isinstance(value, Tensor) and isinstance(here.get(name), Tensor)
     }
 
 

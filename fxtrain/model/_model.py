@@ -6,7 +6,7 @@ import copy
 import itertools
 import operator
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,20 @@ class Model(ModelCalls):
     def __init__(self, modules: Modules) -> None:
         leaves, structure = tree.flatten(modules)
         found = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
-        names = iter(map(str, range(len(found))))
-        self.template = tree.unflatten(structure, [next(names) if isinstance(x, nn.Module) else "" for x in leaves])
+        numbers = map(str, itertools.count())
+        self.template = tree.unflatten(
+            structure, [next(numbers) if isinstance(leaf, nn.Module) else "" for leaf in leaves]
+        )
         self.has_modules = bool(found)
         original = FunctionRunner(found)
-        self.trainable = self._grouped(
-            {name: _is_trainable(value) for name, value in original.named_parameters()},
-            [_is_trainable(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
-        )
+        params, bare = dict(original.named_parameters()), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def grouped(function: Callable[[Tensor], bool]) -> Tree:
+            return self._grouped({name: function(value) for name, value in params.items()}, map(function, bare))
+
         found_at = zip(tree.paths(modules, "model"), leaves, strict=True)
-        paths = dict(
-            zip(map(str, range(len(found))), (p for p, x in found_at if isinstance(x, nn.Module)), strict=True)
-        )
+        module_paths = [path for path, leaf in found_at if isinstance(leaf, nn.Module)]
+        paths = {str(index): path for index, path in enumerate(module_paths)}
         self._training, owned = on_meta_device(original)
         for module in self._training.children():
             # A whole module in eval mode was probably just loaded or evaluated. A submodule in eval mode, such as a
@@ -58,12 +60,9 @@ class Model(ModelCalls):
             MetaModules(self._training, owned, paths),
         )
         self._slots = self._templates[True].slots
-        self._hooked = self._grouped(
-            {name: has_gradient_hooks(value) for name, value in original.named_parameters()},
-            [has_gradient_hooks(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
-        )
+        self._hooked = grouped(has_gradient_hooks)
         self._fingerprint = _fingerprint(self._training)
-        self._choose(self.trainable)
+        self._choose(grouped(_is_trainable))
 
     def training_only(self, trainable: Tree) -> Model:
         """Returns the same model with other trainable parameters.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -108,13 +107,12 @@ class ModelCalls(ParameterTrees):
             return CallResult(output if finish is None else finish(output), buffers, written)
 
         def call(seeding: Callable[[], AbstractContextManager[None]], *, examine: bool = False) -> CallResult:
-            attempt = functools.partial(
-                *(self._attempt, params, buffers, function, args, train, key, seeding),
-                inside=inside,
-                finish=finish,
-                examine=examine,
-            )
-            return self._call(attempt, function, train)
+            given = params, buffers, function, args, train, key, seeding, inside, finish, examine
+            repeated = functools.partial(self._repeated, functools.partial(self._attempt, *given))
+            if not is_traced():
+                return repeated()
+            modules = self._templates[train].root.modules()
+            return restoring_outside_values(repeated, function, modules, self.checked_functions(("outside", train)))
 
         first = self.checked_functions(train)
         samples_on_host = first.samples_on_host(function) if check else None
@@ -143,14 +141,6 @@ class ModelCalls(ParameterTrees):
             self._first[kind] = CheckedFunctions()
         return self._first[kind]
 
-    def _call(self, attempt: Callable[..., CallResult], function: Callable[..., object], train: bool) -> CallResult:
-        """Runs the function. A traced call changes nothing outside the model."""
-        call = functools.partial(self._repeated, attempt)
-        if not is_traced():
-            return call()
-        modules = self._templates[train].root.modules()
-        return restoring_outside_values(call, function, modules, self.checked_functions(("outside", train)))
-
     def _repeated(self, attempt: Callable[..., CallResult]) -> CallResult:
         """Runs the call, and repeats it with clones when it is about to write into inputs."""
         probing = False
@@ -172,13 +162,12 @@ class ModelCalls(ParameterTrees):
         train: bool,
         key: rng.Key | None,
         seeding: Callable[[], AbstractContextManager[None]],
-        *,
         inside: Inside | None,
         finish: Callable[[Out], Tree] | None,
         examine: bool,
+        *,
         probing: bool,
     ) -> CallResult:
-        finish = finish or (lambda output: output)
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
         cloned = flat_params.keys() - self._trained if probing else self._written
@@ -187,7 +176,7 @@ class ModelCalls(ParameterTrees):
         watch = functools.partial(refusing_meta_reads, who, template.empty) if examine else contextlib.nullcontext
         writes: WriteGuard | None = None
 
-        def run(finish: Callable[[Out], Tree], changed: Mapping[str, Tree]) -> tuple[Out, Tree]:
+        def run(finish: Callable[[Out], Tree] | None, changed: Mapping[str, Tree]) -> tuple[Out, Tree]:
             nonlocal writes
             clones = {name: flat_params[name].clone() for name in cloned}
             buffers = {name: value.clone() for name, value in flat_buffers.items()}
@@ -208,7 +197,7 @@ class ModelCalls(ParameterTrees):
             )
             with seeding(), _functional(key, writes), watch(), self._entered(inside, train):
                 output = _wrapped(function)(model, *given)
-                finished = finish(output)
+                finished = output if finish is None else finish(output)
             return template.copy_containers(output), template.copy_containers(finished)
 
         tensor_arguments = [leaf for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
@@ -232,11 +221,10 @@ class ModelCalls(ParameterTrees):
                 refuse_new_parameters(who, template, tensors, flat_params)
             if examine or not changed.keys() <= self._caches:
                 compared = self.checked_functions(train).has_seen_like(function)
-                again = functools.partial(run, lambda output: output, changed)
                 shapes = {template.path(name): value for name, value in flat_buffers.items() if name in changed}
                 refuse_hidden_state(
                     *(who, template, before if examine else template.leaves()),
-                    *(output, lambda: again()[0]),
+                    *(output, lambda: run(None, changed)[0]),
                     compared=compared and examine,
                     buffers=flat_buffers,
                     changed_buffers=shapes,
@@ -247,9 +235,7 @@ class ModelCalls(ParameterTrees):
                 f"expected {who} to write into its arguments with torch functions only, got a write that bypassed "
                 "them. Write into a clone."
             )
-        return CallResult(
-            finished, self._grouped(after, itertools.repeat({})), self._grouped(written, itertools.repeat({}))
-        )
+        return CallResult(finished, self._grouped(after), self._grouped(written))
 
     def _named_trained(self, params: Tree, flat: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields the parameters that no call may write, bare tensors included, with their paths for errors."""
@@ -286,8 +272,7 @@ class ModelCalls(ParameterTrees):
             )
         after = {name: _kept_shape(written.get(name), value) for name, value in old.items()}
         written_frozen = {name: value.detach() for name, value in clones.items()}
-        none = itertools.repeat({})
-        return output, self._grouped(after, none), self._grouped(written_frozen, none)
+        return output, self._grouped(after), self._grouped(written_frozen)
 
     def _entered(self, inside: Inside | None, train: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if inside is None else inside(self.named_modules(train=train))
@@ -298,13 +283,18 @@ class ModelCalls(ParameterTrees):
         Args:
             train: Whether to return the modules in training mode.
         """
-        roots = [as_name(path) for path in leaf_paths(self.template)]
-        prefixes = {number: name for number, name in zip(tree.leaves(self.template), roots, strict=True) if number}
-        named: dict[str, nn.Module] = {}
-        for number, root in (self._training if train else self._evaluating).named_children():
-            for name, module in root.named_modules():
-                named[".".join(filter(None, (prefixes[number], name)))] = module
-        return named
+        modules = own_modules(self._training if train else self._evaluating)
+        return named_modules(tree.map(lambda number: modules[number] if number else None, self.template))
+
+
+def named_modules(modules: Tree) -> dict[str, nn.Module]:
+    """Returns the modules of a tree, submodules included, by names that begin with the keys of the tree."""
+    named: dict[str, nn.Module] = {}
+    for path, root in zip(leaf_paths(modules), tree.leaves(modules), strict=True):
+        if isinstance(root, nn.Module):
+            start = as_name(path)
+            named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
+    return named
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict, overload
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from fxtrain import tree
@@ -13,6 +13,7 @@ from fxtrain.core import TrainState, Tree
 from fxtrain.model._loading import LoadReport, load
 from fxtrain.model._model import model_of
 from fxtrain.model._renaming import Rename
+from fxtrain.model._tensor_access import copies
 from fxtrain.model._types import StateDict
 
 
@@ -36,7 +37,7 @@ def state_dict(state: TrainState) -> Tree:
     def read(modules: Tree) -> Tree:
         return tree.map(
             lambda part: (
-                {name: _cloned(value) for name, value in part.state_dict().items()}
+                {name: copies(value) for name, value in part.state_dict().items()}
                 if isinstance(part, nn.Module)
                 else part.clone()
             ),
@@ -59,21 +60,13 @@ class LoadOptions(TypedDict, total=False):
 
 @overload
 def load_state_dict(
-    state: TrainState,
-    state_dict: StateDict,
-    *,
-    report: Literal[False] = False,
-    **options: Unpack[LoadOptions],
+    state: TrainState, state_dict: StateDict, *, report: Literal[False] = False, **options: Unpack[LoadOptions]
 ) -> TrainState: ...
 
 
 @overload
 def load_state_dict(
-    state: TrainState,
-    state_dict: StateDict,
-    *,
-    report: Literal[True],
-    **options: Unpack[LoadOptions],
+    state: TrainState, state_dict: StateDict, *, report: Literal[True], **options: Unpack[LoadOptions]
 ) -> LoadReport: ...
 
 
@@ -143,7 +136,3 @@ def load_state_dict(
         return loaded
     loaded.warn(stacklevel=2)
     return loaded.state
-
-
-def _cloned(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value
