@@ -12,7 +12,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,11 +95,11 @@ def refuse_hidden_state(
     except (torch.OutOfMemoryError, MemoryError):
         return
     except Exception as error:
-        raise refusal(changed, before, first, {}, f"a second call then raises {error!r}") from error
+        raise refusal(changed, (before, first), f"a second call then raises {error!r}") from error
     moved = _changed(first, second, reads.found)
     moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
     if moved:
-        raise refusal(moved, before, first, second, "")
+        raise refusal(moved, (before, first, second))
     if is_traced() and compared:
         return
     if is_traced():
@@ -108,7 +108,7 @@ def refuse_hidden_state(
             f"{', '.join(changed[:_MAX_NAMED])}, got a trace. Call the step once uncompiled before tracing it."
         )
     if not are_close(output, repeated, unit=1.0, integers=False):
-        raise refusal(changed, before, first, second, "a second call then returns another result")
+        raise refusal(changed, (before, first, second), "a second call then returns another result")
 
 
 def refuse_new_parameters(who: str, template: MetaModules, tensors: dict[str, Tensor], names: Collection[str]) -> None:
@@ -169,18 +169,12 @@ class _Missing:
 
 
 def _refusal(
-    who: str,
-    buffers: frozenset[str],
-    paths: list[str],
-    before: dict[str, object],
-    first: dict[str, object],
-    second: dict[str, object],
-    also: str,
+    who: str, buffers: frozenset[str], paths: list[str], values: Sequence[dict[str, object]], also: str = ""
 ) -> RuntimeError:
     def change(path: str) -> str:
-        values = [_shown(values[path]) if path in values else "missing" for values in (before, first)]
-        third = f", {_shown(second[path]) if path in second else 'missing'} after a second one" if second else ""
-        return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
+        shown = [_shown(each[path]) if path in each else "missing" for each in values]
+        times = "before a call", "after it", "after a second one"
+        return f"{path} ({', '.join(map(' '.join, zip(shown, times, strict=False)))})"
 
     named = "; ".join(map(change, paths[:_MAX_NAMED]))
     named += f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""

@@ -172,27 +172,22 @@ def written_by(name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     """
     # Without the name of an overload.
     name = name.partition(".")[0]
+    found: Tree = ()
     if name.endswith("__"):
-        return [leaf for leaf in args[:1] if isinstance(leaf, Tensor)] if name in _IN_PLACE_OPERATORS else ()
-    if name.endswith("_"):
-        if name in _NO_WRITES:
-            return ()
-        return [leaf for leaf in tree.leaves((args[:1], kwargs.get("tensor"))) if isinstance(leaf, Tensor)]
-    if name in _NORMS_WITH_STATISTICS:
-        at, training = _NORMS_WITH_STATISTICS[name]
-        if kwargs.get(training, False):
-            given = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
-            return [leaf for leaf in given if isinstance(leaf, Tensor)][:at]
-        return ()
-    if name in _EMBEDDINGS:
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        return (weight,) if kwargs.get("max_norm") is not None and isinstance(weight, Tensor) else ()
-    if not kwargs:
-        return ()
-    written = [kwargs["out"]] if kwargs.get("out") is not None else []
-    if kwargs.get("inplace"):
-        written.append(kwargs.get("input", args[0] if args else None))
-    return [leaf for leaf in tree.leaves(written) if isinstance(leaf, Tensor)] if written else ()
+        found = args[:1] if name in _IN_PLACE_OPERATORS else ()
+    elif name.endswith("_"):
+        found = () if name in _NO_WRITES else (args[:1], kwargs.get("tensor"))
+    elif name in _NORMS_WITH_STATISTICS:
+        if kwargs.get(_NORMS_WITH_STATISTICS[name], False):
+            found = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
+    elif name in _EMBEDDINGS:
+        if kwargs.get("max_norm") is not None:
+            found = (kwargs.get("weight", args[1:2]),)
+    elif kwargs.get("out") is not None:
+        found = (kwargs["out"],)
+    elif kwargs.get("inplace"):
+        found = (kwargs.get("input", args[:1]),)
+    return [leaf for leaf in tree.leaves(found) if isinstance(leaf, Tensor)] if found else ()
 
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -203,7 +198,7 @@ _IN_PLACE_OPERATORS = frozenset(
     )
 )
 _NO_WRITES = frozenset(("requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"))
-_NORMS_WITH_STATISTICS = {"batch_norm": (2, "training"), "instance_norm": (2, "use_input_stats")}
+_NORMS_WITH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
 
 
