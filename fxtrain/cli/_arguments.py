@@ -39,12 +39,8 @@ def parse(
 
 @contextlib.contextmanager
 def _wide_enough() -> Iterator[None]:
-    columns = shutil.get_terminal_size().columns
-    if columns >= _MIN_COLUMNS:
-        yield
-        return
     before = os.environ.get(_COLUMNS)
-    os.environ[_COLUMNS] = str(_MIN_COLUMNS)
+    os.environ[_COLUMNS] = str(max(shutil.get_terminal_size().columns, _MIN_COLUMNS))
     try:
         yield
     finally:

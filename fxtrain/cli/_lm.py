@@ -22,6 +22,7 @@ from fxtrain.cli._corpus import CorpusError, check_fits, read_corpus
 from fxtrain.cli._run_folder import CommandError, FolderError, make_folder, read_config, saved_options, write_json
 from fxtrain.cli._streams import EXIT_FAILURE, EXIT_USAGE, fail
 from fxtrain.cli._transformer import Config, Transformer
+from fxtrain.core import pluralize
 from fxtrain.data import Source
 
 STEPS = 1000  # default if neither steps nor epochs are given
@@ -235,8 +236,7 @@ class _Job:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         how = "each step compiled into one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
-        layers = f"{options.layers} layer{'s' if options.layers > 1 else ''}"
-        print(f"model       {layers} of width {options.width}: {count:,} parameters")
+        print(f"model       {pluralize(options.layers, 'layer')} of width {options.width}: {count:,} parameters")
         print(f"device      {self.device}{threads}, {how}")
         print(f"run         {self.folder}\n", flush=True)
 

@@ -105,7 +105,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     if calls and _is_one_graph(choice):
         seconds, first, kernels, choice = _compiled(like, state, batch, calls)
     elif calls:
-        seconds = {"uncompiled": _uncompiled(pure, state, batch, calls)}
+        seconds = {"uncompiled": float(np.median(_call(pure, state, batch, calls)[0]))}
     reads = []
     if _is_one_graph(choice):
         graphs, breaks, reads = 1, [], breaks
@@ -163,32 +163,24 @@ def _compiled(
     with warnings.catch_warnings():
         # The report contains it.
         warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")
-        first, state = _call(compiled, state, batch)
+        (first,), state = _call(compiled, state, batch, 1)
     after = kernel_count() if "inductor" in like.route else None
     written = None if before is None or after is None else after - before
-    whole_seconds: list[float] = []
-    for _ in range(_WARMUP_CALLS + calls):
-        spent, state = _call(compiled, state, batch)
-        whole_seconds.append(spent)
+    whole_seconds, _ = _call(compiled, state, batch, _WARMUP_CALLS + calls)
     whole, graph = float(np.median(whole_seconds[_WARMUP_CALLS:])), float(np.median(graph_seconds[1 + _WARMUP_CALLS :]))
     return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written, compiled._routes.choice
 
 
-def _uncompiled(step: StepFn | EvalFunction, state: TrainState, batch: Batch, calls: int) -> float:
-    spent: list[float] = []
-    for _ in range(calls):
-        seconds, state = _call(step, state, batch)
-        spent.append(seconds)
-    return float(np.median(spent))
-
-
-def _call(step: StepFn | EvalFunction, state: TrainState, batch: Batch) -> tuple[float, TrainState]:
-    """Returns the seconds that a call took, and the next state."""
+def _call(step: StepFn | EvalFunction, state: TrainState, batch: Batch, calls: int) -> tuple[list[float], TrainState]:
+    """Returns the seconds of each of several calls, and the state after them."""
     device = state.step.device
-    began = _now(device)
-    result = step(state, batch)
-    spent = _now(device) - began
-    return spent, result[0] if isinstance(result, tuple) else state
+    seconds: list[float] = []
+    for _ in range(calls):
+        began = _now(device)
+        result = step(state, batch)
+        seconds.append(_now(device) - began)
+        state = result[0] if isinstance(result, tuple) else state
+    return seconds, state
 
 
 def _now(device: torch.device) -> float:
