@@ -48,7 +48,7 @@ def negative_log(integer: Tensor, form: Form) -> Tensor:
     difference is computed in integers, so small results have the same relative precision as large ones.
     """
     x = 2 * integer + 1
-    exponent = _integer(x.to(form.compute) * math.sqrt(2.0), form) >> form.mantissa
+    exponent = _reinterpreted(x.to(form.compute) * math.sqrt(2.0), form.integer) >> form.mantissa
     exponent = exponent.to(torch.int64) - form.bias
     power = torch.ones_like(x) << exponent
     ratio = (x - power).to(form.compute) / (x + power).to(form.compute)
@@ -78,16 +78,11 @@ def sqrt(x: Tensor, form: Form) -> Tensor:
 
     Halving the exponent gives an initial relative error of 0.06. Each iteration squares the error.
     """
-    half = (_integer(x, form) >> 1) + (form.bias << form.mantissa - 1)
+    half = (_reinterpreted(x, form.integer) >> 1) + (form.bias << form.mantissa - 1)
     root = _reinterpreted(half, form.compute)
     for _ in range(3 if form.width == 32 else 4):
         root = 0.5 * (root + x / root)
     return root
-
-
-def _integer(x: Tensor, form: Form) -> Tensor:
-    """Returns the bits of floating-point values as integers."""
-    return _reinterpreted(x, form.integer)
 
 
 def _reinterpreted(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -187,10 +187,7 @@ def _refusal(name: str) -> NotImplementedError:
 
 
 def _without_hidden_state(name: str, kwargs: Mapping[str, object]) -> dict[str, object]:
-    for option, remedy in (
-        ("generator", "Leave it out to sample from the key"),
-        ("out", "Use the returned tensor"),
-    ):
+    for option, remedy in (("generator", "Leave it out to sample from the key"), ("out", "Use the returned tensor")):
         if kwargs.get(option) is not None:
             raise NotImplementedError(f"expected {name} without {option}= inside rng.functional, got one. {remedy}.")
     return {option: value for option, value in kwargs.items() if option not in ("generator", "out")}
