@@ -21,9 +21,6 @@ from fxtrain._torch_internals.pytree import is_leaf, node_of_parts, parts_of
 from fxtrain.core import NAMESPACE, Batch, Tree, ops
 from fxtrain.data._graphs import Parts, StoreEntry, graph_of, graph_parts, is_graph
 
-Children = tuple[Sequence[Tree], object]
-"""The children of a pytree node, and its static context."""
-
 _KNOWN: set[type] = {Tensor, np.ndarray, str, bytes, bool, int, float, complex}  # leaves and registered classes
 
 
@@ -32,8 +29,12 @@ def register_containers(batch: Batch) -> None:
     todo = [batch]
     while todo:
         for leaf in tree.leaves(todo.pop()):
-            if type(leaf) not in _KNOWN and _register(leaf):
-                todo.append(leaf)
+            if type(leaf) in _KNOWN or (found := _node_kind(leaf)) is None:
+                continue
+            flatten, unflatten, entry = found
+            _KNOWN.add(type(leaf))
+            ops.register_pytree_node(type(leaf), flatten, unflatten, path_entry_type=entry, namespace=NAMESPACE)
+            todo.append(leaf)
 
 
 def count_examples(batch: Batch) -> int | None:
@@ -58,20 +59,7 @@ def count_examples(batch: Batch) -> int | None:
     return lengths.pop() if len(lengths) == 1 and rows <= lengths else None
 
 
-def _register(node: object) -> bool:
-    kind: Any = type(node)
-    found = _node_kind(node)
-    if found is None:
-        return False
-    flatten, unflatten, entry = found
-    _KNOWN.add(kind)
-    ops.register_pytree_node(kind, flatten, unflatten, path_entry_type=entry, namespace=NAMESPACE)
-    return True
-
-
-def _node_kind(
-    node: object,
-) -> tuple[Callable[..., Parts | Children], Callable[..., object], type[optree.PyTreeEntry]] | None:
+def _node_kind(node: object) -> tuple[Callable[..., Any], Callable[..., object], type[optree.PyTreeEntry]] | None:
     """Returns (flatten, unflatten, path entry type) for the class of a node; None for a leaf."""
     kind: Any = type(node)
     if isinstance(node, Tensor | type):

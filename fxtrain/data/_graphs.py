@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
 import optree
 
@@ -16,17 +16,8 @@ Parts = tuple[Sequence[Tree], object, Sequence[object]]
 """The children of a pytree node, its static context, and the keys or names of the children."""
 
 
-class Store(Protocol):
-    """The attributes of the nodes or edges of one type."""
-
-    _mapping: dict[str, object]
-
-
-class Graph(Protocol):
-    """A graph object of torch_geometric."""
-
-    @property
-    def stores(self) -> Sequence[Store]: ...
+Graph = Any
+"""A graph object of torch_geometric. Each of its ``stores`` holds the attributes of the nodes or edges of one type."""
 
 
 def is_graph(node: object) -> bool:
@@ -36,15 +27,7 @@ def is_graph(node: object) -> bool:
 
 def holds_graph(batch: Batch) -> bool:
     """Whether a batch contains a torch_geometric graph."""
-    found = False
-
-    def look(node: object) -> bool:
-        nonlocal found
-        found = found or is_graph(node)
-        return found
-
-    tree.leaves(batch, is_leaf=look)
-    return found
+    return any(map(is_graph, tree.leaves(batch, is_leaf=is_graph)))
 
 
 class GraphShell:
