@@ -163,9 +163,7 @@ class Source:
             self._set_like(batch, position)
             return
         like_position, like_length, like = self._like
-        if self.num_shapes is not None and self.num_shapes > 1:
-            self._compare_kind(batch, like, position)
-            return
+        has_several = self.num_shapes is not None and self.num_shapes > 1
         loose = (
             length is None
             or self.epoch_length_may_change
@@ -173,12 +171,22 @@ class Source:
             or _ends_epoch(like_position, length)
         )
         try:
-            same = check_batch(batch, like, dynamic_dims=max(self.dynamic_dims, int(loose)))
+            same = check_batch(
+                batch, like, dynamic_dims=ALL_DIMS if has_several else max(self.dynamic_dims, int(loose))
+            )
         except ValueError as error:
             raise ValueError(f"At position {position}: {error}") from None
-        if same or self.dynamic_dims:
+        if has_several:
+            if len(self._usual) == self.num_shapes:
+                raise ValueError(
+                    f"At position {position}: expected the {self.num_shapes} batch shapes that the source declares, "
+                    f"got one more: {tree.map(describe, for_step(batch))}. Make data.map change shapes in the same "
+                    "way at each position."
+                )
+            self._usual.append(_kind(batch))
+        elif same or self.dynamic_dims:
             return
-        if _ends_epoch(like_position, length):
+        elif _ends_epoch(like_position, length):
             # The reference batch was the short last batch of an epoch, and this one has full size.
             self._set_like(batch, position)
         elif self.epoch_length_may_change and like_length != length and _rows(batch) > _rows(like):
@@ -190,26 +198,13 @@ class Source:
         self._like = position, self.epoch_length, _without_values(batch)
         self._usual = [_kind(batch)]
 
-    def _compare_kind(self, batch: Batch, like: Batch, position: int) -> None:
-        try:
-            check_batch(batch, like, dynamic_dims=ALL_DIMS)
-        except ValueError as error:
-            raise ValueError(f"At position {position}: {error}") from None
-        if len(self._usual) == self.num_shapes:
-            raise ValueError(
-                f"At position {position}: expected the {self.num_shapes} batch shapes that the source declares, got "
-                f"one more: {tree.map(describe, for_step(batch))}. Make data.map change shapes in the same way at each "
-                "position."
-            )
-        self._usual.append(_kind(batch))
 
+class MappedBatches(Source):
+    """Batches with a function applied to each. Only the function's results are checked."""
 
-class SourceWrapper(Source):
-    """Base class of sources that read another source and share its epochs, state and shapes."""
-
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, function: Callable[..., Batch], *, with_position: bool = False) -> None:
         super().__init__(dynamic_dims=source.dynamic_dims, num_shapes=source.num_shapes)
-        self.source = source
+        self.source, self.function, self.with_position = source, function, with_position
         self.interruptible, self.random_access = source.interruptible, source.random_access
 
     @property
@@ -242,15 +237,6 @@ class SourceWrapper(Source):
 
     def close(self) -> None:
         self.source.close()
-
-
-class MappedBatches(SourceWrapper):
-    """Batches with a function applied to each. Only the function's results are checked."""
-
-    def __init__(self, source: Source, function: Callable[..., Batch], *, with_position: bool = False) -> None:
-        super().__init__(source)
-        self.function = function
-        self.with_position = with_position
 
     def fetch(self, position: int) -> Batch:
         batch = self.source.fetch(position)
