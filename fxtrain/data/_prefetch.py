@@ -230,20 +230,14 @@ class PrefetchThread:
         action()
 
     def _run(self) -> None:
-        self._read_ahead()
-        with self._changed:
-            self._has_ended, action = True, self._afterwards
-        if action is not None:
-            action()
-
-    def _read_ahead(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._stopped or (self._next is not None and len(self._ready) < self._size)
                 )
                 if self._stopped or self._next is None:
-                    return
+                    self._has_ended, action = True, self._afterwards
+                    break
                 position, jumps, self._busy = self._next, self._jumps, True
             item = self._read(position)
             with self._changed:
@@ -253,6 +247,8 @@ class PrefetchThread:
                     self._next = None if item.error is not None else item.follows
                 self._changed.notify_all()
             del item  # do not keep a batch, or a traceback with its frames, alive while waiting
+        if action is not None:
+            action()
 
 
 def _reading(data: Source, device: torch.device | None) -> Callable[[int], PrefetchedItem]:
@@ -271,9 +267,8 @@ def _reading(data: Source, device: torch.device | None) -> Callable[[int], Prefe
         except BaseException as raised:  # raised again in the consumer's thread
             error = raised
         # In an epoch that exceeds its expected length, positions count from its start.
-        goes_on = length is not None and data.epoch_length is None
-        follows = position % length + 1 if length is not None and goes_on else position + 1
-        return PrefetchedItem(batch, error, data.epoch_length, snapshot, copied, follows)
+        at = position % length if length is not None and data.epoch_length is None else position
+        return PrefetchedItem(batch, error, data.epoch_length, snapshot, copied, at + 1)
 
     return read
 

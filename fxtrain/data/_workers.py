@@ -177,8 +177,8 @@ def _replaced(loader: DataLoader[object], **settings: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SURVIVED_SIGNALS)
+def _blocked(kinds: set[signal.Signals] = _SURVIVED_SIGNALS) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
     try:
         yield
     finally:
@@ -199,12 +199,11 @@ def _context_of(loader: DataLoader[object]) -> BaseContext:
     return context
 
 
-def _start(worker: BaseProcess) -> None:
+def _start(worker: Any) -> None:
     del worker.start  # must not be pickled with the process
     with _blocked():
         worker.start()
-        process: Any = worker
-        process._popen.terminate = process._popen.kill  # workers survive SIGTERM, the default
+        worker._popen.terminate = worker._popen.kill  # workers survive SIGTERM, the default
 
 
 def _terminate(popen: Any, iterator: Callable[[], object]) -> None:
@@ -225,12 +224,8 @@ def _start_helpers(loader: DataLoader[object]) -> None:
     method = context.get_start_method()
     if method == "fork":
         return
-    kinds = _SURVIVED_SIGNALS - {signal.SIGINT, signal.SIGTERM}  # the resource tracker ignores these two by default
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
-    try:
+    with _blocked(_SURVIVED_SIGNALS - {signal.SIGINT, signal.SIGTERM}):  # the resource tracker ignores these two
         resource_tracker.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if method == "forkserver":
         forkserver.ensure_running()
 
