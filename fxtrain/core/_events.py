@@ -17,18 +17,7 @@ from fxtrain.core._types import Batch, Metrics, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _TracedEvent:
-    """The fields that all traced events have."""
-
-    step: Tensor
-    loss: Tensor
-    metrics: Metrics
-    grads: Tree
-    weight: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Microbatch(_TracedEvent):
+class Microbatch:
     """Traced event: fires after the backward pass of each microbatch.
 
     Args:
@@ -40,11 +29,16 @@ class Microbatch(_TracedEvent):
         weight: float64 []. Weight of the microbatch in means, from ``fxtrain.weighted``; None if it is not used.
     """
 
+    step: Tensor
     index: int
+    loss: Tensor
+    metrics: Metrics
+    grads: Tree
+    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gradients(_TracedEvent):
+class Gradients:
     """Traced event: fires when the gradients are computed, before the optimizer.
 
     Args:
@@ -55,9 +49,15 @@ class Gradients(_TracedEvent):
         weight: float64 []. Weight of the batch in means, from ``fxtrain.weighted``; None if it is not used.
     """
 
+    step: Tensor
+    loss: Tensor
+    metrics: Metrics
+    grads: Tree
+    weight: Tensor | None = None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Updated(_TracedEvent):
+class Updated:
     """Traced event: fires after the update, with the new state.
 
     Args:
@@ -70,8 +70,13 @@ class Updated(_TracedEvent):
         weight: As at ``Gradients``.
     """
 
+    step: Tensor
+    loss: Tensor
+    metrics: Metrics
+    grads: Tree
     updates: Tree
     skipped: Tensor
+    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

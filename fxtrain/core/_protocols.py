@@ -101,7 +101,8 @@ def _flatten(output: StepOutput) -> tuple[list[Any], None]:
 
 
 def _unflatten(_: None, children: Sequence[Tree]) -> StepOutput:
-    return StepOutput(*map(_present, children))
+    metrics, *others = children
+    return StepOutput(metrics, *map(_present, others))
 
 
 def _present(child: Tree) -> Tree:

@@ -16,19 +16,17 @@ are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynam
 
 from fxtrain.data._as_source import as_source, sequence
 from fxtrain.data._as_tensors import map_tensors, to_device
-from fxtrain.data._batch_checks import check_batch
+from fxtrain.data._batch_checks import check_batch, checksum
 from fxtrain.data._batches import batches
 from fxtrain.data._bucketed import bucketed
-from fxtrain.data._checksum import checksum
 from fxtrain.data._data_loaders import from_loader
 from fxtrain.data._indexed_batches import windows
 from fxtrain.data._iterables import from_iterable
-from fxtrain.data._packed import packed
+from fxtrain.data._packed import attention_mask, next_tokens, packed
 from fxtrain.data._pad import pad
 from fxtrain.data._padded import padded
 from fxtrain.data._placeholders import Placeholder, for_step
 from fxtrain.data._prefetch import prefetch
-from fxtrain.data._segments import attention_mask, next_tokens
 from fxtrain.data._source import Exhausted, Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
 from fxtrain.data._types import Batches, SourceLike

@@ -51,11 +51,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Tree:
 
     def apply(part: object) -> object:
         if isinstance(part, PackedSequence):
-            return part._replace(
-                data=function(part.data),
-                sorted_indices=None if part.sorted_indices is None else function(part.sorted_indices),
-                unsorted_indices=None if part.unsorted_indices is None else function(part.unsorted_indices),
-            )
+            found = {name: leaf for name, leaf in part._asdict().items() if name != "batch_sizes" and leaf is not None}
+            return part._replace(**{name: function(leaf) for name, leaf in found.items()})
         return function(part) if isinstance(part, Tensor) else part
 
     return tree.map(apply, batch, is_leaf=lambda part: isinstance(part, PackedSequence))

@@ -1,10 +1,14 @@
-"""Comparison of a batch with earlier ones in structure, dtypes and shapes."""
+"""Comparison of a batch with earlier ones: structure, dtypes and shapes, and checksums of the values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Hashable, Sequence
 from typing import TypeGuard
 
+import numpy as np
+import torch
+import xxhash
 from optree import PyTreeSpec
 from torch import Tensor
 
@@ -12,6 +16,9 @@ from fxtrain import tree
 from fxtrain.core import Batch, Tree, describe
 from fxtrain.data._graphs import is_graph
 from fxtrain.data._placeholders import for_step
+
+# Of a leaf larger than 1 MiB, only 256 chunks of 4096 bytes enter the checksum.
+_CHUNK_COUNT, _CHUNK_BYTES = 256, 4096
 
 ALL_DIMS = 64  # the maximum rank of a tensor, so that all dimensions may change size
 
@@ -64,7 +71,11 @@ def _is_alike(part: Tree, like: Tree, dynamic_dims: int, path: str) -> bool:
     same = True
     for index, (leaf, was) in enumerate(zip(leaves, like_leaves, strict=True)):
         if isinstance(leaf, Tensor) and isinstance(was, Tensor):
-            _refuse_other_kind(leaf, was, dynamic_dims, lambda index=index: f"{path}{_path(part, index)}")
+            casts = leaf.dtype != was.dtype
+            if casts or leaf.ndim != was.ndim or leaf.shape[dynamic_dims:] != was.shape[dynamic_dims:]:
+                remedy = "Convert it with data.map." if casts else REMEDY
+                here = f"{path}{_path(part, index)}"
+                raise ValueError(f"expected {here} to be {describe(was)} as before, got {describe(leaf)}. {remedy}")
             same = same and leaf.shape == was.shape
             continue
         here = f"{path}{_path(part, index)}"
@@ -116,12 +127,6 @@ def _signature(part: Tree) -> Hashable:
     ]
 
 
-def _refuse_other_kind(leaf: Tensor, was: Tensor, dynamic_dims: int, path: Callable[[], str]) -> None:
-    if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[dynamic_dims:] != was.shape[dynamic_dims:]:
-        remedy = "Convert it with data.map." if leaf.dtype != was.dtype else REMEDY
-        raise ValueError(f"expected {path()} to be {describe(was)} as before, got {describe(leaf)}. {remedy}")
-
-
 def _other_structure(batch: Tree, like: Tree, path: str) -> ValueError:
     found, was = tree.paths(batch, path), tree.paths(like, path)
     gone, added = [p for p in was if p not in found], [p for p in found if p not in was]
@@ -133,3 +138,56 @@ def _other_structure(batch: Tree, like: Tree, path: str) -> ValueError:
         )
         + ". Give all batches the same structure, for example with data.map."
     )
+
+
+def checksum(batch: Batch) -> int:
+    """Returns a signed 64-bit hash of a batch.
+
+    The hash covers paths, shapes, dtypes and values. Of a leaf larger than 1 MiB, it covers evenly spaced chunks.
+
+    Args:
+        batch: Pytree of tensors on any device, arrays, numbers, strings and other values with a ``repr``.
+
+    Example:
+        >>> checksum({"x": torch.ones(2)}) == checksum({"x": torch.ones(2)})
+        True
+        >>> checksum({"x": torch.ones(2)}) == checksum({"x": torch.zeros(2)})
+        False
+    """
+    hashed = xxhash.xxh3_64()
+    for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True):
+        value = torch.as_tensor(leaf) if _is_numeric(leaf) else leaf
+        hashed.update(path.encode())
+        if isinstance(value, Tensor):
+            hashed.update(f"{value.dtype}{list(value.shape)}".encode())
+            if value.layout == torch.strided:
+                hashed.update(_bytes(value).numpy().data)
+        else:
+            text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
+            if " at 0x" not in text:  # addresses differ between processes
+                hashed.update(text.encode())
+    return hashed.intdigest() - 2**63
+
+
+def warn_of_another_batch(index: int, name: str) -> None:
+    """Warns that a batch differs from the one read at the same position before the checkpoint."""
+    warnings.warn(
+        f"expected batch {index} of {name} to be the same as before the checkpoint, got a different one. The resumed "
+        "run differs from an uninterrupted one. Make the data repeatable: derive random samples from the sample index "
+        "or the epoch, seed the shuffling, or include generators in the state_dict.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _is_numeric(leaf: object) -> bool:
+    return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc" and leaf.dtype.isnative
+
+
+def _bytes(leaf: Tensor) -> Tensor:
+    """Returns the bytes to hash, uint8 [n] on the host."""
+    flat = leaf.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    if len(flat) > _CHUNK_COUNT * _CHUNK_BYTES:
+        pieces = len(flat) // _CHUNK_COUNT
+        flat = flat[: pieces * _CHUNK_COUNT].view(_CHUNK_COUNT, pieces)[:, :_CHUNK_BYTES]
+    return flat.cpu().contiguous()

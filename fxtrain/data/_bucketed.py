@@ -217,10 +217,9 @@ def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
         cost = np.minimum(found, cost)
     bounds, at = [int(candidates[-1])], len(candidates) - 1
     for choice in reversed(choices):
-        if choice[at] < 0:
-            continue
-        at = int(choice[at])
-        bounds.append(int(candidates[at]))
+        if choice[at] >= 0:
+            at = int(choice[at])
+            bounds.append(int(candidates[at]))
     return bounds[::-1]
 
 

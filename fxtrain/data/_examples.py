@@ -51,7 +51,8 @@ class MeasuredExamples:
         self.count = _count(source)
         if self.count == 0:
             raise ValueError("expected data with at least one example, got none.")
-        self.first = self._first()
+        with seeded(0):  # a dataset may use the global generators
+            self.first = self.read(np.zeros(1, np.int64))[0]
         for name in variable or ():
             check_choice("variable", name, tuple(self.first))
         self.by_column = self._measured(variable) if lengths is None else self._given(lengths, variable)
@@ -65,10 +66,6 @@ class MeasuredExamples:
             names = self._columns or self._source
             return [{name: self._source[name][item] for name in names} for item in items.tolist()]
         return [columns_of(sample, self._columns) for sample in samples(self._source, items.tolist())]
-
-    def _first(self) -> dict[str, Values]:
-        with seeded(0):  # a dataset may use the global generators
-            return self.read(np.zeros(1, np.int64))[0]
 
     def _given(self, lengths: Lengths, variable: Sequence[str] | None) -> dict[str, np.ndarray]:
         found = np.asarray(self._source[lengths] if isinstance(lengths, str) else lengths)
@@ -102,8 +99,7 @@ class MeasuredExamples:
     def _scanned(self) -> dict[str, np.ndarray]:
         columns = self._source if isinstance(self._source, Mapping) else {}
         # Rows of a column that is a single array have equal size.
-        names = [name for name in self.first if not _is_array(columns.get(name))]
-        measured: dict[str, list[int]] = {name: [] for name in names}
+        measured: dict[str, list[int]] = {name: [] for name in self.first if not _is_array(columns.get(name))}
         with seeded(0):
             for item in range(self.count):
                 (example,) = self.read(np.array([item]))

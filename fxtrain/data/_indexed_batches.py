@@ -83,8 +83,7 @@ def _padded(batch: Batch, rows: int, batch_size: int) -> dict[str, Tree]:
         return torch.cat([leaf, leaf.new_zeros(batch_size - rows, *leaf.shape[1:])]) if rows < batch_size else leaf
 
     full = tree.map_with_path(pad, batch, root="batch")
-    device = tree.device_of(batch)
-    return {**full, "mask": torch.arange(batch_size, device=device) < rows}
+    return {**full, "mask": torch.arange(batch_size, device=tree.device_of(batch)) < rows}
 
 
 def take_rows(leaf: Tensor | Indexable[np.ndarray, np.ndarray], index: np.ndarray) -> Tensor:

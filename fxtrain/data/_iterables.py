@@ -189,8 +189,7 @@ def from_iterable(
         >>> data[0], data[1]
         (tensor([0., 1.]), tensor([2., 3.]))
     """
-    iterable = isinstance(source, Iterable)
-    if not (iterable or callable(source)):
+    if not (isinstance(source, Iterable) or callable(source)):
         raise TypeError(f"expected an iterable of batches, or a function that returns one, got {describe(source)}.")
 
     def begin(epoch: int) -> Iterator[Batch]:
@@ -198,7 +197,7 @@ def from_iterable(
             set_epoch(epoch)
         return iter(source if isinstance(source, Iterable) else source())
 
-    name = f"the {type(source).__name__}" if iterable else getattr(source, "__name__", repr(source))
+    name = f"the {type(source).__name__}" if isinstance(source, Iterable) else getattr(source, "__name__", repr(source))
     return IterableBatches(
         begin, name=name, seed=seed, once=isinstance(source, Iterator), dynamic_dims=ALL_DIMS if dynamic else 0
     )

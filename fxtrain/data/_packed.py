@@ -1,4 +1,4 @@
-"""Batches of fixed-length rows that contain several short documents each."""
+"""Batches of fixed-length rows that contain several documents each, with the masks that keep these independent."""
 
 from __future__ import annotations
 
@@ -86,8 +86,7 @@ def packed(
     check_choice("truncate", truncate, (None, "right", "left", "split"))
     check_choice("drop_last", drop_last, (True, False, "pad"))
     examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
-    side = None if truncate == "split" else truncate
-    limit = None if truncate == "split" else length
+    side, limit = (None, None) if truncate == "split" else (truncate, length)
     layout = PadLayout(examples.by_column, max_length=limit, truncate=side, value=value, mask=mask)
     return PackedBatches(examples, layout, length, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
 
@@ -115,8 +114,7 @@ class PackedBatches(Source):
                 f"expected columns with a value per position, got {others} with a value per document. Exclude them: "
                 f"columns={tuple(examples.by_column)!r}."
             )
-        self._layout = layout
-        cut = self._layout.cut(examples.by_column)
+        self._layout, cut = layout, layout.cut(examples.by_column)
         self._whole = whole = next(iter(cut.values()))
         pieces = -(-whole // length)
         # For each piece of a document: the document's index, and the position where the piece starts.
@@ -144,7 +142,7 @@ class PackedBatches(Source):
         """Rows and length of each batch shape."""
         super().__init__(num_shapes=len(self.sizes))
         self._order = Order(rows, seed=mix(seed, 1), shuffle=shuffle)
-        example = self._layout.batch([examples.first], {name: int(each[0]) for name, each in cut.items()}, 1)
+        example = layout.batch([examples.first], {name: int(each[0]) for name, each in cut.items()}, 1)
         taken = {"segments", "positions"} & {*example}
         if taken:
             raise ValueError(
@@ -154,7 +152,8 @@ class PackedBatches(Source):
 
     def fetch(self, position: int) -> dict[str, Tensor]:
         epoch, index = divmod(position, self.epoch_length)
-        rows = self._rows_of(epoch, index)
+        start = index * self.batch_size
+        rows = self._order.items(epoch, start, min(start + self.batch_size, self._bins.count))
         contents = self._contents(rows, epoch)
         read = self._read(np.unique(self._item[np.concatenate(contents)]), position)
         height = len(rows) if self.drop_last is False else self.batch_size
@@ -177,10 +176,6 @@ class PackedBatches(Source):
             real -= sum(length for length, _ in self._bins.slots(row))
         height = count if self.drop_last is False else self.epoch_length * self.batch_size
         return Padding(height * self.length - real, height * self.length)
-
-    def _rows_of(self, epoch: int, index: int) -> np.ndarray:
-        start = index * self.batch_size
-        return self._order.items(epoch, start, min(start + self.batch_size, self._bins.count))
 
     def _contents(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
         """Returns the pieces of documents in each row."""
@@ -215,3 +210,65 @@ class PackedBatches(Source):
                         f"before, got {len(columns[name])}. Return the same length on each read."
                     )
         return dict(zip(items.tolist(), found, strict=True))
+
+
+def attention_mask(segments: Tensor, *, causal: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the block-diagonal mask with which each token attends only to its own document.
+
+    ``F.scaled_dot_product_attention`` accepts it, as do transformers models, as ``attention_mask``. Positions that
+    restart at each document do not separate documents by themselves. Padding attends to padding, because an empty row
+    of the mask would make the softmax NaN.
+
+    Args:
+        segments: The number of each token's document, 0 for padding, integer [batch, length]. A bool mask of padded
+            rows also works.
+        causal: Whether tokens attend only to themselves and earlier tokens.
+        dtype: The floating dtype of a mask to add to attention scores, which is 0 where tokens attend and the dtype's
+            minimum elsewhere. By default the mask is bool, True where tokens attend.
+
+    Returns:
+        The mask, [batch, 1, length, length], indexed by query and then key.
+
+    Example:
+        >>> attention_mask(torch.tensor([[1, 1, 2, 0]])).int()
+        tensor([[[[1, 0, 0, 0],
+                  [1, 1, 0, 0],
+                  [0, 0, 1, 0],
+                  [0, 0, 0, 1]]]], dtype=torch.int32)
+    """
+    allowed = segments[:, None, :, None] == segments[:, None, None, :]
+    if causal:
+        at = torch.arange(segments.shape[1], device=segments.device)
+        allowed = allowed & (at[:, None] >= at)
+    if dtype is None:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def next_tokens(tokens: Tensor, segments: Tensor, *, shift: bool = True, ignore: int = -100) -> Tensor:
+    """Returns the targets of a language model: for each token, the next token of its document.
+
+    The last token of a document has no target, and neither has padding, so no document predicts the start of another.
+
+    Args:
+        tokens: Integer [batch, length].
+        segments: The number of each token's document, 0 for padding, integer [batch, length]. A bool mask of padded
+            rows also works.
+        shift: Whether a target is placed at the token that predicts it. Otherwise targets stay in place, for models
+            that shift ``labels`` themselves, such as those of transformers.
+        ignore: The value at positions without a target. ``F.cross_entropy`` ignores -100.
+
+    Returns:
+        The targets, int64 [batch, length].
+
+    Example:
+        >>> tokens, segments = torch.tensor([[5, 6, 7, 8, 0]]), torch.tensor([[1, 1, 2, 2, 0]])
+        >>> next_tokens(tokens, segments)
+        tensor([[   6, -100,    8, -100, -100]])
+        >>> next_tokens(tokens, segments, shift=False)
+        tensor([[-100,    6, -100,    8, -100]])
+    """
+    follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    found = tokens[:, 1:].to(torch.int64).masked_fill(~follows, ignore)
+    nothing = found.new_full((tokens.shape[0], 1), ignore)  # len() would specialize symbolic sizes
+    return torch.cat([found, nothing] if shift else [nothing, found], 1)

@@ -72,7 +72,9 @@ def pad(
         variable = [name for name, part in rows[0].items() if length_of(part) is not None]
     layout = PadLayout(variable, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
     lengths = layout.cut({name: np.array([length_of(row[name]) or 0 for row in rows]) for name in variable})
-    return layout.batch(rows, layout.sizes(lengths, multiple), len(rows))
+    check_positive_int("multiple", multiple)
+    sizes = {name: int(-(-each.max() // multiple) * multiple) for name, each in lengths.items()}
+    return layout.batch(rows, sizes, len(rows))
 
 
 class PadLayout:
@@ -144,11 +146,6 @@ class PadLayout:
                     f'mask={{"{first[0]}": "{first[0]}_mask", "{name}": "{name}_mask"}}, or leave a fixed-size column '
                     "out of variable=(...)."
                 )
-
-    def sizes(self, lengths: Mapping[str, np.ndarray], multiple: int) -> dict[str, int]:
-        """Returns the padded length of a batch by column: the longest example, rounded up."""
-        check_positive_int("multiple", multiple)
-        return {name: int(-(-each.max() // multiple) * multiple) for name, each in lengths.items()}
 
     def batch(self, examples: Sequence[Mapping[str, Values]], sizes: Mapping[str, int], rows: int) -> dict[str, Tensor]:
         """Returns a batch of the examples, with rows of padding up to ``rows``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Batch, describe
-from fxtrain.data._checksum import checksum, warn_of_another_batch
+from fxtrain.data._batch_checks import checksum, warn_of_another_batch
 from fxtrain.data._iterables import IterableBatches, dynamic_dimensions
 from fxtrain.data._seeding import seeded, start_epoch
 from fxtrain.data._source import Source
