@@ -18,7 +18,6 @@ import xxhash
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.checkpoint import DamagedError
-from fxtrain.checkpoint import _files as opening
 
 
 def at(step, **changes):
@@ -321,7 +320,7 @@ class TestReadErrors:
                 raise OSError(code, os.strerror(code), str(path))
             return whole(path, *arguments, **options)
 
-        monkeypatch.setattr(opening.os, "open", fails)
+        monkeypatch.setattr(os, "open", fails)
         for attempt in (
             lambda: fx.checkpointer(tmp_path).restore(problem.start()),
             lambda: fx.checkpointer(tmp_path).restore(problem.start(), step=2),
@@ -366,7 +365,7 @@ class TestReadErrors:
             return whole(path, *arguments, **options)
 
         with monkeypatch.context() as broken, fx.checkpointer(tmp_path, keep=1, best="loss") as checkpoints:
-            broken.setattr(opening.os, "open", fails)
+            broken.setattr(os, "open", fails)
             checkpoints.restore(problem.start())
             with pytest.raises(fx.CheckpointError, match="may be undamaged"):
                 checkpoints.best()

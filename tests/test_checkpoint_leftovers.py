@@ -2,25 +2,25 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 
 import problem
 import pytest
 import torch
+from disk_syncs import before_sync, no_room
 
 import fxtrain as fx
-from fxtrain import disk
-from fxtrain.checkpoint import _folder as folders
 from fxtrain.checkpoint import _orphaned_slots as unclaimed
 
 WRITER = """
-import os, signal, sys, time, torch, fxtrain as fx
-from fxtrain.checkpoint import _folder as folder
-def stop(*arguments):
-    print("writing", flush=True)
-    time.sleep(600)
-folder._write_leaves = stop
+import os, stat, sys, time, torch, fxtrain as fx
+def stop(descriptor):
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        print("writing", flush=True)
+        time.sleep(600)
+os.fsync = stop
 fx.save(sys.argv[1], fx.init(torch.nn.Linear(1, 1)))
 """
 
@@ -71,10 +71,7 @@ def test_file_and_link_with_unfinished_name_are_left_alone(tmp_path):
 
 
 def test_failed_save_leaves_no_files(tmp_path, monkeypatch):
-    def no_room(*arguments):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(folders, "_write_leaves", no_room)
+    before_sync(monkeypatch, no_room)
     with pytest.raises(fx.CheckpointError, match="No space left"):
         fx.save(tmp_path / "first", problem.start())
     assert list(tmp_path.iterdir()) == []
@@ -85,26 +82,26 @@ def test_all_parent_folders_are_synced(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "1"
     run.mkdir(parents=True)  # for example by a metrics writer
     (tmp_path / "link").symlink_to(run)
-    synced, whole = [], disk.sync_folder
-    for module in (disk, folders):
-        monkeypatch.setattr(module, "sync_folder", lambda folder: (synced.append(folder), whole(folder)))
+    synced = set()
+    before_sync(monkeypatch, lambda descriptor: synced.add(os.fstat(descriptor).st_ino), of=stat.S_ISDIR)
+    parents = {folder.stat().st_ino for folder in (run, run.parent, tmp_path)}
     with fx.checkpointer(tmp_path / "link" / "checkpoints") as checkpoints:
         checkpoints.save(problem.start())
-    assert {run, run.parent, tmp_path} <= {path.resolve() for path in synced}
+    assert parents <= synced
     synced.clear()
     fx.save(tmp_path / "link" / "single", problem.start())
-    assert {run, run.parent, tmp_path} <= {path.resolve() for path in synced}
+    assert parents <= synced
     synced.clear()
     monkeypatch.chdir(run)
     fx.save("relative", problem.start())
-    assert run.parent in synced
+    assert run.parent.stat().st_ino in synced
 
 
 def test_failed_folder_sync_is_an_error(tmp_path, monkeypatch):
-    def fails(folder):
+    def fails(descriptor):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(disk, "sync_folder", fails)
+    before_sync(monkeypatch, fails, of=stat.S_ISDIR)
     with pytest.raises(fx.CheckpointError, match="Input/output error"):
         fx.checkpointer(tmp_path / "run").save(problem.start())
 

@@ -110,11 +110,6 @@ class TestSnapshot:
         checkpoints.close()
         assert present(tmp_path) == ["9"]
 
-    def test_is_written_without_copying_state(self, tmp_path):
-        checkpoints = saved(tmp_path, ["2r"])
-        assert checkpoints._snapshot._buffer.nbytes == 0
-        checkpoints.close()
-
     def test_is_not_resumable(self, tmp_path):
         saved(tmp_path, ["2r"]).close()
         checkpoints = fx.checkpointer(tmp_path)

@@ -1,5 +1,7 @@
 """Exceptions from signal handlers, at any point of a call, damage no checkpoint and leave no write untracked."""
 
+import os
+import stat
 import subprocess
 import sys
 import time
@@ -8,7 +10,6 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain.checkpoint import _host_copy as host_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a finalizer
 
@@ -55,15 +56,13 @@ def at(step):
 
 @pytest.fixture(autouse=True)
 def slow_writes(monkeypatch):
-    """Delays writes so that they overlap the next call, and disables fsync."""
-    whole = host_copy.HostCopy.parts
+    """Replaces the sync of files by a delay, so that writes overlap the next call, and disables that of folders."""
 
-    def parts(self):
-        time.sleep(0.002)
-        yield from whole(self)
+    def fsync(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            time.sleep(0.001)
 
-    monkeypatch.setattr(host_copy.HostCopy, "parts", parts)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("os.fsync", fsync)
 
 
 def prepared(folder, *, waits):
@@ -127,13 +126,21 @@ def test_exception_at_any_line_damages_no_checkpoint(tmp_path, name, instruction
     assert torch.is_grad_enabled()
 
 
+SLOW_SYNC = """
+import os, stat, time
+def slowly(descriptor):
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        time.sleep(slow)
+os.fsync = slowly
+"""
+
+
 def session(folder, *lines, slow=0.0):
     """Runs lines in a subprocess whose writes take ``slow`` seconds. Returns the result and its duration."""
     code = [
-        "import os, signal, sys, time, torch, fxtrain as fx",
-        "from fxtrain.checkpoint import _host_copy as host_copy",
-        "whole = host_copy.HostCopy.parts",
-        f"host_copy.HostCopy.parts = lambda self: time.sleep({slow}) or whole(self)",
+        "import signal, sys, torch, fxtrain as fx",
+        SLOW_SYNC,
+        f"slow = {slow}",
         "state, checkpoints = fx.init(torch.nn.Linear(1, 1)), fx.checkpointer(sys.argv[1])",
         *lines,
     ]
@@ -154,10 +161,8 @@ class TestExit:
     def test_multiprocessing_child_waits_for_save(self, tmp_path, method):
         script = tmp_path / "script.py"
         script.write_text(
-            "import multiprocessing, sys, time, torch, fxtrain as fx\n"
-            "from fxtrain.checkpoint import _host_copy as host_copy\n"
-            "whole = host_copy.HostCopy.parts\n"
-            "host_copy.HostCopy.parts = lambda self: time.sleep(0.3) or whole(self)\n"
+            "import multiprocessing, sys, torch, fxtrain as fx\n"
+            f"{SLOW_SYNC}slow = 0.3\n"
             "def child(folder):\n"
             "    checkpoints = fx.checkpointer(folder)\n"
             "    checkpoints.save(fx.init(torch.nn.Linear(1, 1)))\n"
@@ -172,7 +177,7 @@ class TestExit:
         done, seconds = session(
             tmp_path,
             "checkpoints.save(state), checkpoints.wait()",
-            "host_copy.HostCopy.parts = lambda self: time.sleep(60) or whole(self)",
+            "slow = 60",
             "checkpoints.save(state.replace(step=torch.tensor(1)))",
             "os.kill(os.getpid(), signal.SIGINT)",
             "time.sleep(60)",

@@ -8,11 +8,10 @@ import threading
 import problem
 import pytest
 import torch
+from disk_syncs import before_sync, no_room
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.checkpoint import _folder as folders
-from fxtrain.checkpoint import _manifest as manifests
 
 
 def at(step, **changes):
@@ -94,15 +93,19 @@ class TestPolicy:
         with pytest.raises(ValueError, match=f"expected {next(iter(arguments))} to be "):
             fx.checkpointer(tmp_path, **arguments)
 
-    def test_different_environment_warns(self, tmp_path):
-        checkpoints = saved(tmp_path, [10])
-        (path,) = folders_of(tmp_path)
-        manifest = manifests.read_manifest(path)
-        manifest["environment"]["threads"] = 64
-        with open(path / "manifest.jsonl", "wb") as file:
-            manifests.write_manifest(file, manifest, manifest.pop("leaves"))
+    def test_different_environment_warns(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(torch, "get_num_threads", lambda: 64)
+            checkpoints = saved(tmp_path, [10])
         with pytest.warns(UserWarning, match=r"may differ in the last bits \(threads: 64 at the save, 1 now\)"):
             checkpoints.restore(problem.start())
+
+
+def allocated(call):
+    """Returns the bytes that torch operators allocate during a call, in this thread."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profiler.events())
 
 
 class TestBackground:
@@ -117,8 +120,8 @@ class TestBackground:
             testing.assert_equal(checkpoints.restore(problem.start(), step=step), wanted, "the saved state")
 
     def test_save_does_not_wait_for_disk(self, tmp_path, monkeypatch):
-        go_on, write = threading.Event(), folders.write
-        monkeypatch.setattr(folders, "write", lambda *args: go_on.wait() and write(*args))
+        go_on = threading.Event()
+        before_sync(monkeypatch, lambda descriptor: go_on.wait())
         checkpoints = fx.checkpointer(tmp_path)
         checkpoints.save(at(1))
         assert checkpoints.saving
@@ -131,36 +134,37 @@ class TestBackground:
         assert checkpoints.committed() == []
         checkpoints.close()
 
-    def test_snapshot_buffer_is_reused(self, tmp_path):
-        checkpoints = fx.checkpointer(tmp_path)
-        checkpoints.reserve(at(1))
-        buffer = checkpoints._snapshot._buffer.data_ptr()
-        for step in (1, 2):
-            checkpoints.save(at(step))
+    def test_memory_of_first_copy_is_reused(self, tmp_path):
+        checkpoints, states = fx.checkpointer(tmp_path), [at(1), at(2)]
+        size = sum(leaf.nbytes for leaf in fx.tree.leaves(states[0]))
+        assert allocated(lambda: checkpoints.reserve(states[0])) >= size
+        for state in states:
+            assert allocated(lambda state=state: checkpoints.save(state)) < size
             checkpoints.wait()
-        assert checkpoints._snapshot._buffer.data_ptr() == buffer
         checkpoints.save(at(3, slots={"more": torch.ones(1000)}))
         assert torch.equal(
             checkpoints.restore(at(0, slots={"more": torch.zeros(1000)})).slots["more"], torch.ones(1000)
         )
         checkpoints.close()
 
+    def test_snapshot_is_written_without_copying_state(self, tmp_path):
+        state = at(1)
+        with fx.checkpointer(tmp_path) as checkpoints:
+            size = sum(leaf.nbytes for leaf in fx.tree.leaves(state))
+            assert allocated(lambda: checkpoints.save(state, role="snapshot")) < size
+
     def test_save_requires_train_state(self, tmp_path):
         with pytest.raises(TypeError, match=r"expected state to be a TrainState, got an? .*dict.*\. fxtrain\.save"):
             fx.checkpointer(tmp_path).save({"a": torch.ones(1)})
-
-
-def no_room(*args):
-    raise fx.CheckpointError("There is no room.")
 
 
 class TestErrors:
     def test_error_is_raised_by_next_call(self, tmp_path, monkeypatch):
         checkpoints = saved(tmp_path, [1])
         with monkeypatch.context() as broken:
-            broken.setattr(folders, "write", no_room)
+            before_sync(broken, no_room)
             checkpoints.save(at(2))
-            with pytest.raises(fx.CheckpointError, match="no room"):
+            with pytest.raises(fx.CheckpointError, match="No space left"):
                 checkpoints.latest()
         assert checkpoints.latest() == 1
         checkpoints.save(at(2))
@@ -169,19 +173,19 @@ class TestErrors:
 
     def test_errors_can_be_warnings(self, tmp_path, monkeypatch):
         checkpoints = fx.checkpointer(tmp_path, on_error="warn")
-        monkeypatch.setattr(folders, "write", no_room)
+        before_sync(monkeypatch, no_room)
         checkpoints.save(at(1))
-        with pytest.warns(RuntimeWarning, match=r"no room\. Training continues"):
+        with pytest.warns(RuntimeWarning, match="No space left.*Training continues"):
             assert checkpoints.latest() is None
         checkpoints.close()
 
     def test_error_ends_run_at_next_event(self, tmp_path, monkeypatch):
         checkpoints = fx.checkpointer(tmp_path, background=False)
         seen = []
-        monkeypatch.setattr(folders, "write", no_room)
+        before_sync(monkeypatch, no_room)
         with (
             pytest.warns(RuntimeWarning, match="Ending the run after an error raised another"),
-            pytest.raises(fx.CheckpointError, match="no room"),
+            pytest.raises(fx.CheckpointError, match="No space left"),
         ):
             fx.fit(
                 problem.start(),
@@ -196,13 +200,8 @@ class TestErrors:
         assert seen[-1] == "Interrupted"
 
     def test_run_continues_after_warning_and_saves_at_end(self, tmp_path, monkeypatch):
-        checkpoints, write, calls = fx.checkpointer(tmp_path, on_error="warn"), folders.write, []
-
-        def fails_at_first(*args):
-            calls.append(args)
-            return no_room() if len(calls) == 1 else write(*args)
-
-        monkeypatch.setattr(folders, "write", fails_at_first)
+        checkpoints, faults = fx.checkpointer(tmp_path, on_error="warn"), [no_room]
+        before_sync(monkeypatch, lambda descriptor: faults and faults.pop()(descriptor))
         with pytest.warns(RuntimeWarning, match="Training continues without this checkpoint"):
             fx.fit(
                 problem.start(),

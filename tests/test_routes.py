@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain._torch_internals.interface import INTERFACES
-from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.compiler.lowering._regions import CompileWithGraphBreaks
 from fxtrain.compiler.lowering._specialization import compile_specialized
 from fxtrain.compiler.lowering._value_reads import UncheckedReadError
@@ -383,8 +382,7 @@ class TestRecordedRoute:
     def test_checkpoint_names_the_route_of_the_first_call(self, tmp_path):
         step = fx.train_step(branching, TX)
         quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
-        (path,) = (file.parent for file in tmp_path.glob("*/manifest.jsonl"))
-        assert read_manifest(path)["environment"]["compiled by"] == "eager, regions"
+        assert fx.checkpointer(tmp_path).read(start()).environment["compiled by"] == "eager, regions"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             resumed = self.run(tmp_path, fx.compile(step, backend="eager"), 4, resume=True)

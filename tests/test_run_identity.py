@@ -6,6 +6,7 @@ import shutil
 import problem
 import pytest
 import torch
+from disk_syncs import before_sync, no_room
 
 import fxtrain as fx
 from fxtrain import testing
@@ -120,12 +121,8 @@ class TestOverwrite:
     def test_earlier_checkpoints_are_kept_if_the_first_save_fails(self, tmp_path, monkeypatch):
         fit(checkpointer=fx.checkpointer(tmp_path))
         earlier = names(tmp_path)
-
-        def no_room(*args):
-            raise fx.CheckpointError("There is no room.")
-
-        monkeypatch.setattr("fxtrain.checkpoint._folder.write", no_room)
-        with pytest.warns(RuntimeWarning, match="no room"):
+        before_sync(monkeypatch, no_room)
+        with pytest.warns(RuntimeWarning, match="No space left"):
             fit(checkpointer=fx.checkpointer(tmp_path, overwrite=True, on_error="warn"))
         assert names(tmp_path) == earlier
 
