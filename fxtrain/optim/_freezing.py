@@ -51,15 +51,15 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
 
     refuse_unless_transformation("tx", tx)
 
-    def init(params: Tree) -> ActiveWhenState:
-        return ActiveWhenState(start_count(params), tx.init(params))
-
     def update(updates: Tree, opt_state: ActiveWhenState, params: Tree | None = None) -> tuple[Tree, ActiveWhenState]:
         active = holds(opt_state.count)
         moved, inner_state = tx.update(updates, opt_state.inner_state, params)
         return tree.where(active, moved, tree.zeros_like(moved)), ActiveWhenState(
             opt_state.count + 1, tree.where(active, inner_state, opt_state.inner_state)
         )
+
+    def init(params: Tree) -> ActiveWhenState:
+        return ActiveWhenState(start_count(params), tx.init(params))
 
     return GradientTransformation(init, update)
 

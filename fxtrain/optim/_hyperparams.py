@@ -75,20 +75,18 @@ def inject_hyperparams(
 
     def build(*args: object, **kwargs: object) -> GradientTransformation:
         given = _flat(signature, args, kwargs)
+        schedules: dict[str, Schedule] = {}
+        unscheduled: dict[str, Scalar] = {}
+        static_arguments: dict[str, Any] = {}
         for name, value in given.items():
             if not isinstance(value, type):
                 refuse_foreign(name, "a number or a schedule", value, as_schedule=True)
-        schedules = {
-            name: cast(Schedule, value)
-            for name, value in given.items()
-            if callable(value) and not isinstance(value, type) and name not in never_schedules
-        }
-        unscheduled: dict[str, Scalar] = {
-            name: value for name, value in given.items() if isinstance(value, float | Tensor)
-        }
-        static_arguments = {
-            name: value for name, value in given.items() if name not in schedules and name not in unscheduled
-        }
+            if callable(value) and not isinstance(value, type) and name not in never_schedules:
+                schedules[name] = cast(Schedule, value)
+            elif isinstance(value, float | Tensor):
+                unscheduled[name] = value
+            else:
+                static_arguments[name] = value
         if not schedules and not unscheduled:
             raise TypeError(
                 f"expected inject_hyperparams({getattr(factory, '__name__', factory)}) to get a float, a tensor or a "

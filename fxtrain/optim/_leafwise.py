@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,14 +78,12 @@ def debiased(update: Tensor, average: Tensor, decay: Scalar, correction: Tensor,
 
 def at_least(value: Tensor, bound: Scalar) -> Tensor:
     """Returns the elementwise maximum."""
-    limit: Any = bound
-    return value.clamp(min=limit)
+    return value.clamp(min=cast(Any, bound))
 
 
 def at_most(value: Tensor, bound: Scalar) -> Tensor:
     """Returns the elementwise minimum."""
-    limit: Any = bound
-    return value.clamp(max=limit)
+    return value.clamp(max=cast(Any, bound))
 
 
 def root_mean_square(leaf: Tensor) -> Tensor:

@@ -59,14 +59,14 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     refuse_unless_transformation("tx", tx)
 
-    def init(params: Tree) -> MaskedState:
-        return MaskedState(tx.init(_where(_selected(mask, params), params)))
-
     def update(updates: Tree, opt_state: MaskedState, params: Tree | None = None) -> tuple[Tree, MaskedState]:
         chosen = _selected(mask, updates if params is None else params)
         inner_params = None if params is None else _where(chosen, params)
         inner, inner_state = tx.update(_where(chosen, updates), opt_state.inner_state, inner_params)
         return _merged(updates, [(chosen, inner)]), MaskedState(inner_state)
+
+    def init(params: Tree) -> MaskedState:
+        return MaskedState(tx.init(_where(_selected(mask, params), params)))
 
     return GradientTransformation(init, update)
 

@@ -138,14 +138,12 @@ def scale_by_muon(
     def numbers(count: Tensor, dtype: torch.dtype) -> list[Tensor]:
         return bias_corrections(beta, count, dtype, nesterov) if bias_correction else []
 
-    def moment(update: Tensor, mu: Tensor, corrections: Sequence[Tensor]) -> Tensor:
-        if bias_correction:
-            return debiased(update, mu, beta, *corrections)
-        return moving_average(update, mu, beta) if nesterov else mu
-
     def rule(update: Tensor, mu: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
-        mu = moving_average(update, mu, beta)
-        matrix = moment(update, mu, corrections)
+        matrix = mu = moving_average(update, mu, beta)
+        if bias_correction:
+            matrix = debiased(update, mu, beta, *corrections)
+        elif nesterov:
+            matrix = moving_average(update, mu, beta)
         return orthogonalize(matrix, ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
 
     return from_counted_rule(init, rule, numbers)

@@ -82,8 +82,7 @@ def accumulates(opt_state: Tree) -> bool:
 def _count_unused(node: Tree, left_out: frozenset[Path]) -> Tree:
     """Returns the state with one more unused step counted for these parameters in each accumulation."""
     if isinstance(node, EveryKState):
-        counts = zip(node.unused.paths, node.unused.values.unbind(), strict=True)
-        more = torch.stack([count + int(path in left_out) for path, count in counts])
+        more = torch.stack([count + int(path in left_out) for path, count in node.unused.by_path().items()])
         return node._replace(unused=node.unused.replace(more))
     inner = children(node)
     return node if inner is None else rebuilt(node, [_count_unused(child, left_out) for _, child in inner])

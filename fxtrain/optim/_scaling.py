@@ -253,11 +253,7 @@ def _constant(weight_decay: float | Tensor) -> GradientTransformation:
     check_non_negative(weight_decay=weight_decay)
     if not isinstance(weight_decay, Tensor) and weight_decay == 0:
         return identity()
-
-    def decayed(updates: Tree, params: Tree) -> Tree:
-        return _decayed(updates, params, weight_decay)
-
-    return stateless(decayed)
+    return stateless(lambda updates, params: _decayed(updates, params, weight_decay))
 
 
 def _scheduled(weight_decay: Schedule) -> GradientTransformation:

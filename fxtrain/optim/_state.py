@@ -20,22 +20,12 @@ def zeros(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
         params: Pytree of floating-point or complex tensors.
         dtype: Dtype of real leaves. Defaults to that of the parameter.
     """
-
-    def zero(path: Path, leaf: Tensor) -> Tensor:
-        _refuse_undifferentiable(path, leaf)
-        return torch.zeros_like(leaf, dtype=leaf.dtype if leaf.is_complex() else dtype)
-
-    return _map_params(zero, params)
+    return _map_params(lambda leaf: torch.zeros_like(leaf, dtype=leaf.dtype if leaf.is_complex() else dtype), params)
 
 
 def clones(params: Tree) -> Tree:
     """Returns a copy of each parameter."""
-
-    def clone(path: Path, leaf: Tensor) -> Tensor:
-        _refuse_undifferentiable(path, leaf)
-        return leaf.clone()
-
-    return _map_params(clone, params)
+    return _map_params(torch.clone, params)
 
 
 def real_full(params: Tree, value: Scalar = 0.0) -> Tree:
@@ -45,9 +35,9 @@ def real_full(params: Tree, value: Scalar = 0.0) -> Tree:
     and in float16 small squares underflow.
     """
 
-    def full(path: Path, leaf: Tensor) -> Tensor:
-        _refuse_undifferentiable(path, leaf)
-        blank = torch.zeros_like(leaf, dtype=_real(torch.promote_types(leaf.dtype, torch.float32)))
+    def full(leaf: Tensor) -> Tensor:
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        blank = torch.zeros_like(leaf, dtype=_REAL.get(dtype, dtype))
         return blank + value if isinstance(value, Tensor) or value != 0.0 else blank
 
     return _map_params(full, params)
@@ -58,30 +48,23 @@ def start_count(params: Tree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=tree.device_of(params))
 
 
-def _refuse_undifferentiable(path: Path, leaf: object) -> None:
-    if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-        raise TypeError(
-            f"expected params{as_code(path)} to be a floating-point or complex tensor, got {describe(leaf)}. Leave it "
-            "out of the parameters."
-        )
-
-
-def _map_params(make: Callable[[Path, Tensor], Tensor], node: Tree, path: Path = ()) -> Tree:
+def _map_params(make: Callable[[Tensor], Tensor], node: Tree, path: Path = ()) -> Tree:
     if node is None:
         # A frozen parameter may be None, which torch's pytrees, and therefore vmap, treat as a leaf.
         return MaskedNode()
     inner = children(node)
-    if inner is None:
-        return make(path, node)
-    return rebuilt(node, [_map_params(make, child, (*path, key)) for key, child in inner])
+    if inner is not None:
+        return rebuilt(node, [_map_params(make, child, (*path, key)) for key, child in inner])
+    if not isinstance(node, Tensor) or not (node.is_floating_point() or node.is_complex()):
+        raise TypeError(
+            f"expected params{as_code(path)} to be a floating-point or complex tensor, got {describe(node)}. Leave it "
+            "out of the parameters."
+        )
+    return make(node)
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
-    # Dynamo cannot trace `dtype.to_real()`.
-    return _PARTS.get(dtype, dtype)
-
-
-_PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+# Dynamo cannot trace `dtype.to_real()`.
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,15 +108,21 @@ class PerParameter:
         chosen = tuple(paths)
         if chosen == self.paths:
             return self
-        return PerParameter(_stacked(dict(zip(self.paths, self.values.unbind(), strict=True)), chosen, self), chosen)
+        return self._picked(self.by_path(), chosen)
 
     def updated(self, other: PerParameter) -> PerParameter:
         """Returns the scalars of ``other`` for its parameters, and those of ``self`` for the rest."""
         if other.paths == self.paths:
             return other
-        own = dict(zip(self.paths, self.values.unbind(), strict=True))
-        new = dict(zip(other.paths, other.values.unbind(), strict=True))
-        return self.replace(_stacked({**own, **{path: new[path] for path in new if path in own}}, self.paths, self))
+        return self._picked({**self.by_path(), **other.by_path()}, self.paths)
+
+    def by_path(self) -> dict[Path, Tensor]:
+        """Returns the scalars by the paths of their parameters."""
+        return dict(zip(self.paths, self.values.unbind(), strict=True))
+
+    def _picked(self, scalars: Mapping[Path, Tensor], paths: tuple[Path, ...]) -> PerParameter:
+        # Indexing by a list of positions would add a tensor constant, which a graph cannot close over.
+        return PerParameter(torch.stack([scalars[path] for path in paths]) if paths else self.values[:0], paths)
 
 
 def per_parameter(params: Tree, value: float | Tensor = 0, *, dtype: torch.dtype = torch.int64) -> PerParameter:
@@ -174,7 +163,7 @@ def where_each(chosen: PerParameter, otherwise: Tensor, values: Tree, others: Tr
         >>> where_each(chosen, torch.tensor(True), params, {"bias": torch.ones(2), "weight": torch.ones(2)})
         {'bias': tensor([0., 0.]), 'weight': tensor([1., 1.])}
     """
-    flags = dict(zip(chosen.paths, chosen.values.unbind(), strict=True))
+    flags = chosen.by_path()
 
     def merged(value: Tree, other: Tree) -> Tree:
         if isinstance(value, PerParameter):
@@ -204,17 +193,9 @@ def _is_like(flags: Mapping[Path, Tensor], node: Tree) -> bool:
     return bool(paths) and all(path in flags for path in paths)
 
 
-def _stacked(numbers: dict[Path, Tensor], paths: tuple[Path, ...], like: PerParameter) -> Tensor:
-    # Indexing by a list of positions would add a tensor constant, which a graph cannot close over.
-    return torch.stack([numbers[path] for path in paths]) if paths else like.values[:0]
-
-
-def _flatten(node: PerParameter) -> tuple[list[Tensor], tuple[Path, ...]]:
-    return [node.values], node.paths
-
-
-def _unflatten(paths: tuple[Path, ...], children: Sequence[Tensor]) -> PerParameter:
-    return PerParameter(children[0], paths)
-
-
-register_node(PerParameter, _flatten, _unflatten, fields=("values",))
+register_node(
+    PerParameter,
+    lambda node: ([node.values], node.paths),
+    lambda paths, values: PerParameter(values[0], paths),
+    fields=("values",),
+)

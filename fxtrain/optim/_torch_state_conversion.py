@@ -46,12 +46,7 @@ _MOMENTS: dict[type, dict[str, str]] = {
     ScaleByAdamState: {"count": "step", "mu": "exp_avg", "nu": "exp_avg_sq"},
     ScaleByAdamaxState: {"count": "step", "mu": "exp_avg", "nu": "exp_inf"},
     ScaleByAmsgradState: {"count": "step", "mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
-    ScaleByNadamState: {
-        "count": "step",
-        "momentum_product": "mu_product",
-        "mu": "exp_avg",
-        "nu": "exp_avg_sq",
-    },
+    ScaleByNadamState: {"count": "step", "momentum_product": "mu_product", "mu": "exp_avg", "nu": "exp_avg_sq"},
     TraceState: {"trace": "momentum_buffer"},
     DampenedTraceState: {"count": "", "trace": "momentum_buffer"},
     ScaleByMuonState: {"count": "", "mu": "momentum_buffer"},
@@ -173,14 +168,11 @@ class _Reader:
 
     def _field(self, own: Tree | PerParameter, key: str) -> Tree:
         if isinstance(own, PerParameter):
-            pairs = zip(own.paths, own.values.unbind(), strict=True)
-            values = [self._number(self._prefix + as_name(path), key, was) for path, was in pairs]
+            values = [self._number(self._prefix + as_name(path), key, was) for path, was in own.by_path().items()]
             return own.replace(torch.stack(values)) if values else own
-        leaves, structure = tree.flatten(own)
-        names = [self._prefix + as_name(path) for path in leaf_paths(own)]
-        return tree.unflatten(
-            structure, [self._moment(name, key, leaf) for name, leaf in zip(names, leaves, strict=True)]
-        )
+        pairs = zip(leaf_paths(own), tree.leaves(own), strict=True)
+        moments = [self._moment(self._prefix + as_name(path), key, leaf) for path, leaf in pairs]
+        return tree.unflatten(tree.structure(own), moments)
 
     def _number(self, name: str, key: str, was: Tensor) -> Tensor:
         entry = self._given.entries.get(name)
@@ -246,10 +238,7 @@ def as_torch_state(opt_state: Tree, prefix: str = "") -> dict[str, dict[str, Ten
         kind = cast(Any, type(node))
         _refuse_momentum_of_steps(node)
         for field, key in _MOMENTS.get(kind, {}).items():
-            own = getattr(node, field)
-            values = own.values.unbind() if isinstance(own, PerParameter) else tree.leaves(own)
-            paths = own.paths if isinstance(own, PerParameter) else leaf_paths(own)
-            for path, value in zip(paths, values, strict=True):
+            for path, value in _by_path(getattr(node, field)).items():
                 name = prefix + as_name(path)
                 if field == "count" and int(value) == 0:
                     unused.add(name)
@@ -275,8 +264,14 @@ def _parameters(opt_state: Tree) -> list[Path]:
     """Returns the paths of the parameters that a state belongs to."""
     if type(opt_state) in _MOMENTS:
         fields = [getattr(opt_state, name) for name in _MOMENTS[cast(Any, type(opt_state))]]
-        return [path for own in fields for path in (own.paths if isinstance(own, PerParameter) else leaf_paths(own))]
+        return [path for own in fields for path in _by_path(own)]
     return [path for _, child in children(opt_state) or [] for path in _parameters(child)]
+
+
+def _by_path(own: Tree | PerParameter) -> dict[Path, Tensor]:
+    if isinstance(own, PerParameter):
+        return own.by_path()
+    return dict(zip(leaf_paths(own), tree.leaves(own), strict=True))
 
 
 def _refuse_momentum_of_steps(node: Tree) -> None:

@@ -129,9 +129,6 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     for index, transform in enumerate(transforms):
         refuse_unless_transformation(f"argument {index} of chain", transform)
 
-    def init(params: Tree) -> tuple[Tree, ...]:
-        return tuple(transform.init(params) for transform in transforms)
-
     def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         if len(opt_state) != len(transforms):
             raise ValueError(
@@ -143,6 +140,9 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
             updates, state = transform.update(updates, state, params)
             states.append(state)
         return updates, tuple(states)
+
+    def init(params: Tree) -> tuple[Tree, ...]:
+        return tuple(transform.init(params) for transform in transforms)
 
     return GradientTransformation(init, update)
 
@@ -176,7 +176,6 @@ def from_rule(init: Callable[[Tree], tuple[Tree, ...]], rule: Rule) -> GradientT
         rule: Takes an update and the leaves of the state's fields, and returns new ones.
 
     Example:
-        >>> from fxtrain.optim import EmptyState
         >>> tx = from_rule(lambda params: EmptyState(), lambda update: (2 * update,))
         >>> tx.update(torch.tensor(3.0), tx.init(torch.tensor(0.0)))
         (tensor(6.), EmptyState())
