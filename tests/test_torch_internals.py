@@ -12,7 +12,7 @@ import fxtrain
 from fxtrain import _torch_internals as internals
 from fxtrain import rng
 from fxtrain._torch_internals.interface import INTERFACES
-from fxtrain.model._tensor_reads import TensorReads
+from fxtrain.model._tensor_access import TensorReads
 from fxtrain.precision._policy import Float32Norms
 from fxtrain.step._loss_mistakes import _Cuts
 

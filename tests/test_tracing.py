@@ -20,7 +20,7 @@ from fxtrain.compiler.lowering._function_modes import OpaqueCTC
 from fxtrain.compiler.lowering._side_effects import FileInTraceError, detecting_side_effects
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.core import compiling
-from fxtrain.diagnostics._counts import trace
+from fxtrain.diagnostics._analysis import trace
 
 AS_LIBRARIES_ASK = [
     torch.compiler.is_compiling,

@@ -15,7 +15,7 @@ UNFLATTEN = Interface("torch.utils._pytree.tree_unflatten", "batches of classes 
 
 def register_pytree_node(
     cls: type[Any],
-    flatten: Callable[[Any], tuple[list[Any], object]],
+    flatten: Callable[[Any], tuple[Sequence[Any], object]],
     unflatten: Callable[[Sequence[Any], Any], object],
     name: str,
 ) -> None:

@@ -9,8 +9,6 @@ import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
-
 from fxtrain.checkpoint import _folder as folders
 from fxtrain.checkpoint import _ownership as ownership
 from fxtrain.checkpoint import _retention as retention
@@ -21,7 +19,7 @@ from fxtrain.checkpoint._lock import FolderLock
 from fxtrain.checkpoint._ownership import Ownership
 from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
-from fxtrain.checkpoint._save import Committed, Save, device_of, facts
+from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
 
 
@@ -53,11 +51,9 @@ class Checkpointer(Reader):
     def __init__(
         self, folder: pathlib.Path, policy: RetentionPolicy, *, background: bool, on_error: str, overwrite: bool
     ) -> None:
-        super().__init__(folder, policy)
+        super().__init__(folder, policy, Ownership(folder, overwrite=overwrite))
         self._background, self._on_error, self._overwrite = background, on_error, overwrite
         self._lock = FolderLock(folder)
-        self._ownership = Ownership(folder, overwrite=overwrite)
-        self._run: str | None = None  # set while this object may write: the folder is locked and belongs to this run
         self._snapshot = HostCopy()
         self._in_snapshot: Save | None = None  # the save whose copy the snapshot holds
         self._thread = JobThread()
@@ -167,12 +163,9 @@ class Checkpointer(Reader):
         except CheckpointError as error:
             self._failed(error)
             return save
-        texts = {name: str(text) for name, text in (notes or {}).items()}
-        # The thread count is read here, because the writer thread has its own.
-        measured = {"threads": torch.get_num_threads(), **texts}
-        device = device_of(state)
-        job = functools.partial(self._commit, save, self._run, content, dict(metrics or {}), measured, device)
-        self._submit(job)
+        # The environment is read here, because the writer thread has another thread count.
+        conditions = environment(device_of(state)) | {name: str(text) for name, text in (notes or {}).items()}
+        self._submit(functools.partial(self._commit, save, self._run, content, dict(metrics or {}), conditions))
         if not self._background:
             self.wait()
         return save
@@ -248,15 +241,6 @@ class Checkpointer(Reader):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # Hooks of Reader
-
-    def _run_to_read(self) -> str | None:
-        return super()._run_to_read() if self._run is None else self._run
-
-    def _has_read(self, entry: Entry) -> None:
-        if self._run is None:
-            self._ownership.has_read(entry, ownership.contents(self.folder))
-
     # Helpers
 
     def _release(self) -> None:
@@ -289,14 +273,12 @@ class Checkpointer(Reader):
         run: str,
         content: Direct | HostCopy,
         metrics: dict[str, float],
-        notes: dict[str, str | int],
-        device: torch.device,
+        conditions: dict[str, str | int],
     ) -> None:
         try:
             self._deletion.clear()
             content.wait()
-            head = facts(content, device, metrics)
-            head["environment"].update(notes)
+            head = facts(content, metrics, conditions)
             found = ownership.contents(self.folder)
             sequence = found[-1].sequence + 1 if found else 0
             step, metrics = head["step"], head["metrics"]

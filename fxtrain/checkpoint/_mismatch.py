@@ -37,12 +37,14 @@ def mismatch_message(
     problems += [f"  {part.path}: expected none, got {part.kind}" for part in left_over]
     more = f"\n  ... and {len(problems) - _SHOWN_PATHS} more" if len(problems) > _SHOWN_PATHS else ""
     shown = "\n".join(problems[:_SHOWN_PATHS])
+    missing = [part for part, _, source in unlike if source is None]
+    differing = [*(part for part, _, _ in unlike), *left_over]
     remedies = [
         *_lora_remedies(names),
         *_dtype_remedies(unlike, left_over),
-        *_trainable_remedies(names, unlike, left_over),
-        *_fresh_remedies(names, selected, unlike, left_over),
-        *_slot_remedies(names, unlike, left_over),
+        *_trainable_remedies(names, missing, left_over),
+        *_fresh_remedies(names, selected, differing),
+        *_slot_remedies(names, differing),
     ] or ["Create `like` with the same model, optimizer and callbacks as the checkpoint."]
     return (
         f"expected the paths, shapes and dtypes of `like`, got others in {path}:\n{shown}{more}\n{' '.join(remedies)} "
@@ -76,35 +78,28 @@ def _dtype_remedies(unlike: Sequence[tuple[Part, str, Part | None]], left_over: 
     ]
 
 
-def _slot_remedies(
-    names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]
-) -> list[str]:
+def _slot_remedies(names: Names, differing: Iterable[Part]) -> list[str]:
     """Returns the remedy if only slots differ, in values such as a vector of statistics over all parameters."""
-    parts = (*(part for part, _, _ in unlike), *left_over)
-    slots = {part.keys[1] for part in parts if part.keys[:1] == ("slots",) and names.of(part) is None}
-    if not slots or any(part.keys[:1] != ("slots",) and names.of(part) is None for part in parts):
+    nameless = [part for part in differing if names.of(part) is None]
+    if not nameless or any(part.keys[:1] != ("slots",) for part in nameless):
         return []
+    slots = {part.keys[1] for part in nameless}
     return [
         f"To initialize {first_names(sorted(map(repr, slots)), _SHOWN_NAMES)}, restore into a state without these "
         "slots, with extra='drop', and attach the callbacks to the result."
     ]
 
 
-def _trainable_remedies(
-    names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]
-) -> list[str]:
+def _trainable_remedies(names: Names, missing: Sequence[Part], left_over: Sequence[Part]) -> list[str]:
     """Returns the remedy if both sides have the same parameters but train different ones."""
-    missing = [part for part, _, source in unlike if source is None]
     one_sided = [*missing, *left_over]
     both = {*names.here.values()} & {*names.there.values()}
     if not one_sided or any(part.keys[:1] != ("opt_state",) or names.of(part) not in both for part in one_sided):
         return []
-    here = {name for part in missing if (name := names.of(part))}
-    there = {name for part in left_over if (name := names.of(part))}
     held = [
         f"only {side} has optimizer state for {first_names(sorted(own), _SHOWN_NAMES)}"
-        for side, own in (("`like`", here), ("the checkpoint", there))
-        if own
+        for side, parts in (("`like`", missing), ("the checkpoint", left_over))
+        if (own := {name for part in parts if (name := names.of(part))})
     ]
     return [
         f"Different parameters are trainable: {', and '.join(held)}. Create `like` with the trainable parameters of "
@@ -112,15 +107,9 @@ def _trainable_remedies(
     ]
 
 
-def _fresh_remedies(
-    names: Names,
-    selected: Iterable[Part],
-    unlike: Iterable[tuple[Part, str, Part | None]],
-    left_over: Iterable[Part],
-) -> list[str]:
+def _fresh_remedies(names: Names, selected: Iterable[Part], differing: Iterable[Part]) -> list[str]:
     """Returns the remedy if some parameters fit, together with their optimizer state and averages."""
-    owners = [names.of(part) for part in (*(part for part, _, _ in unlike), *left_over)]
-    unfit = {name for name in owners if name is not None}
+    unfit = {name for part in differing if (name := names.of(part))}
     fit = {name for part in selected if (name := names.of(part))} - unfit
     weights = {*names.here.values()} & {*names.there.values()} & fit
     if not weights or not unfit:

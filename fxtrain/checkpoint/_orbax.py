@@ -88,9 +88,8 @@ def _same_keys(path: pathlib.Path, like: Tree) -> dict[str, str]:
 def _run_worker(verb: str, ours: pathlib.Path, theirs: pathlib.Path) -> None:
     worker = pathlib.Path(__file__).with_name("_orbax_worker.py")
     command = [sys.executable, "-P", str(worker), verb, str(ours), str(theirs.absolute())]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-    )
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         raise CheckpointError(f"expected Orbax to {verb} {theirs}, got an error: {reason}")

@@ -58,8 +58,8 @@ def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
             rows[index] = {**row, "offset": offset, "bytes": len(raw), "xxh3": xxhash.xxh3_64_hexdigest(raw)}
             file.write(raw)
             offset += len(raw)
-    head = {"format": 2, "bytes": offset, "step": None, "time": time.time(), "metrics": {}, "environment": {}}
-    head |= {"run": None, "role": None, "sequence": None}
+    unset = dict.fromkeys(["step", "run", "role", "sequence"])
+    head = {"format": 2, "bytes": offset, "time": time.time(), "metrics": {}, "environment": {}, **unset}
     text = b"".join(json.dumps(line).encode() + b"\n" for line in [head, *rows])
     checksum = xxhash.xxh3_64_hexdigest(text).encode()
     (ours / "manifest.jsonl").write_bytes(b'%s{"xxh3": "%s"}\n' % (text, checksum))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import xxhash
@@ -83,7 +83,7 @@ class Ownership:
     def _refuse(self, found: Sequence[Entry]) -> NoReturn:
         aside = [entry for entry in found if entry.path.name.startswith(retention.UNREADABLE)]
         committed = [entry for entry in found if entry not in aside]
-        described = [f"checkpoints of steps {shown({entry.step for entry in committed})}"] if committed else []
+        described = [f"checkpoints of steps {shown(committed)}"] if committed else []
         described += [f"{len(aside)} that were set aside as unreadable"] if aside else []
         raise CheckpointError(
             f"expected a folder without checkpoints of another run, got {self._folder} with {' and '.join(described)}. "
@@ -103,9 +103,9 @@ def newest_run(found: Sequence[Entry]) -> str | None:
     return found[-1].run if found else None
 
 
-def shown(steps: set[int]) -> str:
-    """Returns ``steps`` as text for a message, shortened to the first and last ones if there are many."""
-    texts = [str(step) for step in sorted(steps)]
+def shown(entries: Iterable[Entry]) -> str:
+    """Returns the steps of checkpoints as text for a message. Of many steps only the first and last ones are shown."""
+    texts = [str(step) for step in sorted({entry.step for entry in entries})]
     if len(texts) > _MOST_STEPS_SHOWN:
         texts = [*texts[:3], "...", *texts[-6:]]
     return ", ".join(texts) or "none"

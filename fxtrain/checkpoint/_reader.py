@@ -10,11 +10,11 @@ from typing import TypeVar, Unpack
 
 import torch
 
-from fxtrain.checkpoint import _ownership as ownership
 from fxtrain.checkpoint import _retention as retention
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._manifest import read_entry
 from fxtrain.checkpoint._match import Fresh, Where
+from fxtrain.checkpoint._ownership import Ownership, contents, newest_run, shown
 from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, read
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy
 from fxtrain.core import Tree
@@ -29,11 +29,13 @@ class Reader:
     Args:
         folder: The folder of the checkpoints.
         policy: The retention policy, which defines the best checkpoint.
+        ownership: Receives the checkpoints that are read.
     """
 
-    def __init__(self, folder: pathlib.Path, policy: RetentionPolicy) -> None:
+    def __init__(self, folder: pathlib.Path, policy: RetentionPolicy, ownership: Ownership) -> None:
         self.folder = folder
-        self._policy = policy
+        self._policy, self._ownership = policy, ownership
+        self._run: str | None = None  # set while this object may write: the folder is locked and belongs to this run
         self._metrics: dict[str, dict[str, float]] = {}  # by folder name, of checkpoints read or written so far
 
     def wait(self) -> None:
@@ -113,7 +115,7 @@ class Reader:
         if step is not None:
             chosen = [entry for entry in entries if entry.step == step]
             if not chosen:
-                there = f"steps {_shown(entries)}" if entries else "none"
+                there = f"steps {shown(entries)}" if entries else "none"
                 raise CheckpointError(f"expected a checkpoint of step {step} in {self.folder}, got {there}.")
             report = read(chosen[-1].path, like, manifest=read_entry(chosen[-1]), **options)
             self._has_read(chosen[-1])
@@ -168,26 +170,22 @@ class Reader:
         return self._first_readable_or_none(chosen, like, options)
 
     def __repr__(self) -> str:
-        entries = retention.listed(self._own(retention.entries(self.folder)))
-        return f"{type(self).__name__}({str(self.folder)!r}, steps {_shown(entries)})"
-
-    # Hooks of Checkpointer
-
-    def _run_to_read(self) -> str | None:
-        return ownership.newest_run(ownership.contents(self.folder))
-
-    def _has_read(self, entry: Entry) -> None:
-        """Called after each restore."""
+        return f"{type(self).__name__}({str(self.folder)!r}, steps {shown(retention.listed(self._own()))})"
 
     # Helpers
 
-    def _own(self, entries: list[Entry]) -> list[Entry]:
-        run = self._run_to_read()
-        return [entry for entry in entries if entry.run == run]
+    def _own(self, prefix: str = "") -> list[Entry]:
+        """Returns the checkpoints of this run, as ``retention.entries``."""
+        run = newest_run(contents(self.folder)) if self._run is None else self._run
+        return [entry for entry in retention.entries(self.folder, prefix) if entry.run == run]
 
     def _listed(self) -> list[Entry]:
         self.wait()
-        return retention.listed(self._own(retention.entries(self.folder)))
+        return retention.listed(self._own())
+
+    def _has_read(self, entry: Entry) -> None:
+        if self._run is None:
+            self._ownership.has_read(entry, contents(self.folder))
 
     def _targets(self, step: int) -> list[Entry]:
         """Returns the checkpoints that a rewind can return to, newest first.
@@ -199,7 +197,7 @@ class Reader:
 
     def _snapshots(self) -> list[Entry]:
         self.wait()
-        return [entry for entry in self._own(retention.entries(self.folder)) if entry.role == "snapshot"]
+        return [entry for entry in self._own() if entry.role == "snapshot"]
 
     def _metrics_of(self, entry: Entry) -> dict[str, float]:
         if entry.path.name not in self._metrics:
@@ -250,15 +248,10 @@ class Reader:
 
     def _refuse_fresh_start(self, damaged: list[tuple[Entry, DamagedError]]) -> None:
         lines = [str(error) for _, error in damaged]
-        aside = self._own(retention.entries(self.folder, retention.UNREADABLE))
-        lines += [f"{entry.path} was set aside earlier as unreadable." for entry in aside]
+        lines += [f"{entry.path} was set aside earlier as unreadable." for entry in self._own(retention.UNREADABLE)]
         if lines:
             listing = "\n".join(f"  {line}" for line in lines)
             raise CheckpointError(
                 f"expected a readable checkpoint in {self.folder}, got:\n{listing}\nNothing was changed. To start "
                 "over, use another folder or move these away."
             )
-
-
-def _shown(entries: Iterable[Entry]) -> str:
-    return ownership.shown({entry.step for entry in entries})

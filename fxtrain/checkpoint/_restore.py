@@ -181,9 +181,8 @@ def read(
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, like, stored, where, fresh)
     leaves, structure = tree.flatten(like)
-    target = torch.device(device or "cpu")
     with contextlib.closing(Leaves(path, manifest)) as file:
-        state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, target))
+        state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, torch.device(device or "cpu")))
         if fresh is not None:
             sourced = zip(tree.leaves(state), matched.sources, strict=True)
             kept = {id(leaf) for leaf, source in sourced if source is None}
@@ -231,16 +230,14 @@ def _read_leaves(
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         futures: list[concurrent.futures.Future[None]] = []
         for index, source in enumerate(sources):
-            if source is None:
-                continue
             if isinstance(source, Elements):
                 found[index] = _read_elements(file, like[index], source)
-                continue
-            found[index], memory = _allocate(source)
-            if source["bytes"] < _MIN_THREADED_BYTES:
-                file.read_into(memory, source)
-            else:
-                futures.append(pool.submit(file.read_into, memory, source))
+            elif source is not None:
+                found[index], memory = _allocate(source)
+                if source["bytes"] < _MIN_THREADED_BYTES:
+                    file.read_into(memory, source)
+                else:
+                    futures.append(pool.submit(file.read_into, memory, source))
         for future in futures:
             future.result()
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import pathlib
 import re
 import shutil
@@ -50,12 +51,9 @@ class RetentionPolicy(NamedTuple):
         if self.best is None:
             return None
         sign = 1 if self.mode == "min" else -1
-        scored = [
-            (sign * value, entry)
-            for entry in entries
-            if entry.role == "trajectory" and (value := metrics(entry).get(self.best)) is not None
-        ]
-        return min((pair for pair in scored if pair[0] == pair[0]), default=(0, None), key=lambda pair: pair[0])[1]
+        regular = [entry for entry in entries if entry.role == "trajectory"]
+        scores = {entry: sign * metrics(entry).get(self.best, math.nan) for entry in regular}
+        return min((entry for entry in regular if not math.isnan(scores[entry])), default=None, key=scores.__getitem__)
 
     def to_delete(self, entries: Sequence[Entry], metrics: Callable[[Entry], dict[str, float]]) -> list[Entry]:
         """Returns the checkpoints of one run that have expired, oldest first.

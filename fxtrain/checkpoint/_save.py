@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import platform
@@ -82,17 +83,17 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
         raise CheckpointError(
             f"expected a writable folder for the checkpoint {folder}, got {error}. Use another folder."
         ) from error
-    write(folder, contents, facts(contents, device_of(state), metrics))
+    write(folder, contents, facts(contents, metrics, environment(device_of(state))))
     return folder
 
 
-def facts(contents: Direct | HostCopy, device: torch.device, metrics: Mapping[str, float] | None) -> Facts:
+def facts(contents: Direct | HostCopy, metrics: Mapping[str, float] | None, conditions: dict[str, str | int]) -> Facts:
     """Returns the head of a manifest for a checkpoint without a run.
 
     Args:
-        contents: A ``Direct`` or ``HostCopy``.
-        device: The device of the state.
+        contents: The leaves.
         metrics: Scalars by name.
+        conditions: The conditions of bitwise equality, as from ``environment``.
 
     Raises:
         CheckpointError: If the state's step is negative.
@@ -107,7 +108,7 @@ def facts(contents: Direct | HostCopy, device: torch.device, metrics: Mapping[st
         "step": step,
         "time": time.time(),
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-        "environment": environment(device),
+        "environment": conditions,
     }
 
 
@@ -116,10 +117,13 @@ def device_of(state: object) -> torch.device:
     return tree.device_of(state) or torch.device("cpu")
 
 
+_version = functools.cache(metadata.version)  # reads files
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """Returns the conditions of bitwise equality in this process, for computations on ``device``, by name."""
     return {
-        "fxtrain": metadata.version("fxtrain"),
+        "fxtrain": _version("fxtrain"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -6,8 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fxtrain.cli._messages import EXIT_FAILURE, EXIT_USAGE
-from fxtrain.cli._streams import lasting_streams
+from fxtrain.cli._streams import EXIT_FAILURE, EXIT_USAGE, lasting_streams
 
 COMMANDS = {
     "lm": "train a small byte-level transformer on real text, from scratch",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -16,7 +16,9 @@ _COLUMNS = "COLUMNS"
 _MIN_COLUMNS = 60  # columns; tyro splits words in narrower help, and hangs below 8 columns
 
 
-def parse(kind: type[Options], command: str, arguments: Sequence[str], default: Options | None = None) -> Options:
+def parse(
+    kind: type[Options], command: str, arguments: Sequence[str], default: Options | Any = tyro.MISSING_NONPROP
+) -> Options:
     """Parses arguments, and prints help or errors in at least 60 columns.
 
     Args:
@@ -32,19 +34,13 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
         SystemExit: With code 0 after printing help, and 2 for invalid arguments.
     """
     with _wide_enough():
-        if default is None:
-            return tyro.cli(kind, prog=f"fxtrain {command}", args=arguments)
         return tyro.cli(kind, prog=f"fxtrain {command}", args=arguments, default=default)
 
 
 @contextlib.contextmanager
 def _wide_enough() -> Iterator[None]:
-    columns = shutil.get_terminal_size().columns
-    if columns >= _MIN_COLUMNS:
-        yield
-        return
     before = os.environ.get(_COLUMNS)
-    os.environ[_COLUMNS] = str(_MIN_COLUMNS)
+    os.environ[_COLUMNS] = str(max(shutil.get_terminal_size().columns, _MIN_COLUMNS))
     try:
         yield
     finally:

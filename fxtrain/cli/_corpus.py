@@ -54,11 +54,6 @@ class Corpus:
     description: str
     digest: str
 
-    @property
-    def files(self) -> int:
-        """Number of files."""
-        return len(self.names)
-
 
 def read_corpus(text: str | None = None) -> Corpus:
     """Reads a text and splits it into training and validation. The split is deterministic.
@@ -174,15 +169,13 @@ def _walk(root: Path, *, skip: set[str]) -> Iterator[tuple[str, Path]]:
 
 def _read(found: Iterable[tuple[str, Path]], is_single_file: bool) -> tuple[list[tuple[str, bytes]], int]:
     files: list[tuple[str, bytes]] = []
-    left_out, total = 0, 0
-    for name, path in sorted(found):
+    total = 0
+    found = sorted(found)
+    for name, path in found:
         try:
             with path.open("rb") as stream:
                 content = stream.read(8192)
-                if content and b"\0" not in content:
-                    content += stream.read(LARGEST - total)
-                else:
-                    content = b""
+                content = b"" if b"\0" in content else content + stream.read(LARGEST - total)
         except OSError as error:
             if is_single_file:
                 raise CorpusError(
@@ -191,12 +184,10 @@ def _read(found: Iterable[tuple[str, Path]], is_single_file: bool) -> tuple[list
             content = b""
         if content:
             files.append((name, content))
-        else:
-            left_out += 1
         total += len(content)
         if total > LARGEST:
             raise CorpusError(f"expected at most {_megabytes(LARGEST)} of text, got more. Give a part of it.")
-    return files, left_out
+    return files, len(found) - len(files)
 
 
 def _held_out(sizes: dict[str, int]) -> set[str]:

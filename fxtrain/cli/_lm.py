@@ -19,16 +19,10 @@ from fxtrain.callbacks._samples import generate
 from fxtrain.cli import _baselines as baselines
 from fxtrain.cli._arguments import parse
 from fxtrain.cli._corpus import CorpusError, check_fits, read_corpus
-from fxtrain.cli._messages import EXIT_FAILURE, EXIT_USAGE, fail
-from fxtrain.cli._run_folder import (
-    CommandError,
-    FolderError,
-    make_folder,
-    read_config,
-    saved_options,
-    write_json,
-)
+from fxtrain.cli._run_folder import CommandError, FolderError, make_folder, read_config, saved_options, write_json
+from fxtrain.cli._streams import EXIT_FAILURE, EXIT_USAGE, fail
 from fxtrain.cli._transformer import Config, Transformer
+from fxtrain.core import pluralize
 from fxtrain.data import Source
 
 STEPS = 1000  # default if neither steps nor epochs are given
@@ -143,16 +137,16 @@ class _Job:
         self._print_header()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
-        monitors = self._monitors()
         step, eval_step = fx.train_step(_loss, tx), fx.eval_step(_loss)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
-        text_samples = fx.callbacks.textgen(
-            [PROMPT, "import "], Bytes(), length=options.length, temperature=TEMPERATURE
-        )
         tokens = options.batch_size * options.length
-        speed = fx.callbacks.throughput(tokens=tokens)
-        callbacks = [monitors, speed, text_samples, fx.callbacks.save(every=options.snapshot_interval)]
+        callbacks = [
+            self._monitors(),
+            fx.callbacks.throughput(tokens=tokens),
+            fx.callbacks.textgen([PROMPT, "import "], Bytes(), length=options.length, temperature=TEMPERATURE),
+            fx.callbacks.save(every=options.snapshot_interval),
+        ]
         if options.early_stopping:
             callbacks.append(fx.callbacks.stop_on_divergence("loss"))
             callbacks.append(
@@ -242,8 +236,7 @@ class _Job:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         how = "each step compiled into one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
-        layers = f"{options.layers} layer{'s' if options.layers > 1 else ''}"
-        print(f"model       {layers} of width {options.width}: {count:,} parameters")
+        print(f"model       {pluralize(options.layers, 'layer')} of width {options.width}: {count:,} parameters")
         print(f"device      {self.device}{threads}, {how}")
         print(f"run         {self.folder}\n", flush=True)
 
@@ -286,15 +279,9 @@ class _Job:
         """Creates a new folder, or checks that of the run to resume."""
         folder = self.options.resume
         if folder is None:
-            facts = {
-                "options": _as_json(self.options),
-                "corpus": {"digest": self.corpus.digest, "description": self.corpus.description},
-                "environment": {
-                    "fxtrain": version("fxtrain"),
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-            }
+            corpus = {"digest": self.corpus.digest, "description": self.corpus.description}
+            versions = {"fxtrain": version("fxtrain"), "torch": torch.__version__, "python": platform.python_version()}
+            facts = {"options": _as_json(self.options), "corpus": corpus, "environment": versions}
             return make_folder(self.options.runs, facts)
         if read_config(folder).digest != self.corpus.digest:
             raise CommandError(
@@ -361,9 +348,6 @@ def _steps(options: Options, epoch_length: int | None) -> int:
 
 def _as_json(options: Options) -> dict[str, object]:
     """Returns the options as values that JSON can represent."""
-    named = dataclasses.asdict(options)
-    return {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in named.items()
-        if name != "resume"
-    }
+    saved = {**dataclasses.asdict(options), "runs": str(options.runs)}
+    del saved["resume"]
+    return saved

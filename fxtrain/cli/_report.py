@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from fxtrain.cli._arguments import parse
-from fxtrain.cli._messages import EXIT_FAILURE, EXIT_USAGE, fail
+from fxtrain.cli._streams import EXIT_FAILURE, EXIT_USAGE, fail
 from fxtrain.report import RunFolderError, page, read_run
 from fxtrain.report._folder import kind_of_file, reason
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -65,11 +66,9 @@ def _new_folder(runs: pathlib.Path) -> pathlib.Path:
     name = datetime.datetime.now().strftime("lm-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()  # fails if another process has just created it
-        except FileExistsError:
-            continue
-        return folder
+        with contextlib.suppress(FileExistsError):  # another process may have just created it
+            folder.mkdir()
+            return folder
     raise AssertionError("itertools.count is infinite")
 
 

@@ -1,4 +1,4 @@
-"""Standard streams that do not raise when their reader is gone, such as after ``| head`` or a closed terminal."""
+"""Standard streams that do not raise when their reader is gone, exit codes, and error messages of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,30 @@ from typing import TextIO
 
 from typing_extensions import Buffer
 
+from fxtrain.core import printable
+
+EXIT_FAILURE = 1
+"""The exit code of a command that failed with valid arguments."""
+
+EXIT_USAGE = 2
+"""The exit code for invalid arguments."""
+
 _READER_GONE = frozenset((errno.EPIPE, errno.EIO, errno.ECONNRESET))  # errors of a pipe, a terminal and a socket
+
+
+def fail(command: str, error: object, code: int) -> int:
+    """Prints an error of a command in one line on standard error.
+
+    Args:
+        command: The name of the command.
+        error: The error or its message.
+        code: The exit code.
+
+    Returns:
+        ``code``.
+    """
+    print(f"fxtrain {command}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    return code
 
 
 class _Lasting(io.FileIO):
@@ -33,6 +56,8 @@ class _Lasting(io.FileIO):
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[list[OSError]]:
     """Drops standard output and error output once a write fails, instead of raising from each ``print``.
+
+    A write fails after ``| head``, for example, or in a closed terminal.
 
     Characters that the encoding lacks are escaped. Streams that were already replaced, as in a notebook or a test, are
     not changed.
@@ -70,9 +95,8 @@ def _lasting(stream: TextIO | None) -> _Lasting | None:
 
 
 def _text(raw: _Lasting, like: TextIO) -> TextIO:
-    buffered = io.BufferedWriter(raw)
     return io.TextIOWrapper(
-        buffered,
+        io.BufferedWriter(raw),
         encoding=like.encoding,
         errors="backslashreplace",
         line_buffering=raw.isatty() or like is sys.__stderr__,

@@ -31,7 +31,14 @@ _MAX_OTHERS = 4
 
 
 class Compiled:
-    """A compiled step, created by ``compile``. It is called like the step itself."""
+    """A compiled step, created by ``compile``. It is called like the step itself.
+
+    Attributes:
+        step: The uncompiled step.
+        donates: Whether it donates the old state.
+        steps_per_call: How many steps ``fit`` takes per dispatch.
+        background: Whether graphs are compiled while steps run uncompiled.
+    """
 
     def __init__(
         self,
@@ -47,12 +54,13 @@ class Compiled:
         self.step = step
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
+        self.background = background
         self._compiler: Callable[..., Executable] = routes
         self._routes, self._options = routes, options
         self._recompiles = Recompiles(step, on_recompile)
         self._graphs: list[Graph] = []  # most recently used first
         self._seconds = 0.0
-        self._pending = BackgroundGraphs(step, routes, options) if background else None
+        self._pending = BackgroundGraphs(step, routes, options)
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
         self._remake = remake
@@ -92,33 +100,25 @@ class Compiled:
         return {**settings, "uncompiled steps": str(self.uncompiled_steps)} if self.background else settings
 
     @property
-    def background(self) -> bool:
-        """Whether graphs are compiled while steps run uncompiled."""
-        return self._pending is not None
-
-    @property
     def graphs(self) -> int:
         """The number of compiled graphs."""
-        own = len(self._graphs) - len(self._pending or ())
-        return own + (self._several.graphs if self._several is not None else 0)
+        return len(self._graphs) - len(self._pending) + (self._several.graphs if self._several else 0)
 
     @property
     def pending(self) -> int:
         """The number of graphs that are not compiled yet. Steps that need them run uncompiled."""
-        return len(self._pending or ()) + (self._several.pending if self._several is not None else 0)
+        return len(self._pending) + (self._several.pending if self._several else 0)
 
     @property
     def uncompiled_steps(self) -> int:
         """The number of steps that ran uncompiled because their graph was pending."""
-        calls = self._pending.calls if self._pending is not None else 0
-        several = self._several
-        return calls + (several.uncompiled_steps * several.steps_per_call if several is not None else 0)
+        several = self._several.uncompiled_steps * self.steps_per_call if self._several else 0
+        return self._pending.calls + several
 
     @property
     def seconds(self) -> float:
         """The time spent on tracing and compiling, in seconds, in the background too."""
-        own = self._seconds + (self._pending.seconds if self._pending is not None else 0.0)
-        return own + (self._several.seconds if self._several is not None else 0.0)
+        return self._seconds + self._pending.seconds + (self._several.seconds if self._several else 0.0)
 
     def with_donation(self) -> Compiled:
         """Returns the same step with ``donate=True``. ``fit`` uses it, because it owns its state."""
@@ -147,8 +147,7 @@ class Compiled:
             return self
         # The steps reference their callbacks, so no id in a key is reused.
         key = tuple(map(identity, step.callbacks.handlers))
-        found = self._others.pop(key, None)
-        self._others[key] = self._remake(step, donate=self.donates) if found is None else found
+        self._others[key] = self._others.pop(key, None) or self._remake(step, donate=self.donates)
         if len(self._others) > _MAX_OTHERS:
             del self._others[next(iter(self._others))]
         return self._others[key]
@@ -162,7 +161,7 @@ class Compiled:
             kinds: The number of batch shapes. 1 and None (unknown) declare nothing.
         """
         self._recompiles.expect_shapes(kinds)
-        if self._several is not None:
+        if self._several:
             self._several.expect_shapes(kinds)
 
     def multi_step(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
@@ -189,12 +188,11 @@ class Compiled:
             self._several.step = ManySteps(self.step, self.steps_per_call)
             self._several._graphs, self._several._seconds = [], 0.0
             self._several._recompiles = self._recompiles.fresh(self._several.step)
-            if self.background:
-                self._several._pending = BackgroundGraphs(self._several.step, self._routes, self._options)
+            self._several._pending = BackgroundGraphs(self._several.step, self._routes, self._options)
         return self._several(state, tuple(batches))
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        if self._pending:
+        if self.background and self._pending:
             for graph in self._pending.advance(state):
                 self._graphs.remove(graph)
         found = self._found(state, batch)
@@ -210,7 +208,7 @@ class Compiled:
             found = self._found(state, batch)
             assert found is not None
         graph = self._graphs[0]
-        if self._pending:
+        if self.background and self._pending:
             self._pending.count(graph)
         try:
             return graph(state, *found)
@@ -241,8 +239,8 @@ class Compiled:
             return executable._replace(run=wrap(executable.run))
 
         made._compiler = compile_and_wrap
-        made._graphs, made._donating, made._several = [], None, None
-        made._others, made._pending = {}, None
+        made._graphs, made._donating, made._several, made._others = [], None, None, {}
+        made.background, made._pending = False, BackgroundGraphs(self.step, made._routes, self._options)
         made._recompiles = self._recompiles.fresh(self.step, "allow")
         return made
 
@@ -260,23 +258,23 @@ class Compiled:
         entered = self.step.enter(state)
         refuse_sparse(batch)
         kinds = described(entered, batch)
-        is_again = self._pending is not None and self._pending.is_refused(kinds)
+        is_again = self._pending.is_refused(kinds)
         if self._graphs and not is_again:
             broken = (graph.broken(batch) for graph in self._graphs)
             self._recompiles.check(kinds, next((found for found in broken if found is not None), None))
         if state.step.device.type == "cpu":
             keep_freed_memory()
-        if self._pending is not None and not is_again and self._routes.has_trace:
-            self._graphs.insert(0, self._pending.add(state, entered, batch, kinds))
-            self._recompiles.known.append(kinds)
-            return
-        _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
-        began = time.perf_counter()
-        executable = self._compiler(self.step, entered, batch, in_place=self.donates)
-        seconds = time.perf_counter() - began
-        self._seconds += seconds
-        _log.info("Compiled %r in %.1f s.", self.step, seconds)
-        self._graphs.insert(0, Graph(self.step, state, batch, executable, **self._options))
+        if self.background and not is_again and self._routes.has_trace:
+            graph = self._pending.add(state, entered, batch, kinds)
+        else:
+            _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
+            began = time.perf_counter()
+            executable = self._compiler(self.step, entered, batch, in_place=self.donates)
+            seconds = time.perf_counter() - began
+            self._seconds += seconds
+            _log.info("Compiled %r in %.1f s.", self.step, seconds)
+            graph = Graph(self.step, state, batch, executable, **self._options)
+        self._graphs.insert(0, graph)
         if not is_again:
             self._recompiles.known.append(kinds)
 

@@ -14,10 +14,7 @@ from fxtrain.core._checks import (
 from fxtrain.core._cleanup import try_all
 from fxtrain.core._compiling import compiling
 from fxtrain.core._control import KINDS, Control, Flag, Logged
-from fxtrain.core._devices import device_name, wide_dtype
 from fxtrain.core._docs import args_from
-from fxtrain.core._donated import Donated, DonatedError, invalidate
-from fxtrain.core._epochs import Epoch, fractional_epoch
 from fxtrain.core._events import (
     EVENTS,
     SESSION,
@@ -44,7 +41,9 @@ from fxtrain.core._events import (
     event_of,
 )
 from fxtrain.core._formats import (
+    device_name,
     dtype_name,
+    encodable,
     escape_html,
     first_lines,
     first_names,
@@ -54,16 +53,29 @@ from fxtrain.core._formats import (
     format_scaled,
     name_of,
     pluralize,
+    printable,
+    printable_lines,
     truncate,
     truncate_middle,
 )
 from fxtrain.core._patterns import by_number, matching
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
 from fxtrain.core._pytrees import NAMESPACE, NODES, ops, register_node
-from fxtrain.core._slots import BATCH, CHANGED_AT_END, DATA, EPOCH, EVALUATED, LOOP, REWINDS, SNAPSHOTS, STOP_REASONS
-from fxtrain.core._state import Due, TrainState
-from fxtrain.core._text import encodable, printable, printable_lines
-from fxtrain.core._types import Batch, Metrics, Scalar, Tree
+from fxtrain.core._slots import (
+    BATCH,
+    CHANGED_AT_END,
+    DATA,
+    EPOCH,
+    EVALUATED,
+    LOOP,
+    REWINDS,
+    SNAPSHOTS,
+    STOP_REASONS,
+    Epoch,
+    fractional_epoch,
+)
+from fxtrain.core._state import Donated, DonatedError, Due, TrainState, invalidate
+from fxtrain.core._types import Batch, Metrics, Scalar, Tree, wide_dtype
 
 __all__ = [
     "Batch",

@@ -139,7 +139,7 @@ class Control:
 
     def __bool__(self) -> bool:
         """Whether anything is requested or logged. Tensor flags are not read."""
-        return len(self.requests) > 0 or len(self.log) > 0
+        return bool(self.requests or self.log)
 
     def __or__(self, other: Control) -> Control:
         if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -172,10 +172,9 @@ class Control:
 
     def gated(self, condition: Tensor) -> Control:
         """Returns the same requests, each also gated by ``condition`` (bool [])."""
+        # A product gates flags and the number of steps of a rewind alike.
         requests = {
-            kind: {
-                reason: condition * flag if kind == "rewind" else condition & flag for reason, flag in reasons.items()
-            }
+            kind: {reason: condition * flag for reason, flag in reasons.items()}
             for kind, reasons in self.requests.items()
         }
         log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
@@ -246,15 +245,11 @@ def _check_flag(kind: str, flag: object) -> None:
 
 
 def _unite(kind: str, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    join: Any = _largest if kind == "rewind" else _either
-    united = dict(first)
-    for reason, flag in second.items():
-        united[reason] = join(united[reason], flag) if reason in united else flag
-    return united
+    def join(a: Any, b: Any) -> Any:
+        return _largest(a, b) if kind == "rewind" else a | b
 
-
-def _either(a: Flag, b: Flag) -> Flag:
-    return a | b
+    joined = {reason: join(first[reason], flag) if reason in first else flag for reason, flag in second.items()}
+    return {**first, **joined}
 
 
 def _largest(a: int | Tensor, b: int | Tensor) -> int | Tensor:
@@ -271,15 +266,11 @@ def _by(entry: Logged) -> str:
 
 
 def _flatten(control: Control) -> tuple[list[Any], Any]:
-    requests = control.requests
-    entries = list(control.log.values())
-    children = [
-        [list(reasons.values()) for reasons in requests.values()],
-        [entry.value for entry in entries],
-        [entry.when for entry in entries],
-    ]
-    kinds = tuple((kind, tuple(reasons)) for kind, reasons in requests.items())
-    return children, (kinds, tuple((name, entry.owner) for name, entry in control.log.items()))
+    flags = [list(reasons.values()) for reasons in control.requests.values()]
+    kinds = tuple((kind, tuple(reasons)) for kind, reasons in control.requests.items())
+    entries = control.log.values()
+    names = tuple((name, entry.owner) for name, entry in control.log.items())
+    return [flags, [entry.value for entry in entries], [entry.when for entry in entries]], (kinds, names)
 
 
 def _unflatten(context: Any, children: Sequence[Tree]) -> Control:

@@ -17,7 +17,18 @@ from fxtrain.core._types import Batch, Metrics, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Microbatch:
+class _TracedEvent:
+    """The fields that all traced events have."""
+
+    step: Tensor
+    loss: Tensor
+    metrics: Metrics
+    grads: Tree
+    weight: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Microbatch(_TracedEvent):
     """Traced event: fires after the backward pass of each microbatch.
 
     Args:
@@ -29,16 +40,11 @@ class Microbatch:
         weight: float64 []. Weight of the microbatch in means, from ``fxtrain.weighted``; None if it is not used.
     """
 
-    step: Tensor
     index: int
-    loss: Tensor
-    metrics: Metrics
-    grads: Tree
-    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gradients:
+class Gradients(_TracedEvent):
     """Traced event: fires when the gradients are computed, before the optimizer.
 
     Args:
@@ -49,15 +55,9 @@ class Gradients:
         weight: float64 []. Weight of the batch in means, from ``fxtrain.weighted``; None if it is not used.
     """
 
-    step: Tensor
-    loss: Tensor
-    metrics: Metrics
-    grads: Tree
-    weight: Tensor | None = None
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Updated:
+class Updated(_TracedEvent):
     """Traced event: fires after the update, with the new state.
 
     Args:
@@ -70,13 +70,8 @@ class Updated:
         weight: As at ``Gradients``.
     """
 
-    step: Tensor
-    loss: Tensor
-    metrics: Metrics
-    grads: Tree
     updates: Tree
     skipped: Tensor
-    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

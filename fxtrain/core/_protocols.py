@@ -101,8 +101,7 @@ def _flatten(output: StepOutput) -> tuple[list[Any], None]:
 
 
 def _unflatten(_: None, children: Sequence[Tree]) -> StepOutput:
-    metrics, *others = children
-    return StepOutput(metrics, *map(_present, others))
+    return StepOutput(*map(_present, children))
 
 
 def _present(child: Tree) -> Tree:

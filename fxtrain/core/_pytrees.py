@@ -42,8 +42,7 @@ def register_node(
     NODES[cls] = (flatten, unflatten)
 
     def flatten_for_optree(node: T) -> tuple[object, ...]:
-        children, context = flatten(node)
-        return (children, context) if fields is None else (children, context, tuple(fields))
+        return (*flatten(node), fields)
 
     ops.register_pytree_node(
         cls,
@@ -52,14 +51,5 @@ def register_node(
         path_entry_type=optree.FlattenedEntry if fields is None else optree.GetAttrEntry,
         namespace=NAMESPACE,
     )
-
-    def flatten_for_torch(node: T) -> tuple[list[Tree], object]:
-        children, context = flatten(node)
-        return list(children), context
-
-    register_pytree_node(
-        cls,
-        flatten_for_torch,
-        lambda children, context: unflatten(context, list(children)),
-        f"{cls.__module__}.{cls.__qualname__}",
-    )
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    register_pytree_node(cls, flatten, lambda children, context: unflatten(context, children), name)

@@ -1,10 +1,13 @@
-"""The training state: one immutable pytree of tensors."""
+"""The training state: one immutable pytree of tensors.
+
+A state whose buffers were donated to a step is invalidated: reading it raises.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,19 +40,8 @@ class Due(NamedTuple):
     @classmethod
     def start(cls, device: torch.device | str | None = None) -> Due:
         """Returns the requests that are pending before the first step: the beginning of an epoch."""
-
-        def flag(value: bool) -> Tensor:
-            return torch.tensor(value, device=device)
-
-        return cls(
-            begin_epoch=flag(True),
-            rewind=torch.tensor(0, device=device),
-            evaluate=flag(False),
-            end_epoch=flag(False),
-            save=flag(False),
-            stop=flag(False),
-            skip_final_save=flag(False),
-        )
+        start = {"begin_epoch": True, "rewind": 0}
+        return cls(*(torch.tensor(start.get(name, False), device=device) for name in cls._fields))
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -101,13 +93,13 @@ class TrainState:
     def replace(self, **changes: object) -> Self:
         """Returns a new state with some fields replaced. Only the new values are checked."""
         for name, value in changes.items():
-            if name not in FIELDS and name != "model":
+            if name in FIELDS:
+                _refuse_non_tensors(name, value)
+            elif name != "model":
                 fields = (*FIELDS, "model")
                 raise TypeError(
                     f"expected a field of TrainState ({', '.join(fields)}), got {name!r}.{did_you_mean(name, fields)}"
                 )
-            if name != "model":
-                _refuse_non_tensors(name, value)
         return build(type(self), {**_fields(self), **changes})
 
     def with_slot(self, name: str, content: Tree) -> Self:
@@ -200,3 +192,45 @@ def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
         rest = format_bytes(sum(sizes[_SHOWN:]))
         rows = [*rows[:_SHOWN], (f"... and {len(leaves) - _SHOWN} more", "", "", rest)]
     return rows, total
+
+
+class DonatedError(RuntimeError):
+    """Raised when a state is read after its buffers were donated to a step."""
+
+
+class Donated(TrainState):
+    """A state that was donated to a step compiled with ``donate=True``. Reading any attribute raises."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        return _refuse_donated(self)
+
+    def __repr__(self) -> str:
+        return f"TrainState, donated to {self.__dict__['taker']}"
+
+    def _repr_html_(self) -> str:
+        return repr(self)
+
+
+def invalidate(state: TrainState, taker: str) -> None:
+    """Invalidates ``state`` in place: any later access through an old reference raises ``DonatedError``.
+
+    Args:
+        state: The donated state.
+        taker: The step that reuses its buffers, for the error.
+    """
+    fields = state.__dict__
+    fields.clear()
+    fields["taker"] = taker
+    object.__setattr__(state, "__class__", Donated)
+
+
+def _refuse_donated(state: TrainState) -> NoReturn:
+    raise DonatedError(
+        f"expected a live state, got one that was donated to {state.__dict__['taker']}, which reused its buffers. Use "
+        "the state that the step returned, call state.copy() before the step, or compile with donate=False."
+    )
+
+
+register_node(Donated, _refuse_donated, lambda context, children: _refuse_donated(children[0]))

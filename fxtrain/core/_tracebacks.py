@@ -9,7 +9,10 @@ import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
+
 FXTRAIN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH_FOLDER = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _INTERACTIVE = ("<doctest", "<ipython", "<stdin", "<string")
 
 
@@ -68,7 +71,7 @@ def reaches_users(error: BaseException) -> bool:
 
 def _is_of_library(filename: str) -> bool:
     path = os.path.abspath(filename)
-    return path.startswith(_packages()) and not path.startswith((FXTRAIN_FOLDER, _torch()))
+    return path.startswith(_packages()) and not path.startswith((FXTRAIN_FOLDER, _TORCH_FOLDER))
 
 
 @functools.cache
@@ -79,10 +82,3 @@ def _installed() -> tuple[str, ...]:
 @functools.cache
 def _packages() -> tuple[str, ...]:
     return tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
-
-
-@functools.cache
-def _torch() -> str:
-    import torch
-
-    return os.path.dirname(os.path.abspath(torch.__file__)) + os.sep

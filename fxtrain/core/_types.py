@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import TypeAliasType
 
@@ -22,3 +23,13 @@ Batch = TypeAliasType("Batch", Any)
 
 Metrics = TypeAliasType("Metrics", Mapping[str, Any])
 """Metrics by name: 0-d tensors, Python scalars or ``fxtrain.metrics`` values."""
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype for sums and comparisons of scalars: float64, or float32 on a device without float64.
+
+    Example:
+        >>> wide_dtype(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -3,8 +3,4 @@
 from fxtrain.diagnostics._explain import explain
 from fxtrain.diagnostics._explanation import Break, Explanation
 
-__all__ = [
-    "Break",
-    "Explanation",
-    "explain",
-]
+__all__ = ["Break", "Explanation", "explain"]

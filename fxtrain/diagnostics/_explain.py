@@ -16,12 +16,12 @@ from fxtrain._torch_internals.inductor import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
 from fxtrain.compiler._recompiles import described
 from fxtrain.compiler.lowering._executable import Run
+from fxtrain.compiler.lowering._graph_breaks import break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
 from fxtrain.data import for_step, to_device
-from fxtrain.diagnostics._breaks import break_from_error, found_by_dynamo, found_by_running, joined
-from fxtrain.diagnostics._counts import counted, trace
+from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import as_composed, attach
 from fxtrain.model import ValuesNeededError, captured_values
@@ -83,7 +83,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     # Read before the copy is donated.
     assumed, sizes = described(entered, batch), _sizes(state)
 
-    counts, breaks, graphs = None, [], 1
+    counts, breaks, graphs = Counts(), [], 1
     try:
         try:
             counts = counted(trace(pure, entered, batch))
@@ -105,7 +105,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     if calls and _is_one_graph(choice):
         seconds, first, kernels, choice = _compiled(like, state, batch, calls)
     elif calls:
-        seconds = {"uncompiled": _uncompiled(pure, state, batch, calls)}
+        seconds = {"uncompiled": float(np.median(_call(pure, state, batch, calls)[0]))}
     reads = []
     if _is_one_graph(choice):
         graphs, breaks, reads = 1, [], breaks
@@ -118,13 +118,10 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         graphs=graphs,
         breaks=joined(breaks),
         reads=joined(reads),
-        operations=counts.operations if counts else None,
+        **counts._asdict(),
         kernels=kernels,
-        flops=counts.flops if counts else None,
         state_bytes=sizes,
         batch_bytes=tree.nbytes(batch),
-        least_traffic=counts.least_traffic if counts else None,
-        most_traffic=counts.most_traffic if counts else None,
         seconds=seconds,
         first_seconds=first,
         assumed=assumed,
@@ -166,32 +163,24 @@ def _compiled(
     with warnings.catch_warnings():
         # The report contains it.
         warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")
-        first, state = _call(compiled, state, batch)
+        (first,), state = _call(compiled, state, batch, 1)
     after = kernel_count() if "inductor" in like.route else None
     written = None if before is None or after is None else after - before
-    whole_seconds: list[float] = []
-    for _ in range(_WARMUP_CALLS + calls):
-        spent, state = _call(compiled, state, batch)
-        whole_seconds.append(spent)
+    whole_seconds, _ = _call(compiled, state, batch, _WARMUP_CALLS + calls)
     whole, graph = float(np.median(whole_seconds[_WARMUP_CALLS:])), float(np.median(graph_seconds[1 + _WARMUP_CALLS :]))
     return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written, compiled._routes.choice
 
 
-def _uncompiled(step: StepFn | EvalFunction, state: TrainState, batch: Batch, calls: int) -> float:
-    spent: list[float] = []
-    for _ in range(calls):
-        seconds, state = _call(step, state, batch)
-        spent.append(seconds)
-    return float(np.median(spent))
-
-
-def _call(step: StepFn | EvalFunction, state: TrainState, batch: Batch) -> tuple[float, TrainState]:
-    """Returns the seconds that a call took, and the next state."""
+def _call(step: StepFn | EvalFunction, state: TrainState, batch: Batch, calls: int) -> tuple[list[float], TrainState]:
+    """Returns the seconds of each of several calls, and the state after them."""
     device = state.step.device
-    began = _now(device)
-    result = step(state, batch)
-    spent = _now(device) - began
-    return spent, result[0] if isinstance(result, tuple) else state
+    seconds: list[float] = []
+    for _ in range(calls):
+        began = _now(device)
+        result = step(state, batch)
+        seconds.append(_now(device) - began)
+        state = result[0] if isinstance(result, tuple) else state
+    return seconds, state
 
 
 def _now(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from fxtrain.equivalents._expressions import NoEquivalentError
 
 _FREEZE = "fx.optim.set_to_zero()"
-
-Masked = Callable[[str, str], str]
-"""Maps an expression with weight decay and a predicate to the expression that decays where the predicate holds."""
 
 
 class Group(NamedTuple):
@@ -30,13 +27,13 @@ class _Member(NamedTuple):
     ndim: int
 
 
-def partitioned(groups: list[Group], model: object, masked: Masked | None) -> str:
+def partitioned(groups: list[Group], model: object, *, has_mask: bool) -> str:
     """Returns one expression for all groups.
 
     Args:
         groups: At least one group.
         model: The module that holds the parameters, a dict of modules, or None if it is unknown.
-        masked: Adds a weight decay mask to an expression; None if the optimizer has no mask.
+        has_mask: Whether the optimizer takes a mask of the parameters that decay.
 
     Raises:
         NoEquivalentError: If the groups differ and their parameters have no names.
@@ -59,10 +56,11 @@ def partitioned(groups: list[Group], model: object, masked: Masked | None) -> st
         members[_FREEZE] = [_Member(name, -1) for name in sorted(left)]
     if len(members) <= 1:
         return next(iter(members), groups[0].expression)
-    if masked and len(members) == 2 and not left and len({group.undecayed for group in groups}) == 1:
+    if has_mask and len(members) == 2 and not left and len({group.undecayed for group in groups}) == 1:
         decayed, plain = sorted(members, key=lambda each: -decays[each])
         if decays[plain] == 0 and "fx.optim.from_torch" not in decayed:
-            return masked(decayed, _predicate(members[decayed], members[plain]))
+            predicate = _predicate(members[decayed], members[plain])
+            return f"{decayed.removesuffix(')')}, mask=lambda path, leaf: {predicate})"
     # The largest group takes all parameters that no predicate selects.
     ranked = sorted(members.items(), key=lambda item: len(item[1]))
     labels = {key: "frozen" if key == _FREEZE else f"group {index}" for index, key in enumerate(members)}

@@ -46,7 +46,7 @@ def optimizer(
             for each in (options, {**options, "weight_decay": 0.0})
         )
         groups.append(Group(expression, undecayed, cast(float, options.get("weight_decay", 0.0)), group))
-    return partitioned(groups, model, _masked if kind is torch.optim.AdamW else None)
+    return partitioned(groups, model, has_mask=kind is torch.optim.AdamW)
 
 
 def optimizer_class(kind: type) -> str:
@@ -151,18 +151,10 @@ def _is_translated(kind: type) -> bool:
     return kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Optimizer", *_REFUSED)
 
 
-def _masked(expression: str, predicate: str) -> str:
-    return f"{expression.removesuffix(')')}, mask=lambda path, leaf: {predicate})"
-
-
 def _given(kind: type, options: Mapping[str, object]) -> list[str]:
     """Returns keyword arguments for the options that differ from the class's defaults, except the learning rate."""
-    chosen = {
-        name: options[name]
-        for name, default in _defaults(kind).items()
-        if name in options and name != "lr" and name not in FOR_SPEED and options[name] != default
-    }
-    return [f"{name}={value!r}" for name, value in chosen.items()]
+    defaults = {name: value for name, value in _defaults(kind).items() if name != "lr" and name not in FOR_SPEED}
+    return [f"{name}={options[name]!r}" for name, value in defaults.items() if options.get(name, value) != value]
 
 
 def _defaults(kind: type) -> dict[str, object]:

@@ -3,8 +3,4 @@
 from fxtrain.finders._batch_size import find_batch_size
 from fxtrain.finders._learning_rate import LearningRates, find_learning_rate
 
-__all__ = [
-    "LearningRates",
-    "find_batch_size",
-    "find_learning_rate",
-]
+__all__ = ["LearningRates", "find_batch_size", "find_learning_rate"]

@@ -27,11 +27,6 @@ class LastBatch(NamedTuple):
     index: int
     checksum: int
 
-    @classmethod
-    def of(cls, read: tuple[int, Batch]) -> LastBatch:
-        """Makes one from the index and the batch."""
-        return cls(read[0], checksum(read[1]))
-
 
 class BatchReader:
     """Reads the batches of the next steps.
@@ -62,7 +57,8 @@ class BatchReader:
         """
         began = self._clock()
         if self.expected is not None:
-            self._compare(position, epoch)
+            expected, self.expected = self.expected, None
+            self._compare(expected, position, epoch)
         batches: list[Batch] = []
         is_over, self._is_over = self._is_over and position == self._end, False
         while len(batches) < count and not is_over and (epoch.length or position != self._end):
@@ -90,12 +86,13 @@ class BatchReader:
         self.last = index, batch
         return batch
 
-    def _compare(self, position: int, epoch: Epoch) -> None:
-        expected, self.expected = self.expected, None
+    def _compare(self, expected: LastBatch, position: int, epoch: Epoch) -> None:
+        """Reads the batch before ``position`` again, and warns if it differs from the expected one."""
         # At the start of an epoch, the comparison would make a stream read the whole previous epoch.
         is_near = self.data.random_access or position > epoch.start
-        if expected is not None and expected.index == epoch.data_index(position) - 1 and is_near:
-            warn_unless_repeated(self.data, expected)
+        is_repeated = is_near and expected.index == epoch.data_index(position) - 1
+        if is_repeated and checksum(self.data[expected.index]) != expected.checksum:
+            warn_of_another_batch(expected.index, "the data")
 
     def _exhausted(self, position: int) -> str:
         if position == 0:
@@ -104,9 +101,3 @@ class BatchReader:
             f"expected data for {self._wanted}, got {position} batches. Give data that can be read more than once "
             "(a list, a DataLoader, fxtrain.data.batches), or train for less."
         )
-
-
-def warn_unless_repeated(data: Source | Waits, last: LastBatch) -> None:
-    """Reads a batch again and warns if it differs from the first read."""
-    if checksum(data[last.index]) != last.checksum:
-        warn_of_another_batch(last.index, "the data")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain._torch_internals.tracing import new_fake_mode
-from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, Batch, StepBegin, TrainState, describe, did_you_mean
+from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
 from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.fold import Composed
 from fxtrain.loop._types import EvalFn, LoopStep
@@ -64,7 +64,8 @@ def check_step(step: object) -> None:
     """Raises TypeError unless ``step`` is a training step. The message says how to make one."""
     if isinstance(step, TrainState) or not callable(step):
         optimizer = isinstance(step, torch.optim.Optimizer)
-        remedy = "Make a step: fxtrain.train_step(loss_fn, tx)." if optimizer else _ORDER
+        order = "Give the arguments in this order: fit(state, step, data)."
+        remedy = "Make a step: fxtrain.train_step(loss_fn, tx)." if optimizer else order
         raise TypeError(
             f"expected a step as the second argument of fit(state, step, data), got {describe(step)}. {remedy}"
         )
@@ -171,17 +172,11 @@ def _measured(eval_step: EvalFn, state: TrainState, data: Source | None) -> list
     with contextlib.suppress(Exception):  # the first evaluation raises it again, or then finds a missing metric
         batch = to_device(data[0], state.step.device)
         pure: EvalFn | None = getattr(eval_step, "step", None)
-        # An uncompiled step runs on the batch itself, because the fake mode imports the compiler, which takes seconds.
-        return list(eval_step(state, batch).metrics) if pure is None else _measured_in_fake_mode(pure, state, batch)
+        if pure is None:  # not in the fake mode, which imports the compiler and takes seconds
+            return list(eval_step(state, batch).metrics)
+        with new_fake_mode() as mode:
+            return list(pure(tree.map(mode.from_tensor, state), map_tensors(mode.from_tensor, batch)).metrics)
     return []
-
-
-def _measured_in_fake_mode(eval_step: EvalFn, state: TrainState, batch: Batch) -> list[str]:
-    with new_fake_mode() as mode:
-        return list(eval_step(tree.map(mode.from_tensor, state), map_tensors(mode.from_tensor, batch)).metrics)
-
-
-_ORDER = "Give the arguments in this order: fit(state, step, data)."
 
 
 def _state_of(value: object) -> str:

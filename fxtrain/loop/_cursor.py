@@ -132,10 +132,6 @@ class Cursor:
         if SNAPSHOTS not in self.state.slots or self.state.slots[SNAPSHOTS].tolist() != listed:
             self.state = self.state.with_slot(SNAPSHOTS, torch.tensor(listed, device=self.state.step.device))
 
-    def forget_stop(self) -> None:
-        """Clears a handled stop, so that the state can be trained further."""
-        self.set(stop=False, skip_final_save=False)
-
     def stop(self, reason: str) -> None:
         """Requests a stop on behalf of the loop."""
         self.why = (*self.why, reason)

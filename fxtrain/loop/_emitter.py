@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from fxtrain import tree
-from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, TrainState, event_of
+from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, event_of
 from fxtrain.fold import Composed
+from fxtrain.fold._checks import same_leaves
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._plan import Plan
@@ -18,8 +19,9 @@ from fxtrain.loop._types import EventRecord, Events
 _NOTHING = Control()
 
 
+@dataclasses.dataclass
 class Emitter:
-    """Creates events with the loop's clock and counters.
+    """Creates events with the loop's clock and counters. The parts of a run share its attributes.
 
     Args:
         plan: The options of the run.
@@ -30,24 +32,21 @@ class Emitter:
         every_event: Whether to yield each event, even if nothing subscribes to it.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        callbacks: Composed,
-        now: Cursor,
-        publish: Publisher,
-        reader: BatchReader,
-        *,
-        every_event: bool,
-    ) -> None:
-        self._now, self._publish, self._reader, self._every_event = now, publish, reader, every_event
-        self._callbacks, self._steps, self._epochs, self._clock = callbacks, plan.steps, plan.epochs, plan.clock
-        self._start = plan.clock()
+    plan: Plan
+    callbacks: Composed
+    now: Cursor
+    publish: Publisher
+    reader: BatchReader
+    every_event: bool
+
+    def __post_init__(self) -> None:
+        self._steps, self._epochs, self._clock = self.plan.steps, self.plan.epochs, self.plan.clock
+        self._start = self._clock()
         self._times: dict[type[LoopEvent], float] = {}
 
     def is_seen(self, kind: type[LoopEvent]) -> bool:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
-        return self._every_event or kind in self._callbacks.table or self._publish.is_seen(kind)
+        return self.every_event or kind in self.callbacks.table or self.publish.is_seen(kind)
 
     def emit(self, kind: type[LoopEvent], **fields: object) -> Events[Control]:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
@@ -70,7 +69,7 @@ class Emitter:
         Returns:
             The items to yield, and the requests.
         """
-        now = self._now
+        now = self.now
         time = self._clock() - self._start
         event = event_of(
             kind,
@@ -84,27 +83,19 @@ class Emitter:
                 "total_epochs": self._epochs,
                 "time": time,
                 "previous_time": self._times.get(kind, 0.0),
-                "data_wait": self._reader.wait,
+                "data_wait": self.reader.wait,
                 **fields,
             },
         )
         self._times[kind] = time
-        if kind is FitEnd:
-            now.state, control = _mark_changes(self._callbacks, now.state, event)
-        else:
-            now.state, control = self._callbacks(now.state, event)
+        before = now.state
+        now.state, control = self.callbacks(before, event)
+        if kind is FitEnd and not same_leaves(before, now.state):
+            # Marked, so that no run continues from this state.
+            now.state = now.state.with_slot(CHANGED_AT_END, torch.tensor(True, device=now.state.step.device))
         if also:
             control = also | control
         if control:
             now.ask(control)
-        self._publish(now.state, event, control)
-        return ((now.state, event, control),) if self._every_event else (), control
-
-
-def _mark_changes(callbacks: Composed, state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
-    """Folds ``FitEnd``, and marks the new state if it differs, so that no run continues from it."""
-    changed, control = callbacks(state, event)
-    before, after = tree.leaves(state), tree.leaves(changed)
-    if len(before) != len(after) or any(old is not new for old, new in zip(before, after, strict=True)):
-        changed = changed.with_slot(CHANGED_AT_END, torch.tensor(True, device=state.step.device))
-    return changed, control
+        self.publish(now.state, event, control)
+        return ((now.state, event, control),) if self.every_event else (), control

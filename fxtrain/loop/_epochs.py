@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fxtrain.core import Epoch, EpochEnd, TrainState
 from fxtrain.data import Source
-from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._interrupts import Waits
 from fxtrain.loop._types import Events
@@ -61,13 +60,12 @@ class Epochs:
     """Handles the requests to end an epoch.
 
     Args:
-        now: The current state.
-        data: The data source.
         emitter: Emits ``EpochEnd``.
+        data: The data source.
     """
 
-    def __init__(self, now: Cursor, data: Source, emitter: Emitter) -> None:
-        self._now, self._data, self._emit = now, data, emitter.emit
+    def __init__(self, emitter: Emitter, data: Source) -> None:
+        self._now, self._data, self._emit = emitter.now, data, emitter.emit
         self._empty_epochs = 0  # consecutive epochs without a step
         self._step_of_last_epoch = -1
 

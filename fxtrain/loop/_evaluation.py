@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,21 +14,14 @@ from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
 from fxtrain.loop._checks import check_eval_step, check_state
-from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epochs import announce
 from fxtrain.loop._interrupts import Abandoned, Interrupts, Waits, leaving_compilation
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import EvalFn, Events
 
-
-class Measured(NamedTuple):
-    """One batch of an evaluation."""
-
-    index: int
-    batch: Batch
-    output: StepOutput
-    total: dict[str, metrics.Metric]  # mergeable metrics of all batches so far
+_Measured = tuple[int, Batch, StepOutput, dict[str, metrics.Metric]]
+"""Index of a batch, the batch, its output, and the mergeable metrics of all batches so far."""
 
 
 def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
@@ -60,8 +53,8 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
     total: dict[str, metrics.Metric] = {}
     source = as_source(data)
     declare_shapes(eval_step, source)
-    for measured in measure(state, eval_step, source):
-        total = measured.total
+    for *_, total in measure(state, eval_step, source):  # noqa: B007
+        pass
     return {name: float(value) for name, value in metrics.compute(total).items()}
 
 
@@ -87,21 +80,18 @@ class Evaluations:
     """The evaluations of a run.
 
     Args:
-        plan: The options of the run.
-        data: From ``fxtrain.data.as_source``, or None.
-        now: The current state.
         emitter: Emits ``EvalBegin``, ``EvalStep`` and ``EvalEnd``.
+        data: From ``fxtrain.data.as_source``, or None.
         interrupts: Signals, which abort an evaluation.
     """
 
-    def __init__(self, plan: Plan, data: Source | None, now: Cursor, emitter: Emitter, interrupts: Interrupts) -> None:
-        self._eval_step, self._view, self.data = plan.eval_step, plan.eval_view, data
-        self._evaluates_epochs = plan.eval_step is not None and plan.eval_when is None
-        self._now, self._emit, self._interrupts = now, emitter.emit, interrupts
+    def __init__(self, emitter: Emitter, data: Source | None, interrupts: Interrupts) -> None:
+        self._plan, self._now, self._emit = emitter.plan, emitter.now, emitter.emit
+        self._data, self._interrupts = data, interrupts
 
     def handle(self) -> Events[None]:
         """Evaluates the current state, as a callback requested."""
-        now, eval_step, data = self._now, self._eval_step, self.data
+        now, eval_step, data = self._now, self._plan.eval_step, self._data
         if eval_step is None or data is None:
             raise ValueError(
                 "expected eval_step and eval_data for an evaluation requested by a callback, got neither. Give both to "
@@ -112,8 +102,8 @@ class Evaluations:
         now.set(evaluate=False)
         yield from self._emit(EvalBegin)
         total: dict[str, metrics.Metric] = {}
-        seen = now.state if self._view is None else self._view(now.state)
-        batches = measure(seen, leaving_compilation(eval_step), self._interrupts.leaving_waits(data))
+        seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
+        batches = measure(seen, leaving_compilation(eval_step), Waits(data, self._interrupts))
         try:
             for index, batch, output, total in batches:  # noqa: B007
                 if self._interrupts.cause is not None:
@@ -134,15 +124,16 @@ class Evaluations:
 
         The last step cannot request it in data of unknown length, or if all batches after it were skipped.
         """
-        last = self._now.state.slots.get(EVALUATED)
-        return self._evaluates_epochs and (last is None or int(last["step"]) != self._now.step)
+        evaluates_epochs = self._plan.eval_step is not None and self._plan.eval_when is None
+        return evaluates_epochs and self._of_this_step() is None
 
     def metrics_of_this_step(self) -> dict[str, float]:
         """Returns the metrics of the current step's evaluation, or none if it has not been evaluated."""
+        return {name: float(value) for name, value in (self._of_this_step() or {}).items()}
+
+    def _of_this_step(self) -> dict[str, Tensor] | None:
         last = self._now.state.slots.get(EVALUATED)
-        if last is None or int(last["step"]) != self._now.step:
-            return {}
-        return {name: float(value) for name, value in last["metrics"].items()}
+        return last["metrics"] if last is not None and int(last["step"]) == self._now.step else None
 
 
 def declare_shapes(step: object, data: Source | None) -> None:
@@ -152,7 +143,7 @@ def declare_shapes(step: object, data: Source | None) -> None:
         expect(data.num_shapes)
 
 
-def measure(state: TrainState, eval_step: EvalFn, data: Source | Waits) -> Iterator[Measured]:
+def measure(state: TrainState, eval_step: EvalFn, data: Source | Waits) -> Iterator[_Measured]:
     """Evaluates one epoch of data and yields each batch with its metrics."""
     total: dict[str, metrics.Metric] = {}
     index = 0
@@ -167,12 +158,10 @@ def measure(state: TrainState, eval_step: EvalFn, data: Source | Waits) -> Itera
         output = eval_step(at, batch)
         # Metrics that merge with their own weights need no batch size.
         averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
-        weight = output.weight
-        if weight is None:
-            weight = _weight(batch, index) if averaged else 1
-        lifted = metrics.lift(output.metrics, weight)
+        weight = _weight(batch, index) if averaged and output.weight is None else output.weight
+        lifted = metrics.lift(output.metrics, 1 if weight is None else weight)
         total = metrics.merge(total, lifted) if total else lifted
-        yield Measured(index, batch, output, total)
+        yield index, batch, output, total
         index += 1
     if index == 0:
         raise ValueError("expected evaluation data with at least one batch, got none. Check what the source yields.")
@@ -187,7 +176,8 @@ def _weight(batch: Batch, index: int) -> Tensor | int:
         ValueError: If the tensors differ in their first dimension. The message names two of them.
     """
     mask = _mask(batch)
-    sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf is not mask and leaf.ndim}
+    tensors = [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    sizes = {leaf.shape[0] for leaf in tensors if leaf is not mask}
     if mask is not None and (not sizes or len(mask) in sizes):
         return mask.sum()
     examples = count_examples(batch) if mask is None else None
@@ -219,7 +209,3 @@ def _two_sizes(batch: Batch) -> str:
         if isinstance(leaf, Tensor) and leaf.ndim
     }
     return " and ".join(list(shapes.values())[:2])
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]

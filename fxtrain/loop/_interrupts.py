@@ -94,10 +94,6 @@ class Interrupts:
         elif callable(handler) and handler is not signal.default_int_handler:
             signal.raise_signal(kind)
 
-    def leaving_waits(self, data: Source) -> Waits:
-        """Returns a view of ``data`` whose reads raise ``Abandoned`` when a signal arrives."""
-        return Waits(data, self)
-
     def explains(self, error: Exception) -> bool:
         """Whether an error of the data was caused by a signal, such as one that killed DataLoader workers.
 
@@ -137,9 +133,10 @@ class Interrupts:
         """Handles a second SIGINT: restores the previous handler and raises the signal again."""
         handler = self._restore().get(kind)
         self._kind = None
+        is_interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
         # A program without a handler ends in KeyboardInterrupt, and Python then waits for the thread that writes.
         # Checkpoints are committed atomically, so ending the process during a save loses only that save.
-        if handler is signal.default_int_handler and self._is_saving() and not _is_interactive():
+        if handler is signal.default_int_handler and self._is_saving() and not is_interactive:
             _end_process(kind)
         signal.raise_signal(kind)
 
@@ -165,7 +162,7 @@ class Interrupts:
 
 
 class Waits:
-    """Data by position, whose reads a signal can abort. Made by ``Interrupts.leaving_waits``."""
+    """A view of data by position, whose reads raise ``Abandoned`` when a signal arrives."""
 
     def __init__(self, data: Source, interrupts: Interrupts) -> None:
         self._data, self._interrupts = data, interrupts
@@ -237,10 +234,6 @@ def _deliver_pending() -> None:
         *(kind.name, code, kind.name),
     )
     raise SystemExit(code)
-
-
-def _is_interactive() -> bool:
-    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def _end_process(kind: signal.Signals) -> None:

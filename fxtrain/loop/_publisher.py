@@ -61,20 +61,25 @@ class Publisher:
     """
 
     def __init__(self, observers: Observer | Iterable[Observer], history: History, device: torch.device) -> None:
-        self._observers = list(observers) if isinstance(observers, Iterable) else [observers]
-        for observer in self._observers:
+        given = list(observers) if isinstance(observers, Iterable) else [observers]
+        for observer in given:
             _check_observer(observer)
+        self._use(given)
         self._history = history
         self._on_host = device.type == "cpu"
-        self._seeing: dict[type[object], list[Callable[..., None]]] = {}
-        for observer in self._observers:
-            for kind in _events(observer):
-                self._seeing.setdefault(kind, []).append(observer)
-        self._log_observers = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
         # Both for the history.
         self._unread: list[_Published] = []
         self._sent: list[_Published] = []  # asynchronous copies to the host
         self._transfer = HostTransfer(on_host=self._on_host)
+
+    def _use(self, observers: list[Callable[..., None]]) -> None:
+        """Sets the observers. Makes new lists, because a caller may iterate over the old ones."""
+        self._observers = observers
+        self._log_observers = [observer for observer in observers if getattr(observer, "sees_logged", False)]
+        self._seeing: dict[type[object], list[Callable[..., None]]] = {}
+        for observer in observers:
+            for kind in _events(observer):
+                self._seeing.setdefault(kind, []).append(observer)
 
     def is_seen(self, kind: type[object]) -> bool:
         """Whether the history or an observer needs events of this type, even if no callback subscribes."""
@@ -183,10 +188,7 @@ class Publisher:
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):
             raise error
-        # New lists, because a caller iterates over the old ones.
-        self._observers = _without(observer, self._observers)
-        self._log_observers = _without(observer, self._log_observers)
-        self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
+        self._use([other for other in self._observers if other is not observer])
         with contextlib.suppress(Exception):
             _close(observer)
         _report(observer, f"failed at {at} and is dropped, and training continues", error)
@@ -197,10 +199,6 @@ def _report(observer: Callable[..., None], what: str, error: Exception) -> None:
     warnings.warn(
         "\n".join([f"The observer {printable(name_of(observer))} {what}.", *lines]), RuntimeWarning, stacklevel=4
     )
-
-
-def _without(observer: Callable[..., None], observers: list[Callable[..., None]]) -> list[Callable[..., None]]:
-    return [other for other in observers if other is not observer]
 
 
 def _close(observer: Callable[..., None]) -> None:

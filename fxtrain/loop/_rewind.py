@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fxtrain import tree
-from fxtrain.checkpoint import Restoration
 from fxtrain.core import LOOP, REWINDS, Rewound, TrainState
 from fxtrain.data import Source
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
@@ -41,7 +40,9 @@ class Snapshots:
     def begin(self, now: Cursor) -> None:
         """Drops listed snapshots that are not on disk, for example those of a run without a checkpointer."""
         if self._every or now.snapshots:
-            self._on_disk = set(now.snapshots) & self._list_on_disk()
+            found: set[int] = set() if self._checkpointer is None else self._checkpointer.snapshots()
+            self._may_be_on_disk = bool(found)
+            self._on_disk = found.intersection(now.snapshots)
             now.list_snapshots([step for step in now.snapshots if step in self._on_disk], self._count)
 
     def is_due(self, now: Cursor) -> bool:
@@ -50,7 +51,7 @@ class Snapshots:
 
     def retain(self, now: Cursor) -> None:
         """Retains the current state, and drops the oldest snapshot if there are too many."""
-        now.list_snapshots([*now.snapshots, now.step][-self._count :], self._count)
+        now.list_snapshots([*now.snapshots, now.step], self._count)
         state = now.state
         if self._on_host:
             state = tree.map(lambda leaf: leaf.to("cpu", copy=True), state)
@@ -61,11 +62,12 @@ class Snapshots:
 
     def save(self, listed: Sequence[int]) -> None:
         """Saves the listed snapshots that are not on disk, before the checkpoint that lists them."""
+        if self._checkpointer is None:
+            return
         for step in listed:
             if step not in self._on_disk and step in self._in_memory:
-                if self._checkpointer is not None:
-                    self._checkpointer.save(self._in_memory[step], notes=self._notes(), role="snapshot")
-                    self._may_be_on_disk = True
+                self._checkpointer.save(self._in_memory[step], notes=self._notes(), role="snapshot")
+                self._may_be_on_disk = True
                 self._on_disk.add(step)
 
     def delete_unlisted(self, listed: Sequence[int]) -> None:
@@ -78,15 +80,18 @@ class Snapshots:
 
         A snapshot is preferred to a checkpoint of the same step. Damaged ones are skipped.
         """
-        like = now.state
+        # Without the loop's slots, so that they are read from the checkpoint.
+        slots = {name: slot for name, slot in now.state.slots.items() if not name.startswith(LOOP)}
+        like, reader = now.state.replace(slots=slots), self._checkpointer
         for listed in [*sorted((s for s in now.snapshots if s <= step), reverse=True), -1]:
-            newer = self._read_checkpoint(step, like, newer_than=listed)
-            if newer is not None:
-                return newer
-            if listed in self._in_memory:
+            report = None if reader is None else reader.read_newest_until(step, like, newer_than=listed)
+            if report is None and listed in self._in_memory:
                 return tree.map(lambda leaf: leaf.to(like.step.device), self._in_memory[listed])
-            if listed in self._on_disk and (state := self._read_snapshot(listed, like)) is not None:
-                return state
+            if report is None and reader is not None and listed in self._on_disk:
+                report = reader.read_snapshot(listed, like)
+            if report is not None:
+                report.warn(stacklevel=3)
+                return CheckpointSlots.split(report.state)[0]
         return None
 
     def roll_back(self, now: Cursor) -> None:
@@ -103,37 +108,18 @@ class Snapshots:
         self._in_memory = {step: state for step, state in self._in_memory.items() if step in listed}
         self._on_disk.intersection_update(listed)
 
-    def _list_on_disk(self) -> set[int]:
-        found: set[int] = set() if self._checkpointer is None else self._checkpointer.snapshots()
-        self._may_be_on_disk = bool(found)
-        return found
-
-    def _read_checkpoint(self, step: int, like: TrainState, *, newer_than: int) -> TrainState | None:
-        """Returns the run's newest saved state with ``newer_than < its step <= step``; None if there is none."""
-        if self._checkpointer is None:
-            return None
-        return _state_of(self._checkpointer.read_newest_until(step, _without_loop(like), newer_than=newer_than))
-
-    def _read_snapshot(self, step: int, like: TrainState) -> TrainState | None:
-        """Returns the state of a snapshot; None if there is none, or if it is damaged."""
-        if self._checkpointer is None:
-            return None
-        return _state_of(self._checkpointer.read_snapshot(step, _without_loop(like)))
-
 
 class Rewinds:
     """Handles the requests to rewind.
 
     Args:
-        plan: The options of the run.
-        now: The current state.
         emitter: Emits ``Rewound``.
         snapshots: The states to rewind to.
         data: The data source.
     """
 
-    def __init__(self, plan: Plan, now: Cursor, emitter: Emitter, snapshots: Snapshots, data: Source) -> None:
-        self._plan, self._now, self._emit = plan, now, emitter.emit
+    def __init__(self, emitter: Emitter, snapshots: Snapshots, data: Source) -> None:
+        self._plan, self._now, self._emit = emitter.plan, emitter.now, emitter.emit
         self._snapshots, self._data = snapshots, data
 
     def handle(self) -> Events[None]:
@@ -170,15 +156,3 @@ class Rewinds:
         now.set(stop=due["stop"], skip_final_save=due["skip_final_save"], save=self._plan.checkpointer is not None)
         if times[to_step] > (limit := self._plan.rewind_limit):
             now.stop(f"rewound to step {to_step} {times[to_step]} times, more than rewind_limit={limit} allows")
-
-
-def _without_loop(like: TrainState) -> TrainState:
-    """Returns the state without the loop's slots, so that they are read from the checkpoint."""
-    return like.replace(slots={name: slot for name, slot in like.slots.items() if not name.startswith(LOOP)})
-
-
-def _state_of(report: Restoration | None) -> TrainState | None:
-    if report is None:
-        return None
-    report.warn(stacklevel=3)
-    return CheckpointSlots.split(report.state)[0]

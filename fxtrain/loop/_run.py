@@ -24,7 +24,7 @@ from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epochs import Epochs, begin_epochs
 from fxtrain.loop._evaluation import Evaluations, declare_shapes, evaluation_requests
 from fxtrain.loop._history import History
-from fxtrain.loop._interrupts import Interrupts
+from fxtrain.loop._interrupts import Interrupts, Waits
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._rewind import Rewinds, Snapshots
@@ -92,53 +92,28 @@ class Run:
         # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
         # has no other owner.
         now = self._now = Cursor(state if is_whole else state.copy(), lag=plan.lag, why=saved.stop_reasons)
-        waits = self._interrupts.leaving_waits(self._data)
-        reader = BatchReader(waits, state.step.device, plan.clock, plan.length)
+        reader = BatchReader(Waits(self._data, self._interrupts), state.step.device, plan.clock, plan.length)
         if saved.data is not None and self._data.has_snapshots:
             self._data.restore(now.epoch.data_index(now.position), saved.data)
         else:
             reader.expected = saved.batch
-        emitter = Emitter(plan, self._callbacks, now, self._publish, reader, every_event=every_event)
+        emitter = Emitter(plan, self._callbacks, now, self._publish, reader, every_event)
         donates = self._step is not given or getattr(given, "donates", False)
         self._emit = emitter.emit
         self._snapshots = Snapshots(plan, copied=donates, notes=self._checkpoints.notes)
-        self._rewinds = Rewinds(plan, now, emitter, self._snapshots, self._data)
-        self._evaluations = Evaluations(plan, self._eval_data, now, emitter, self._interrupts)
-        self._epochs = Epochs(now, self._data, emitter)
-        self._saves = Saves(
-            self._checkpoints,
-            self._snapshots,
-            now,
-            emitter,
-            publish=self._publish,
-            reader=reader,
-            data=self._data,
-            evaluations=self._evaluations,
-        )
-        self._steps = Steps(
-            plan,
-            self._step,
-            self._data,
-            now,
-            emitter,
-            publish=self._publish,
-            reader=reader,
-            interrupts=self._interrupts,
-            checkpoints=self._checkpoints,
-        )
+        self._rewinds = Rewinds(emitter, self._snapshots, self._data)
+        self._evaluations = Evaluations(emitter, self._eval_data, self._interrupts)
+        self._epochs = Epochs(emitter, self._data)
+        self._saves = Saves(emitter, self._checkpoints, self._snapshots, self._evaluations, self._data)
+        self._steps = Steps(emitter, self._step, self._data, self._interrupts, self._checkpoints)
         self.reason = ""
         self.exit_code = 0
-        self._continue_from: TrainState | None = None  # not the state from the start, which a step donates
+        self.continue_from: TrainState  # the state before `FitEnd`, set there
 
     @property
     def state(self) -> TrainState:
         """The current state."""
         return self._now.state
-
-    @property
-    def continue_from(self) -> TrainState:
-        """The state before ``FitEnd``; the current state until then."""
-        return self.state if self._continue_from is None else self._continue_from
 
     def events(self) -> Events[None]:
         """Runs the session and yields its events in order."""
@@ -255,8 +230,8 @@ class Run:
         # The final checkpoint keeps the stop, so resuming a finished run does nothing. The state in memory does not, so
         # it can be trained further.
         now.read_flags()
-        now.forget_stop()
-        self._continue_from = now.state
+        now.set(stop=False, skip_final_save=False)
+        self.continue_from = now.state
         yield from self._emit(FitEnd, reason=self.reason)
 
     def _after_error(self, error: Exception) -> Events[None]:

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from fxtrain.core import Control, EpochEnd, FitEnd, TrainState
 from fxtrain.data import Source
-from fxtrain.data._padded import Padding
 from fxtrain.fold import Handler, on
 
 
-@runtime_checkable
-class CompiledStep(Protocol):
-    """A step that counts its compilations."""
-
-    graphs: int
-    seconds: float
-    background: bool
-    pending: int
-    uncompiled_steps: int
-
-
-@runtime_checkable
-class CountsPadding(Protocol):
-    """A source that measures the padding of each epoch."""
-
-    def padding(self, epoch: int) -> Padding: ...
-
-
-def run_statistics(step: object, data: Source) -> list[Handler]:
+def run_statistics(step: Any, data: Source) -> list[Handler]:
     """Returns callbacks that publish statistics of a step and its data. Nothing is measured on a device.
 
     - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the number of graphs of a compiled step, and the time
@@ -43,7 +24,7 @@ def run_statistics(step: object, data: Source) -> list[Handler]:
         data: A data source.
     """
     found = list[Handler]()
-    if isinstance(step, CompiledStep):
+    if hasattr(step, "uncompiled_steps"):
 
         def compilation(state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
             log = {"compile/graphs": step.graphs, "compile/seconds": step.seconds}
@@ -52,7 +33,9 @@ def run_statistics(step: object, data: Source) -> list[Handler]:
             return state, Control(log=log)
 
         found.append(on(FitEnd, compilation))
-    source = _counting_padding(data)
+    source: Any = data
+    while source is not None and not hasattr(source, "padding"):
+        source = getattr(source, "source", None)  # the source that it wraps
     if source is not None:
 
         def padding(state: TrainState, event: EpochEnd) -> tuple[TrainState, Control]:
@@ -60,10 +43,3 @@ def run_statistics(step: object, data: Source) -> list[Handler]:
 
         found.append(on(EpochEnd, padding))
     return found
-
-
-def _counting_padding(data: object) -> CountsPadding | None:
-    """Returns the source that counts padding, which may be wrapped by other sources; None if there is none."""
-    while data is not None and not isinstance(data, CountsPadding):
-        data = getattr(data, "source", None)
-    return data

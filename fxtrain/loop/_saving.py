@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from fxtrain.checkpoint import Checkpointer, Committed, Restoration, Role, Save
 from fxtrain.core import Saved, TrainState
 from fxtrain.data import Source
-from fxtrain.loop._batches import BatchReader, LastBatch
+from fxtrain.data._batch_checks import checksum
+from fxtrain.loop._batches import LastBatch
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
-from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._evaluation import Evaluations
-from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._rewind import Snapshots
 from fxtrain.loop._types import Events, LoopStep
 
@@ -35,9 +34,9 @@ class Checkpoints:
         self._resumes = False
         self._compiled_by: str | None = None  # compile mode of the restored state, until the step has compiled
         # Weak references, because a step donates only states without other references.
-        self._handed: Callable[[], TrainState | None] = _nothing
+        self._handed: Callable[[], TrainState | None] = lambda: None
         self._save: Save | None = None  # save of the state in `_handed`
-        self._on_disk: Callable[[], TrainState | None] = _nothing
+        self._on_disk: Callable[[], TrainState | None] = lambda: None
 
     def restored(self, like: TrainState) -> Restoration | None:
         """Returns the newest saved state, or None if there is none."""
@@ -60,13 +59,7 @@ class Checkpoints:
         """Records that the state was read from the newest checkpoint."""
         self._on_disk = weakref.ref(state)
 
-    def save(
-        self,
-        state: TrainState,
-        metrics: Mapping[str, float],
-        role: Role,
-        slots: CheckpointSlots,
-    ) -> None:
+    def save(self, state: TrainState, metrics: Mapping[str, float], role: Role, slots: CheckpointSlots) -> None:
         """Starts a save. The state may be donated afterwards.
 
         Args:
@@ -131,11 +124,6 @@ class Checkpoints:
                 stacklevel=3,
             )
 
-    @property
-    def exist(self) -> bool:
-        """Whether the run has a checkpointer."""
-        return self.checkpointer is not None
-
     def close(self) -> None:
         """Closes the checkpointer, so that other runs can write to the folder."""
         if self.checkpointer is not None:
@@ -146,30 +134,18 @@ class Saves:
     """Handles the requests to save.
 
     Args:
+        emitter: Emits ``Saved``, and has the observers, which are flushed before a save.
         checkpoints: The checkpoints of the run.
         snapshots: The snapshots that are saved with a checkpoint.
-        now: The current state.
-        emitter: Emits ``Saved``.
-        publish: The observers, which are flushed before a save.
-        reader: The batches.
-        data: The data source.
         evaluations: The evaluations, whose metrics are saved.
+        data: The data source.
     """
 
     def __init__(
-        self,
-        checkpoints: Checkpoints,
-        snapshots: Snapshots,
-        now: Cursor,
-        emitter: Emitter,
-        *,
-        publish: Publisher,
-        reader: BatchReader,
-        data: Source,
-        evaluations: Evaluations,
+        self, emitter: Emitter, checkpoints: Checkpoints, snapshots: Snapshots, evaluations: Evaluations, data: Source
     ) -> None:
-        self._checkpoints, self._snapshots, self._now, self._emit = checkpoints, snapshots, now, emitter.emit
-        self._publish, self._reader, self._data, self._evaluations = publish, reader, data, evaluations
+        self._now, self._publish, self._reader, self._emit = emitter.now, emitter.publish, emitter.reader, emitter.emit
+        self._checkpoints, self._snapshots, self._evaluations, self._data = checkpoints, snapshots, evaluations, data
 
     def handle(self) -> Events[None]:
         """Saves the current state, as a callback requested."""
@@ -182,14 +158,14 @@ class Saves:
         now = self._now
         self._publish.flush(now.step)
         self._snapshots.save(now.snapshots)
-        slots = self._slots() if self._checkpoints.exist else CheckpointSlots()
+        slots = self._slots() if self._checkpoints.checkpointer is not None else CheckpointSlots()
         self._checkpoints.save(now.state, self._evaluations.metrics_of_this_step(), role, slots)
         self._snapshots.delete_unlisted(now.snapshots)
 
     def _slots(self) -> CheckpointSlots:
         now, last = self._now, self._reader.last
         return CheckpointSlots(
-            batch=None if last is None else LastBatch.of(last),
+            batch=None if last is None else LastBatch(last[0], checksum(last[1])),
             data=self._data.snapshot(now.epoch.data_index(now.position)),
             stop_reasons=now.why if now.due["stop"] else (),
         )
@@ -206,7 +182,3 @@ class Saves:
         """Emits ``Saved`` for each checkpoint committed since the last call."""
         for step, path, measured in self._checkpoints.news(wait=wait):
             yield from self._emit(Saved, step=step, path=str(path), metrics=measured)
-
-
-def _nothing() -> None:
-    """A weak reference to no state."""

@@ -1,4 +1,4 @@
-"""Steps: reads a batch, takes the step, and folds its events, until a request is due.
+"""Steps: reads a batch, takes one step or several per dispatch, and folds the events, until a request is due.
 
 No local variable may reference a state across a step, because a step copies a state with other references before it
 donates the state.
@@ -7,20 +7,20 @@ donates the state.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
-from fxtrain.core import Batch, Control, EpochBegin, StepBegin, StepEnd, StepOutput, Tree
+from fxtrain import tree
+from fxtrain.core import Batch, Control, Epoch, EpochBegin, StepBegin, StepEnd, StepOutput, TrainState, Tree
 from fxtrain.data import Source
 from fxtrain.fold import as_composed
-from fxtrain.loop._batches import BatchReader
-from fxtrain.loop._cursor import Cursor
-from fxtrain.loop._dispatch import Dispatch
 from fxtrain.loop._emitter import Emitter
-from fxtrain.loop._interrupts import Abandoned, Interrupts
+from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
 from fxtrain.loop._plan import Plan
-from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._saving import Checkpoints
 from fxtrain.loop._types import EventRecord, Events, LoopStep
+from fxtrain.step import take_steps
+
+_Many = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Sequence[StepOutput]]]
 
 _NOTHING = Control()
 
@@ -29,33 +29,19 @@ class Steps:
     """Takes the steps of a run.
 
     Args:
-        plan: The options of the run.
+        emitter: Emits ``EpochBegin``, ``StepBegin`` and ``StepEnd``.
         step: The step.
         data: The data source.
-        now: The current state.
-        emitter: Emits ``EpochBegin``, ``StepBegin`` and ``StepEnd``.
-        publish: The observers.
-        reader: The batches.
         interrupts: Signals, which end a sequence of steps.
         checkpoints: The saves under way, whose end is reported between two steps.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        step: LoopStep,
-        data: Source,
-        now: Cursor,
-        emitter: Emitter,
-        *,
-        publish: Publisher,
-        reader: BatchReader,
-        interrupts: Interrupts,
-        checkpoints: Checkpoints,
+        self, emitter: Emitter, step: LoopStep, data: Source, interrupts: Interrupts, checkpoints: Checkpoints
     ) -> None:
-        self._plan, self._data, self._now, self._emitter = plan, data, now, emitter
-        self._publish, self._reader, self._interrupts, self._checkpoints = publish, reader, interrupts, checkpoints
-        self._dispatch = Dispatch(step, data, steps=plan.steps, snapshot_every=plan.snapshot_every)
+        self._plan, self._now, self._publish, self._reader = emitter.plan, emitter.now, emitter.publish, emitter.reader
+        self._emitter, self._data, self._interrupts, self._checkpoints = emitter, data, interrupts, checkpoints
+        self._dispatch = _Dispatch(step, data, emitter.plan)
         self._in_step = as_composed(step).traced_slots
         self._epochs_differ = data.has_variable_epochs
         self._end: int | None = None  # data position at which the current epoch ends
@@ -170,3 +156,52 @@ class Steps:
             return now.step + 1
         limit = math.inf if self._plan.steps is None else self._plan.steps
         return min(limit, now.step - now.step % every + every) if every else limit
+
+
+class _Dispatch:
+    """Takes one step, or ``steps_per_call`` steps, per dispatch.
+
+    Args:
+        step: A step, compiled or not.
+        data: From ``fxtrain.data.as_source``.
+        plan: The options of the run.
+    """
+
+    def __init__(self, step: LoopStep, data: Source, plan: Plan) -> None:
+        self._steps_per_call: int = getattr(step, "steps_per_call", 1)
+        self._one = leaving_compilation(step)
+        many: _Many | None = getattr(step, "multi_step", None)
+        self._many = None if many is None else leaving_compilation(many)
+        self._may_differ: bool = data.num_shapes != 1 or data.dynamic_dims > 0
+        self._data, self._plan = data, plan
+
+    def length(self, step: int, position: int, epoch: Epoch) -> int:
+        """Returns how many steps to take in the next dispatch."""
+        count = self._steps_per_call
+        if count == 1:
+            return 1
+        steps, every = self._plan.steps, self._plan.snapshot_every
+        if not epoch.length and self._data.has_snapshots:
+            # The epoch may end at any batch, and the iterator state of the data would be ahead of the steps.
+            return 1
+        fits = (
+            (steps is None or step + count <= steps)
+            and (not epoch.length or position - epoch.start + count <= epoch.length)
+            and (not every or step // every == (step + count - 1) // every)
+        )
+        return count if fits else 1
+
+    def take(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
+        """Takes one step per batch. In a multi-step dispatch, outputs after a stop are invalid."""
+        if (
+            self._many is not None
+            and 1 < len(batches) == self._steps_per_call
+            and (not self._may_differ or _are_alike(batches))
+        ):
+            return self._many(state, batches)
+        # A single batch, the last batches of the data, or batches of several shapes.
+        return take_steps(self._one, state, batches)
+
+
+def _are_alike(batches: Sequence[Batch]) -> bool:
+    return len({tuple(getattr(leaf, "shape", None) for leaf in tree.leaves(batch)) for batch in batches}) == 1

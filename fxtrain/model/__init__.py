@@ -6,15 +6,14 @@ from fxtrain.model._first_call_checks import ValuesNeededError
 from fxtrain.model._freezing import with_trainable
 from fxtrain.model._host_seeding import UnseededError
 from fxtrain.model._init import init
-from fxtrain.model._loading import LoadReport
 from fxtrain.model._model import Model, model_of
+from fxtrain.model._model_calls import forward_wrapped_by
 from fxtrain.model._outside_values import CapturedStateError
 from fxtrain.model._parameter_trees import CallResult
-from fxtrain.model._state_dict import load_state_dict, state_dict
+from fxtrain.model._state_dict import LoadReport, load_state_dict, state_dict
+from fxtrain.model._tensor_access import refuse_in_place_writes, versions
 from fxtrain.model._types import Modules, StateDict, Transforms
-from fxtrain.model._version_counters import refuse_in_place_writes, versions
 from fxtrain.model._view import View, view
-from fxtrain.model._wrapped_forward import forward_wrapped_by
 
 __all__ = [
     "CapturedStateError",

@@ -7,7 +7,7 @@ import functools
 import operator
 import types
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -51,9 +51,10 @@ class AttributeSnapshot:
             if (state := host.state_of(part)) is not None:
                 self.generators.append((path, part, state))
                 continue
-            values = _container_of(part)
-            if values is not part:
-                self._slots += [(part, _slots(part))] if _slots(part) else []
+            # The container of the part's contents: the part itself, or its ``__dict__``.
+            values = part if _is_container(part) else getattr(part, "__dict__", None)
+            if values is not part and (slots := _slots(part)):
+                self._slots.append((part, slots))
             if isinstance(values, dict | list | set | collections.deque):
                 self.containers.append(values)
                 self._keep(values)
@@ -160,9 +161,8 @@ def _walk(
         seen.add(id(part))
         yield path, part
         if _is_walked(part, owned):
-            todo += [child for child in _children(path, part) if _is_walked(child[1], owned) or _is_kept(child[1])][
-                ::-1
-            ]
+            children = list(_children(path, part))[::-1]
+            todo += [child for child in children if _is_walked(child[1], owned) or _is_kept(child[1])]
         if with_tensors and isinstance(part, nn.Module):
             for name in _TENSOR_ATTRIBUTES:
                 yield f"{path}.{name}", vars(part)[name]
@@ -212,23 +212,13 @@ def _is_kept(value: object) -> bool:
     return isinstance(value, Tensor) or host.state_of(value) is not None
 
 
-def _container_of(part: object) -> object:
-    """Returns the container of a part's contents: the part itself, or its ``__dict__``."""
-    return part if _is_container(part) else getattr(part, "__dict__", None)
-
-
 def _slots(part: object) -> dict[str, object]:
     if _is_container(part) or isinstance(part, nn.Module | types.MethodType | functools.partial):
         return {}
-    names = [name for cls in type(part).__mro__ for name in _names(cls.__dict__.get("__slots__", ()))]
-    return {name: getattr(part, name) for name in names if name not in _IGNORED_SLOTS and hasattr(part, name)}
-
-
-_IGNORED_SLOTS = ("__dict__", "__weakref__")
-
-
-def _names(slots: str | Iterable[str]) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+    declared = [cls.__dict__.get("__slots__", ()) for cls in type(part).__mro__]
+    names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
+    ignored = ("__dict__", "__weakref__")
+    return {name: getattr(part, name) for name in names if name not in ignored and hasattr(part, name)}
 
 
 def _frozen(value: object) -> object:

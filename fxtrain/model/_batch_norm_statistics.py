@@ -45,7 +45,9 @@ def recompute_statistics(
     model, buffers = model_of(state), state.buffers
 
     def counting(modules: Tree, batch: Batch, first: bool) -> object:
-        for norm in _batch_norms(modules):
+        roots = [leaf for leaf in tree.leaves(modules) if isinstance(leaf, nn.Module)]
+        norms: list[Any] = [norm for root in roots for norm in batch_norms(root) if norm.training]
+        for norm in norms:
             # None selects a cumulative mean. The attribute is restored after the call.
             norm.momentum = None
             if first:
@@ -59,8 +61,3 @@ def recompute_statistics(
     if index < 0:
         raise ValueError("expected at least one batch, got none. Give some of the training data.")
     return state.replace(buffers=buffers)
-
-
-def _batch_norms(modules: Tree) -> list[Any]:
-    roots = [leaf for leaf in tree.leaves(modules) if isinstance(leaf, nn.Module)]
-    return [module for root in roots for module in batch_norms(root) if module.training]

@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import time
-import types
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,7 +61,7 @@ def clock_reads(function: Callable[..., object]) -> Iterator[list[str]]:
         (vars(datetime), "datetime", named[datetime.datetime]),
         (vars(random), "Random", named[random.Random]),
         (vars(os), "urandom", urandom),
-        *((names, "_urandom", urandom) for names in (vars(random),) if "_urandom" in names),
+        (vars(random), "_urandom", urandom),
     ]
     before = [names[name] for names, name, _ in changes]
     try:
@@ -127,22 +127,19 @@ def _watched_random(note: Callable[[], None]) -> Any:
 
 def _caller() -> str | None:
     """Returns ``file:line`` of the calling code, or None if it is not the user's."""
-    frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    if frame is None or not is_of_users(frame.f_code.co_filename):
-        return None
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    for frame, line in traceback.walk_stack(sys._getframe(2)):
+        file = frame.f_code.co_filename
+        if file != __file__:
+            return f"{file}:{line}" if is_of_users(file) else None
+    return None
 
 
 def _caller_behind_library() -> str | None:
     """Returns ``file:line`` of user code that calls through the standard library only, as with ``secrets``, or None."""
-    frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None:
+    for frame, line in traceback.walk_stack(sys._getframe(2)):
         file = frame.f_code.co_filename
         if is_of_users(file):
-            return f"{file}:{frame.f_lineno}"
+            return f"{file}:{line}"
         if "site-packages" in file or (file == __file__ and frame.f_code.co_name != "urandom"):
             return None
-        frame = frame.f_back
     return None

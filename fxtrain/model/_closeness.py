@@ -36,15 +36,13 @@ def are_close(ours: Tree, theirs: Tree, *, unit: float = 0.0, integers: bool = T
         >>> are_close([torch.tensor(1.0)], [torch.tensor(1.5)])
         False
     """
-    pairs = list(tensors_in(ours)), list(tensors_in(theirs))
-    if len(pairs[0]) != len(pairs[1]):
-        return False
-    if any(one.shape != two.shape or one.dtype != two.dtype for one, two in zip(*pairs, strict=True)):
+    ones, twos = list(tensors_in(ours)), list(tensors_in(theirs))
+    if [(leaf.shape, leaf.dtype) for leaf in ones] != [(leaf.shape, leaf.dtype) for leaf in twos]:
         return False
     try:
         with without_dispatch_modes(), torch.no_grad():
-            largest = max((_size(two) for two in pairs[1]), default=0.0)
-            return all(_is_close(*pair, unit, largest, integers) for pair in zip(*pairs, strict=True))
+            largest = max(map(_size, twos), default=0.0)
+            return all(_is_close(*pair, unit, largest, integers) for pair in zip(ones, twos, strict=True))
     except RuntimeError:  # Batched by vmap.
         return True
 
@@ -67,10 +65,8 @@ def tensors_in(value: Tree, depth: int = 0) -> Iterator[Tensor]:
 
 
 def _parts(leaf: object) -> list[Tree]:
-    if isinstance(leaf, Mapping):
-        return list(leaf.values())
-    if isinstance(leaf, list | tuple):
-        return list(leaf)
+    if isinstance(leaf, Mapping | list | tuple):
+        return list(leaf.values() if isinstance(leaf, Mapping) else leaf)
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         return [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
     return []

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import types
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from fxtrain.core import Tree, describe
 from fxtrain.model._attribute_snapshots import are_alike
 from fxtrain.model._closeness import are_close
 from fxtrain.model._meta_modules import DELETED, MetaModules
-from fxtrain.model._tensor_reads import TensorReads
+from fxtrain.model._tensor_access import TensorReads
 
 # Maximum number of attributes named in an error.
 _MAX_NAMED = 3
@@ -92,11 +95,11 @@ def refuse_hidden_state(
     except (torch.OutOfMemoryError, MemoryError):
         return
     except Exception as error:
-        raise refusal(changed, before, first, {}, f"a second call then raises {error!r}") from error
+        raise refusal(changed, (before, first), f"a second call then raises {error!r}") from error
     moved = _changed(first, second, reads.found)
     moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
     if moved:
-        raise refusal(moved, before, first, second, "")
+        raise refusal(moved, (before, first, second))
     if is_traced() and compared:
         return
     if is_traced():
@@ -105,7 +108,7 @@ def refuse_hidden_state(
             f"{', '.join(changed[:_MAX_NAMED])}, got a trace. Call the step once uncompiled before tracing it."
         )
     if not are_close(output, repeated, unit=1.0, integers=False):
-        raise refusal(changed, before, first, second, "a second call then returns another result")
+        raise refusal(changed, (before, first, second), "a second call then returns another result")
 
 
 def refuse_new_parameters(who: str, template: MetaModules, tensors: dict[str, Tensor], names: Collection[str]) -> None:
@@ -154,11 +157,10 @@ def hooks_error(paths: Iterable[str]) -> NotImplementedError:
 
 
 def _changed(before: dict[str, object], after: dict[str, object], read: Collection[int] = ()) -> list[str]:
-    missing = _Missing
     return [
         path
         for path in dict.fromkeys((*before, *after))
-        if not are_alike(after.get(path, missing), before.get(path, missing), read)
+        if not are_alike(after.get(path, _Missing), before.get(path, _Missing), read)
     ]
 
 
@@ -167,22 +169,15 @@ class _Missing:
 
 
 def _refusal(
-    who: str,
-    buffers: frozenset[str],
-    paths: list[str],
-    before: dict[str, object],
-    first: dict[str, object],
-    second: dict[str, object],
-    also: str,
+    who: str, buffers: frozenset[str], paths: list[str], values: Sequence[dict[str, object]], also: str = ""
 ) -> RuntimeError:
     def change(path: str) -> str:
-        values = [_shown(values[path]) if path in values else "missing" for values in (before, first)]
-        third = f", {_shown(second[path]) if path in second else 'missing'} after a second one" if second else ""
-        return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
+        shown = [_shown(each[path]) if path in each else "missing" for each in values]
+        times = "before a call", "after it", "after a second one"
+        return f"{path} ({', '.join(map(' '.join, zip(shown, times, strict=False)))})"
 
-    named = "; ".join(map(change, paths[:_MAX_NAMED])) + (
-        f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
-    )
+    named = "; ".join(map(change, paths[:_MAX_NAMED]))
+    named += f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
     named += f": {also}" if also else ""
     if not buffers.isdisjoint(paths):
         return RuntimeError(
@@ -220,3 +215,68 @@ def refusing_meta_reads(who: str, empty: Mapping[int, str]) -> Iterator[None]:
             f"expected {who} to read parameters and buffers from their modules, got {empty[min(reads.found)]} through "
             "another reference, which has no values. Read it as an attribute of its module."
         )
+
+
+class CheckedFunctions:
+    """Records which user functions have run a model, and whether they took random samples on the host.
+
+    Functions that a step creates at each call are recognized by their code after a few calls.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, tuple[Callable[[], Any], bool]] = {}
+        self._codes: dict[Any, tuple[int, bool]] = {}
+
+    def samples_on_host(self, function: Callable[..., object]) -> bool | None:
+        """Returns whether calls sample from Python's or numpy's generator, or None before the first call."""
+        key, part = _identity(function)
+        alive, samples_on_host = self._seen.get(key, (None, False))
+        if alive is not None and alive() is part:
+            return samples_on_host
+        count, samples_on_host = self._codes.get(_code(function), (0, False))
+        return samples_on_host if count >= _MAX_CHECKED_PER_CODE else None
+
+    def has_seen_like(self, function: Callable[..., object]) -> bool:
+        """Returns whether a function with the same code has passed."""
+        return _code(function) in self._codes
+
+    def add(self, function: Callable[..., object], *, samples_on_host: bool = False) -> None:
+        """Records that a call has passed.
+
+        Args:
+            function: The function that was called.
+            samples_on_host: Whether it sampled from Python's or numpy's generator.
+        """
+        key, part = _identity(function)
+        if len(self._seen) >= _MAX_ENTRIES:
+            self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
+        self._seen[key] = _reference(part), samples_on_host
+        count, sampled = self._codes.get(_code(function), (0, False))
+        self._codes[_code(function)] = count + 1, sampled or samples_on_host
+
+
+# Number of functions with the same code that are checked.
+_MAX_CHECKED_PER_CODE = 8
+# Number of entries at which those of deleted functions are dropped.
+_MAX_ENTRIES = 64
+
+
+def _reference(part: object) -> Callable[[], Any]:
+    try:
+        return weakref.ref(part)
+    except TypeError:
+        return lambda: part
+
+
+def _identity(function: Callable[..., object]) -> tuple[Hashable, object]:
+    """Returns a key, and the object whose lifetime limits it. Bound methods are recreated at each access."""
+    if isinstance(function, types.MethodType):
+        return (id(function.__self__), function.__func__), function.__self__
+    return id(function), function
+
+
+def _code(function: Callable[..., object]) -> Hashable:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))

@@ -65,10 +65,6 @@ def with_trainable(state: TrainState, tx: Transforms, parameters: str | Sequence
     return state.replace(model=narrowed, opt_state=opt_state)
 
 
-def _is_differentiable(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() or leaf.is_complex()
-
-
 def _with_old_values(old: Tree, fresh: Tree) -> Tree:
     """Returns the fresh optimizer state, with values of the old one wherever they fit."""
     if isinstance(fresh, PerParameter):
@@ -101,7 +97,8 @@ def refuse_shared_counts(node: Tree, fresh: set[int], caller: str, remedy: str, 
         refuse_shared_counts(child, fresh, caller, remedy, f"{path}{as_code((key,))}")
     fields: dict[Any, Any] = node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, dict) else {}
     names: tuple[Any, ...] = getattr(type(node), "SHARED_COUNTS", tuple(fields))
-    counts = [count for name in names if isinstance(count := fields.get(name), Tensor) and _is_count(count)]
+    named = [fields.get(name) for name in names]
+    counts = [count for count in named if isinstance(count, Tensor) and not _is_differentiable(count)]
     if not any(bool(count.any()) for count in counts):
         return
     for name, subtree in fields.items():
@@ -122,5 +119,5 @@ def refuse_shared_counts(node: Tree, fresh: set[int], caller: str, remedy: str, 
 _INNER_STATE_FIELDS = ("inner_state", "inner_states")
 
 
-def _is_count(leaf: Tensor) -> bool:
-    return not leaf.is_floating_point() and not leaf.is_complex()
+def _is_differentiable(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()

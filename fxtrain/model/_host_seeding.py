@@ -12,7 +12,6 @@ from fxtrain.model._captured_values import captured_values
 from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import Key
 from fxtrain.rng import _host_generators as host
-from fxtrain.rng._host_generators import host_seed
 
 
 class UnseededError(RuntimeError):
@@ -55,7 +54,7 @@ class HostSeeding:
     def __init__(
         self, key: Key, function: Callable[..., object], *, compare: bool, generators: Iterable[tuple[str, object]] = ()
     ) -> None:
-        self._seed, self._function, self._who = host_seed(key), function, name_of(function)
+        self._seed, self._function, self._who = host.host_seed(key), function, name_of(function)
         self._compare = compare or self._seed is None
         self._generators = list(generators)
         self.sampled = False
@@ -73,8 +72,7 @@ class HostSeeding:
             for (name, generator), state in zip(self._generators, states, strict=True):
                 if host.state_of(generator) != state:
                     kind = type(generator).__name__
-                    what = f"samples from {name} ({kind}), which depend on earlier samples"
-                    raise _refusal(self._who, what)
+                    raise _refusal(self._who, f"samples from {name} ({kind}), which depend on earlier samples")
             moved = host.moved(before)
             self.sampled = bool(moved)
             if moved and self._seed is None:

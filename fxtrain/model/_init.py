@@ -119,30 +119,26 @@ def _refuse_other_leaves(model: Modules) -> None:
             raise TypeError(
                 f"expected modules with known shapes, got lazy parameters in {path}. Run it once on a batch first."
             )
-        if isinstance(leaf, torch.jit.ScriptModule) or hasattr(leaf, "_orig_mod"):
-            raise TypeError(
-                f"expected uncompiled modules, got a compiled one ({type(leaf).__name__}) at {path}. Give the original "
-                "module, and compile the step: fxtrain.compile(step)."
-            )
         for name, part in leaf.named_modules():
-            _refuse_wrapper(f"{path}.{name}" if name else path, part)
+            place = f"{path}.{name}" if name else path
+            if isinstance(part, torch.jit.ScriptModule) or (part is leaf and hasattr(leaf, "_orig_mod")):
+                raise TypeError(
+                    f"expected uncompiled modules, got a compiled one ({type(part).__name__}) at {place}. Give the "
+                    "original module, and compile the step: fxtrain.compile(step)."
+                )
+            _refuse_distributed(place, part)
 
 
 _DISTRIBUTED_CLASSES = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
-def _refuse_wrapper(path: str, module: nn.Module) -> None:
-    """Raises for wrappers that distribute a module, and for TorchScript modules."""
+def _refuse_distributed(path: str, module: nn.Module) -> None:
+    """Raises for wrappers that distribute a module."""
     found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _DISTRIBUTED_CLASSES), None)
     if found is not None:
         itself = "without fully_shard" if found == "FSDPModule" else "itself, the .module of the wrapper"
         raise TypeError(
             f"expected modules that are not distributed, got {path}, made by {found}. Give the module {itself}."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"expected uncompiled modules, got {path}, compiled by torch.jit ({type(module).__name__}). Give the "
-            "original module, and compile the step: fxtrain.compile(step)."
         )
 
 

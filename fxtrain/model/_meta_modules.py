@@ -73,7 +73,7 @@ class MetaModules:
         self._buffers = [(name, own_buffers(module)) for name, module in root.named_modules()]
         # One entry for each slot. functional_call's own tying would fill a module with two names twice.
         self.slots = {
-            f"{prefix}.{key}" if prefix else key: names[id(value)]
+            f"{prefix}.{key}": names[id(value)]
             for prefix, module in root.named_modules()
             for named in (own_parameters(module), own_buffers(module))
             for key, value in named.items()
@@ -204,12 +204,8 @@ class MetaModules:
         root = copy.deepcopy(self.root, memo)
         return MetaModules(root, frozenset(id(memo[part]) for part in self._owned if part in memo), self._paths)
 
-    def __getstate__(self) -> tuple[nn.Module, dict[str, str]]:
-        return self.root, self._paths
-
-    def __setstate__(self, state: tuple[nn.Module, dict[str, str]]) -> None:
-        root, paths = state
-        self.__init__(root, frozenset(), paths)
+    def __reduce__(self) -> tuple[type[MetaModules], tuple[nn.Module, frozenset[int], dict[str, str]]]:
+        return MetaModules, (self.root, frozenset(), self._paths)
 
 
 def on_meta_device(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
@@ -219,11 +215,11 @@ def on_meta_device(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
         TypeError: If the module cannot be copied.
     """
     # Meta tensors in deepcopy's memo take the place of the weights, so that these are not copied.
-    memo: dict[int, Any] = {}
-    for parameter in root.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in root.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for parameter in root.parameters()
+    }
+    memo |= {id(buffer): buffer.detach().to("meta") for buffer in root.buffers()}
     for _, tensor in AttributeSnapshot({"model": root}, ()).tensors:
         # deepcopy refuses tensors with a graph, such as those that torch.nn.utils.weight_norm stores. Each call
         # recomputes them.

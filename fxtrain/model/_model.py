@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+import types
+from collections.abc import Callable, Hashable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain._torch_internals.modules import has_gradient_hooks
 from fxtrain.core import TrainState, Tree
-from fxtrain.model._fingerprint import fingerprint
-from fxtrain.model._first_call_checks import (
-    hooks_error,
-)
+from fxtrain.model._first_call_checks import hooks_error
 from fxtrain.model._meta_modules import MetaModules, in_eval_mode, on_meta_device
 from fxtrain.model._model_calls import ModelCalls
 from fxtrain.model._parameter_trees import FunctionRunner
@@ -34,18 +34,20 @@ class Model(ModelCalls):
     def __init__(self, modules: Modules) -> None:
         leaves, structure = tree.flatten(modules)
         found = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
-        names = iter(map(str, range(len(found))))
-        self.template = tree.unflatten(structure, [next(names) if isinstance(x, nn.Module) else "" for x in leaves])
+        numbers = map(str, itertools.count())
+        self.template = tree.unflatten(
+            structure, [next(numbers) if isinstance(leaf, nn.Module) else "" for leaf in leaves]
+        )
         self.has_modules = bool(found)
         original = FunctionRunner(found)
-        self.trainable = self._grouped(
-            {name: _is_trainable(value) for name, value in original.named_parameters()},
-            [_is_trainable(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
-        )
+        params, bare = dict(original.named_parameters()), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def grouped(function: Callable[[Tensor], bool]) -> Tree:
+            return self._grouped({name: function(value) for name, value in params.items()}, map(function, bare))
+
         found_at = zip(tree.paths(modules, "model"), leaves, strict=True)
-        paths = dict(
-            zip(map(str, range(len(found))), (p for p, x in found_at if isinstance(x, nn.Module)), strict=True)
-        )
+        module_paths = [path for path, leaf in found_at if isinstance(leaf, nn.Module)]
+        paths = {str(index): path for index, path in enumerate(module_paths)}
         self._training, owned = on_meta_device(original)
         for module in self._training.children():
             # A whole module in eval mode was probably just loaded or evaluated. A submodule in eval mode, such as a
@@ -58,12 +60,9 @@ class Model(ModelCalls):
             MetaModules(self._training, owned, paths),
         )
         self._slots = self._templates[True].slots
-        self._hooked = self._grouped(
-            {name: has_gradient_hooks(value) for name, value in original.named_parameters()},
-            [has_gradient_hooks(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
-        )
-        self._fingerprint = fingerprint(self._training)
-        self._choose(self.trainable)
+        self._hooked = grouped(has_gradient_hooks)
+        self._fingerprint = _fingerprint(self._training)
+        self._choose(grouped(_is_trainable))
 
     def training_only(self, trainable: Tree) -> Model:
         """Returns the same model with other trainable parameters.
@@ -130,3 +129,52 @@ def model_of(state: TrainState) -> Model:
 def _is_trainable(value: Tensor) -> bool:
     frozen = isinstance(value, nn.Parameter) and not value.requires_grad
     return (value.is_floating_point() or value.is_complex()) and not frozen
+
+
+def _fingerprint(root: nn.Module) -> Hashable:
+    """Returns the types, names, ties, shapes and settings of all modules below ``root``.
+
+    Modules with equal fingerprints compute the same function of parameters and buffers.
+    Settings that cannot be compared by value equal only themselves.
+    """
+    # Index of the first occurrence of each tensor, by id. Tied tensors share it.
+    first_seen: dict[int, int] = {}
+    tensors = [
+        (name, tuple(value.shape), value.dtype, first_seen.setdefault(id(value), len(first_seen)))
+        for named in (root.named_parameters, root.named_buffers)
+        for name, value in named(remove_duplicate=False)
+    ]
+    modules = [
+        (name, type(module), _settings(vars(module))) for name, module in root.named_modules(remove_duplicate=False)
+    ]
+    return tuple(tensors), tuple(modules)
+
+
+class _Itself:
+    """Equal only to itself."""
+
+
+def _settings(attributes: Mapping[str, object]) -> Hashable:
+    return tuple(
+        (name, _comparable(value)) for name, value in sorted(attributes.items()) if name not in _IGNORED_ATTRIBUTES
+    )
+
+
+def _comparable(value: object) -> Hashable:
+    if isinstance(value, _COMPARED_BY_VALUE):
+        return type(value), value
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_comparable, value))
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_comparable, value))
+    if isinstance(value, Mapping):
+        return type(value), tuple((_comparable(key), _comparable(inner)) for key, inner in value.items())
+    return _Itself()
+
+
+_IGNORED_ATTRIBUTES = ("_parameters", "_buffers", "_modules")
+_COMPARED_BY_VALUE = (
+    *(bool, int, float, complex, str, bytes, type(None), type),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(types.FunctionType, types.BuiltinFunctionType),
+)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from fxtrain._torch_internals.modules import own_modules
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, name_of
 from fxtrain.model._captured_values import captured_tensors
-from fxtrain.model._checked_functions import CheckedFunctions
 from fxtrain.model._first_call_checks import (
+    CheckedFunctions,
     refuse_hidden_state,
     refuse_new_parameters,
     refusing_meta_reads,
@@ -27,10 +28,8 @@ from fxtrain.model._host_seeding import HostSeeding, captured_generators
 from fxtrain.model._meta_modules import MetaModules
 from fxtrain.model._outside_values import restoring_outside_values
 from fxtrain.model._parameter_trees import CallResult, ParameterTrees
+from fxtrain.model._tensor_access import CloneNeeded, WriteGuard, copies, versions
 from fxtrain.model._types import Out
-from fxtrain.model._version_counters import versions
-from fxtrain.model._wrapped_forward import forward_of, is_forward_wrapped
-from fxtrain.model._write_guard import CloneNeeded, WriteGuard, copies
 from fxtrain.rng import _host_generators as host
 from fxtrain.rng._recomputation import replayed
 from fxtrain.tree import as_name, leaf_paths
@@ -108,13 +107,12 @@ class ModelCalls(ParameterTrees):
             return CallResult(output if finish is None else finish(output), buffers, written)
 
         def call(seeding: Callable[[], AbstractContextManager[None]], *, examine: bool = False) -> CallResult:
-            attempt = functools.partial(
-                *(self._attempt, params, buffers, function, args, train, key, seeding),
-                inside=inside,
-                finish=finish,
-                examine=examine,
-            )
-            return self._call(attempt, function, train)
+            given = params, buffers, function, args, train, key, seeding, inside, finish, examine
+            repeated = functools.partial(self._repeated, functools.partial(self._attempt, *given))
+            if not is_traced():
+                return repeated()
+            modules = self._templates[train].root.modules()
+            return restoring_outside_values(repeated, function, modules, self.checked_functions(("outside", train)))
 
         first = self.checked_functions(train)
         samples_on_host = first.samples_on_host(function) if check else None
@@ -143,14 +141,6 @@ class ModelCalls(ParameterTrees):
             self._first[kind] = CheckedFunctions()
         return self._first[kind]
 
-    def _call(self, attempt: Callable[..., CallResult], function: Callable[..., object], train: bool) -> CallResult:
-        """Runs the function. A traced call changes nothing outside the model."""
-        call = functools.partial(self._repeated, attempt)
-        if not is_traced():
-            return call()
-        modules = self._templates[train].root.modules()
-        return restoring_outside_values(call, function, modules, self.checked_functions(("outside", train)))
-
     def _repeated(self, attempt: Callable[..., CallResult]) -> CallResult:
         """Runs the call, and repeats it with clones when it is about to write into inputs."""
         probing = False
@@ -172,13 +162,12 @@ class ModelCalls(ParameterTrees):
         train: bool,
         key: rng.Key | None,
         seeding: Callable[[], AbstractContextManager[None]],
-        *,
         inside: Inside | None,
         finish: Callable[[Out], Tree] | None,
         examine: bool,
+        *,
         probing: bool,
     ) -> CallResult:
-        finish = finish or (lambda output: output)
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
         cloned = flat_params.keys() - self._trained if probing else self._written
@@ -187,7 +176,7 @@ class ModelCalls(ParameterTrees):
         watch = functools.partial(refusing_meta_reads, who, template.empty) if examine else contextlib.nullcontext
         writes: WriteGuard | None = None
 
-        def run(finish: Callable[[Out], Tree], changed: Mapping[str, Tree]) -> tuple[Out, Tree]:
+        def run(finish: Callable[[Out], Tree] | None, changed: Mapping[str, Tree]) -> tuple[Out, Tree]:
             nonlocal writes
             clones = {name: flat_params[name].clone() for name in cloned}
             buffers = {name: value.clone() for name, value in flat_buffers.items()}
@@ -207,8 +196,8 @@ class ModelCalls(ParameterTrees):
                 captured=lambda: [*template.tensors(), *(captured_tensors(function) if examine else ())],
             )
             with seeding(), _functional(key, writes), watch(), self._entered(inside, train):
-                output = forward_of(function)(model, *given)
-                finished = finish(output)
+                output = _wrapped(function)(model, *given)
+                finished = output if finish is None else finish(output)
             return template.copy_containers(output), template.copy_containers(finished)
 
         tensor_arguments = [leaf for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
@@ -232,11 +221,10 @@ class ModelCalls(ParameterTrees):
                 refuse_new_parameters(who, template, tensors, flat_params)
             if examine or not changed.keys() <= self._caches:
                 compared = self.checked_functions(train).has_seen_like(function)
-                again = functools.partial(run, lambda output: output, changed)
                 shapes = {template.path(name): value for name, value in flat_buffers.items() if name in changed}
                 refuse_hidden_state(
                     *(who, template, before if examine else template.leaves()),
-                    *(output, lambda: again()[0]),
+                    *(output, lambda: run(None, changed)[0]),
                     compared=compared and examine,
                     buffers=flat_buffers,
                     changed_buffers=shapes,
@@ -247,9 +235,7 @@ class ModelCalls(ParameterTrees):
                 f"expected {who} to write into its arguments with torch functions only, got a write that bypassed "
                 "them. Write into a clone."
             )
-        return CallResult(
-            finished, self._grouped(after, itertools.repeat({})), self._grouped(written, itertools.repeat({}))
-        )
+        return CallResult(finished, self._grouped(after), self._grouped(written))
 
     def _named_trained(self, params: Tree, flat: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields the parameters that no call may write, bare tensors included, with their paths for errors."""
@@ -286,8 +272,7 @@ class ModelCalls(ParameterTrees):
             )
         after = {name: _kept_shape(written.get(name), value) for name, value in old.items()}
         written_frozen = {name: value.detach() for name, value in clones.items()}
-        none = itertools.repeat({})
-        return output, self._grouped(after, none), self._grouped(written_frozen, none)
+        return output, self._grouped(after), self._grouped(written_frozen)
 
     def _entered(self, inside: Inside | None, train: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if inside is None else inside(self.named_modules(train=train))
@@ -298,13 +283,18 @@ class ModelCalls(ParameterTrees):
         Args:
             train: Whether to return the modules in training mode.
         """
-        roots = [as_name(path) for path in leaf_paths(self.template)]
-        prefixes = {number: name for number, name in zip(tree.leaves(self.template), roots, strict=True) if number}
-        named: dict[str, nn.Module] = {}
-        for number, root in (self._training if train else self._evaluating).named_children():
-            for name, module in root.named_modules():
-                named[".".join(filter(None, (prefixes[number], name)))] = module
-        return named
+        modules = own_modules(self._training if train else self._evaluating)
+        return named_modules(tree.map(lambda number: modules[number] if number else None, self.template))
+
+
+def named_modules(modules: Tree) -> dict[str, nn.Module]:
+    """Returns the modules of a tree, submodules included, by names that begin with the keys of the tree."""
+    named: dict[str, nn.Module] = {}
+    for path, root in zip(leaf_paths(modules), tree.leaves(modules), strict=True):
+        if isinstance(root, nn.Module):
+            start = as_name(path)
+            named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
+    return named
 
 
 @contextlib.contextmanager
@@ -321,3 +311,40 @@ def _functional(key: rng.Key | None, writes: WriteGuard) -> Iterator[None]:
 def _kept_shape(after: Tensor | None, before: Tensor) -> Tensor:
     """Returns the buffer after a call, or before it if the call changed its shape or dtype."""
     return before if after is None or after.shape != before.shape or after.dtype != before.dtype else after
+
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+_wrap: ContextVar[Wrap | None] = ContextVar("wrap of the forward pass", default=None)
+
+
+@contextlib.contextmanager
+def forward_wrapped_by(wrap: Wrap | None) -> Generator[None]:
+    """Makes ``Model.call`` run ``wrap(function)`` in place of ``function`` inside the context, in this thread only.
+
+    Another compiler can compile the forward pass in this way.
+
+    Args:
+        wrap: Maps a function ``(model, *args)`` to one that computes the same. None leaves functions unwrapped.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> state = fx.init(__import__("torch").nn.ReLU())
+        >>> with forward_wrapped_by(lambda function: lambda *args: "wrapped"):
+        ...     state.model.call(state.params, state.buffers, lambda model: "plain", train=True)[0]
+        'wrapped'
+    """
+    token = _wrap.set(wrap)
+    try:
+        yield
+    finally:
+        _wrap.reset(token)
+
+
+def is_forward_wrapped() -> bool:
+    """Returns whether this thread is inside ``forward_wrapped_by`` with a wrap."""
+    return _wrap.get() is not None
+
+
+def _wrapped(function: Callable[..., Out]) -> Callable[..., Out]:
+    wrap = _wrap.get()
+    return function if wrap is None else wrap(function)

@@ -170,22 +170,19 @@ def _is_sequence(node: object) -> TypeGuard[Sequence[Tree]]:
 
 def _refuse_hidden_casts(here: Mapping[str, object], values: Mapping[str, object], without: set[str]) -> None:
     """Raises for dtypes that differ under names of older module versions, which have no counterpart in the model."""
-    old = {
-        value.dtype
-        for name, value in values.items()
-        if name not in here and name not in without and isinstance(value, Tensor)
-    }
-    new = {
-        value.dtype
-        for name, value in here.items()
-        if name not in values and name not in without and isinstance(value, Tensor)
-    }
+    old_names = values.keys() - here.keys() - without
+    old = _dtypes_of(values[name] for name in old_names)
+    new = _dtypes_of(here[name] for name in here.keys() - values.keys() - without)
     if not old <= new:
-        names = [name for name in values if name not in here and name not in without]
+        names = [name for name in values if name in old_names]
         raise ValueError(
             f"expected {_dtypes(new)} for {first_names(names)}, got {_dtypes(old - new)}. Pass cast=True, or make the "
             "state in their dtype with fxtrain.init(..., dtype=)."
         )
+
+
+def _dtypes_of(values: Iterable[object]) -> set[torch.dtype]:
+    return {value.dtype for value in values if isinstance(value, Tensor)}
 
 
 def _dtypes(dtypes: set[torch.dtype]) -> str:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from fxtrain.core import Tree, name_of
 from fxtrain.model._attribute_snapshots import Container, refill
 from fxtrain.model._captured_values import is_of_users, values_read
-from fxtrain.model._checked_functions import CheckedFunctions
-from fxtrain.model._first_call_checks import ValuesNeededError
-from fxtrain.model._tensor_reads import TensorReads
+from fxtrain.model._first_call_checks import CheckedFunctions, ValuesNeededError
+from fxtrain.model._tensor_access import TensorReads
 from fxtrain.model._types import Out
 
 
@@ -63,16 +62,15 @@ class OutsideValues:
         self._places: list[_Place] = []
         self._caches: list[tuple[str, Any, int]] = []
         seen: set[Any] = set()
-        for name, key, value, write in _found(function, modules):
+        for name, key, value, access in _found(function, modules):
             if key in seen:
                 continue
             seen.add(key)
             if hasattr(value, "cache_info") and hasattr(value, "cache_clear"):
                 self._caches.append((name, value, value.cache_info().misses))
-            elif isinstance(value, _CONTAINERS):
-                self._places.append(_Place(name, *write, value, value.copy()))
-            elif not isinstance(value, _CONSTANTS) and not callable(value):
-                self._places.append(_Place(name, *write, value, None))
+            elif isinstance(value, _CONTAINERS) or (not isinstance(value, _CONSTANTS) and not callable(value)):
+                elements = value.copy() if isinstance(value, _CONTAINERS) else None
+                self._places.append(_Place(name, *access, value, elements))
 
     @property
     def tensors(self) -> frozenset[int]:
@@ -109,40 +107,6 @@ class OutsideValues:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
 
-    def refuse_changes(self, who: str, read: Collection[int], *, again: bool) -> bool:
-        """Restores changed values, and warns about logs.
-
-        Args:
-            who: The function, for errors.
-            read: Ids of the tensors that it read.
-            again: Whether an earlier trace made changes too, so that an uncompiled call in between did not help.
-
-        Returns:
-            Whether values changed that an uncompiled call may settle, for example by filling a cache.
-
-        Raises:
-            CapturedStateError: If values changed ``again``.
-        """
-        changed, grown = self.changed(read)
-        self.restore()
-        if grown:
-            warnings.warn(
-                f"{who} adds to {', '.join(grown)} while it is traced, and a compiled step does not repeat that. "
-                "Return the value as a metric, or append it in an observer.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        if not changed:
-            return False
-        if not again:
-            return True
-        raise CapturedStateError(
-            f"expected {who} to change nothing outside the state, got changes to {', '.join(changed[:_MAX_NAMED])}, "
-            "which a compiled step would not repeat and a checkpoint would not contain. Keep persistent values in a "
-            "buffer, self.register_buffer(name, tensor), or in a slot of a callback. Pass a step counter in the "
-            "batch. Or leave the step uncompiled."
-        )
-
 
 def restoring_outside_values(
     call: Callable[[], Out], function: Callable[..., object], modules: Iterable[nn.Module], seen: CheckedFunctions
@@ -167,7 +131,23 @@ def restoring_outside_values(
         outside.restore()
         raise
     who = name_of(function)
-    if outside.refuse_changes(who, reads.found, again=seen.has_seen_like(function)):
+    changed, grown = outside.changed(reads.found)
+    outside.restore()
+    if grown:
+        warnings.warn(
+            f"{who} adds to {', '.join(grown)} while it is traced, and a compiled step does not repeat that. Return "
+            "the value as a metric, or append it in an observer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if changed and seen.has_seen_like(function):
+        raise CapturedStateError(
+            f"expected {who} to change nothing outside the state, got changes to {', '.join(changed[:_MAX_NAMED])}, "
+            "which a compiled step would not repeat and a checkpoint would not contain. Keep persistent values in a "
+            "buffer, self.register_buffer(name, tensor), or in a slot of a callback. Pass a step counter in the "
+            "batch. Or leave the step uncompiled."
+        )
+    if changed:
         seen.add(function)
         raise ValuesNeededError(
             f"expected {who} to change nothing outside the state while it is traced, got changes. Call the step once "
@@ -246,9 +226,9 @@ def _is_intact(now: Tree, before: Tree, read: Collection[int]) -> bool:
         return False
     if isinstance(now, dict):
         return all(key in before and _is_same(value, before[key], read) for key, value in now.items())
-    return (
-        now == before if isinstance(now, set) else all(_is_same(*pair, read) for pair in zip(now, before, strict=True))
-    )
+    if isinstance(now, set):
+        return now == before
+    return all(_is_same(*pair, read) for pair in zip(now, before, strict=True))
 
 
 def _only_gained_elements(now: Tree, before: Tree) -> bool:

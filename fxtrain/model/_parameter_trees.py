@@ -61,9 +61,9 @@ class ParameterTrees:
 
     def merge(self, params: Tree, trainable: Tree, wrt: str | None = None) -> Tree:
         """Returns ``params`` with the trainable ones replaced. Inverse of ``split``."""
-        if wrt is not None:
-            return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
-        return _merged(self.trainable, params, trainable)
+        if wrt is None:
+            return _merged(self.trainable, params, trainable)
+        return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
 
     def with_written(self, params: Tree, written: Tree) -> Tree:
         """Returns ``params`` with the frozen ones that a call wrote, from ``CallResult.written``."""
@@ -74,7 +74,7 @@ class ParameterTrees:
         """Casts the frozen parameters that a call wrote to the dtypes of ``params``."""
         flat = self._flat(params)
         moved = {name: value.to(flat[name].dtype) for name, value in self._flat(written).items()}
-        return self._grouped(moved, itertools.repeat({}))
+        return self._grouped(moved)
 
     def clone_tensors(self, modules: Modules) -> tuple[Tree, Tree]:
         """Returns the parameters and buffers of modules of this architecture, as trees of detached clones."""
@@ -83,7 +83,7 @@ class ParameterTrees:
         bare = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
         params = {name: value.detach().clone() for name, value in caller.named_parameters()}
         buffers = {name: value.detach().clone() for name, value in caller.named_buffers()}
-        return self._grouped(params, bare), self._grouped(buffers, itertools.repeat({}))
+        return self._grouped(params, bare), self._grouped(buffers)
 
     def _flat(self, values: Tree) -> dict[str, Tensor]:
         """Flattens a tree of dicts by name to one dict, whose names start with the module's number."""
@@ -102,9 +102,9 @@ class ParameterTrees:
         tree.map(lambda number, leaf: number or bare.append(leaf) or "", self.template, values)
         return bare
 
-    def _grouped(self, flat: Mapping[str, object], bare: Iterable[Tree]) -> Tree:
-        """Inverse of ``_flat``. ``bare`` fills the places of bare tensors."""
-        others = iter(bare)
+    def _grouped(self, flat: Mapping[str, object], bare: Iterable[Tree] | None = None) -> Tree:
+        """Inverse of ``_flat``. ``bare`` fills the places of bare tensors. By default, these get empty nodes."""
+        others = itertools.repeat({}) if bare is None else iter(bare)
 
         def group(number: str) -> Tree:
             if not number:

@@ -67,12 +67,7 @@ class Lines:
         if self._time is None or event.time - self._time >= self._seconds or tenth > self._tenth:
             self._time, self._tenth = event.time, tenth
             shown = frame()
-            self._print(
-                f"step {shown.step}",
-                shown.epoch,
-                *_labeled(shown.columns),
-                shown.remaining and f"{shown.remaining} left",
-            )
+            self._print(f"step {shown.step}", shown.epoch, *_labeled(shown.columns), shown.remaining)
 
     def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
         pass
@@ -211,7 +206,7 @@ class Panel:
 
     def _add_rows(self, table: Table, event: LoopEvent, frame: Frame) -> None:
         width = min(max(self._place.width - 50, 8), 40)
-        where = filter(None, (frame.step, frame.epoch, frame.remaining and f"{frame.remaining} left"))
+        where = filter(None, (frame.step, frame.epoch, frame.remaining))
         table.add_row(_label("train"), self._bar(fraction(event), width, "   ".join(where)))
         if self._phase or frame.columns:
             table.add_row("", _text(self._phase, style="yellow") if self._phase else _styled(frame.columns))

@@ -136,12 +136,9 @@ class Profile:
         if self._memory and self._on_cuda:
             start_memory_history(_MAX_SNAPSHOT_ENTRIES)
             self._contexts.callback(stop_memory_history)
-        profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=0, warmup=self._warmup, active=self._active, repeat=1),
-            profile_memory=self._memory,
-        )
-        self._contexts.enter_context(profiler)
-        self._profiler = profiler
+        schedule = torch.profiler.schedule(wait=0, warmup=self._warmup, active=self._active, repeat=1)
+        profiler = torch.profiler.profile(schedule=schedule, profile_memory=self._memory)
+        self._profiler = self._contexts.enter_context(profiler)
 
     def _write(self) -> None:
         """Stops recording and writes the files."""

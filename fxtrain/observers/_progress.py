@@ -204,7 +204,7 @@ class Progress:
             step=step.rjust(2 * len(f"{event.total_steps or 0}") + 1 if event.total_steps else 0),
             epoch=_epoch(event),
             columns=[*self._metric_columns(self._averages.metrics), *self._throughput_columns()],
-            remaining=format_duration(left) if (left := self._averages.remaining(event)) else None,
+            remaining=f"{format_duration(left)} left" if (left := self._averages.remaining(event)) else None,
             evaluation=self._evaluation_columns(),
         )
 

@@ -70,14 +70,11 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
 
 
 def _files(root: Path) -> set[Path]:
-    known = _git_files(root, "--cached")
-    if known is None:
+    found = _git_files(root, "--cached")
+    if found is None:
         found = _source_files(root)
     else:
-        found = {
-            *known,
-            *(path for path in _git_files(root, "--others", "--exclude-standard") or () if _is_source(path)),
-        }
+        found += filter(_is_source, _git_files(root, "--others", "--exclude-standard") or ())
     return {path for path in found if path.is_file() and path.stat().st_size <= _MAX_FILE_BYTES}
 
 
@@ -86,14 +83,14 @@ def _git_files(root: Path, *which: str) -> list[Path] | None:
     return None if names is None else [root / name for name in names.split("\0") if name]
 
 
-def _source_files(root: Path) -> set[Path]:
-    found: set[Path] = set()
+def _source_files(root: Path) -> list[Path]:
+    found: list[Path] = []
     for folder, folders, names in os.walk(root):
         if "pyvenv.cfg" in names:
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found.update(path for path in (Path(folder, name) for name in names) if _is_source(path))
+        found += filter(_is_source, (Path(folder, name) for name in names))
     return found
 
 

@@ -44,7 +44,7 @@ from fxtrain.optim import PerParameter
 _LINE_WIDTH = 96  # characters per line outside tables
 
 Facts = dict[str, str]
-"""Known facts by label. Unknown ones are left out."""
+"""Facts by label. Unknown ones are empty."""
 
 
 def summary(*, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | TextIO | None = None) -> Observer:
@@ -150,7 +150,9 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
         "modules": table(by_module),
         "tensors": table(tensor_rows(leaves, rows)) if len(leaves) <= rows or len(by_module) < 2 else "",
     }
-    panels = {title: "\n".join(_line(label, text) for label, text in known.items()) for title, known in facts.items()}
+    panels = {
+        title: "\n".join(_line(label, text) for label, text in known.items() if text) for title, known in facts.items()
+    }
     return {title: text for title, text in (panels | tables).items() if text}
 
 
@@ -171,16 +173,17 @@ def _run_facts(state: TrainState, event: FitBegin) -> Facts:
         if total is not None
     ]
     fires = [kind.__name__ for kind in TRACED if kind in event.fires]
-    return _nonempty(
-        length=" or ".join(limits) + (", whichever comes first" if len(limits) > 1 else ""),
-        begins=f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
-        seed=str(int(state.seed)),
-        events=f"{', '.join(fires)} in the step" if fires else "",
-    )
+    return {
+        "length": " or ".join(limits) + (", whichever comes first" if len(limits) > 1 else ""),
+        "begins": f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
+        "seed": str(int(state.seed)),
+        "events": f"{', '.join(fires)} in the step" if fires else "",
+    }
 
 
 def _model_facts(state: TrainState, leaves: list[Leaf], tied: dict[str, str]) -> Facts:
     buffers = tree.leaves(state.buffers)
+    in_buffers = sum(buffer.numel() for buffer in buffers)
     counts: Counter[str] = Counter()
     for leaf in leaves:
         counts[dtype_name(leaf.tensor.dtype)] += leaf.tensor.numel()
@@ -196,26 +199,25 @@ def _model_facts(state: TrainState, leaves: list[Leaf], tied: dict[str, str]) ->
     named = [f"{name} {format_bytes(count)}" for name, count in parts.items() if count]
     everything = tree.nbytes(state)
     rest = everything - sum(parts.values())
-    return _nonempty(
-        parameters=whole,
-        tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
-        buffers=f"{sum(buffer.numel() for buffer in buffers):,} in {pluralize(len(buffers), 'tensor')}"
-        if buffers
-        else "",
-        dtype=several if len(counts) > 1 else "".join(counts),
-        state=f"{format_bytes(everything)}: {', '.join([*named, f'other {format_bytes(rest)}'])}",
-    )
+    return {
+        "parameters": whole,
+        "tied": ", ".join(f"{other} is {name}" for other, name in tied.items()),
+        "buffers": f"{in_buffers:,} in {pluralize(len(buffers), 'tensor')}" if buffers else "",
+        "dtype": several if len(counts) > 1 else "".join(counts),
+        "state": f"{format_bytes(everything)}: {', '.join([*named, f'other {format_bytes(rest)}'])}",
+    }
 
 
 def _data_facts(event: FitBegin) -> Facts:
     at = f" of epoch {int(event.epoch) + 1:,}" if event.epoch is not None else ""
+    sizes = f"{event.num_shapes}, with one graph each if the step is compiled"
     within = event.position - event.epoch_start
     within = within % event.epoch_length if event.epoch_length else within
-    return _nonempty(
-        epoch=pluralize(event.epoch_length, "batch", "batches") if event.epoch_length is not None else "",
-        sizes=f"{event.num_shapes}, with one graph each if the step is compiled" if (event.num_shapes or 1) > 1 else "",
-        position=f"after {pluralize(within, 'batch', 'batches')}{at}" if event.position else "",
-    )
+    return {
+        "epoch": pluralize(event.epoch_length, "batch", "batches") if event.epoch_length is not None else "",
+        "sizes": sizes if (event.num_shapes or 1) > 1 else "",
+        "position": f"after {pluralize(within, 'batch', 'batches')}{at}" if event.position else "",
+    }
 
 
 def _training_facts(state: TrainState) -> Facts:
@@ -225,10 +227,10 @@ def _training_facts(state: TrainState) -> Facts:
         # The innermost node of a named type tells which transformation owns the leaf.
         named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
         kinds[named[-1] if named else "tensors"] += leaf.nbytes
-    return _nonempty(
-        optimizer=", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
-        callbacks=", ".join(f"{name} {format_bytes(tree.nbytes(slot))}" for name, slot in state.slots.items()),
-    )
+    return {
+        "optimizer": ", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
+        "callbacks": ", ".join(f"{name} {format_bytes(tree.nbytes(slot))}" for name, slot in state.slots.items()),
+    }
 
 
 def _process_facts() -> Facts:
@@ -245,15 +247,11 @@ def _device_facts(device: torch.device) -> Facts:
 
     cuda = device.type == "cuda"
     taken = torch.cuda.mem_get_info(device) if cuda else None
-    return _nonempty(
-        device=f"{device}, {device_name(device)}" if cuda else str(device),
-        memory=f"{format_bytes(taken[1])}, {format_bytes(taken[0])} of it free" if taken else "",
-        host=f"{format_bytes(psutil.virtual_memory().total)}, {pluralize(os.cpu_count() or 1, 'core')}",
-        threads=f"{torch.get_num_threads():,}",
-        torch=torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ""),
-        python=platform.python_version(),
-    )
-
-
-def _nonempty(**facts: str) -> Facts:
-    return {label: text for label, text in facts.items() if text}
+    return {
+        "device": f"{device}, {device_name(device)}" if cuda else str(device),
+        "memory": f"{format_bytes(taken[1])}, {format_bytes(taken[0])} of it free" if taken else "",
+        "host": f"{format_bytes(psutil.virtual_memory().total)}, {pluralize(os.cpu_count() or 1, 'core')}",
+        "threads": f"{torch.get_num_threads():,}",
+        "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ""),
+        "python": platform.python_version(),
+    }

@@ -155,12 +155,11 @@ def _merge_similar(groups: list[_Group]) -> list[_Group]:
 def _module_row(group: _Group, whole: int) -> _Row:
     count = numel_of(group.leaves)
     last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
+    if group.number > 1:
+        kind = f"{group.number} x {kind}" if kind else f"{group.number} similar"
     return {
         "module": "  " * group.depth + truncate_middle(last, _MAX_NAME_LENGTH),
-        "type": truncate_middle(
-            kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} similar",
-            _MAX_NAME_LENGTH,
-        ),
+        "type": truncate_middle(kind, _MAX_NAME_LENGTH),
         "parameters": f"{count:,}",
         "share": f"{count / whole:.1%}" if whole else "",
         "trainable": which_trainable(group.leaves),

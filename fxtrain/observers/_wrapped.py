@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fxtrain.core import Control, Event, FitEnd, Observer, TrainState, name_of
+from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of
 
 
 def rank_zero(observer: Observer) -> Observer:
@@ -59,27 +59,19 @@ def required(observer: Observer) -> Observer:
         >>> required(watch).required
         True
     """
-
-    @functools.wraps(observer, updated=())  # keeps the annotation that subscribes the observer
-    def watched(state: TrainState, event: Event, control: Control) -> None:
-        observer(state, event, control)
-        raise_contained()
-
-    def raise_contained() -> None:
-        failure = take_failure()
-        if failure is not None:
-            raise failure
-
-    def strict(act: Callable[[], None]) -> Callable[[], None]:
-        def acting() -> None:
-            act()
-            raise_contained()
-
-        return acting
-
     take_failure: Callable[[], Exception | None] = getattr(observer, "take_failure", lambda: None)
 
-    result: Any = watched
+    def strict(act: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(act, updated=())  # keeps the annotation that subscribes the observer
+        def raising(*args: object) -> None:
+            act(*args)
+            failure = take_failure()
+            if failure is not None:
+                raise failure
+
+        return raising
+
+    result: Any = strict(observer)
     result.__name__ = name_of(observer)
     result.required = True
     result.sees_logged = getattr(observer, "sees_logged", False)

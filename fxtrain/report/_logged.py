@@ -151,7 +151,10 @@ class Logged:
                 if row is None:
                     return
                 if not header:
-                    header = self._header(row)
+                    if "step" not in row:
+                        got = validation.named(validation.words(row))
+                        raise ValueError(f"expected columns with one named step, got {got}")
+                    header = row
                     continue
                 cells = dict(zip(header, row, strict=True))
                 step = validation.step(int(cells.pop("step")))
@@ -161,11 +164,6 @@ class Logged:
                     return
                 continue
             yield rows.line_num, step, {name: cell for name, cell in cells.items() if cell}
-
-    def _header(self, row: list[str]) -> list[str]:
-        if "step" not in row:
-            raise ValueError(f"expected columns with one named step, got {validation.named(validation.words(row))}")
-        return row
 
     def _take(
         self, path: str, where: str, take: Callable[[str, int, object], object], step: int, values: Mapping[str, object]

@@ -22,6 +22,7 @@ _MAX_SESSIONS = 1000
 _MAX_MARKS = 20_000  # per kind
 _MAX_REASONS = 20  # per request
 _REQUESTS = (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped"))
+_SESSION_TEXTS = ("began", "from_step", "ended", "to_step", "reason")
 _FILES = ("metrics.jsonl", "metrics.csv", "run.json", "events.jsonl", "media")
 
 _Checked = TypeVar("_Checked")
@@ -207,17 +208,8 @@ def _sessions(folder: Folder, facts: dict[str, object]) -> list[Session]:
         if known is not None:
             seconds = _field(folder, known, "seconds", validation.seconds)
             environment = _field(folder, known, "environment", validation.mapping)
-            found.append(
-                Session(
-                    began=validation.words(known.get("began")),
-                    from_step=validation.words(known.get("from_step")),
-                    ended=validation.words(known.get("ended")),
-                    to_step=validation.words(known.get("to_step")),
-                    reason=validation.words(known.get("reason")),
-                    seconds=seconds or 0.0,
-                    environment=environment or {},
-                )
-            )
+            texts = {name: validation.words(known.get(name)) for name in _SESSION_TEXTS}
+            found.append(Session(**texts, seconds=seconds or 0.0, environment=environment or {}))
     return found
 
 

@@ -17,7 +17,7 @@ from fxtrain._torch_internals.tracing import has_symbolic_sizes, is_traced
 from fxtrain.core import Tree, check_choice, truncate
 from fxtrain.core._tracebacks import places
 from fxtrain.model import ValuesNeededError
-from fxtrain.model._wrapped_forward import is_forward_wrapped
+from fxtrain.model._model_calls import is_forward_wrapped
 from fxtrain.step._check_function import ContractError
 
 Differentiate = Literal["auto", "func", "autograd"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -152,7 +153,7 @@ def _cut_by(func: Callable[..., object]) -> str:
 
 
 def _line_of_users() -> str:
-    frame: Any = sys._getframe(1)
-    while frame is not None and not is_of_users(frame.f_code.co_filename):
-        frame = frame.f_back
-    return f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        if is_of_users(frame.f_code.co_filename):
+            return f" at {frame.f_code.co_filename}:{line}"
+    return ""

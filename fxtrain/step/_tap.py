@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Metrics, Tree, matching
+from fxtrain.model._model_calls import named_modules
 from fxtrain.step._loss_results import Weighted, loss_and_metrics, weighted
-from fxtrain.tree import as_name, leaf_paths
 
 Statistic = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 """Maps the output of a module to a 0-d tensor, or a dict of them by name."""
@@ -81,11 +81,7 @@ def _named(name: str, found: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _chosen(model: Tree, modules: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
-    named: dict[str, nn.Module] = {}
-    for path, root in zip(leaf_paths(model), tree.leaves(model), strict=True):
-        if isinstance(root, nn.Module):
-            start = as_name(path)
-            named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
+    named = named_modules(model)
     # A root module can be measured only if it has no submodules.
     names = [name for name in named if name] or list(named)
     return [(names[i], named[names[i]]) for i in matching(names, modules, "module")]

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler.call._memory import is_foreign, is_sole, shared
-from fxtrain.compiler.lowering._executable import Executable
+from fxtrain.compiler.lowering._executable import Executable, Kind, kinds
 from fxtrain.core import Batch, TrainState, Tree, invalidate
 from fxtrain.core._state import build
 from fxtrain.step import EvalFunction, Step
 from fxtrain.tree import Flatten, OtherStructureError, generate_flatten
-
-Kind = tuple[object, ...]
 
 Found = tuple[list[Tensor], list[Any], list[Tensor], bool]
 """Leaves and containers of a state, leaves of a batch, and whether the graph itself wrote these state leaves last."""
@@ -139,11 +137,6 @@ class Graph:
         if len(new.slots) == len(old.slots):
             return new
         return build(TrainState, {**new.__dict__, "slots": {**old.slots, **new.slots}})
-
-
-def kinds(leaves: Sequence[Tensor]) -> list[Kind]:
-    """Returns what a graph assumes of each tensor: its shape, dtype, strides and device."""
-    return [(leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves]
 
 
 def loose_kinds(leaves: Sequence[Tensor]) -> list[Kind]:

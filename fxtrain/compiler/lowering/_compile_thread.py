@@ -61,7 +61,9 @@ class Job:
         self._restore: Callable[[], None] | None = nested_calls_inlined()
         self._thread = threading.Thread(target=run, args=(self._run,), name="fxtrain-compile", daemon=True)
         _current_job = self
-        _leave_at_exit()
+        # Functions run in reverse order of registration, so this one runs before torch shuts down its compilers.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
         self._thread.start()
 
     @property
@@ -129,12 +131,6 @@ def _without_generator_resets() -> Generator[None]:
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Returns a context that makes the device current, because each thread has its own current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _leave_at_exit() -> None:
-    # Functions run in reverse order of registration, so this one runs before torch shuts down its compilers.
-    atexit.unregister(_leave)
-    atexit.register(_leave)
 
 
 def _leave() -> None:

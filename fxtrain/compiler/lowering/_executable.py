@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,6 +16,8 @@ from fxtrain.step import EvalFunction, Step
 
 Backend = str | Callable[[GraphModule, Sequence[Tensor]], Callable[..., object]]
 """A backend of ``torch.compile``: its name, or a function from a graph and example inputs to a compiled function."""
+
+Kind = tuple[Hashable, ...]
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Tree]]
 """Maps the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
@@ -33,6 +35,11 @@ class Executable(NamedTuple):
     run: Run
     written: Sequence[int] | None
     conditions: Conditions | None = None
+
+
+def kinds(leaves: Iterable[Tensor]) -> list[Kind]:
+    """Returns what a graph assumes of each tensor: its shape, dtype, strides and device."""
+    return [(leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves]
 
 
 def uncompiled(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxtrain._torch_internals.inductor import cache_folder, compile_package, load_package
+from fxtrain.compiler.lowering._executable import kinds
 from fxtrain.core import Tree
 
 AHEAD = "ahead-of-time"
@@ -66,7 +67,7 @@ def _key(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, o
         torch.are_deterministic_algorithms_enabled(),
         sorted(options.items()),
         graph.code,
-        [(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in examples],
+        kinds(examples),
     ]
     digest = hashlib.sha256(repr(parts).encode())
     for name, constant in graph.named_buffers():

@@ -21,11 +21,10 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.dynamo import can_show_to_modes, modes_work_below_compile
-from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import new_fake_mode
-from fxtrain.compiler.lowering._executable import Backend, Executable, Run, uncompiled
+from fxtrain.compiler.lowering._executable import Backend, Executable, Run, kinds, uncompiled
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
-from fxtrain.compiler.lowering._trace import compile_traced
+from fxtrain.compiler.lowering._trace import compile_traced, copy_aliases
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.model import forward_wrapped_by
 from fxtrain.model._closeness import are_close
@@ -116,19 +115,20 @@ class _Regions:
             if plain is not None:
                 _check_close(gradient, plain)
             # The rest may overwrite leaves in place before it reads the gradients, so the two must not share memory.
-            found.append(_copy_aliases(gradient, (*leaves, *inputs)))
-            key = (*key, _kind(found[-1]))
-        rest = self._rests.get(key)
-        if rest is None:
-            rest = self._rests[key] = self._rest(leaves, inputs, found)
-        return rest(leaves, [*inputs, *tree.leaves(found)])
+            own, structure = tree.flatten(gradient)
+            own = copy_aliases(own, (*leaves, *inputs))
+            found.append(tree.unflatten(structure, own))
+            key = (*key, (structure, *kinds(own)))
+        if key not in self._rests:
+            self._rests[key] = self._rest(leaves, inputs, found)
+        return self._rests[key](leaves, [*inputs, *tree.leaves(found)])
 
     def segment(
         self, key: tuple[Hashable, ...], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]
     ) -> _Cut | None:
         """Returns the next call for gradients after these, or None if there is none."""
         if key not in self._segments:
-            cut = _Cut(self._step, len(leaves), len(inputs), self._state, self._batch)
+            cut = _Cut(self._step, self._state, self._batch)
             self._segments[key] = cut if cut.compile(self._compiler, leaves, inputs, found) else None
         return self._segments[key]
 
@@ -194,7 +194,7 @@ class _Rest(Step):
 class _Cut:
     """Computes the arguments of the next call for gradients from the step's inputs and its gradients so far."""
 
-    def __init__(self, step: Step, leaves: int, inputs: int, state: PyTreeSpec, batch: PyTreeSpec) -> None:
+    def __init__(self, step: Step, state: PyTreeSpec, batch: PyTreeSpec) -> None:
         self._rest, self._state, self._batch = _Rest(step), state, batch
         self._find: Any = None
         self._index = 0
@@ -281,22 +281,3 @@ class CompileWithGraphBreaks:
                 return compiled(*args)
 
         return call
-
-
-def _kind(gradient: Tree) -> tuple[Hashable, ...]:
-    leaves, structure = tree.flatten(gradient)
-    return structure, tuple((leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves)
-
-
-def _copy_aliases(gradient: Tree, given: Sequence[Tree]) -> Tree:
-    """Returns the gradient with copies of leaves that share memory with ``given`` or with each other."""
-    taken = {storage_id(leaf) for leaf in given if isinstance(leaf, Tensor)}
-
-    def own(leaf: Tensor) -> Tensor:
-        memory = storage_id(leaf)
-        if memory in taken:
-            return leaf.clone()
-        taken.add(memory)
-        return leaf
-
-    return tree.map(own, gradient)

@@ -10,17 +10,17 @@ for changed values ends the process.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.lowering._executable import Backend, Executable, Run
+from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._trace import compile_traced
 from fxtrain.compiler.lowering._value_reads import CheckedReads, Reads, UncheckedReadError
 from fxtrain.core import Batch, TrainState, Tree
@@ -38,18 +38,11 @@ _MAX_NUMBER_CHANGES = 2
 
 
 def compile_specialized(
-    step: Step | EvalFunction,
-    state: TrainState,
-    batch: Batch,
-    *,
-    mode: str | None,
-    in_place: bool,
-    otherwise: Otherwise,
-    backend: Backend | None = None,
+    step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool, otherwise: Otherwise, **options: Any
 ) -> Executable:
     """Compiles a step into one graph per set of values that it reads.
 
-    Takes the arguments of ``compile_traced``, and:
+    Takes the arguments of ``trace_step``, and:
 
     Args:
         otherwise: Compiles the step by a route that holds for all values. It is called at most once.
@@ -61,7 +54,8 @@ def compile_specialized(
     """
     # The old state is kept, because it is needed if the values turn out to differ.
     del in_place
-    checked = _Specialized(step, tree.structure(state), tree.structure(batch), mode, backend, otherwise)
+    compiler = functools.partial(compile_traced, in_place=False, **options)
+    checked = _Specialized(step, tree.structure(state), tree.structure(batch), compiler, otherwise)
     try:
         checked.add(tree.leaves(state), tree.leaves(batch))
     except UnseededError as error:
@@ -69,8 +63,7 @@ def compile_specialized(
     return Executable(checked, None)
 
 
-@dataclasses.dataclass
-class _Graph:
+class _Graph(NamedTuple):
     """A graph and the values that it is specialized for."""
 
     run: Run
@@ -85,13 +78,11 @@ class _Specialized:
         step: Step | EvalFunction,
         state: PyTreeSpec,
         batch: PyTreeSpec,
-        mode: str | None,
-        backend: Backend | None,
+        compiler: Callable[..., Executable],
         otherwise: Otherwise,
     ) -> None:
         self._step, self._state, self._batch = step, state, batch
-        self._mode, self._backend = mode, backend
-        self._otherwise = otherwise
+        self._compiler, self._otherwise = compiler, otherwise
         self._other: Executable | None = None
         self._graphs: list[_Graph] = []
         self._number_changes = 0  # how often a number (not a bool) has changed
@@ -102,9 +93,9 @@ class _Specialized:
         known = [graph.reads.values for graph in self._graphs]
         traced = (_ReadingStep if isinstance(self._step, Step) else _ReadingFunction)(self._step, given, known)
         state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
-        executable = compile_traced(traced, state, batch, mode=self._mode, in_place=False, backend=self._backend)
+        run = self._compiler(traced, state, batch).run
         assert traced.reads is not None
-        self._graphs.insert(0, _Graph(executable.run, traced.reads))
+        self._graphs.insert(0, _Graph(run, traced.reads))
         return self._graphs[0]
 
     def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:

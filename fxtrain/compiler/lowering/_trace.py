@@ -44,30 +44,11 @@ _EMPTY = types.CellType()
 
 
 def compile_traced(
-    step: Callable[[TrainState, Batch], Tree],
-    state: TrainState,
-    batch: Batch,
-    *,
-    mode: str | None,
-    in_place: bool,
-    backend: Backend | None = None,
-    dynamic: bool = False,
+    step: Callable[[TrainState, Batch], Tree], state: TrainState, batch: Batch, **options: Any
 ) -> Executable:
-    """Compiles the step as one graph. No other thread compiles at the same time.
-
-    Args:
-        step: A ``Step``, which returns a new state and an output, or any other pure function, which returns only an
-            output.
-        state: The part of a state that enters the graph. Only its structure, shapes, strides, dtypes and devices
-            matter.
-        batch: A batch, of which the same properties matter.
-        mode: As in ``compile``.
-        in_place: Whether to write the new state into the old state's buffers. In that case no leaves are returned.
-        backend: A backend of ``torch.compile`` in place of Inductor.
-        dynamic: Whether the sizes of the batch are symbols.
-    """
+    """Compiles the step as one graph, while no other thread compiles. Takes the arguments of ``trace_step``."""
     with compiler_lock():
-        return trace_step(step, state, batch, mode=mode, in_place=in_place, backend=backend, dynamic=dynamic)()
+        return trace_step(step, state, batch, **options)()
 
 
 def trace_step(
@@ -82,8 +63,18 @@ def trace_step(
 ) -> Callable[[], Executable]:
     """Traces a step and returns a function that compiles it.
 
-    The trace accesses the user's modules. The returned function does not, so it may run in another thread. Takes the
-    arguments of ``compile_traced``.
+    The trace accesses the user's modules. The returned function does not, so it may run in another thread.
+
+    Args:
+        step: A ``Step``, which returns a new state and an output, or any other pure function, which returns only an
+            output.
+        state: The part of a state that enters the graph. Only its structure, shapes, strides, dtypes and devices
+            matter.
+        batch: A batch, of which the same properties matter.
+        mode: As in ``compile``.
+        in_place: Whether to write the new state into the old state's buffers. In that case no leaves are returned.
+        backend: A backend of ``torch.compile`` in place of Inductor.
+        dynamic: Whether the sizes of the batch are symbols.
     """
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
@@ -100,7 +91,7 @@ def trace_step(
         new: list[Tensor] = tree.leaves(moved)
         outputs, output_structure = tree.flatten(output)
         changed = [index for index, leaf in enumerate(new) if leaf is not old[index]]
-        values = _copy_aliases([*(new[index] for index in changed), *outputs], tensors)
+        values = copy_aliases([*(new[index] for index in changed), *outputs], tensors)
         if not in_place:
             return values
         for index, value in zip(changed, values, strict=False):
@@ -210,7 +201,7 @@ def _unwrapped(executable: Callable[..., object], outputs: int) -> Callable[...,
     """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
 
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
-    none of this: ``_copy_aliases`` copies views, and Inductor itself writes leaves in place.
+    none of this: ``copy_aliases`` copies views, and Inductor itself writes leaves in place.
     """
     kind = compiled_graph_class()
     found, seen, todo = [], set[int](), [executable]
@@ -272,7 +263,7 @@ def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def _copy_aliases(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def copy_aliases(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Returns the values with copies of those that share memory with an input or with another value."""
     taken = set(map(storage_id, inputs))
     out: list[Tensor] = []

@@ -7,6 +7,7 @@ finished graph returns whether later inputs give the same value.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,10 +89,11 @@ class CheckedReads(TorchDispatchMode):
 
         NotImplemented if the tensor is not in the graph.
         """
-        value = self._value(tensor)
-        if value is NotImplemented:
-            return value
-        number = value.item()
+        node = node_of(tensor)
+        if node is None:
+            return NotImplemented
+        self._run()
+        number = self._known[node].item()
         if isinstance(number, float | complex) and self._depends_on_inputs(tensor):
             raise UncheckedReadError("expected reads of integers or bools, got a read of a floating-point value.")
         if len(self.reads.values) >= _MAX_READS:
@@ -102,19 +104,11 @@ class CheckedReads(TorchDispatchMode):
         self._same.append((tensor.reshape(()) == number).detach())
         return number
 
-    def _value(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor with its values, or NotImplemented if it is not in the graph."""
-        node = node_of(tensor)
-        if node is None:
-            return NotImplemented
-        self._run(tracer())
-        return self._known[node]
-
-    def _run(self, tracing: Any) -> None:
+    def _run(self) -> None:
         """Runs the operations recorded since the last read, in order, including in-place writes."""
         from torch.fx.node import map_arg
 
-        inputs = iter(self._given)
+        tracing, inputs = tracer(), iter(self._given)
         # The graph already contains the casts of autocast.
         uncast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
         with without_dispatch_modes(), torch.no_grad(), uncast[0], uncast[1]:
@@ -126,7 +120,7 @@ class CheckedReads(TorchDispatchMode):
                     # Cloned, because a step may write into its arguments before it is refused.
                     self._known[node] = tensor.clone() if tensor is not None else None
                 elif node.op == "get_attr":
-                    self._known[node] = _attribute(tracing.root, node.target)
+                    self._known[node] = operator.attrgetter(node.target)(tracing.root)
                 else:
                     args, kwargs = map_arg((node.args, node.kwargs), self._known.__getitem__)
                     self._known[node] = node.target(*args, **kwargs)
@@ -163,23 +157,11 @@ def _listed(tensor: Tensor) -> Any:
     return [_listed(part) for part in tensor.unbind()] if tensor.ndim else tensor.item()
 
 
-def _attribute(root: object, target: str) -> Any:
-    for name in target.split("."):
-        root = getattr(root, name)
-    return root
-
-
 # Each function below returns NotImplemented if the operator should be recorded unchanged.
 
 
-def _item(mode: CheckedReads, tensor: Tensor) -> Any:
-    return mode.read(tensor)
-
-
 def _equal(mode: CheckedReads, one: Tensor, two: Tensor) -> Any:
-    if one.shape != two.shape:
-        return False
-    return mode.read((one == two).all())
+    return one.shape == two.shape and mode.read((one == two).all())
 
 
 def _allclose(mode: CheckedReads, one: Tensor, two: Tensor, *args: float, equal_nan: bool = False) -> Any:
@@ -223,7 +205,7 @@ def _repeat_interleave(mode: CheckedReads, repeats: Tensor, *, output_size: int 
 
 
 _CHECKED: dict[Any, Callable[..., Any]] = {
-    item_operator(): _item,
+    item_operator(): CheckedReads.read,
     aten.equal.default: _equal,
     aten.allclose.default: _allclose,
     aten.nonzero.default: _nonzero,

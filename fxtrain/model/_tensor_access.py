@@ -1,4 +1,4 @@
-"""Handles in-place writes by a function that runs a model: to parameters, to arguments, and to captured tensors.
+"""Watches which tensors a function that runs a model reads and writes.
 
 A frozen parameter that a forward pass writes, such as those of the momentum encoders of MoCo, BYOL and DINO, is state
 like a buffer. An argument that the function writes is cloned for it. Both are detected at the first write: the call is
@@ -8,13 +8,17 @@ abandoned before the write happens, and repeated with clones. All other writes r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import unwrapped
-from fxtrain._torch_internals.memory import storage_id
+from fxtrain._torch_internals.dynamo import inlined_only
+from fxtrain._torch_internals.memory import storage_id, write_count
 from fxtrain.core import Tree
 
 
@@ -168,27 +172,22 @@ def written_by(name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     """
     # Without the name of an overload.
     name = name.partition(".")[0]
+    found: Tree = ()
     if name.endswith("__"):
-        return [leaf for leaf in args[:1] if isinstance(leaf, Tensor)] if name in _IN_PLACE_OPERATORS else ()
-    if name.endswith("_"):
-        if name in _NO_WRITES:
-            return ()
-        return [leaf for leaf in tree.leaves((args[:1], kwargs.get("tensor"))) if isinstance(leaf, Tensor)]
-    if name in _NORMS_WITH_STATISTICS:
-        at, training = _NORMS_WITH_STATISTICS[name]
-        if kwargs.get(training, False):
-            given = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
-            return [leaf for leaf in given if isinstance(leaf, Tensor)][:at]
-        return ()
-    if name in _EMBEDDINGS:
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        return (weight,) if kwargs.get("max_norm") is not None and isinstance(weight, Tensor) else ()
-    if not kwargs:
-        return ()
-    written = [kwargs["out"]] if kwargs.get("out") is not None else []
-    if kwargs.get("inplace"):
-        written.append(kwargs.get("input", args[0] if args else None))
-    return [leaf for leaf in tree.leaves(written) if isinstance(leaf, Tensor)] if written else ()
+        found = args[:1] if name in _IN_PLACE_OPERATORS else ()
+    elif name.endswith("_"):
+        found = () if name in _NO_WRITES else (args[:1], kwargs.get("tensor"))
+    elif name in _NORMS_WITH_STATISTICS:
+        if kwargs.get(_NORMS_WITH_STATISTICS[name], False):
+            found = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
+    elif name in _EMBEDDINGS:
+        if kwargs.get("max_norm") is not None:
+            found = (kwargs.get("weight", args[1:2]),)
+    elif kwargs.get("out") is not None:
+        found = (kwargs["out"],)
+    elif kwargs.get("inplace"):
+        found = (kwargs.get("input", args[:1]),)
+    return [leaf for leaf in tree.leaves(found) if isinstance(leaf, Tensor)] if found else ()
 
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -199,7 +198,7 @@ _IN_PLACE_OPERATORS = frozenset(
     )
 )
 _NO_WRITES = frozenset(("requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"))
-_NORMS_WITH_STATISTICS = {"batch_norm": (2, "training"), "instance_norm": (2, "use_input_stats")}
+_NORMS_WITH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
 
 
@@ -210,3 +209,77 @@ def memory_of(tensor: Tensor) -> int:
         return storage_id(tensor)
     except (NotImplementedError, RuntimeError):  # Sparse tensors have no storage.
         return id(tensor)
+
+
+@inlined_only
+class TensorReads(TorchFunctionMode):
+    """Records which of the watched tensors operations read, and which tensors they write in place."""
+
+    def __init__(self, watched: Collection[int]) -> None:
+        super().__init__()
+        self._watched = watched
+        self.found: set[int] = set()
+        self.written: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _reads_shape_only(func):
+            self.found.update(id(leaf) for leaf in tree.leaves((args, kwargs)) if id(leaf) in self._watched)
+        self.written.update(id(target) for target in written_by(func.__name__, args, kwargs))
+        return func(*args, **kwargs)
+
+
+_ATTRIBUTES_WITH_VALUES = frozenset(("data", "grad", "T", "mT", "H", "mH", "real", "imag"))
+_SHAPE_FUNCTIONS = frozenset(
+    (
+        *("size", "dim", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device", "__len__"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "__hash__"),
+        *("type", "type_as", "new_empty", "empty_like", "zeros_like", "ones_like", "new_zeros", "new_ones"),
+        *("ndimension", "__set__", "__delete__"),
+    )
+)
+
+
+def _reads_shape_only(func: Callable[..., object]) -> bool:
+    name = func.__name__
+    if name == "__get__":
+        return func.__self__.__name__ not in _ATTRIBUTES_WITH_VALUES
+    return name in _SHAPE_FUNCTIONS
+
+
+def versions(values: Tree) -> list[int]:
+    """Returns torch's count of in-place writes to each leaf, or an empty list while Dynamo compiles.
+
+    Tensors made in inference mode have no such count, and get 0.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return []
+    return [0 if leaf.is_inference() else write_count(leaf) for leaf in tree.leaves(values)]
+
+
+def refuse_in_place_writes(who: str, values: Tree, before: list[int], root: str) -> None:
+    """Raises if a leaf was written in place since ``before`` was taken.
+
+    Args:
+        who: The function, for errors.
+        values: A pytree of tensors.
+        before: ``versions(values)`` from before the call.
+        root: Name of the pytree, for errors.
+
+    Raises:
+        RuntimeError: Names the leaf. The write has happened and is not undone.
+    """
+    if before == versions(values):
+        return
+    changed = zip(tree.paths(values, root), before, versions(values), strict=True)
+    path = next(path for path, was, now in changed if was != now)
+    raise RuntimeError(
+        f"expected {who} to leave its state unchanged, got an in-place write to {path}. Compute a new value, and pass "
+        "it to state.replace. Register a tensor that a module writes at each call as a buffer."
+    )
