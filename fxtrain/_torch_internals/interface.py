@@ -63,9 +63,6 @@ class Interface:
             )
         return found
 
-    def __repr__(self) -> str:
-        return f"Interface({self.path!r}, {self.purpose!r})"
-
 
 INTERFACES: dict[str, Interface] = {}
 """All private interfaces that fxtrain uses, by path."""

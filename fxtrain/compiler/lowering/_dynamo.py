@@ -15,7 +15,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dynamo import can_show_to_modes, recompile_limit_error, restoring_saved_tensor_hooks
 from fxtrain._torch_internals.interface import is_tested
 from fxtrain._torch_internals.tracing import new_fake_mode
-from fxtrain.compiler.lowering._executable import Backend, Executable
+from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
@@ -30,27 +30,20 @@ _TOO_MANY_SIZES = (
 
 
 def compile_by_dynamo(
-    step: Step | EvalFunction,
-    state: TrainState,
-    batch: Batch,
-    *,
-    backend: Backend,
-    mode: str | None,
-    dynamic: bool,
+    step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool, **options: Any
 ) -> Executable:
     """Compiles the step by ``torch.compile`` as one graph.
 
-    Takes the arguments of ``compile_traced``, except that the executable never works in place.
+    Takes the arguments of ``trace_step``, but ignores ``in_place``: the executable always returns a new state.
     """
+    del in_place
     if not can_show_to_modes():
         raise RuntimeError(
             f"expected a torch whose compiler shows random functions to function modes, got {torch.__version__}."
         )
     _check(step, state, batch)
     # Dynamo's graph disables the hooks while torch.func runs, and an error there leaves them disabled.
-    compiled = restoring_saved_tensor_hooks(
-        torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
-    )
+    compiled = restoring_saved_tensor_hooks(torch.compile(_own_code(step), fullgraph=True, **options))
     # The first call compiles, so that errors of the compiler are raised here. A newer torch may hide random functions
     # from function modes.
     with contextlib.nullcontext() if is_tested() else untouched():

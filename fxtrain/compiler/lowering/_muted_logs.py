@@ -28,7 +28,7 @@ def without_torch_logs() -> Generator[None]:
         >>> with without_torch_logs():
         ...     logging.getLogger("torch._dynamo").warning("a page about a graph break")
     """
-    own = _OfThread(threading.get_ident())
+    own = functools.partial(_is_shown, threading.get_ident())
     loggers = _loggers(len(logging.Logger.manager.loggerDict))
     handlers = list(dict.fromkeys(handler for logger in loggers for handler in logger.handlers))
     for handler in handlers:
@@ -53,20 +53,13 @@ def _loggers(count: int) -> list[logging.Logger]:
     return [logging.getLogger(), logging.getLogger("torch"), logging.getLogger(LOGGER), *own]
 
 
-class _OfThread(logging.Filter):
-    """Drops the log records of torch in one thread."""
-
-    def __init__(self, thread: int) -> None:
-        super().__init__()
-        self._thread = thread
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.thread != self._thread or not record.name.startswith("torch."):
+def _is_shown(thread: int, record: logging.LogRecord) -> bool:
+    """Whether a log record is not torch's in this thread, or the user has set the level of its logger."""
+    if record.thread != thread or not record.name.startswith("torch."):
+        return True
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.name != "torch":
+        if logger.level != logging.NOTSET:
             return True
-        logger: logging.Logger | None = logging.getLogger(record.name)
-        while logger is not None and logger.name != "torch":
-            if logger.level != logging.NOTSET:
-                # The user has set this level.
-                return True
-            logger = logger.parent
-        return False
+        logger = logger.parent
+    return False

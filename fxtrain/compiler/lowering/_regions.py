@@ -128,8 +128,8 @@ class _Regions:
     ) -> _Cut | None:
         """Returns the next call for gradients after these, or None if there is none."""
         if key not in self._segments:
-            cut = _Cut(self._step, self._state, self._batch)
-            self._segments[key] = cut if cut.compile(self._compiler, leaves, inputs, found) else None
+            cut = _Cut(self._step, self._compiler, self._state, self._batch)
+            self._segments[key] = cut if cut.compile(leaves, inputs, found) else None
         return self._segments[key]
 
     def _rest(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]) -> Run:
@@ -194,21 +194,15 @@ class _Rest(Step):
 class _Cut:
     """Computes the arguments of the next call for gradients from the step's inputs and its gradients so far."""
 
-    def __init__(self, step: Step, state: PyTreeSpec, batch: PyTreeSpec) -> None:
-        self._rest, self._state, self._batch = _Rest(step), state, batch
+    def __init__(self, step: Step, compiler: Callable[..., Executable], state: PyTreeSpec, batch: PyTreeSpec) -> None:
+        self._rest, self._compiler, self._state, self._batch = _Rest(step), compiler, state, batch
         self._find: Any = None
         self._index = 0
         self._structure: Any = None
         self._sources: list[int | None] = []
         self._run: Run | None = None
 
-    def compile(
-        self,
-        compiler: Callable[..., Executable],
-        leaves: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        found: Sequence[Tree],
-    ) -> bool:
+    def compile(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Tree]) -> bool:
         """Compiles the graph if one is needed. Returns False if the step calls for no further gradients."""
         state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
         mode = new_fake_mode()
@@ -220,7 +214,7 @@ class _Cut:
             if self._fresh(*fakes) is None:
                 return False
         if None in self._sources:
-            self._run = compiler(self._fresh, state, batch, in_place=False).run
+            self._run = self._compiler(self._fresh, state, batch, in_place=False).run
         return True
 
     def __call__(

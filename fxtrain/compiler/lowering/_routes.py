@@ -96,14 +96,10 @@ class Routes:
         self._found: Break | None = None
 
     @property
-    def name(self) -> str:
-        """The name of the route in use, or of the first one before the first call."""
-        return self._routes[self._chosen].name
-
-    @property
     def names(self) -> tuple[str, ...]:
         """The names of all routes that may still be taken: one after the first call."""
-        return (self.name,) if self._is_chosen else tuple(route.name for route in self._routes)
+        routes = [self._routes[self._chosen]] if self._is_chosen else self._routes
+        return tuple(route.name for route in routes)
 
     @property
     def choice(self) -> Choice:
@@ -168,17 +164,16 @@ class Routes:
         with contextlib.ExitStack() as after_failure:
             for index in range(first, len(self._routes)):
                 route = self._routes[index]
-                options: dict[str, Any] = {}
+                attempt = functools.partial(_compiled, route, step, state, batch)
                 if route.has_otherwise:
-                    known = found or _VALUES_CHANGE
                     # Compiles an executable for all values, if those that the step reads keep changing. Later graphs
                     # use its route too.
-                    options["otherwise"] = functools.partial(
-                        self._compile, step, found=known, first=index + 1, in_place=False
-                    )
+                    known = found or _VALUES_CHANGE
+                    later = functools.partial(self._compile, step, found=known, first=index + 1, in_place=False)
+                    attempt = functools.partial(attempt, otherwise=later)
                 try:
                     with without_torch_messages():
-                        executable = _compiled(route, step, state, batch, in_place=in_place, **options)
+                        executable = attempt(in_place=in_place)
                 except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
                     raise
                 except NoGradientsError as error:
@@ -192,10 +187,7 @@ class Routes:
                         step(state, batch)
                         if is_raised_by_users(error):
                             with without_torch_messages():
-                                again = functools.partial(
-                                    _compiled, route, step, state, batch, in_place=False, **options
-                                )
-                                if not fails(again):
+                                if not fails(functools.partial(attempt, in_place=False)):
                                     raise
                         found = break_from_error(error)
                     continue
@@ -208,24 +200,19 @@ class Routes:
 
 
 def routes_to(
-    backend: Backend | None,
-    mode: str | None,
-    *,
-    dynamic: bool,
-    fullgraph: bool,
-    is_rehearsal: bool = False,
+    backend: Backend | None, mode: str | None, *, dynamic: bool, fullgraph: bool, is_rehearsal: bool = False
 ) -> Routes:
     """Returns the routes for the options of ``compile``, which describes the other arguments.
 
     Args:
         is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
-    given, given_mode = backend, mode
+    rehearsal = functools.partial(routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
+    has_traces = backend is None
     chosen = backend or "inductor"
     title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
     suffix = "" if mode is None else f", {mode}"
-    name = f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}"
-    needs = Feature.TRACED | Feature.INDUCTOR if backend is None else Feature.TRACED
+    needs = Feature.TRACED | Feature.INDUCTOR if has_traces else Feature.TRACED
     tracing = needs | Feature.AHEAD if mode == AHEAD else needs
     if is_rehearsal:
         backend, chosen, mode = "eager", "eager", None
@@ -247,8 +234,8 @@ def routes_to(
         needs=tracing,
     )
     dynamo = Route(
-        name,
-        functools.partial(_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
+        f"{title}, dynamo{suffix}" if has_traces else f"{title}{suffix}",
+        functools.partial(compile_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
         "the step as one graph by torch.compile, which checks its assumptions at each call",
         True,
     )
@@ -268,20 +255,11 @@ def routes_to(
         needs=needs,
     )
     nothing = Route("uncompiled", uncompiled, "nothing, so the step runs uncompiled", False)
-    whole = [traced, dynamo] if given is None else [dynamo]
-    if given is None and not dynamic:
-        whole.insert(1, checked)
-    # The other routes would compile a graph for each size.
+    # The routes left out if ``dynamic`` is set would compile a graph for each size.
+    traces = [traced] if dynamic else [traced, checked]
     others = [nothing] if dynamic else [regions, eager, nothing]
-    rehearsal = functools.partial(routes_to, given, given_mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
-    return Routes([*whole, *others], fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
-
-
-def _by_dynamo(
-    step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool, **options: Any
-) -> Executable:
-    # Dynamo's executable always returns a new state.
-    return compile_by_dynamo(step, state, batch, **options)
+    routes = [*(traces if has_traces else ()), dynamo, *others]
+    return Routes(routes, fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
 
 
 @contextlib.contextmanager

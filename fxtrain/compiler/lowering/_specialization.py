@@ -22,7 +22,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._trace import compile_traced
-from fxtrain.compiler.lowering._value_reads import CheckedReads, Reads, UncheckedReadError
+from fxtrain.compiler.lowering._value_reads import CheckedReads, ElementReads, Reads, UncheckedReadError
 from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
@@ -171,7 +171,7 @@ class _Reading:
         self.reads: Reads | None = None
 
     def result_and_same(self, state: TrainState, batch: Batch) -> tuple[Any, Tensor]:
-        with CheckedReads(self._given) as checked:
+        with CheckedReads(self._given) as checked, ElementReads():
             result = self._function(state, batch)
             same = checked.same(state.step.device)
         self.reads = checked.reads

@@ -46,6 +46,8 @@ class Reads:
 class CheckedReads(TorchDispatchMode):
     """A context within ``make_fx`` in which values can be read and sizes may depend on values.
 
+    Conversions of tensors to Python values also need ``ElementReads``.
+
     Args:
         given: The tensors that are traced, one for each placeholder of the graph.
 
@@ -66,14 +68,7 @@ class CheckedReads(TorchDispatchMode):
             return torch.ones(0, dtype=torch.bool, device=device)
         return torch.stack([each.to(device) for each in self._same])
 
-    def __enter__(self) -> CheckedReads:
-        super().__enter__()
-        self._conversions = _Conversions()
-        self._conversions.__enter__()
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self._conversions.__exit__(*error)
         super().__exit__(*error)
         self._known.clear()
 
@@ -138,8 +133,8 @@ class CheckedReads(TorchDispatchMode):
         return False
 
 
-class _Conversions(TorchFunctionMode):
-    """Converts tensors to Python values one element at a time."""
+class ElementReads(TorchFunctionMode):
+    """Converts tensors to Python values one element at a time, as ``CheckedReads`` reads them."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
