@@ -3,19 +3,18 @@
 Each is a pure function of ``(state, event)``. Callback state lives in ``state.slots``, so every checkpoint includes it.
 """
 
-from fxtrain.callbacks._averages import AveragedState, averaged, ema, swa
+from fxtrain.callbacks._averages import averaged, ema, swa
 from fxtrain.callbacks._classification import confusion_matrix, curves, predictions
-from fxtrain.callbacks._early_stopping import EarlyStoppingState, OverfittingState, early_stopping, stop_on_overfitting
-from fxtrain.callbacks._gradients import GradFlow, GradNorms, grad_flow, grad_norms
-from fxtrain.callbacks._guards import NanGuardState, SpikeGuardState, first_not_finite, nan_guard, spike_guard
-from fxtrain.callbacks._histograms import Histograms, histograms, watch
-from fxtrain.callbacks._monitor import MonitorState, monitor
-from fxtrain.callbacks._plateau import ReduceOnPlateauState, reduce_on_plateau, schedule_hyperparam
-from fxtrain.callbacks._progress import ThroughputState, epoch_mean, lr_monitor, throughput
-from fxtrain.callbacks._requests import TimeLimitState, evaluate, save, stop_at, stop_on_divergence, time_limit
-from fxtrain.callbacks._restore_best import RestoreBestState, restore_best
+from fxtrain.callbacks._early_stopping import early_stopping, stop_on_overfitting
+from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
+from fxtrain.callbacks._histograms import histograms, watch
+from fxtrain.callbacks._monitor import monitor
+from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
+from fxtrain.callbacks._progress import epoch_mean, lr_monitor, throughput
+from fxtrain.callbacks._requests import evaluate, save, stop_at, stop_on_divergence, time_limit
+from fxtrain.callbacks._restore_best import restore_best
 from fxtrain.callbacks._samples import samples, textgen
-from fxtrain.callbacks._weight_stats import UpdateRatios, WeightStats, activation_stats, update_ratios, weight_stats
+from fxtrain.callbacks._statistics import activation_stats, grad_flow, grad_norms, update_ratios, weight_stats
 
 __all__ = [
     "activation_stats",

@@ -23,6 +23,10 @@ class AveragedState(NamedTuple):
     count: Tensor  # int64 []: updates in the average
 
 
+_Mean = Callable[[AveragedState], tuple[Scalar, Tensor]]
+"""Maps the callback state to the new value's share of the average and to the new weight, [] each."""
+
+
 def ema(
     decay: float,
     *,
@@ -154,20 +158,12 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
     return state.replace(params=params, **({} if buffers == () else {"buffers": buffers}))
 
 
-def _averaging(
-    name: str,
-    mean: Callable[[AveragedState], tuple[Scalar, Tensor]],
-    *,
-    every: When,
-    start: int,
-    buffers: bool,
-    weight: float,
-) -> Handler:
+def _averaging(name: str, mean: _Mean, *, every: When, start: int, buffers: bool, weight: float) -> Handler:
     """Returns a callback that averages the parameters.
 
     Args:
         name: The slot.
-        mean: Maps the callback state to the new value's share of the average and to the new weight, [] each.
+        mean: The kind of average.
         every: When to average: a number of steps, or a trigger, evaluated inside the step.
         start: Average after this step.
         buffers: Whether to average buffers.

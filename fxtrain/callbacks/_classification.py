@@ -21,7 +21,7 @@ from fxtrain.core import (
     check_positive_int,
     describe,
 )
-from fxtrain.fold import Handler, on, stateful
+from fxtrain.fold import Handler, stateful
 from fxtrain.values import ConfusionMatrix, Figure, Image, Table
 
 Logits = Callable[[Tree], Tensor]
@@ -87,8 +87,7 @@ def predictions(
         }
         return state, Control(log={name: Table(columns)})
 
-    callback.__name__ = name
-    return on(EvalStep, callback)
+    return Handler(name, callback, frozenset({EvalStep}))
 
 
 def _rows(batch: Batch, limit: int) -> Batch:

@@ -22,7 +22,7 @@ from fxtrain.core import (
     fractional_epoch,
     wide_dtype,
 )
-from fxtrain.fold import Handler, slotted
+from fxtrain.fold import Handler, stateful
 
 
 class EarlyStoppingState(NamedTuple):
@@ -101,8 +101,7 @@ def early_stopping(
             since=_start_of_wait(state, unit),
         )
 
-    def update(state: TrainState, event: EvalEnd) -> tuple[TrainState, Control]:
-        slot: EarlyStoppingState = state.slots[name]
+    def update(state: TrainState, event: EvalEnd, slot: EarlyStoppingState) -> tuple[EarlyStoppingState, Control]:
         before, value = slot.best, measured(event, metric, name, slot.best.device)
         now, passed = _time_in(event, slot, unit)
         watching = passed >= start_from - slack
@@ -125,9 +124,9 @@ def early_stopping(
             f"{name}/improved_by": Logged((value - before).abs(), when=improved & before.isfinite()),
         }
         control = Control(stop=watching & (waited >= patience - slack), reason=no_improvement)
-        return state.with_slot(name, slot), control | Control(log=log)
+        return slot, control | Control(log=log)
 
-    return needing(slotted(name, init, update), metric)
+    return needing(stateful(name, init, update), metric)
 
 
 def _start_of_wait(state: TrainState, unit: str) -> Tensor:
@@ -202,14 +201,13 @@ def stop_on_overfitting(
         total = torch.zeros((), dtype=wide_dtype(zero.device), device=zero.device)
         return OverfittingState(total, zero, torch.full_like(total, math.inf), zero.clone())
 
-    def update(state: TrainState, event: EvalEnd | Updated) -> tuple[TrainState, Control]:
-        slot: OverfittingState = state.slots[name]
+    def update(state: TrainState, event: EvalEnd | Updated, slot: OverfittingState) -> tuple[OverfittingState, Control]:
         if isinstance(event, Updated):
-            return state.with_slot(name, _after_step(slot, event, train_metric, name)), Control()
+            return _after_step(slot, event, train_metric, name), Control()
         slot = _after_evaluation(slot, measured(event, metric, name, slot.gap.device), sign, min_delta)
-        return state.with_slot(name, slot), Control(stop=slot.grown >= patience, reason=reason)
+        return slot, Control(stop=slot.grown >= patience, reason=reason)
 
-    return needing(slotted(name, init, update), metric)
+    return needing(stateful(name, init, update), metric)
 
 
 def _after_step(slot: OverfittingState, event: Updated, metric: str, who: str) -> OverfittingState:

@@ -112,11 +112,10 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
         >>> result.reason, bool(result.history["train/loss"].values[-1] < 1e-6)
         ('reached 100 steps', True)
     """
-    history = History()
-    run = Run(state, step, data, plan, history)
+    run = Run(state, step, data, plan)
     for _ in run.events():
         pass
-    return Result(run.state, run.continue_from, run.reason, history, run.exit_code)
+    return Result(run.state, run.continue_from, run.reason, run.history, run.exit_code)
 
 
 @with_options(Plan)
@@ -143,4 +142,4 @@ def steps(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Iter
         ...     print(type(event).__name__, end=" ")
         FitBegin EpochBegin StepBegin StepEnd EpochEnd FitEnd
     """
-    return Run(state, step, data, plan, History(), every_event=True).events()
+    return Run(state, step, data, plan, every_event=True).events()

@@ -109,50 +109,44 @@ class Snapshots:
         self._on_disk.intersection_update(listed)
 
 
-class Rewinds:
-    """Handles the requests to rewind.
+def rewind(emitter: Emitter, snapshots: Snapshots, data: Source) -> Events[None]:
+    """Returns to the newest state that is old enough for the pending request, or stops if there is none.
 
     Args:
         emitter: Emits ``Rewound``.
         snapshots: The states to rewind to.
         data: The data source.
     """
-
-    def __init__(self, emitter: Emitter, snapshots: Snapshots, data: Source) -> None:
-        self._plan, self._now, self._emit = emitter.plan, emitter.now, emitter.emit
-        self._snapshots, self._data = snapshots, data
-
-    def handle(self) -> Events[None]:
-        """Returns to the newest state that is old enough for the pending request, or stops if there is none."""
-        now, old, steps = self._now, self._now.state, self._now.due["rewind"]
-        target = self._snapshots.newest_until(now.step - steps, now)
-        now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
-        if target is None:
-            now.stop(f"a rewind of {steps} steps was requested at step {now.step}, but no retained state is that old")
-            return
-        to_step = int(target.step)
-        times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
-        times[to_step] = times.get(to_step, 0) + 1
-        yield from self._emit(
-            Rewound,
-            from_step=now.step,
-            to_step=to_step,
-            abandoned=range(int(target.position), now.position),
-            times=times[to_step],
-        )
-        now.read_flags()
-        # Only slots written at this event, and a request to stop, survive the rewind.
-        surviving = {name: slot for name, slot in now.state.slots.items() if slot is not old.slots.get(name)}
-        surviving[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
-        due, retained, length = now.due, now.snapshots, now.epoch.length
-        now.take(target.replace(slots={**target.slots, **surviving}))
-        # Keep the epoch length if it was found after the snapshot.
-        if not now.epoch.length:
-            now.count(now.epoch._replace(length=length))
-        announce(self._data, now.epoch)
-        now.snapshots = retained
-        self._snapshots.roll_back(now)
-        # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
-        now.set(stop=due["stop"], skip_final_save=due["skip_final_save"], save=self._plan.checkpointer is not None)
-        if times[to_step] > (limit := self._plan.rewind_limit):
-            now.stop(f"rewound to step {to_step} {times[to_step]} times, more than rewind_limit={limit} allows")
+    now = emitter.now
+    old, steps = now.state, now.due["rewind"]
+    target = snapshots.newest_until(now.step - steps, now)
+    now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
+    if target is None:
+        now.stop(f"a rewind of {steps} steps was requested at step {now.step}, but no retained state is that old")
+        return
+    to_step = int(target.step)
+    times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
+    times[to_step] = times.get(to_step, 0) + 1
+    yield from emitter.emit(
+        Rewound,
+        from_step=now.step,
+        to_step=to_step,
+        abandoned=range(int(target.position), now.position),
+        times=times[to_step],
+    )
+    now.read_flags()
+    # Only slots written at this event, and a request to stop, survive the rewind.
+    surviving = {name: slot for name, slot in now.state.slots.items() if slot is not old.slots.get(name)}
+    surviving[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
+    due, retained, length = now.due, now.snapshots, now.epoch.length
+    now.take(target.replace(slots={**target.slots, **surviving}))
+    # Keep the epoch length if it was found after the snapshot.
+    if not now.epoch.length:
+        now.count(now.epoch._replace(length=length))
+    announce(data, now.epoch)
+    now.snapshots = retained
+    snapshots.roll_back(now)
+    # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
+    now.set(stop=due["stop"], skip_final_save=due["skip_final_save"], save=emitter.plan.checkpointer is not None)
+    if times[to_step] > (limit := emitter.plan.rewind_limit):
+        now.stop(f"rewound to step {to_step} {times[to_step]} times, more than rewind_limit={limit} allows")

@@ -27,7 +27,7 @@ from fxtrain.loop._history import History
 from fxtrain.loop._interrupts import Interrupts, Waits
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
-from fxtrain.loop._rewind import Rewinds, Snapshots
+from fxtrain.loop._rewind import Snapshots, rewind
 from fxtrain.loop._run_statistics import run_statistics
 from fxtrain.loop._saving import Checkpoints, Saves
 from fxtrain.loop._steps import Steps
@@ -44,19 +44,11 @@ class Run:
         step: The step.
         data: The data.
         plan: The options of the run.
-        history: Records all published scalars.
         every_event: Whether to yield each event, even if nothing subscribes to it.
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        step: StepFn,
-        data: SourceLike,
-        plan: Plan,
-        history: History,
-        *,
-        every_event: bool = False,
+        self, state: TrainState, step: StepFn, data: SourceLike, plan: Plan, *, every_event: bool = False
     ) -> None:
         check_state(state, "fit(state, step, data)")
         check_step(step)
@@ -64,9 +56,9 @@ class Run:
         given, callbacks = shared(declared, compose(as_composed(plan.callbacks), *evaluation_requests(plan)))
         # The loop owns its state, so a compiled step may donate it.
         self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
-        self._plan, self._callbacks = plan, callbacks
+        self._plan, self._callbacks, self.history = plan, callbacks, History()
         self._interrupts = Interrupts(lambda: self._checkpoints.under_way)
-        self._publish = Publisher(plan.observers, history, state.step.device)
+        self._publish = Publisher(plan.observers, self.history, state.step.device)
 
         self._checkpoints = Checkpoints(plan.checkpointer, self._step)
         self._restored = self._checkpoints.restored(self._attached(state)) if plan.resume else None
@@ -99,9 +91,8 @@ class Run:
             reader.expected = saved.batch
         emitter = Emitter(plan, self._callbacks, now, self._publish, reader, every_event)
         donates = self._step is not given or getattr(given, "donates", False)
-        self._emit = emitter.emit
+        self._emitter, self._emit = emitter, emitter.emit
         self._snapshots = Snapshots(plan, copied=donates, notes=self._checkpoints.notes)
-        self._rewinds = Rewinds(emitter, self._snapshots, self._data)
         self._evaluations = Evaluations(emitter, self._eval_data, self._interrupts)
         self._epochs = Epochs(emitter, self._data)
         self._saves = Saves(emitter, self._checkpoints, self._snapshots, self._evaluations, self._data)
@@ -162,7 +153,7 @@ class Run:
             if now.anything_due and now.unread:
                 now.read_flags()
             if now.due["rewind"]:
-                yield from self._rewinds.handle()
+                yield from rewind(self._emitter, self._snapshots, self._data)
             elif now.due["evaluate"] or (now.due["end_epoch"] and self._evaluations.is_missing()):
                 yield from self._evaluations.handle()
             elif now.due["end_epoch"]:

@@ -71,11 +71,6 @@ class LazyMetrics(_Lazy):
         self._values: dict[str, object] = {}
         self._made = made
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the copy has not started."""
-        return self._parts is not None
-
     def parts(self) -> list[object]:
         """Returns the values to copy to the host."""
         return self._parts() if self._parts is not None else []
@@ -88,7 +83,7 @@ class LazyMetrics(_Lazy):
 
     def send(self) -> None:
         """Starts an asynchronous copy of its values and of all other unread mappings."""
-        if self.is_waiting:
+        if self._parts is not None:
             self._transfer.send()
 
     def _all(self) -> dict[str, Any]:
@@ -179,7 +174,7 @@ class HostTransfer:
 
     def _register(self, late: LazyMetrics) -> LazyMetrics:
         if len(self._waiting) > _MAX_UNREAD:
-            self._waiting = [each for each in self._waiting if (held := each()) is not None and held.is_waiting]
+            self._waiting = [each for each in self._waiting if each() is not None]
         self._waiting.append(weakref.ref(late))
         return late
 

@@ -1,4 +1,4 @@
-"""Statistics of weights and module outputs, and ratios of update norm to weight norm."""
+"""Statistics of gradients, weights, updates and module outputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,153 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._monitor import UpdateStats, leaf_names, monitor
-from fxtrain.core import TrainState, check_int, check_non_negative, check_positive_int, matching
+from fxtrain.callbacks._monitor import NORMS, UpdateStats, layers, leaf_names, monitor
+from fxtrain.core import TrainState, check_choice, check_int, check_non_negative, check_positive_int, describe, matching
 from fxtrain.fold import Handler, When
 from fxtrain.values import Text
+
+
+class GradNorms(NamedTuple):
+    """Measurements of ``grad_norms``."""
+
+    total: Tensor  # float32 []: norm of all gradients as one vector
+    layers: Tensor  # float32 [layers]: norm of each layer
+
+
+def grad_norms(
+    *,
+    norm: str = "l2",
+    layer: str | Sequence[str] | None = None,
+    every: When = 1,
+    publish: When | None = None,
+    name: str = "grad_norm",
+) -> Handler:
+    """Measures the norm of the averaged gradients before clipping, in total and per layer.
+
+        l2: sqrt(sum g^2)        l1: sum |g|        linf: max |g|        mean: mean |g|
+
+    It runs inside the compiled step. The norms of all layers are in ``state.slots[name].values.layers``, in module
+    order.
+
+    Args:
+        norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
+        layer: Patterns of the layers to publish individually, such as ``"blocks.0.*"``; none by default.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
+        name: The slot, and the prefix of the logged names: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
+            layers, and ``/<layer>``.
+
+    Raises:
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no layer.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> norms, tx = grad_norms(), fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: 3 * model["a"] + 4 * model["b"], tx, callbacks=norms)
+        >>> state = fx.attach(fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx), norms)
+        >>> state, _ = step(state, torch.zeros(1))
+        >>> state.slots["grad_norm"].values
+        GradNorms(total=tensor(5.), layers=tensor([3., 4.]))
+    """
+    check_choice("norm", norm, NORMS)
+
+    def measure(state: TrainState, stats: UpdateStats, before: GradNorms | None) -> GradNorms:
+        groups = list(layers(state).values())
+        everything = [[index for group in groups for index in group]]
+        return GradNorms(stats.norms("grads", norm, everything)[0], stats.norms("grads", norm, groups))
+
+    def show(state: TrainState, values: GradNorms) -> dict[str, Tensor]:
+        names, (total, norms) = list(layers(state)), values
+        shown = {"total": total, "max": norms.max(), "min": norms.min(), "mean": norms.mean()}
+        return shown | {names[i]: norms[i] for i in matching(names, layer, "layer")}
+
+    return monitor(name, measure, show, every=every, publish=publish)
+
+
+class GradFlow(NamedTuple):
+    """Measurements of ``grad_flow``."""
+
+    norms: Tensor  # float32 [layers]: l2 norms, in module order
+    gains: Tensor  # float32 [layers - 1]: norm of each layer / norm of the next layer
+
+
+def grad_flow(
+    *,
+    healthy: tuple[float, float] = (0.5, 2.0),
+    vanishing: float = 1e-7,
+    exploding: float = 1e3,
+    layer: str | Sequence[str] | None = None,
+    every: When = 1,
+    publish: When | None = None,
+    name: str = "grad_flow",
+) -> Handler:
+    """Measures how the gradient norm changes from layer to layer in the backward pass.
+
+        gain_i = ||g_i|| / ||g_(i+1)||
+
+    Layers are in module order. A layer is healthy if its gain is within ``healthy``, damping if below, and amplifying
+    if above. Independently of its gain, a layer is vanishing if its norm is below ``vanishing``, and exploding if its
+    norm is above ``exploding`` or not finite.
+
+    It runs inside the compiled step. Its reductions are shared with ``grad_norms``.
+
+    Args:
+        healthy: Smallest and largest healthy gain.
+        vanishing: Norm below which a layer is vanishing.
+        exploding: Norm above which a layer is exploding.
+        layer: Patterns of the layers whose gain is published, such as ``"blocks.*"``; none by default.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published. With the
+            trigger of the saves, each checkpoint has published values of its own step.
+        name: The slot, and the prefix of the logged names: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the
+            counts ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, and ``/gain/<layer>``.
+
+    Raises:
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no layer.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> flow, tx = grad_flow(), fx.optim.sgd(0.1)
+        >>> def loss_fn(model, batch):
+        ...     return 8 * model["first"] + model["second"] + model["third"]
+        >>> step = fx.train_step(loss_fn, tx, callbacks=flow)
+        >>> start = {name: torch.tensor(1.0) for name in ("first", "second", "third")}
+        >>> state, _ = step(fx.attach(fx.init(start, tx), flow), torch.zeros(1))
+        >>> log = fx.compose(flow)(state, fx.StepEnd(step=1, metrics={}))[1].log
+        >>> int(log["grad_flow/amplifying"].value), int(log["grad_flow/healthy"].value)
+        (1, 1)
+    """
+    least, most = healthy
+    if not 0 < least <= most:
+        raise ValueError(f"expected healthy to be two ascending positive gains, got {describe(healthy)}.")
+    if not 0 <= vanishing < exploding:
+        raise ValueError(
+            f"expected 0 <= vanishing < exploding, got vanishing={describe(vanishing)} and "
+            f"exploding={describe(exploding)}."
+        )
+
+    def measure(state: TrainState, stats: UpdateStats, before: GradFlow | None) -> GradFlow:
+        norms = stats.norms("grads", "l2", list(layers(state).values()))
+        return GradFlow(norms, norms[:-1] / norms[1:])
+
+    def show(state: TrainState, values: GradFlow) -> dict[str, Tensor]:
+        names, (norms, gains) = list(layers(state))[:-1], values
+        # A gain is not finite where the next layer has no gradient.
+        known = gains.isfinite()
+        count = known.sum().clamp(min=1)
+        return {
+            "gain_mean": torch.where(known, gains, 0.0).sum() / count,
+            "gain_min": torch.where(known, gains, torch.inf).amin() if names else torch.zeros(()),
+            "gain_max": torch.where(known, gains, -torch.inf).amax() if names else torch.zeros(()),
+            "healthy": ((gains >= least) & (gains <= most)).sum(),
+            "damping": (gains < least).sum(),
+            "amplifying": (gains > most).sum(),
+            "vanishing": (norms < vanishing).sum(),
+            "exploding": (~(norms <= exploding)).sum(),
+            **{f"gain/{names[i]}": gains[i] for i in matching(names, layer, "layer")},
+        }
+
+    return monitor(name, measure, show, every=every, publish=publish)
 
 
 class WeightStats(NamedTuple):
