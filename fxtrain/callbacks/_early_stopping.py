@@ -203,28 +203,21 @@ def stop_on_overfitting(
 
     def update(state: TrainState, event: EvalEnd | Updated, slot: OverfittingState) -> tuple[OverfittingState, Control]:
         if isinstance(event, Updated):
-            return _after_step(slot, event, train_metric, name), Control()
-        slot = _after_evaluation(slot, measured(event, metric, name, slot.gap.device), sign, min_delta)
+            value = measured(event, train_metric, name, slot.total.device).to(slot.total.dtype)
+            # Steps with a non-finite metric are excluded, because guards skip their updates.
+            finite = value.isfinite()
+            total = slot.total + torch.where(finite, value, 0.0)
+            return slot._replace(total=total, count=slot.count + finite), Control()
+        gap = sign * (measured(event, metric, name, slot.gap.device) - slot.total / slot.count.clamp(min=1))
+        # Without training steps since the last evaluation, the gap is unchanged.
+        seen = slot.count > 0
+        grew = seen & (gap > slot.gap + min_delta)
+        slot = OverfittingState(
+            total=torch.zeros_like(slot.total),
+            count=torch.zeros_like(slot.count),
+            gap=torch.where(seen, gap, slot.gap),
+            grown=torch.where(seen, torch.where(grew, slot.grown + 1, 0), slot.grown),
+        )
         return slot, Control(stop=slot.grown >= patience, reason=reason)
 
     return needing(stateful(name, init, update), metric)
-
-
-def _after_step(slot: OverfittingState, event: Updated, metric: str, who: str) -> OverfittingState:
-    value = measured(event, metric, who, slot.total.device).to(slot.total.dtype)
-    # Steps with a non-finite metric are excluded, because guards skip their updates.
-    finite = value.isfinite()
-    return slot._replace(total=slot.total + torch.where(finite, value, 0.0), count=slot.count + finite)
-
-
-def _after_evaluation(slot: OverfittingState, value: Tensor, sign: float, min_delta: float) -> OverfittingState:
-    """Returns the state after an evaluation. Without training steps since the last one, the gap is unchanged."""
-    gap = sign * (value - slot.total / slot.count.clamp(min=1))
-    seen = slot.count > 0
-    grew = seen & (gap > slot.gap + min_delta)
-    return OverfittingState(
-        total=torch.zeros_like(slot.total),
-        count=torch.zeros_like(slot.count),
-        gap=torch.where(seen, gap, slot.gap),
-        grown=torch.where(seen, torch.where(grew, slot.grown + 1, 0), slot.grown),
-    )

@@ -207,6 +207,4 @@ def _other(name: str, event: type[Event], path: str, old: Tree, new: Tree) -> st
 
 
 def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{describe(value)} on {value.device}"
-    return describe(value)
+    return f"{describe(value)} on {value.device}" if isinstance(value, Tensor) else describe(value)

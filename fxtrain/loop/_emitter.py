@@ -16,8 +16,6 @@ from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._types import EventRecord, Events
 
-_NOTHING = Control()
-
 
 @dataclasses.dataclass
 class Emitter:
@@ -51,7 +49,7 @@ class Emitter:
     def emit(self, kind: type[LoopEvent], **fields: object) -> Events[Control]:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
         if not self.is_seen(kind):
-            return _NOTHING
+            return Control()
         moments, asked = self.fold(kind, fields)
         yield from moments
         return asked

@@ -111,11 +111,8 @@ class Publisher:
         All points up to a checkpoint are then written, whenever the run is killed.
         """
         for observer in self._observers:
-            flush = getattr(observer, "flush", None)
-            if flush is None:
-                continue
             try:
-                flush()
+                _call(observer, "flush")
             except Exception as error:
                 self._failed(observer, f"the save of step {step}", error)
 
@@ -129,7 +126,7 @@ class Publisher:
 
     def _close(self, observer: Callable[..., None]) -> None:
         try:
-            _close(observer)
+            _call(observer, "close")
         except Exception as error:
             if getattr(observer, "required", False):
                 raise
@@ -190,7 +187,7 @@ class Publisher:
             raise error
         self._use([other for other in self._observers if other is not observer])
         with contextlib.suppress(Exception):
-            _close(observer)
+            _call(observer, "close")
         _report(observer, f"failed at {at} and is dropped, and training continues", error)
 
 
@@ -201,10 +198,11 @@ def _report(observer: Callable[..., None], what: str, error: Exception) -> None:
     )
 
 
-def _close(observer: Callable[..., None]) -> None:
-    close = getattr(observer, "close", None)
-    if close is not None:
-        close()
+def _call(observer: Callable[..., None], name: str) -> None:
+    """Calls a method of an observer, if it has one of this name."""
+    method = getattr(observer, name, None)
+    if method is not None:
+        method()
 
 
 def _check_observer(observer: Callable[..., None]) -> None:

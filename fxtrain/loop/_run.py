@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import cast
+from typing import Any, cast
 
 from fxtrain.checkpoint import Restoration
-from fxtrain.core import FitBegin, FitEnd, Interrupted, Restored, StepFn, TrainState
-from fxtrain.data import SourceLike, as_source
-from fxtrain.fold import as_composed, attach, compose
+from fxtrain.core import Control, EpochEnd, FitBegin, FitEnd, Interrupted, Restored, StepFn, TrainState
+from fxtrain.data import Source, SourceLike, as_source
+from fxtrain.fold import Handler, as_composed, attach, compose, on
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end
@@ -28,7 +28,6 @@ from fxtrain.loop._interrupts import Interrupts, Waits
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._rewind import Snapshots, rewind
-from fxtrain.loop._run_statistics import run_statistics
 from fxtrain.loop._saving import Checkpoints, Saves
 from fxtrain.loop._steps import Steps
 from fxtrain.loop._types import Events, LoopStep
@@ -73,7 +72,7 @@ class Run:
         seed = int(state.seed)
         self._data = as_source(data, seed=seed)
         self._eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
-        self._callbacks = compose(callbacks, *run_statistics(self._step, self._data))
+        self._callbacks = compose(callbacks, *_run_statistics(self._step, self._data))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = self._attached(begin_epochs(state, self._data))
         best = getattr(plan.checkpointer, "best_metric", None)
@@ -98,8 +97,6 @@ class Run:
         self._saves = Saves(emitter, self._checkpoints, self._snapshots, self._evaluations, self._data)
         self._steps = Steps(emitter, self._step, self._data, self._interrupts, self._checkpoints)
         self.reason = ""
-        self.exit_code = 0
-        self.continue_from: TrainState  # the state before `FitEnd`, set there
 
     @property
     def state(self) -> TrainState:
@@ -242,3 +239,39 @@ class Run:
                 yield from self._saves.save_last()
         except Exception as error:  # the first error is the one to raise
             warnings.warn(f"Ending the run after an error raised another: {error!r}.", RuntimeWarning, stacklevel=2)
+
+
+def _run_statistics(step: Any, data: Source) -> list[Handler]:
+    """Returns callbacks that publish statistics of a step and its data. Nothing is measured on a device.
+
+    - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the number of graphs of a compiled step, and the time
+      this process spent compiling them. More graphs than batch shapes mean recompilations.
+    - ``compile/pending`` and ``compile/uncompiled_steps`` at ``FitEnd``, with ``background=True``: the number of graphs
+      not compiled yet, and the number of steps that ran uncompiled.
+    - ``data/padding`` at ``EpochEnd``: the fraction of padding in the batches of the epoch, if the data source counts
+      it, as those of ``fxtrain.data.padded``, ``bucketed`` and ``packed`` do.
+
+    Args:
+        step: Compiled or not.
+        data: A data source.
+    """
+    found = list[Handler]()
+    if hasattr(step, "uncompiled_steps"):
+
+        def compilation(state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
+            log = {"compile/graphs": step.graphs, "compile/seconds": step.seconds}
+            if step.background:
+                log |= {"compile/pending": step.pending, "compile/uncompiled_steps": step.uncompiled_steps}
+            return state, Control(log=log)
+
+        found.append(on(FitEnd, compilation))
+    source: Any = data
+    while source is not None and not hasattr(source, "padding"):
+        source = getattr(source, "source", None)  # the source that it wraps
+    if source is not None:
+
+        def padding(state: TrainState, event: EpochEnd) -> tuple[TrainState, Control]:
+            return state, Control(log={"data/padding": source.padding(event.epochs_done - 1).fraction})
+
+        found.append(on(EpochEnd, padding))
+    return found
