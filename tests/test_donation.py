@@ -13,7 +13,7 @@ import torch
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compiler._recompiles import RecompileError
+from fxtrain.compiler import RecompileError
 from fxtrain.compiler.call._memory import is_sole, shared
 from fxtrain.core import DonatedError
 

@@ -5,7 +5,9 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
+import tempfile
 import wave
 
 import numpy as np
@@ -19,7 +21,6 @@ from fxtrain.core import EvalEnd, StepEnd
 from fxtrain.disk import replace_file
 from fxtrain.values import Audio, ConfusionMatrix, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import console, csv, media, read_csv, read_media
-from fxtrain.writers._encoding import gif, png, wav
 
 # CSV
 
@@ -420,11 +421,19 @@ def test_media_warns_once_about_scalars(tmp_path, recwarn):
 # Encoding
 
 
+def stored(value):
+    """Returns the content of the file that ``media`` writes for a value."""
+    with tempfile.TemporaryDirectory() as folder:
+        media(folder).write(1, {"value": value})
+        (file,) = pathlib.Path(folder, "value").iterdir()
+        return file.read_bytes()
+
+
 @settings(deadline=None, max_examples=30)
 @given(channels=st.sampled_from([1, 3, 4]), height=st.integers(1, 9), width=st.integers(1, 9), seed=st.integers(0, 99))
 def test_png_round_trips_every_pixel(channels, height, width, seed):
     frame = np.random.default_rng(seed).integers(0, 256, (height, width, channels)).astype(np.uint8)
-    found = np.array(PIL.Image.open(io.BytesIO(png(frame))))
+    found = np.array(PIL.Image.open(io.BytesIO(stored(Image(frame)))))
     np.testing.assert_array_equal(found.reshape(frame.shape), frame)
 
 
@@ -433,7 +442,7 @@ def test_png_round_trips_every_pixel(channels, height, width, seed):
 def test_gif_has_every_frame_even_if_equal(fps, milliseconds, channels):
     frames = np.zeros((5, 8, 8, channels), np.uint8)
     frames[3:] = 255
-    moving = PIL.Image.open(io.BytesIO(gif(frames, fps)))
+    moving = PIL.Image.open(io.BytesIO(stored(Video(frames, fps=fps))))
     duration, shown = 0, []
     for index in range(moving.n_frames):
         moving.seek(index)
@@ -445,12 +454,13 @@ def test_gif_has_every_frame_even_if_equal(fps, milliseconds, channels):
 
 
 def test_gif_may_have_one_frame():
-    assert PIL.Image.open(io.BytesIO(gif(np.zeros((1, 4, 4, 3), np.uint8), 8))).n_frames == 1
+    assert PIL.Image.open(io.BytesIO(stored(Video(np.zeros((1, 4, 4, 3), np.uint8))))).n_frames == 1
 
 
 def test_wav_round_trips_every_sample():
-    samples = np.random.default_rng(0).integers(-32768, 32768, (77, 2)).astype(np.int16)
-    with wave.open(io.BytesIO(wav(samples, 44100))) as sound:
+    samples = np.random.default_rng(0).integers(-32767, 32768, (77, 2)).astype(np.int16)
+    with wave.open(io.BytesIO(stored(Audio(samples / 32767, rate=44100)))) as sound:
+        assert sound.getframerate() == 44100
         np.testing.assert_array_equal(np.frombuffer(sound.readframes(100), "<i2").reshape(-1, 2), samples)
 
 

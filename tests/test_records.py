@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain import observers, writers
+from fxtrain import observers, report, writers
 from fxtrain.core import Control, EvalEnd, FitBegin, FitEnd, Interrupted, Restored, Rewound, Saved, StepEnd
 
 NOTHING = Control()
@@ -465,8 +465,6 @@ def test_archive_emptied_by_a_power_cut_is_rewritten(tmp_path, source):
 
 
 def test_report_reads_the_recorded_run(story):
-    from fxtrain.report._read import read_run
-
     def back(state, event: fx.StepEnd | fx.Rewound):
         if isinstance(event, fx.Rewound):
             return state, Control(stop=event.times == 3, reason="enough")
@@ -474,6 +472,6 @@ def test_report_reads_the_recorded_run(story):
 
     writing = observers.write(writers.jsonl(story.folder / "metrics.jsonl"))
     fit(story, callbacks=(back,), steps=6, snapshot_every=1, snapshots=9, also=(writing,))
-    run = read_run(story.folder)
+    run = report.read_run(story.folder)
     assert [mark.step for mark in run.marks if mark.kind == "rewound"] == [5, 5, 5]
     assert run.sessions[0]["reason"] == "enough"

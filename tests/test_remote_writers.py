@@ -251,7 +251,6 @@ def test_last_step_of_a_wandb_run_survives_kill_and_exit(tmp_path):
         if sys.argv[2] == "killed":
             os.kill(os.getpid(), 9)
         writer.close()
-        print(writer._folder)
     """
     for how in ("killed", "ended"):
         command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / how), how]
