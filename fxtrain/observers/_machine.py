@@ -44,12 +44,7 @@ class PeriodicReadings:
     """
 
     def __init__(self, what: str, writers: tuple[Writer, ...], every: When, read: Read) -> None:
-        if not writers:
-            raise ValueError(
-                f"expected at least one writer for {what}(), got none. Pass one, such as "
-                "fxtrain.writers.tensorboard(folder)."
-            )
-        self._log = Log(writers)
+        self._log = Log(what, writers)
         self._due = as_trigger(every)
         self._read_values = read
         self._step = 0  # of the last reading or the beginning of the session

@@ -82,10 +82,6 @@ def write(
         {"event": "StepEnd", "step": 2, "epoch": null, "time": 0.0, "metrics": {"train/loss": 3.0}}
         {"event": "StepEnd", "step": 3, "epoch": null, "time": 0.0, "metrics": {"train/loss": 1.0}}
     """
-    if not writers:
-        raise ValueError(
-            "expected at least one writer for write(), got none. Pass one, such as fxtrain.writers.tensorboard(folder)."
-        )
     periods = dict(every) if isinstance(every, Mapping) else {_METRICS: every}
     for kind, period in periods.items():
         check_choice("a key of every", kind, (_METRICS, *KINDS.values()))
@@ -129,7 +125,7 @@ class Write:
         hparams: HParams | None,
         flush_seconds: float,
     ) -> None:
-        self._log = Log(writers)
+        self._log = Log("write", writers)
         self._log.defer(self._write_points)
         self._due = as_trigger(periods.get(_METRICS, 1))
         self._due_by_kind = {kind: as_trigger(periods[n]) for kind, n in KINDS.items() if periods.get(n, 1) != 1}
@@ -141,8 +137,7 @@ class Write:
         self._points: list[_Point] = []
         self._sent: list[_Point] = []  # with an asynchronous copy to the host in progress
         self._latest: dict[str, tuple[StepEnd, Logged]] = {}  # by name, for kinds with their own period
-        self._batch_time = 0.0
-        self._flush_time = 0.0
+        self._batch_time = self._flush_time = 0.0
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         match event:

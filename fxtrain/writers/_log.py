@@ -21,10 +21,19 @@ class Log:
     Kinds of values that a writer cannot keep are left out, with a warning if no other writer keeps them.
 
     Args:
+        owner: The function that the writers were passed to, for the error.
         writers: Writers of ``fxtrain.writers``, or clu's.
+
+    Raises:
+        ValueError: There is no writer.
     """
 
-    def __init__(self, writers: Sequence[Writer]) -> None:
+    def __init__(self, owner: str, writers: Sequence[Writer]) -> None:
+        if not writers:
+            raise ValueError(
+                f"expected at least one writer for {owner}(), got none. Pass one, such as "
+                "fxtrain.writers.tensorboard(folder)."
+            )
         self._channels = [_channel_of(writer) for writer in writers]
         selections = [channel.selection for channel in self._channels]
         for index, selection in enumerate(selections):

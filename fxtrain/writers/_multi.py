@@ -32,8 +32,6 @@ def multi(*writers: Writer) -> MultiWriter:
         >>> (folder / "b.jsonl").read_text()
         '{"step": 1, "metrics": {"loss": 0.5}}\\n'
     """
-    if not writers:
-        raise ValueError("expected at least one writer, got none. Pass writers to multi.")
     return MultiWriter(writers)
 
 
@@ -43,7 +41,7 @@ class MultiWriter(Backend):
     kinds = frozenset((float, *KINDS))
 
     def __init__(self, writers: Sequence[Writer]) -> None:
-        self._log = Log(writers)
+        self._log = Log("multi", writers)
 
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         self._log.submit(step, values, event)
