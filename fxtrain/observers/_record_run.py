@@ -24,7 +24,6 @@ from fxtrain.core import (
     EvalEnd,
     FitBegin,
     FitEnd,
-    Flag,
     Interrupted,
     LoopEvent,
     Restored,
@@ -119,7 +118,8 @@ class RecordRun:
         is_recorded = type(event) in _RECORDED_FIELDS
         if is_recorded or control.kinds:
             self._unread.append((event, control))
-        is_readable = is_recorded or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in _flags(control))
+        flags = (flag for reasons in control.requests.values() for flag in reasons.values())
+        is_readable = is_recorded or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in flags)
         if self._unread and (is_readable or len(self._unread) >= _MAX_UNREAD):
             self._read()
         if isinstance(event, FitEnd | Interrupted):
@@ -228,10 +228,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def _flags(control: Control) -> list[Flag | int]:
-    return [flag for reasons in control.requests.values() for flag in reasons.values()]
 
 
 def _reasons(control: Control, kind: str) -> list[str]:

@@ -22,22 +22,12 @@ from fxtrain.core import (
     TrainState,
     check_positive_int,
     device_name,
-    dtype_name,
     format_bytes,
     pluralize,
     printable,
 )
 from fxtrain.disk import make_folder, replace_file
-from fxtrain.observers._summary_tables import (
-    Leaf,
-    leaves_of,
-    module_rows,
-    modules_of,
-    numel_of,
-    table,
-    tensor_rows,
-    which_trainable,
-)
+from fxtrain.observers._summary_model import leaves_of, model_facts, module_rows, modules_of, table, tensor_rows
 from fxtrain.observers._wrapped import rank
 from fxtrain.optim import PerParameter
 
@@ -139,7 +129,7 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
     modules, tied = modules_of(state)
     facts = {
         "run": _run_facts(state, event),
-        "model": _model_facts(state, leaves, tied),
+        "model": model_facts(state, leaves, tied),
         "data": _data_facts(event),
         "training": _training_facts(state),
         "distributed": _process_facts(),
@@ -178,33 +168,6 @@ def _run_facts(state: TrainState, event: FitBegin) -> Facts:
         "begins": f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
         "seed": str(int(state.seed)),
         "events": f"{', '.join(fires)} in the step" if fires else "",
-    }
-
-
-def _model_facts(state: TrainState, leaves: list[Leaf], tied: dict[str, str]) -> Facts:
-    buffers = tree.leaves(state.buffers)
-    in_buffers = sum(buffer.numel() for buffer in buffers)
-    counts: Counter[str] = Counter()
-    for leaf in leaves:
-        counts[dtype_name(leaf.tensor.dtype)] += leaf.tensor.numel()
-    several = ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
-    whole = f"{numel_of(leaves):,} in {pluralize(len(leaves), 'tensor')}"
-    trainable = which_trainable(leaves)
-    if trainable == "some":
-        moving = numel_of(leaf for leaf in leaves if leaf.trainable)
-        whole += f": {moving:,} trainable, {numel_of(leaves) - moving:,} frozen"
-    elif trainable:
-        whole += ", all trainable" if trainable == "all" else ", all frozen"
-    parts = {name: tree.nbytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
-    named = [f"{name} {format_bytes(count)}" for name, count in parts.items() if count]
-    everything = tree.nbytes(state)
-    rest = everything - sum(parts.values())
-    return {
-        "parameters": whole,
-        "tied": ", ".join(f"{other} is {name}" for other, name in tied.items()),
-        "buffers": f"{in_buffers:,} in {pluralize(len(buffers), 'tensor')}" if buffers else "",
-        "dtype": several if len(counts) > 1 else "".join(counts),
-        "state": f"{format_bytes(everything)}: {', '.join([*named, f'other {format_bytes(rest)}'])}",
     }
 
 

@@ -1,16 +1,17 @@
-"""The parameters and modules of a state, by dotted name, and tables of them."""
+"""The parameters and modules of a state, as facts and tables for its summary."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import TrainState, Tree, dtype_name, printable, truncate_middle
+from fxtrain.core import TrainState, Tree, dtype_name, format_bytes, pluralize, printable, truncate_middle
 
 _T = TypeVar("_T")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between the dots of a name
@@ -80,6 +81,34 @@ def dtypes_of(leaves: list[Leaf]) -> str:
 def numel_of(leaves: Iterable[Leaf]) -> int:
     """Returns the number of elements in all leaves."""
     return sum(leaf.tensor.numel() for leaf in leaves)
+
+
+def model_facts(state: TrainState, leaves: list[Leaf], tied: dict[str, str]) -> dict[str, str]:
+    """Returns facts by label. Unknown ones are empty."""
+    buffers = tree.leaves(state.buffers)
+    in_buffers = sum(buffer.numel() for buffer in buffers)
+    counts: Counter[str] = Counter()
+    for leaf in leaves:
+        counts[dtype_name(leaf.tensor.dtype)] += leaf.tensor.numel()
+    several = ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+    whole = f"{numel_of(leaves):,} in {pluralize(len(leaves), 'tensor')}"
+    trainable = which_trainable(leaves)
+    if trainable == "some":
+        moving = numel_of(leaf for leaf in leaves if leaf.trainable)
+        whole += f": {moving:,} trainable, {numel_of(leaves) - moving:,} frozen"
+    elif trainable:
+        whole += ", all trainable" if trainable == "all" else ", all frozen"
+    parts = {name: tree.nbytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    named = [f"{name} {format_bytes(count)}" for name, count in parts.items() if count]
+    everything = tree.nbytes(state)
+    rest = everything - sum(parts.values())
+    return {
+        "parameters": whole,
+        "tied": ", ".join(f"{other} is {name}" for other, name in tied.items()),
+        "buffers": f"{in_buffers:,} in {pluralize(len(buffers), 'tensor')}" if buffers else "",
+        "dtype": several if len(counts) > 1 else "".join(counts),
+        "state": f"{format_bytes(everything)}: {', '.join([*named, f'other {format_bytes(rest)}'])}",
+    }
 
 
 class _Group(NamedTuple):
