@@ -27,22 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with lasting_streams() as failures:
-        code = _guarded(given)
+        try:
+            code = _run(given)
+        except SystemExit as error:  # tyro has printed help or an error
+            code = error.code if isinstance(error.code, int) else EXIT_USAGE
+        except KeyboardInterrupt:
+            print("\nfxtrain: interrupted.", file=sys.stderr)
+            code = _EXIT_INTERRUPTED
     if failures:
         print(
             f"fxtrain: expected standard output to be writable, got an error: {failures[0].strerror}.", file=sys.stderr
         )
     return code or (EXIT_FAILURE if failures else 0)
-
-
-def _guarded(given: list[str]) -> int:
-    try:
-        return _run(given)
-    except SystemExit as error:  # tyro has printed help or an error
-        return error.code if isinstance(error.code, int) else EXIT_USAGE
-    except KeyboardInterrupt:
-        print("\nfxtrain: interrupted.", file=sys.stderr)
-        return _EXIT_INTERRUPTED
 
 
 def _run(given: list[str]) -> int:

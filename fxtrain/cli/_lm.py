@@ -148,10 +148,8 @@ class _Job:
             fx.callbacks.save(every=options.snapshot_interval),
         ]
         if options.early_stopping:
-            callbacks.append(fx.callbacks.stop_on_divergence("loss"))
-            callbacks.append(
-                fx.callbacks.early_stopping("loss", patience=options.patience, min_delta=options.min_delta)
-            )
+            stopping = fx.callbacks.early_stopping("loss", patience=options.patience, min_delta=options.min_delta)
+            callbacks += [fx.callbacks.stop_on_divergence("loss"), stopping]
             if options.restore_best:
                 callbacks.append(fx.callbacks.restore_best("loss"))
         bits = {"bits/byte": lambda metrics: metrics["loss"] / math.log(2)}
@@ -178,11 +176,10 @@ class _Job:
                 fx.observers.summary(file=self.folder / "summary.txt"),
             ],
         )
-        if result.exit_code:
-            self._print_commands()
-            return result.exit_code
-        self._report(result.state, eval_step)
-        return 0
+        if not result.exit_code:
+            self._report(result.state, eval_step)
+        self._print_commands()
+        return result.exit_code
 
     def _model(self) -> Transformer:
         options = self.options
@@ -259,15 +256,12 @@ class _Job:
         print("\nsample")
         for line in self._sample(state).splitlines():
             print(f"  | {line}")
-        self._print_commands()
 
     def _sample(self, state: fx.TrainState) -> str:
         key = fx.rng.key(state.seed, stream=fx.rng.Stream.SAMPLE, step=state.step)
         samples = fx.rng.uniform(key, (240,)).tolist()
-        prompt, length = Bytes().encode(PROMPT), self.options.length
-        generated = generate(
-            fx.view(state), prompt, samples, length=length, device=self.device, temperature=TEMPERATURE
-        )
+        model, prompt, length = fx.view(state), Bytes().encode(PROMPT), self.options.length
+        generated = generate(model, prompt, samples, length=length, device=self.device, temperature=TEMPERATURE)
         return PROMPT + Bytes().decode(generated)
 
     def _print_commands(self) -> None:

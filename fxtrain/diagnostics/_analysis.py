@@ -86,8 +86,7 @@ def _flops(graph: GraphModule, fakes: list[FakeTensor]) -> dict[str, int]:
         attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
-    mode = next(fake.fake_mode for fake in fakes)
-    with mode, FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+    with fakes[0].fake_mode, FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         graph(*fakes)
     found = counter.get_flop_counts().get("Global", {})
     return {str(packet).removeprefix("aten."): int(count) for packet, count in found.items()}

@@ -16,14 +16,8 @@ _MAX_FILES = 100_000  # in one subfolder, at any depth
 _MAX_PROBLEMS = 1000
 _SHOWN_PROBLEMS = 20
 
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISLNK, "a symbolic link"),
-)
+# By the first character of stat.filemode
+_KINDS = {"d": "a folder", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device", "l": "a symbolic link"}
 
 
 class Problems:
@@ -85,11 +79,6 @@ class Folder:
         self.root = os.path.realpath(path, strict=True)
         self.names = frozenset(os.listdir(self.root))
         self.problems = Problems()
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return os.path.basename(self.root) or self.root
 
     def size(self, path: str) -> int | None:
         """Returns the size of a file in bytes. If it cannot be read, records a problem and returns None."""
@@ -201,7 +190,7 @@ def kind_of_file(mode: int) -> str:
         >>> kind_of_file(stat.S_IFIFO)
         'a FIFO'
     """
-    return next((name for holds, name in _KINDS if holds(mode)), "another kind of file")
+    return _KINDS.get(stat.filemode(mode)[0], "another kind of file")
 
 
 def reason(error: Exception) -> str:

@@ -64,10 +64,9 @@ class Logged:
         rewinds = Rewinds()
         for count, content in self._folder.lines(path, quiet=True):
             if REWOUND.encode() in content:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, KeyError):
                     line = validation.mapping(validation.parsed(content))
-                    if REWOUND in line:
-                        rewinds.add(count, validation.step(line[REWOUND]))
+                    rewinds.add(count, validation.step(line[REWOUND]))
         for count, content in self._folder.lines(path):
             with self._folder.problems.recording(path, f"line {count}: "):
                 line = validation.mapping(validation.parsed(content))

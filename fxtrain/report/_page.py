@@ -149,23 +149,21 @@ def _events(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
-    parts: list[str] = []
-    if run.summary:
-        parts.append(f'<div class="wide"><pre>{html.escape(run.summary)}</pre></div>')
+    text = f'<div class="wide"><pre>{html.escape(run.summary)}</pre></div>' if run.summary else ""
     if run.sessions:
         heads = ("began", "from step", "ended", "at step", "reason")
         rows = [
             (_when(each.get("began")), each.get("from_step"), _when(each.get("ended")), each.get("to_step"), _end(each))
             for each in run.sessions[-_MAX_SESSIONS:]
         ]
-        parts.append(f"<h3>Sessions</h3>{table(heads, rows, 'sessions')}")
+        text += f"<h3>Sessions</h3>{table(heads, rows, 'sessions')}"
     facts = {
         "Environment": run.sessions[-1].get("environment", {}) if run.sessions else {},
         "Configuration": run.config,
         "Result": run.result,
     }
     cards = [card(title, _fact_table(values)) for title, values in facts.items() if values]
-    return section("Summary", "".join(parts) + grid(cards))
+    return section("Summary", text + grid(cards))
 
 
 def _fact_table(values: Mapping[str, object]) -> str:

@@ -69,7 +69,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     improved = metrics.improved.series.values()
     num_improved = sum(items.count for items in improved)
     run = Run(
-        name=found.name,
+        name=os.path.basename(found.root) or found.root,
         curves={name: (points.steps, points.values) for name, points in metrics.curves.series.items()},
         marks=sorted(
             [*(mark for items in improved for _, mark in items.items), *events.marks()], key=lambda mark: mark.step

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import PurePosixPath
-from typing import Generic, NamedTuple, TypedDict, TypeVar
+from typing import Generic, NamedTuple, TypedDict
 
 import numpy as np
 
-from fxtrain.report._downsampling import Curve
+from fxtrain.report._downsampling import Curve, Value
 from fxtrain.report._folder import Folder
-
-Value = TypeVar("Value")
 
 
 class RunFolderError(Exception):
