@@ -31,6 +31,11 @@ class Part(NamedTuple):
     leaf_kind: str
     element: int | None = None
 
+    @property
+    def slot(self) -> Key | None:
+        """The name of the slot that has the part, or None."""
+        return self.keys[1] if len(self.keys) > 1 and self.keys[0] == "slots" else None
+
 
 def parts_of(row: Leaf) -> list[Part]:
     """Returns the parts of one leaf, in the order of its elements."""
@@ -93,8 +98,8 @@ def slots_of_one_side(like: TrainState, there: Iterable[Part]) -> tuple[set[str]
     """Returns the slots that only ``like`` has, and the slots that only the checkpoint has, with their parts."""
     own: dict[str, list[Part]] = {}
     for part in there:
-        if len(part.keys) > 1 and part.keys[0] == "slots" and isinstance(part.keys[1], str):
-            own.setdefault(part.keys[1], []).append(part)
+        if isinstance(part.slot, str):
+            own.setdefault(part.slot, []).append(part)
     return like.slots.keys() - own.keys(), {
         name: parts for name, parts in sorted(own.items()) if name not in like.slots
     }

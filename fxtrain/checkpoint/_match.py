@@ -80,11 +80,10 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
         target = select(part.path)
         if target is None or is_fresh(part):
             continue
-        slot = part.keys[1] if part.keys[:1] == ("slots",) else None
-        if slot in missing and target == part.path:
-            absent.add(slot)
-            continue
-        found.append((part, target, by_path.get(target)))
+        if part.slot in missing and target == part.path:
+            absent.add(part.slot)
+        else:
+            found.append((part, target, by_path.get(target)))
     used = {path for _, _, source in found if source for path in (source.path, source.leaf)}
     one_sided = {part.path for own in extra.values() for part in own}
     left_over = [
@@ -108,12 +107,8 @@ def match(path: pathlib.Path, like: Tree, stored: Mapping[str, Leaf], where: Whe
             f"on the meta device there, and no value is restored from {path}. Use a `like` with values."
         )
     outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
-    partly_fresh = {part.keys[1] for part in here if part.keys[:1] == ("slots",) and is_fresh(part)}
-    shared = {
-        str(part.keys[1])
-        for part, _, _ in found
-        if part.keys[:1] == ("slots",) and part.keys[1] in partly_fresh and names.of(part) is None
-    }
+    partly_fresh = {part.slot for part in here if is_fresh(part)} - {None}
+    shared = {str(part.slot) for part, _, _ in found if part.slot in partly_fresh and names.of(part) is None}
     unclaimed = {
         name: [stored[leaf] for leaf in dict.fromkeys(part.leaf for part in own)]
         for name, own in extra.items()

@@ -80,10 +80,9 @@ def _dtype_remedies(unlike: Sequence[tuple[Part, str, Part | None]], left_over: 
 
 def _slot_remedies(names: Names, differing: Iterable[Part]) -> list[str]:
     """Returns the remedy if only slots differ, in values such as a vector of statistics over all parameters."""
-    nameless = [part for part in differing if names.of(part) is None]
-    if not nameless or any(part.keys[:1] != ("slots",) for part in nameless):
+    slots = {part.slot for part in differing if names.of(part) is None}
+    if not slots or None in slots:
         return []
-    slots = {part.keys[1] for part in nameless}
     return [
         f"To initialize {first_names(sorted(map(repr, slots)), _SHOWN_NAMES)}, restore into a state without these "
         "slots, with extra='drop', and attach the callbacks to the result."
