@@ -60,7 +60,8 @@ class Recompiles:
             kinds: The leaves for which a graph is needed, from ``described``.
             broken: The conditions of a graph of symbolic sizes that are not met, as code.
         """
-        is_batch = is_other_batch(kinds, self.known)
+        # Whether a graph exists for this state, so that only the batch differs.
+        is_batch = _part(kinds, "state") in [_part(known, "state") for known in self.known]
         is_declared = is_batch and batches_of([*self.known, kinds]) <= self._declared
         # Sizes 0 and 1 are never symbolic, so one more graph for them is expected.
         is_declared |= broken is not None and not broken
@@ -129,12 +130,6 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: S
             "too."
         )
     return "A step keeps the shapes and dtypes of its state. Find what changed the state between two steps."
-
-
-def is_other_batch(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the state is that of an existing graph, so that only the batch differs."""
-    state = _part(new, "state")
-    return any(_part(each, "state") == state for each in known)
 
 
 def batches_of(known: Sequence[Mapping[str, str]]) -> int:

@@ -29,9 +29,7 @@ Call = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
 
-def compile_ahead(
-    graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]
-) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+def compile_ahead(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]) -> Call:
     """Compiles a graph into a library, or loads the library from the cache.
 
     Args:

@@ -26,7 +26,7 @@ from fxtrain._torch_internals.tracing import make_fx
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
-from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, CudaGraphReplay, compile_ahead
+from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, Call, CudaGraphReplay, compile_ahead
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
@@ -111,8 +111,7 @@ def trace_step(
     # These passes compare sizes, which would add conditions on later batches.
     if symbolic is None:
         hoist_scalars(speed_up_matmuls(graph.graph))
-    on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
-    replayed = mode == REPLAYED and in_place and on_gpu and not dynamic
+    replayed = mode == REPLAYED and in_place and not dynamic and all(leaf.is_cuda for leaf in (*leaves, *inputs))
     read = _without_unread(graph)
     pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
     examples = pick((*leaves, *inputs))
@@ -124,12 +123,13 @@ def trace_step(
     has_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
     def compile_traced_graph() -> Executable:
+        fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         if backend is not None:
-            call = _compiled_by(backend, graph)
+            call = _compiled_by(backend, graph, fakes)
         elif mode == AHEAD:
             call = compile_ahead(graph, examples, options)
         else:
-            call = _compiled(graph, options, has_autocast)
+            call = _compiled(graph, fakes, options, has_autocast)
         if replayed:
             call = CudaGraphReplay(call, sum(index < count for index in read))
 
@@ -177,27 +177,24 @@ def _options(graph: GraphModule, examples: Sequence[Tensor], mode: str | None) -
     return options
 
 
-def _compiled(graph: GraphModule, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
+def _compiled(graph: GraphModule, fakes: Sequence[Tensor], options: dict[str, Any], has_autocast: bool) -> Call:
     """Compiles a graph by Inductor into a function of a tuple of tensors."""
-    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     returned: Any = graph.graph.output_node().args[0]
-    outputs = len(returned)
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
     executable: Any = compile_graph(graph, fakes, options)
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
-    bare = None if constants is not None or has_autocast else _unwrapped(executable, outputs)
+    bare = None if constants is not None or has_autocast else _unwrapped(executable, len(returned))
     return bare or (lambda tensors: executable(*tensors))
 
 
-def _compiled_by(backend: Backend, graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
+def _compiled_by(backend: Backend, graph: GraphModule, fakes: Sequence[Tensor]) -> Call:
     """Compiles a graph by a backend of ``torch.compile`` into a function of a tuple of tensors."""
     chosen: Any = backend_named(backend) if isinstance(backend, str) else backend
-    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     made = chosen(graph, fakes)
     return lambda tensors: made(*tensors)
 
 
-def _unwrapped(executable: Callable[..., object], outputs: int) -> Callable[..., Sequence[Tensor]] | None:
+def _unwrapped(executable: Callable[..., object], outputs: int) -> Call | None:
     """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
 
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs

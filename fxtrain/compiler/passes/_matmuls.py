@@ -24,6 +24,8 @@ from torch.fx import Graph
 from fxtrain.compiler.passes._nodes import replace
 from fxtrain.compiler.passes._operators import linear, once
 
+aten = torch.ops.aten
+
 _MIN_ONEDNN_FLOPS = 4_000_000
 _FIRST_FULL_WIDTH_FAMILY = 26  # the first AMD family that executes 512-bit vectors at full width
 
@@ -34,7 +36,6 @@ def speed_up_matmuls(graph: Graph) -> Graph:
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    aten = torch.ops.aten
     for node in list(graph.nodes):
         if node.target == aten.mm.default:
             x, other = node.args
@@ -57,7 +58,6 @@ def speed_up_matmuls(graph: Graph) -> Graph:
 
 
 def _by_onednn(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
-    aten = torch.ops.aten
     weight = graph.call_function(aten.t.default, (other,))
     weight.meta["val"] = other.meta["val"].t()
     if not x.meta["val"].is_contiguous():
@@ -67,7 +67,6 @@ def _by_onednn(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
 
 
 def _with_separate_bias(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
-    aten = torch.ops.aten
     product = graph.call_function(aten.mm.default, (x, other))
     product.meta["val"] = x.meta["val"] @ other.meta["val"]
     # ``once`` keeps Inductor from fusing the two into ``addmm`` again.
