@@ -13,10 +13,9 @@ from fxtrain.optim._accumulated_squares import (
 from fxtrain.optim._adafactor import adafactor, scale_by_factored_rms
 from fxtrain.optim._adam import ScaleByAdamState, adam, adamw, scale_by_adam, scale_by_amsgrad
 from fxtrain.optim._adam_variants import adamax, lamb, nadam, radam, scale_by_adamax, scale_by_nadam, scale_by_radam
-from fxtrain.optim._freezing import active_when, unfreeze
 from fxtrain.optim._from_torch import from_torch
 from fxtrain.optim._hyperparams import Scheduled, get_hyperparams, inject_hyperparams, set_hyperparams
-from fxtrain.optim._masking import masked, partition
+from fxtrain.optim._masking import active_when, masked, partition, unfreeze
 from fxtrain.optim._momentum import EmaState, ema, lion, scale_by_lion, sgd, trace
 from fxtrain.optim._muon import muon, orthogonalize, scale_by_muon, scale_by_shape
 from fxtrain.optim._partial_update import update_used

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from fxtrain.optim._momentum import trace
 from fxtrain.optim._muon import scale_by_muon, scale_by_shape
 from fxtrain.optim._rprop import rprop
 from fxtrain.optim._scaling import (
-    ScalarOrSchedule,
     add_decayed_weights,
     clip_by_block_rms,
     scale,
@@ -76,18 +75,14 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: object
                 f"expected an argument of torch.optim.{optimizer.__name__} ({', '.join(defaults)}), got {name!r}."
                 f"{did_you_mean(name, defaults)}"
             )
-    _let_torch_check(optimizer, hyperparameters)
+    numbers = {name: value for name, value in hyperparameters.items() if name not in FOR_SPEED and not callable(value)}
+    if not any(isinstance(value, Tensor) for value in numbers.values()):
+        cast(Any, optimizer)([torch.zeros(1, 1)], **numbers)  # torch checks its arguments
     options = cast(Options, {**defaults, **hyperparameters})
     tx = _RULES[optimizer](options)
     if options.get("maximize", False):
         tx = chain(scale(-1.0), tx)
     return split_real_and_imaginary(tx)
-
-
-def _let_torch_check(optimizer: Callable[..., torch.optim.Optimizer], given: Mapping[str, object]) -> None:
-    numbers = {name: value for name, value in given.items() if name not in FOR_SPEED and not callable(value)}
-    if not any(isinstance(value, Tensor) for value in numbers.values()):
-        optimizer([torch.zeros(1, 1)], **numbers)
 
 
 def _sgd(options: Options) -> GradientTransformation:
@@ -161,7 +156,7 @@ def _rprop(options: Options) -> GradientTransformation:
 
 def _adafactor(options: Options) -> GradientTransformation:
     eps, smallest_scale = cast("tuple[Scalar | None, Scalar]", options["eps"])
-    rate = options["lr"]
+    rate, decay = options["lr"], options["weight_decay"]
 
     def relative_step(updates: Tensor, step: Tensor) -> Tensor:
         largest = rate(step) if callable(rate) else rate
@@ -175,7 +170,7 @@ def _adafactor(options: Options) -> GradientTransformation:
         scale_by_param_block_rms(min_scale=smallest_scale),
         _scale_each(relative_step),
         # As in torch, the learning rate multiplies the weight decay but only bounds the step size.
-        _decay_at(rate, options["weight_decay"]),
+        add_decayed_weights((lambda count: rate(count) * decay) if callable(rate) else rate * decay),
         scale(-1.0),
     )
 
@@ -242,12 +237,6 @@ def _with_decay(scaled: GradientTransformation, options: Options) -> GradientTra
 
 def _l2(options: Options) -> GradientTransformation:
     return add_decayed_weights(options["weight_decay"])
-
-
-def _decay_at(rate: ScalarOrSchedule, weight_decay: Scalar) -> GradientTransformation:
-    if callable(rate):
-        return add_decayed_weights(lambda count: rate(count) * weight_decay)
-    return add_decayed_weights(rate * weight_decay)
 
 
 class StepSizeState(NamedTuple):

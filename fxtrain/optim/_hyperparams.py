@@ -149,13 +149,13 @@ def set_hyperparams(opt_state: Tree, **values: Scalar | Callable[[Tensor], Scala
             )
         for kept in found:
             _refuse_rounded(name, value, _value(kept).dtype)
-        if found:
-            continue
-        names = sorted({name for state in states for name in state.hyperparams})
-        raise ValueError(
-            f"expected a hyperparameter in the optimizer state ({', '.join(map(repr, names)) or 'it has none'}), got "
-            f"{name!r}.{did_you_mean(name, names)} Inject it: fx.optim.inject_hyperparams(factory)({name}=...)."
-        )
+        if not found:
+            names = sorted({name for state in states for name in state.hyperparams})
+            raise ValueError(
+                f"expected a hyperparameter in the optimizer state ({', '.join(map(repr, names)) or 'it has none'}), "
+                f"got {name!r}.{did_you_mean(name, names)} Inject it: "
+                f"fx.optim.inject_hyperparams(factory)({name}=...)."
+            )
     return _set(opt_state, values)
 
 

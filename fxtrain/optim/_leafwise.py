@@ -102,7 +102,7 @@ _EXACT = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 def map_updates(rule: Callable[[Tensor], Tensor], updates: Tree) -> Tree:
     """Returns the tree of ``rule(update)``."""
     leaves, structure = tree.flatten(updates)
-    return tree.unflatten(structure, _narrowed([rule(update) for update in _widened(leaves)], leaves))
+    return tree.unflatten(structure, _narrowed([rule(wide(update)) for update in leaves], leaves))
 
 
 def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates: Tree, params: Tree) -> Tree:
@@ -122,8 +122,8 @@ def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Tree, o
     leaves, structure = tree.flatten(values)
     other_leaves = tree.leaves(others)
     _refuse_mismatch(name, values, leaves, other_name, others, other_leaves)
-    pairs = zip(_widened(leaves), _widened(other_leaves), strict=True)
-    return tree.unflatten(structure, _narrowed([rule(value, other) for value, other in pairs], leaves))
+    results = [rule(wide(value), wide(other)) for value, other in zip(leaves, other_leaves, strict=True)]
+    return tree.unflatten(structure, _narrowed(results, leaves))
 
 
 def map_with_state(
@@ -145,7 +145,7 @@ def map_with_state(
     leaves = flat[0][0]
     for part, (kept, _) in zip(state, flat[1:], strict=True):
         _refuse_mismatch("updates", updates, leaves, "the optimizer state", part, kept)
-    columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
+    columns = [*([wide(leaf) for leaf in column] for column, _ in flat), *(vector.unbind() for vector in numbers)]
     results = [rule(*row) for row in zip(*columns, strict=True)]
     return tuple(
         tree.unflatten(structure, _narrowed([result[index] for result in results], column))
@@ -177,10 +177,6 @@ def _refuse_mismatch(
                     f"expected {name}{as_code(path)} to have shape {list(other.shape)} as in {other_name}, got "
                     f"{list(leaf.shape)}. Pass trees like the parameters given to init."
                 )
-
-
-def _widened(leaves: list[Tensor]) -> list[Tensor]:
-    return [wide(leaf) for leaf in leaves]
 
 
 def _narrowed(values: list[Tensor], like: list[Tensor]) -> list[Tensor]:

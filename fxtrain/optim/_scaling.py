@@ -102,8 +102,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
     sign = -1 if flip_sign else 1
     refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
     if callable(learning_rate):
-        schedule = learning_rate
-        return scale_by_schedule(lambda count: sign * schedule(count))
+        return scale_by_schedule(lambda count: sign * learning_rate(count))
     check_non_negative(learning_rate=learning_rate)
     return scale(sign * learning_rate)
 

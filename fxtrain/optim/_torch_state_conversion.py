@@ -19,9 +19,9 @@ from fxtrain.optim._accumulated_squares import (
 from fxtrain.optim._adafactor import FactoredState
 from fxtrain.optim._adam import ScaleByAdamState, ScaleByAmsgradState
 from fxtrain.optim._adam_variants import ScaleByAdamaxState, ScaleByNadamState
-from fxtrain.optim._freezing import ActiveWhenState
 from fxtrain.optim._from_torch import AsgdState, StepSizeState
 from fxtrain.optim._hyperparams import InjectHyperparamsState, Scheduled
+from fxtrain.optim._masking import ActiveWhenState
 from fxtrain.optim._momentum import DampenedTraceState, ScaleByLionState, TraceState
 from fxtrain.optim._muon import ScaleByMuonState
 from fxtrain.optim._rprop import ScaleByRpropState

@@ -146,14 +146,11 @@ def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = Fa
         start = period * (growth**cycles - 1) / (growth - 1)
         return schedule((exact - start) / growth**cycles)
 
-    def value(step: Tensor) -> Scalar:
-        if growth > 1:
-            return grown(step)
-        if mirror:
-            return schedule(period - (step % (2 * period) - period).abs())
-        return schedule(step % period)
-
-    return schedule_of(value)
+    if growth > 1:
+        return schedule_of(grown)
+    if mirror:
+        return schedule_of(lambda step: schedule(period - (step % (2 * period) - period).abs()))
+    return schedule_of(lambda step: schedule(step % period))
 
 
 def piecewise(
