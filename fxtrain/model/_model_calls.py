@@ -31,7 +31,7 @@ from fxtrain.model._parameter_trees import CallResult, ParameterTrees
 from fxtrain.model._tensor_access import CloneNeeded, WriteGuard, copies, versions
 from fxtrain.model._types import Out
 from fxtrain.rng import _host_generators as host
-from fxtrain.rng._recomputation import replayed
+from fxtrain.rng._functional import replayed
 from fxtrain.tree import as_name, leaf_paths
 
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]

@@ -88,9 +88,8 @@ def exponential(
     if not rate > 0.0:
         raise ValueError(f"expected rate to be above 0, got {rate}.")
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # float16 would round smaller samples to 0
-
-    integer = integers(key, shape, site, device, form)
-    return (negative_log(integer, form) * (1.0 / rate)).to(dtype).clamp(min=least)
+    waits = negative_log(integers(key, shape, site, device, form), form)
+    return (waits * (1.0 / rate)).to(dtype).clamp(min=least)
 
 
 def cauchy(

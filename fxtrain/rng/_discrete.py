@@ -122,11 +122,9 @@ def indicator(
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"expected p to be between 0 and 1, got {p}.")
     below = round(p * 2.0**32)
-
-    def sample(word: Tensor) -> Tensor:
-        return (word - below >> 63).to(torch.int8).neg()
-
-    return fill(key, shape, site, device, 4, lambda *words: [sample(word) for word in words])
+    return fill(
+        key, shape, site, device, 4, lambda *words: [(word - below >> 63).to(torch.int8).neg() for word in words]
+    )
 
 
 def geometric(
