@@ -71,21 +71,13 @@ class CheckedBatches(Source):
         for name in ("expect_epoch_length", "begin_epoch", "close"):
             if hasattr(batches, name):
                 setattr(self, name, getattr(batches, name))
-        if self.has_snapshots:
+        if hasattr(batches, "snapshot") and hasattr(batches, "restore"):
             self.snapshot, self.restore = getattr(batches, "snapshot"), getattr(batches, "restore")  # noqa: B009
             self.interruptible = False
 
     @property
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.batches.epoch_length
-
-    @property
-    def has_snapshots(self) -> bool:
-        return hasattr(self.batches, "snapshot") and hasattr(self.batches, "restore")
-
-    @property
-    def has_variable_epochs(self) -> bool:
-        return hasattr(self.batches, "begin_epoch")
 
     def fetch(self, position: int) -> Batch:
         return self.batches[position]

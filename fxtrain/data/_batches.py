@@ -97,14 +97,7 @@ def batches(
             return tree.map(lambda leaf: take_rows(leaf, items), source)
 
     return IndexedBatches(
-        take,
-        size,
-        batch_size,
-        seed=seed,
-        shuffle=shuffle is not False,
-        drop_last=drop_last,
-        what=what,
-        dynamic=dynamic,
+        take, size, batch_size, seed=seed, shuffle=shuffle is not False, drop_last=drop_last, what=what, dynamic=dynamic
     )
 
 

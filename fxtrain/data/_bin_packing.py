@@ -55,6 +55,12 @@ def _best_fit_decreasing(counts: Mapping[int, int], capacity: int) -> list[tuple
     """Returns the kinds of rows: the number of documents of each length in a row, and the number of such rows."""
     by_space: dict[int, list[tuple[dict[int, int], int]]] = {}
     spaces: list[int] = []  # the keys of by_space, ascending
+
+    def insert(space: int, contents: dict[int, int], rows: int) -> None:
+        if space not in by_space:
+            bisect.insort(spaces, space)
+        by_space.setdefault(space, []).append((contents, rows))
+
     for length in sorted(counts, reverse=True):
         left = counts[length]
         while left:
@@ -62,7 +68,7 @@ def _best_fit_decreasing(counts: Mapping[int, int], capacity: int) -> list[tuple
             if at == len(spaces):
                 held = min(capacity // length, left)
                 rows = left // held
-                _insert(by_space, spaces, capacity - held * length, {length: held}, rows)
+                insert(capacity - held * length, {length: held}, rows)
                 left -= rows * held
                 continue
             space = spaces[at]
@@ -71,21 +77,8 @@ def _best_fit_decreasing(counts: Mapping[int, int], capacity: int) -> list[tuple
                 del by_space[space], spaces[at]
             held = min(space // length, left)
             rows = min(left // held, there)
-            _insert(by_space, spaces, space - held * length, {**contents, length: held}, rows)
+            insert(space - held * length, {**contents, length: held}, rows)
             if rows < there:
-                _insert(by_space, spaces, space, contents, there - rows)
+                insert(space, contents, there - rows)
             left -= rows * held
     return [kind for space in spaces for kind in by_space[space]]
-
-
-def _insert(
-    by_space: dict[int, list[tuple[dict[int, int], int]]],
-    spaces: list[int],
-    space: int,
-    contents: dict[int, int],
-    rows: int,
-) -> None:
-    if space not in by_space:
-        by_space[space] = []
-        bisect.insort(spaces, space)
-    by_space[space].append((contents, rows))

@@ -80,14 +80,8 @@ def bucketed(
     """
     examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     bounds = None if isinstance(sizes, int) else _checked(sizes)
-    layout = PadLayout(
-        examples.by_column,
-        max_length=None if bounds is None else bounds[-1],
-        truncate=truncate,
-        side=side,
-        value=value,
-        mask=mask,
-    )
+    limit = None if bounds is None else bounds[-1]
+    layout = PadLayout(examples.by_column, max_length=limit, truncate=truncate, side=side, value=value, mask=mask)
     if (batch_size is None) == (tokens is None):
         raise ValueError("expected either batch_size or tokens, got " + ("neither." if tokens is None else "both."))
     check_positive_int("batch_multiple", batch_multiple)

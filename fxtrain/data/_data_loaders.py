@@ -91,7 +91,13 @@ class LoaderBatches(Source):
         epoch, index = divmod(position, self.epoch_length)
         if self._iterator is None or position != self._next or index == 0:
             if epoch != self._epoch:
-                self._order, self._epoch = self._drawn(epoch), epoch
+                order = self._order_of(epoch)
+                if len(order) != self.epoch_length:
+                    raise ValueError(
+                        f"expected the DataLoader's sampler to yield {self.epoch_length} batches in epoch {epoch}, its "
+                        f"length, got {len(order)}. Outside of fit, all epochs must have equal length."
+                    )
+                self._order, self._epoch = order, epoch
             self._tasks[:] = [(position + ahead, keys) for ahead, keys in enumerate(self._order[index:])]
             if not self.loader.persistent_workers:
                 end_workers(self._iterator)
@@ -112,15 +118,6 @@ class LoaderBatches(Source):
         with seeded(self.seed, epoch, 1), restoring_generators(self.loader):
             start_epoch(self.loader, epoch, self.seed)
             return list(self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler)
-
-    def _drawn(self, epoch: int) -> list[object]:
-        order = self._order_of(epoch)
-        if len(order) != self.epoch_length:
-            raise ValueError(
-                f"expected the DataLoader's sampler to yield {self.epoch_length} batches in epoch {epoch}, its length, "
-                f"got {len(order)}. Outside of fit, all epochs must have equal length."
-            )
-        return order
 
     def _workers(self) -> DataLoader[object]:
         # A DataLoader with the same settings serves as an ordered worker pool, whose sampler yields our tasks.

@@ -63,11 +63,12 @@ class Order:
         """
         if not self.shuffle:
             return np.arange(start, stop)
-        parts = [
-            self._block(epoch, number)[max(start - number * _BLOCK, 0) : stop - number * _BLOCK]
-            for number in range(start // _BLOCK, -(-stop // _BLOCK))
-        ]
-        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(
+            [
+                self._block(epoch, number)[max(start - number * _BLOCK, 0) : stop - number * _BLOCK]
+                for number in range(start // _BLOCK, -(-stop // _BLOCK))
+            ]
+        )
 
     def at(self, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Returns the items at the given indices (int64 [n]) of an epoch, int64 [n].

@@ -57,8 +57,6 @@ class MeasuredExamples:
             check_choice("variable", name, tuple(self.first))
         self.by_column = self._measured(variable) if lengths is None else self._given(lengths, variable)
         """The length of each example, int64 [n], by variable column."""
-        self.lengths: np.ndarray = np.maximum.reduce(list(self.by_column.values()))
-        """The length of each example in its longest column, int64 [n]."""
 
     def read(self, items: np.ndarray) -> list[dict[str, Values]]:
         """Returns the examples at these indices, as dicts by column."""

@@ -142,11 +142,6 @@ def _user_dict_of(
 
 
 def _attribute_parts(node: object) -> Parts:
-    names = tuple(sorted(_attributes(node)))
-    return [getattr(node, name) for name in names], names, names
-
-
-def _attributes(node: object) -> set[str]:
     slots = {
         name
         for kind in type(node).__mro__
@@ -158,7 +153,8 @@ def _attributes(node: object) -> set[str]:
         for name in getattr(node, "__dict__", {})
         if not isinstance(getattr(type(node), name, None), functools.cached_property)
     }
-    return slots | kept
+    names = tuple(sorted(slots | kept))
+    return [getattr(node, name) for name in names], names, names
 
 
 def _slots(kind: type) -> Sequence[str]:

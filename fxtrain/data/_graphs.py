@@ -44,8 +44,7 @@ class GraphShell:
 
     def __init__(self, data: Graph, where: Sequence[tuple[int, str]], numbers: Mapping[tuple[int, str], float]) -> None:
         self.data, self.where, self.numbers = data, tuple(where), numbers
-        keys = tuple(getattr(store, "_key", None) for store in data.stores)
-        self._identity = type(data), keys, self.where
+        self._identity = type(data), tuple(getattr(store, "_key", None) for store in data.stores), self.where
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GraphShell) and self._identity == other._identity and self.numbers == other.numbers
@@ -67,7 +66,6 @@ class StoreEntry(optree.PyTreeEntry):
 
 
 _STORE_INTERNALS = ("_mapping", "_parent", "_key")
-_STORE_COUNTS = ("_num_graphs",)
 
 
 def graph_parts(data: Graph) -> Parts:
@@ -79,7 +77,7 @@ def graph_parts(data: Graph) -> Parts:
         beside = {name: value for name, value in store.__dict__.items() if name not in _STORE_INTERNALS}
         for held, entries in ((store._mapping, dict(store._mapping)), (store.__dict__, beside)):
             for name, value in entries.items():
-                is_public = held is not store.__dict__ or name in _STORE_COUNTS
+                is_public = held is not store.__dict__ or name == "_num_graphs"
                 if is_public and _is_count(value):
                     numbers[index, name] = value
                 elif value is not None:

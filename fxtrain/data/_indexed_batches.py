@@ -147,13 +147,6 @@ def windows(
         x, y = (take_rows(tokens, index).to(torch.int64).reshape(-1, length) for index in (at, at + 1))
         return {"x": x, "y": y}
 
-    data = IndexedBatches(
-        take,
-        size,
-        batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        what=f"{size} windows of length={length} from {total} tokens",
-    )
+    what = f"{size} windows of length={length} from {total} tokens"
+    data = IndexedBatches(take, size, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, what=what)
     return data

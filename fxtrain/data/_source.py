@@ -11,7 +11,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Batch, Tree, describe
+from fxtrain.core import Batch, describe
 from fxtrain.data._as_tensors import as_tensors, map_tensors
 from fxtrain.data._batch_checks import ALL_DIMS, REMEDY, check_batch
 from fxtrain.data._placeholders import for_step
@@ -90,7 +90,7 @@ class Source:
     @property
     def has_snapshots(self) -> bool:
         """Whether ``snapshot`` and ``restore`` are defined, because the position is not enough to continue quickly."""
-        return type(self).snapshot is not Source.snapshot
+        return getattr(self.snapshot, "__func__", None) is not Source.snapshot
 
     def snapshot(self, position: int) -> Tensor | None:
         """Returns the iterator state for ``restore`` at ``position``, uint8 [n]; None if the position is enough."""
@@ -103,7 +103,7 @@ class Source:
     @property
     def has_variable_epochs(self) -> bool:
         """Whether ``begin_epoch`` is defined, because epochs may differ in length."""
-        return type(self).begin_epoch is not Source.begin_epoch
+        return getattr(self.begin_epoch, "__func__", None) is not Source.begin_epoch
 
     def begin_epoch(self, epoch: int, length: int) -> None:
         """Announces the epoch that is read next, and its expected length, 0 if unknown."""
@@ -195,7 +195,8 @@ class Source:
             self._short = (position, length)
 
     def _set_like(self, batch: Batch, position: int) -> None:
-        self._like = position, self.epoch_length, _without_values(batch)
+        like = map_tensors(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), for_step(batch))
+        self._like = position, self.epoch_length, like
         self._usual = [_kind(batch)]
 
 
@@ -206,6 +207,8 @@ class MappedBatches(Source):
         super().__init__(dynamic_dims=source.dynamic_dims, num_shapes=source.num_shapes)
         self.source, self.function, self.with_position = source, function, with_position
         self.interruptible, self.random_access = source.interruptible, source.random_access
+        for name in ("snapshot", "restore", "begin_epoch", "expect_epoch_length", "close"):
+            setattr(self, name, getattr(source, name))
 
     @property
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -222,21 +225,6 @@ class MappedBatches(Source):
     @property
     def has_variable_epochs(self) -> bool:
         return self.source.has_variable_epochs
-
-    def snapshot(self, position: int) -> Tensor | None:
-        return self.source.snapshot(position)
-
-    def restore(self, position: int, snapshot: Tensor) -> None:
-        self.source.restore(position, snapshot)
-
-    def begin_epoch(self, epoch: int, length: int) -> None:
-        self.source.begin_epoch(epoch, length)
-
-    def expect_epoch_length(self, length: int) -> None:
-        self.source.expect_epoch_length(length)
-
-    def close(self) -> None:
-        self.source.close()
 
     def fetch(self, position: int) -> Batch:
         batch = self.source.fetch(position)
@@ -256,7 +244,3 @@ def _kind(batch: Batch) -> tuple[PyTreeSpec, list[tuple[torch.Size, torch.dtype]
     return structure, [
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) and not leaf.is_nested else None for leaf in leaves
     ]
-
-
-def _without_values(batch: Batch) -> Tree:
-    return map_tensors(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), for_step(batch))

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any, NamedTuple
 
 import xxhash
@@ -123,17 +122,13 @@ class WorkerInit(NamedTuple):
         if self.unblock is not None:
             for kind in _SURVIVED_SIGNALS:
                 # A handler instead of SIG_IGN, because a dataset's subprocesses would inherit SIG_IGN.
-                signal.signal(kind, _ignore_signal)
+                signal.signal(kind, lambda *_: None)
                 signal.siginterrupt(kind, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.unblock)
         if self.init is not None:
             self.init(worker_id)
         if self.seeds is not None:
             _seed_fetches(self.seeds, worker_id)
-
-
-def _ignore_signal(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 def _seed_fetches(seeds: WorkerSeeds, worker_id: int) -> None:

@@ -90,8 +90,7 @@ class Sum(Metric):
             values: Any shape and dtype.
             mask: The shape of ``values`` or of its leading dimensions. False, or 0, excludes a value.
         """
-        values, _kept = _masked(values, mask)
-        return cls(values.sum())
+        return cls(_masked(values, mask)[0].sum())
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total)
@@ -135,8 +134,7 @@ class Std(Metric):
         """
         values, kept = _masked(values, mask)
         count = kept.sum()
-        some = count.clamp(min=1)
-        mean = values.sum() / some
+        mean = values.sum() / count.clamp(min=1)
         return cls(mean, torch.where(kept > 0, values - mean, 0).square().sum(), count)
 
     def merge(self, other: Self) -> Self:
