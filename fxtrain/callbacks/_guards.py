@@ -208,7 +208,15 @@ def spike_guard(
         banned = (slot.banned == state.position).any()
         left_out = banned if event.weight is None else banned | (event.weight == 0)
         spike = ~left_out & ~(value.isfinite() & (value <= limit))
-        slot = _record(slot, value, spike, left_out, state.position)
+        good = ~spike & ~left_out
+        slot = SpikeGuardState(
+            window=_put(slot.window, slot.count, value, good),
+            count=slot.count + good,
+            in_a_row=torch.where(spike, slot.in_a_row + 1, torch.where(left_out, slot.in_a_row, 0)),
+            spikes=slot.spikes + spike,
+            found=_put(slot.found, slot.spikes, state.position, spike),
+            banned=slot.banned,
+        )
         control = Control(skip_update=spike, reason=f"a spike of the {what}")
         control = control | Control(skip_update=banned, reason=f"the batch made a spike of the {what} before")
         stop_reason = f"the {what} was a spike {patience} times in a row"
@@ -235,18 +243,6 @@ def _median(values: Tensor, count: Tensor) -> Tensor:
     low, high = (count - 1).clamp(min=0) // 2, count // 2
     pair = ordered.gather(0, torch.stack([low, high.clamp(max=values.shape[0] - 1)]))
     return pair.mean()
-
-
-def _record(slot: SpikeGuardState, value: Tensor, spike: Tensor, left_out: Tensor, position: Tensor) -> SpikeGuardState:
-    good = ~spike & ~left_out
-    return SpikeGuardState(
-        window=_put(slot.window, slot.count, value, good),
-        count=slot.count + good,
-        in_a_row=torch.where(spike, slot.in_a_row + 1, torch.where(left_out, slot.in_a_row, 0)),
-        spikes=slot.spikes + spike,
-        found=_put(slot.found, slot.spikes, position, spike),
-        banned=slot.banned,
-    )
 
 
 def _put(ring: Tensor, place: Tensor, value: Tensor, flag: Tensor) -> Tensor:

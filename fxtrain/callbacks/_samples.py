@@ -184,22 +184,18 @@ def generate(
     tokens = list(prompt)
     with torch.no_grad():
         for number in numbers:
-            logits = _last_logits(model(torch.tensor([tokens[-length:]], device=device)))
-            token = draw(logits, number, temperature=temperature, top_k=top_k, top_p=top_p)
+            output = model(torch.tensor([tokens[-length:]], device=device))
+            logits = getattr(output, "logits", output)
+            if not isinstance(logits, Tensor) or logits.ndim != 3:
+                raise TypeError(
+                    "expected logits [1, T, vocabulary] from the model for tokens [1, T], or an object with .logits, "
+                    f"got {describe(logits)}."
+                )
+            token = draw(logits[0, -1].float(), number, temperature=temperature, top_k=top_k, top_p=top_p)
             if token in stop:
                 break
             tokens.append(token)
     return tokens[len(prompt) :]
-
-
-def _last_logits(output: object) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
-        raise TypeError(
-            "expected logits [1, T, vocabulary] from the model for tokens [1, T], or an object with .logits, got "
-            f"{describe(logits)}."
-        )
-    return logits[0, -1].float()
 
 
 def draw(logits: Tensor, number: float, *, temperature: float, top_k: int | None, top_p: float | None) -> int:

@@ -141,10 +141,10 @@ class Cursor:
         """Merges requests into the pending ones."""
         if not control.kinds:
             return
-        late = (
-            {"stop", "skip_final_save"}.intersection(control.kinds) if self._reads_late and _on_device(control) else ()
-        )
-        if late:
+        # A read of a tensor may synchronize with the device.
+        reads_late = self._reads_late and any(isinstance(flag, Tensor) for flag in control.stop.values())
+        late = ("stop", "skip_final_save") if reads_late else ()
+        if reads_late:
             # Set on the device, so that the next step is a fixed point. The flags are read once they are copied.
             due = self.state.due
             stop, skip_final_save = due.stop | control.any("stop"), due.skip_final_save | control.any("skip_final_save")
@@ -184,8 +184,3 @@ class Cursor:
         """Whether a request must be handled before the next step."""
         due = self.due
         return bool(due["rewind"] or due["evaluate"] or due["end_epoch"] or due["save"] or due["stop"])
-
-
-def _on_device(control: Control) -> bool:
-    """Whether a stop depends on a tensor, whose read may synchronize with a device."""
-    return any(isinstance(flag, Tensor) for flag in control.stop.values())

@@ -115,7 +115,7 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
     run = Run(state, step, data, plan)
     for _ in run.events():
         pass
-    return Result(run.state, run.continue_from, run.reason, run.history, run.exit_code)
+    return Result(run.now.state, run.continue_from, run.reason, run.history, run.exit_code)
 
 
 @with_options(Plan)

@@ -82,7 +82,7 @@ class Run:
 
         # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
         # has no other owner.
-        now = self._now = Cursor(state if is_whole else state.copy(), lag=plan.lag, why=saved.stop_reasons)
+        now = self.now = Cursor(state if is_whole else state.copy(), lag=plan.lag, why=saved.stop_reasons)
         reader = BatchReader(Waits(self._data, self._interrupts), state.step.device, plan.clock, plan.length)
         if saved.data is not None and self._data.has_snapshots:
             self._data.restore(now.epoch.data_index(now.position), saved.data)
@@ -97,11 +97,6 @@ class Run:
         self._saves = Saves(emitter, self._checkpoints, self._snapshots, self._evaluations, self._data)
         self._steps = Steps(emitter, self._step, self._data, self._interrupts, self._checkpoints)
         self.reason = ""
-
-    @property
-    def state(self) -> TrainState:
-        """The current state."""
-        return self._now.state
 
     def events(self) -> Events[None]:
         """Runs the session and yields its events in order."""
@@ -122,7 +117,7 @@ class Run:
 
     def _train(self) -> Events[None]:
         """Takes steps, and handles requests between them, until the run is over."""
-        now = self._now
+        now = self.now
         yield from self._begin()
         while True:
             now.set_mark()
@@ -145,7 +140,7 @@ class Run:
 
     def _handle_requests(self) -> Events[None]:
         """Handles requests, including those made meanwhile, until only a stop is left or a signal arrives."""
-        now = self._now
+        now = self.now
         while self._interrupts.cause is None:
             if now.anything_due and now.unread:
                 now.read_flags()
@@ -161,7 +156,7 @@ class Run:
                 return
 
     def _is_over(self) -> bool:
-        now, plan = self._now, self._plan
+        now, plan = self.now, self._plan
         out_of_steps = plan.steps is not None and now.step >= plan.steps
         out_of_epochs = plan.epochs is not None and now.epoch.done >= plan.epochs
         if (out_of_steps or out_of_epochs) and now.unread:
@@ -186,15 +181,15 @@ class Run:
         return restored.state.replace(slots=slots)
 
     def _begin_saving(self) -> None:
-        self._checkpoints.begin(self._now.state)
-        self._snapshots.begin(self._now)
+        self._checkpoints.begin(self.now.state)
+        self._snapshots.begin(self.now)
         # Clear the attribute, because a step donates only states without other references.
         restored, self._from_disk = self._from_disk, None
-        if restored is not None and restored is self._now.state:
+        if restored is not None and restored is self.now.state:
             self._checkpoints.mark_on_disk(restored)
 
     def _begin(self) -> Events[None]:
-        now, pending = self._now, self._now.due["save"]
+        now, pending = self.now, self.now.due["save"]
         yield from self._emit(
             FitBegin, fires=frozenset(self._step.fires), resumed=now.step > 0, num_shapes=self._data.num_shapes
         )
@@ -213,7 +208,7 @@ class Run:
             )
 
     def _end(self) -> Events[None]:
-        now = self._now
+        now = self.now
         yield from self._saves.save_last()
         # The final checkpoint keeps the stop, so resuming a finished run does nothing. The state in memory does not, so
         # it can be trained further.
@@ -223,7 +218,7 @@ class Run:
         yield from self._emit(FitEnd, reason=self.reason)
 
     def _after_error(self, error: Exception) -> Events[None]:
-        now = self._now
+        now = self.now
         if taken := now.marked.is_taken:
             error.add_note(
                 "The state before the step was donated, and not all callbacks have seen the state after it, so neither "

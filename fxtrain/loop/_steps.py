@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable, Generator, Sequence
 
 from fxtrain import tree
-from fxtrain.core import Batch, Control, Epoch, EpochBegin, StepBegin, StepEnd, StepOutput, TrainState, Tree
+from fxtrain.core import Batch, Control, EpochBegin, StepBegin, StepEnd, StepOutput, TrainState, Tree
 from fxtrain.data import Source
 from fxtrain.fold import as_composed
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
-from fxtrain.loop._plan import Plan
 from fxtrain.loop._saving import Checkpoints
 from fxtrain.loop._types import EventRecord, Events, LoopStep
 from fxtrain.step import take_steps
@@ -41,7 +40,11 @@ class Steps:
     ) -> None:
         self._plan, self._now, self._publish, self._reader = emitter.plan, emitter.now, emitter.publish, emitter.reader
         self._emitter, self._data, self._interrupts, self._checkpoints = emitter, data, interrupts, checkpoints
-        self._dispatch = _Dispatch(step, data, emitter.plan)
+        self._steps_per_call: int = getattr(step, "steps_per_call", 1)
+        self._one = leaving_compilation(step)
+        many: _Many | None = getattr(step, "multi_step", None)
+        self._many = None if many is None else leaving_compilation(many)
+        self._may_differ: bool = data.num_shapes != 1 or data.dynamic_dims > 0
         self._in_step = as_composed(step).traced_slots
         self._epochs_differ = data.has_variable_epochs
         self._end: int | None = None  # data position at which the current epoch ends
@@ -89,7 +92,7 @@ class Steps:
         """Returns the batches of the next dispatch: none at the end of the epoch, or if a signal has arrived."""
         now, epoch = self._now, self._now.epoch
         try:
-            batches = self._reader.next(now.position, epoch, self._dispatch.length(now.step, now.position, epoch))
+            batches = self._reader.next(now.position, epoch, self._dispatch_length())
         except Abandoned:
             return ()
         if not batches:  # end of data of unknown length, which is known from here on
@@ -127,7 +130,7 @@ class Steps:
         now = self._now
         now.mark_as_delta()
         try:
-            now.state, outputs = self._dispatch.take(now.state, batches)
+            now.state, outputs = self._dispatch(now.state, batches)
         except Abandoned:
             now.roll_back(now.marked)
             return ()
@@ -157,41 +160,23 @@ class Steps:
         limit = math.inf if self._plan.steps is None else self._plan.steps
         return min(limit, now.step - now.step % every + every) if every else limit
 
-
-class _Dispatch:
-    """Takes one step, or ``steps_per_call`` steps, per dispatch.
-
-    Args:
-        step: A step, compiled or not.
-        data: From ``fxtrain.data.as_source``.
-        plan: The options of the run.
-    """
-
-    def __init__(self, step: LoopStep, data: Source, plan: Plan) -> None:
-        self._steps_per_call: int = getattr(step, "steps_per_call", 1)
-        self._one = leaving_compilation(step)
-        many: _Many | None = getattr(step, "multi_step", None)
-        self._many = None if many is None else leaving_compilation(many)
-        self._may_differ: bool = data.num_shapes != 1 or data.dynamic_dims > 0
-        self._data, self._plan = data, plan
-
-    def length(self, step: int, position: int, epoch: Epoch) -> int:
+    def _dispatch_length(self) -> int:
         """Returns how many steps to take in the next dispatch."""
         count = self._steps_per_call
         if count == 1:
             return 1
-        steps, every = self._plan.steps, self._plan.snapshot_every
+        now, epoch, steps, every = self._now, self._now.epoch, self._plan.steps, self._plan.snapshot_every
         if not epoch.length and self._data.has_snapshots:
             # The epoch may end at any batch, and the iterator state of the data would be ahead of the steps.
             return 1
         fits = (
-            (steps is None or step + count <= steps)
-            and (not epoch.length or position - epoch.start + count <= epoch.length)
-            and (not every or step // every == (step + count - 1) // every)
+            (steps is None or now.step + count <= steps)
+            and (not epoch.length or now.position - epoch.start + count <= epoch.length)
+            and (not every or now.step // every == (now.step + count - 1) // every)
         )
         return count if fits else 1
 
-    def take(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
+    def _dispatch(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
         """Takes one step per batch. In a multi-step dispatch, outputs after a stop are invalid."""
         if (
             self._many is not None
