@@ -15,8 +15,7 @@ from fxtrain.interop import _from_pretrained as pretrained
 from fxtrain.interop import _peft_adapters as adapters
 from fxtrain.interop._read_weights import listed_entries, read_weights
 from fxtrain.model import load_state_dict, model_of
-from fxtrain.model._named_tensors import NamedTensors
-from fxtrain.model._renaming import Rename
+from fxtrain.model._named_tensors import NamedTensors, Rename
 from fxtrain.model._state_dict import LoadOptions, LoadReport
 
 

@@ -16,8 +16,7 @@ from typing_extensions import Unpack
 from fxtrain import tree
 from fxtrain.core import TrainState, Tree, dtype_name, first_lines, first_names, matching
 from fxtrain.model._model import model_of
-from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors
-from fxtrain.model._renaming import Rename, proposed, renamed
+from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors, Rename, proposed, renamed
 from fxtrain.model._tensor_access import copies
 from fxtrain.model._types import Modules, StateDict
 
