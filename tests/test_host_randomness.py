@@ -17,7 +17,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.model._clock_reads import clock_reads
+from fxtrain.model._unseeded_values import clock_reads
 from fxtrain.rng import _host_generators as host
 
 X = torch.ones(4, 2)

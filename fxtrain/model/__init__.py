@@ -4,7 +4,6 @@ from fxtrain.model._batch_norm_statistics import recompute_statistics
 from fxtrain.model._captured_values import captured_values
 from fxtrain.model._first_call_checks import ValuesNeededError
 from fxtrain.model._freezing import with_trainable
-from fxtrain.model._host_seeding import UnseededError
 from fxtrain.model._init import init
 from fxtrain.model._model import Model, model_of
 from fxtrain.model._model_calls import forward_wrapped_by
@@ -13,6 +12,7 @@ from fxtrain.model._parameter_trees import CallResult
 from fxtrain.model._state_dict import LoadReport, load_state_dict, state_dict
 from fxtrain.model._tensor_access import refuse_in_place_writes, versions
 from fxtrain.model._types import Modules, StateDict, Transforms
+from fxtrain.model._unseeded_values import UnseededError
 from fxtrain.model._view import View, view
 
 __all__ = [

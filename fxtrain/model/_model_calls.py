@@ -24,12 +24,12 @@ from fxtrain.model._first_call_checks import (
     refuse_new_parameters,
     refusing_meta_reads,
 )
-from fxtrain.model._host_seeding import HostSeeding, captured_generators
 from fxtrain.model._meta_modules import MetaModules
 from fxtrain.model._outside_values import restoring_outside_values
 from fxtrain.model._parameter_trees import CallResult, ParameterTrees
 from fxtrain.model._tensor_access import CloneNeeded, WriteGuard, copies, versions
 from fxtrain.model._types import Out
+from fxtrain.model._unseeded_values import HostSeeding, captured_generators
 from fxtrain.rng import _host_generators as host
 from fxtrain.rng._functional import replayed
 from fxtrain.tree import as_name, leaf_paths

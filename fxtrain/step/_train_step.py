@@ -105,39 +105,36 @@ def train_step(
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
     find = gradients(loss_fn, precision=policy, differentiate=differentiate)
 
-    def take(folded: Composed, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
-        number = state.step + 1
-        before, control, found = state, Control(), None
-        for index, microbatch in enumerate(microbatches(batch, accumulate)):
-            part = find(before, microbatch, index)
-            before = part.carried(before)
-            measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
-            state, requests = folded(state, Microbatch(step=number, index=index, **measured))
-            control = _merged(control, requests)
-            found = part if found is None else joined(found, part)
-        assert found is not None
-        found = averaged(found, accumulate)
-        measured = {"loss": found.loss, "metrics": found.metrics, "grads": found.grads, "weight": found.weight}
-        state, requests = folded(state, Gradients(step=number, **measured))
-        control = _merged(control, requests)
-
-        used = found.used if unused == "keep" else None
-        carried = state.replace(params=before.params, buffers=before.buffers)
-        moved, updates = apply_gradients(carried, found.grads, tx, used=used)
-        skip = control.any("skip_update")
-        # Not torch.tensor(...), which would become an input of the graph even if it is unused.
-        skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
-        state = tree.where(skipped, state, moved) if "skip_update" in control.kinds else moved
-        state, requests = folded(state, Updated(step=number, updates=updates, skipped=skipped, **measured))
-        return state, StepOutput(found.metrics, _merged(control, requests), weight=found.weight)
-
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
         settings["unused"] = unused
 
     def build(folded: Composed) -> Step:
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
-            return take(folded, state, batch)
+            number = state.step + 1
+            before, control, found = state, Control(), None
+            for index, microbatch in enumerate(microbatches(batch, accumulate)):
+                part = find(before, microbatch, index)
+                before = part.carried(before)
+                measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
+                state, requests = folded(state, Microbatch(step=number, index=index, **measured))
+                control = _merged(control, requests)
+                found = part if found is None else joined(found, part)
+            assert found is not None
+            found = averaged(found, accumulate)
+            measured = {"loss": found.loss, "metrics": found.metrics, "grads": found.grads, "weight": found.weight}
+            state, requests = folded(state, Gradients(step=number, **measured))
+            control = _merged(control, requests)
+
+            used = found.used if unused == "keep" else None
+            carried = state.replace(params=before.params, buffers=before.buffers)
+            moved, updates = apply_gradients(carried, found.grads, tx, used=used)
+            skip = control.any("skip_update")
+            # Not torch.tensor(...), which would become an input of the graph even if it is unused.
+            skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
+            state = tree.where(skipped, state, moved) if "skip_update" in control.kinds else moved
+            state, requests = folded(state, Updated(step=number, updates=updates, skipped=skipped, **measured))
+            return state, StepOutput(found.metrics, _merged(control, requests), weight=found.weight)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
         step.__doc__ = loss_fn.__doc__
