@@ -44,7 +44,6 @@ def _wide_enough() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_COLUMNS]
-        else:
+        del os.environ[_COLUMNS]
+        if before is not None:
             os.environ[_COLUMNS] = before

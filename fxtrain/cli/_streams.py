@@ -83,14 +83,12 @@ def lasting_streams() -> Iterator[list[OSError]]:
         sys.stdout, sys.stderr = output, errors
 
 
-def _lasting(stream: TextIO | None) -> _Lasting | None:
+def _lasting(stream: TextIO) -> _Lasting | None:
     """Returns a wrapper of a stream's file, or None if there is no stream or file."""
-    if stream is None:
-        return None
     try:
         stream.flush()
         return _Lasting(stream.fileno())
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # a process without a console has None as its stream
         return None
 
 

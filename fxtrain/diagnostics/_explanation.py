@@ -88,6 +88,7 @@ class Explanation:
 
 
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
+    varied = [f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()]
     rows = [
         ("route", [f"{found.route}: {found.outcome}", found.cause and f"because of {found.cause}"]),
         ("graphs", [_graphs(found), *first_lines(list(map(str, found.breaks or found.reads)), _MAX_SHOWN_LINES)]),
@@ -99,10 +100,7 @@ def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
         ("time", [_time(found)]),
         ("recompiles", [_new_graph(found), *first_lines(_batch(found.assumed), _MAX_SHOWN_LINES)]),
         ("constants", first_lines([f"{name} = {value}" for name, value in found.constants.items()], _MAX_SHOWN_LINES)),
-        (
-            "varied",
-            first_lines([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()], _MAX_SHOWN_LINES),
-        ),
+        ("varied", first_lines(varied, _MAX_SHOWN_LINES)),
     ]
     return [(label, [text for text in texts if text]) for label, texts in rows if any(texts)]
 

@@ -106,9 +106,8 @@ def find_learning_rate(
     for rate in np.geomspace(low, high, steps).tolist():
         # Stop requests are cleared, because a stopped state is a fixed point of the step.
         without_stop = state.due._replace(stop=torch.zeros_like(state.due.stop))
-        state, output = step(
-            _with_learning_rate(state.replace(due=without_stop), rate), to_device(next(batches), state.step.device)
-        )
+        state = _with_learning_rate(state.replace(due=without_stop), rate)
+        state, output = step(state, to_device(next(batches), state.step.device))
         loss = _measured(output, metric)
         rates.append(rate)
         losses.append(loss)

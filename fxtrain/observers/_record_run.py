@@ -93,9 +93,8 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, object] | No
             f"expected config to contain only values that JSON can represent, got another one ({error}). Use finite "
             "numbers, strings, bools, None, and lists and dicts of these."
         ) from None
-    path = Path(folder)
-    make_folder(path)
-    return RecordRun(path, kept)
+    make_folder(Path(folder))
+    return RecordRun(Path(folder), kept)
 
 
 class RecordRun:

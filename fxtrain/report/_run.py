@@ -41,8 +41,7 @@ class Mark:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled(Generic[Value]):
+class Sampled(NamedTuple, Generic[Value]):
     """Values of one name at a selection of its steps.
 
     Args:
