@@ -110,8 +110,7 @@ class StreamBatches:
         check_positive_int("batch_size", batch_size)
         if not isinstance(drop_last, bool):
             raise ValueError(f"expected drop_last to be True or False for a stream, got {describe(drop_last)}.")
-        self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
-        self._collate = collate
+        self.dataset, self.batch_size, self.drop_last, self._collate = dataset, batch_size, drop_last, collate
 
     def set_epoch(self, epoch: int) -> None:
         if callable(set_epoch := getattr(self.dataset, "set_epoch", None)):

@@ -58,8 +58,7 @@ class LoaderBatches(Source):
 
     def __init__(self, loader: DataLoader[object], *, seed: int, dynamic: bool) -> None:
         super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
-        self.loader = loader
-        self.seed = seed
+        self.loader, self.seed = loader, seed
         self.epoch_length = len(loader)
         if self.epoch_length == 0:
             raise ValueError(

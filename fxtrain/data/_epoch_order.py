@@ -49,9 +49,7 @@ class Order:
     """
 
     def __init__(self, size: int, *, seed: int = 0, shuffle: bool = True) -> None:
-        self.size = size
-        self.seed = seed
-        self.shuffle = shuffle
+        self.size, self.seed, self.shuffle = size, seed, shuffle
         self._kept: tuple[tuple[int, int], np.ndarray] | None = None  # a cache of the last block
 
     def items(self, epoch: int, start: int, stop: int) -> np.ndarray:

@@ -51,9 +51,7 @@ class IndexedBatches(Source):
                 f"expected data for at least one batch of batch_size={batch_size}, got {what}. Lower batch_size, or "
                 'keep the short batch with drop_last=False or "pad".'
             )
-        self.size = size
-        self.batch_size = batch_size
-        self.drop_last = drop_last
+        self.size, self.batch_size, self.drop_last = size, batch_size, drop_last
         self.epoch_length = size // batch_size if drop_last is True else -(-size // batch_size)
         self._take = take
         self._order = Order(size, seed=seed, shuffle=shuffle)

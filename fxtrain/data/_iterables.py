@@ -41,9 +41,7 @@ class IterableBatches(Source):
         super().__init__(dynamic_dims=dynamic_dims)
         self.epoch_length = None
         self.seed = seed
-        self._begin = begin
-        self._name = name
-        self._once = once
+        self._begin, self._name, self._once = begin, name, once
         self.interruptible, self.random_access = not once, False
         self._iterator: Iterator[Any] | None = None
         self._begun = False  # whether an iterator was ever started

@@ -178,8 +178,7 @@ class PrefetchThread:
     """The background thread, and the state it shares with its consumer, guarded by one condition."""
 
     def __init__(self, read: Callable[[int], PrefetchedItem], size: int) -> None:
-        self._read = read
-        self._size = size
+        self._read, self._size = read, size
         self._changed = threading.Condition()
         self._ready: collections.deque[PrefetchedItem] = collections.deque()
         self._next: int | None = None  # the position to read next; None while idle

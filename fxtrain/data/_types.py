@@ -29,12 +29,10 @@ class Indexable(Protocol[_Key, _Sample]):
     def __getitem__(self, key: _Key, /) -> _Sample: ...
 
 
-class MapDataset(Protocol[_Sample]):
+class MapDataset(Indexable[int, _Sample], Protocol[_Sample]):
     """A dataset with a length, which returns a sample for each index."""
 
     def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> _Sample: ...
 
 
 Examples = TypeAliasType("Examples", MapDataset[Example] | Mapping[str, Sequence[Values] | Tensor | np.ndarray])
