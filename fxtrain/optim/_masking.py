@@ -68,14 +68,14 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     refuse_unless_transformation("tx", tx)
 
+    def init(params: Tree) -> MaskedState:
+        return MaskedState(tx.init(_where(_selected(mask, params), params)))
+
     def update(updates: Tree, opt_state: MaskedState, params: Tree | None = None) -> tuple[Tree, MaskedState]:
         chosen = _selected(mask, updates if params is None else params)
         inner_params = None if params is None else _where(chosen, params)
         inner, inner_state = tx.update(_where(chosen, updates), opt_state.inner_state, inner_params)
         return _merged(updates, [(chosen, inner)]), MaskedState(inner_state)
-
-    def init(params: Tree) -> MaskedState:
-        return MaskedState(tx.init(_where(_selected(mask, params), params)))
 
     return GradientTransformation(init, update)
 
@@ -203,15 +203,15 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
 
     refuse_unless_transformation("tx", tx)
 
+    def init(params: Tree) -> ActiveWhenState:
+        return ActiveWhenState(start_count(params), tx.init(params))
+
     def update(updates: Tree, opt_state: ActiveWhenState, params: Tree | None = None) -> tuple[Tree, ActiveWhenState]:
         active = holds(opt_state.count)
         moved, inner_state = tx.update(updates, opt_state.inner_state, params)
         return tree.where(active, moved, tree.zeros_like(moved)), ActiveWhenState(
             opt_state.count + 1, tree.where(active, inner_state, opt_state.inner_state)
         )
-
-    def init(params: Tree) -> ActiveWhenState:
-        return ActiveWhenState(start_count(params), tx.init(params))
 
     return GradientTransformation(init, update)
 

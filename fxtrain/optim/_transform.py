@@ -129,6 +129,9 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     for index, transform in enumerate(transforms):
         refuse_unless_transformation(f"argument {index} of chain", transform)
 
+    def init(params: Tree) -> tuple[Tree, ...]:
+        return tuple(transform.init(params) for transform in transforms)
+
     def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         if len(opt_state) != len(transforms):
             raise ValueError(
@@ -140,9 +143,6 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
             updates, state = transform.update(updates, state, params)
             states.append(state)
         return updates, tuple(states)
-
-    def init(params: Tree) -> tuple[Tree, ...]:
-        return tuple(transform.init(params) for transform in transforms)
 
     return GradientTransformation(init, update)
 
