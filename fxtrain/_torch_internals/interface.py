@@ -90,15 +90,6 @@ NEWEST_TESTED = (2, 13)
 """The newest version of torch that the tests have run on."""
 
 
-def missing_interfaces(features: Feature) -> list[Interface]:
-    """Returns the interfaces that parts of the compiler need and the installed torch lacks.
-
-    Imports the modules that contain them, as compilation does.
-    """
-    needed = [interface for interface in INTERFACES.values() if interface.feature and interface.feature in features]
-    return [interface for interface in needed if not interface.exists]
-
-
 def is_tested() -> bool:
     """Whether the installed torch is not newer than the versions that fxtrain has been tested with."""
     return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) <= NEWEST_TESTED
@@ -112,7 +103,8 @@ def supports(features: Feature) -> bool:
         newest = ".".join(map(str, NEWEST_TESTED))
         _warn(f"fxtrain has been tested with torch up to {newest}, and this is torch {torch.__version__}")
         return False
-    missing = missing_interfaces(features)
+    # The lookup imports the modules that contain the interfaces, as compilation does.
+    missing = [each for each in INTERFACES.values() if each.feature and each.feature in features and not each.exists]
     if missing:
         _warn(f"torch {torch.__version__} lacks {missing[0].path}, which fxtrain uses for {missing[0].purpose}")
     return not missing

@@ -155,14 +155,10 @@ def _check_close(compiled: Tree, plain: Tree) -> None:
 
 
 class _Reached(BaseException):
-    """The call for gradients at which a step is cut.
+    """The call for gradients at which a step is cut, with its arguments (find, state, batch, index).
 
     It is a BaseException, so that an ``except Exception`` in the step does not catch it.
     """
-
-    def __init__(self, find: FindGradient, state: TrainState, batch: Batch, index: int) -> None:
-        super().__init__()
-        self.call = find, state, batch, index
 
 
 class _Rest(Step):
@@ -230,7 +226,7 @@ class _Cut:
         try:
             self._rest(state, batch)
         except _Reached as reached:
-            self._find, *arguments, self._index = reached.call
+            self._find, *arguments, self._index = reached.args
         else:
             return None
         if is_transformed():
