@@ -14,8 +14,6 @@ from fxtrain import EvalEnd, FitBegin, FitEnd, Interrupted, Rewound, Saved, Step
 from fxtrain.core import Control
 from fxtrain.report import RunFolderError, page, read_run
 from fxtrain.report._downsampling import BoundedSeries, Items, Points, evenly, thinned
-from fxtrain.report._panels import heat
-from fxtrain.report._run import Heights, Sampled
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, Table, Text, Video
 
 
@@ -295,20 +293,25 @@ def test_many_marks_are_thinned_and_counted(tmp_path):
     assert "2,000 checkpoints were saved, the last one at step 2,000." in html
 
 
-def heights(counts, edges):
-    return Heights(np.array(counts), np.array(edges))
+def heat_map(folder, histograms):
+    """Returns the heat map on the page of a run, given counts and edges by step."""
+    writer = writers.jsonl(folder / "metrics.jsonl")
+    for step, (counts, edges) in histograms.items():
+        writer.write(step, {"weights": Histogram(counts=torch.tensor(counts), edges=torch.tensor(edges))})
+    writer.close()
+    return data(page(read_run(folder)))["histograms"]["weights"]
 
 
-def test_heat_map_is_cropped_to_used_bins():
+def test_heat_map_is_cropped_to_used_bins(tmp_path):
     edges = [-100.0, -1.0, 0.0, 1.0, 100.0]
-    found = heat([(step, heights([0.0, 1.0, 3.0, 0.0], edges)) for step in range(500)])
+    found = heat_map(tmp_path, dict.fromkeys(range(500), ([0.0, 1.0, 3.0, 0.0], edges)))
     assert found["edges"] == [-1, 0, 1]
     assert found["counts"][0] == [1, 3]
     assert (len(found["steps"]), found["steps"][0], found["steps"][-1]) == (100, 0, 499)
 
 
-def test_histograms_with_moving_edges_share_one_scale():
-    found = heat([(1, heights([4.0, 4.0], [0.0, 1.0, 2.0])), (2, heights([8.0, 0.0], [0.0, 2.0, 4.0]))])
+def test_histograms_with_moving_edges_share_one_scale(tmp_path):
+    found = heat_map(tmp_path, {1: ([4.0, 4.0], [0.0, 1.0, 2.0]), 2: ([8.0, 0.0], [0.0, 2.0, 4.0])})
     first, second = np.asarray(found["counts"], float)
     assert (found["edges"][0], found["edges"][-1]) == (0, 2)  # no counts lie beyond 2
     assert np.allclose(first, first[0])
@@ -317,7 +320,7 @@ def test_histograms_with_moving_edges_share_one_scale():
 
 
 def test_empty_histogram_has_zero_counts(tmp_path):
-    found = heat([(1, heights([0.0, 0.0], [0.0, 1.0, 2.0]))])
+    found = heat_map(tmp_path, {1: ([0.0, 0.0], [0.0, 1.0, 2.0])})
     assert found == {"steps": [1], "counts": [[0, 0]], "edges": [0, 1, 2]}
 
 
@@ -358,7 +361,8 @@ def test_text_in_both_json_lines_and_media_is_shown_once(tmp_path):
     writer = writers.jsonl(tmp_path / "metrics.jsonl")
     writer.write_texts(10, {"said": "so"})
     writer.close()
-    assert run.texts == read_run(tmp_path).texts == {"said": Sampled([(10, "so")], 1)}
+    assert run.texts == read_run(tmp_path).texts
+    assert (run.texts["said"].items, run.texts["said"].count) == ([(10, "so")], 1)
 
 
 def test_media_are_spread_over_the_run_within_a_budget(tmp_path, monkeypatch):
