@@ -13,9 +13,8 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import callbacks as cb
-from fxtrain import testing
+from fxtrain import report, testing, writers
 from fxtrain.callbacks._samples import draw
-from fxtrain.report._markdown import as_html
 from fxtrain.values import ConfusionMatrix, Image
 
 
@@ -71,10 +70,13 @@ class TestTextgen:
         assert "```text\ndef \n```" in generated(fx.init(Output()))
 
     @pytest.mark.parametrize("prompt", ["def ", "**a** # `b`\n\n- c", "```python\nx", "a `````` b"])
-    def test_prompts_are_escaped_in_markdown(self, prompt):
+    def test_prompts_are_escaped_in_markdown(self, prompt, tmp_path):
         callback = cb.textgen([prompt], Bytes(), length=8, max_tokens=1, stop=range(256))
         _, control = callback(language_model(), fx.EvalEnd(step=1, metrics={}))
-        shown = as_html(control.log["textgen"].value.markdown)
+        writer = writers.jsonl(tmp_path / "metrics.jsonl")
+        writer.write(1, {"textgen": control.log["textgen"].value})
+        writer.close()
+        shown = report.page(report.read_run(tmp_path))
         assert re.findall("<pre>(.*?)</pre>", shown, re.DOTALL) == [prompt, ""]
 
     def test_non_logits_output_is_rejected(self):
