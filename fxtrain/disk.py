@@ -6,9 +6,7 @@ import contextlib
 import errno
 import os
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 # Errors of file systems that cannot sync folders, and of system folders that may not be opened
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -46,52 +44,94 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:
-    """Writes lines to a file and syncs them to the disk. The folder entry of a new file is not synced.
-
-    Args:
-        path: The file.
-        lines: Lines with their line ends.
-        mode: ``"wb"`` to overwrite, ``"ab"`` to append.
-    """
+def _put(path: Path, content: bytes, mode: str) -> None:
+    """Writes content to a file and syncs it to the disk. The folder entry of a new file is not synced."""
     with open(path, mode) as file:
-        file.writelines(lines)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def append_lines(path: Path, lines: bytes) -> None:
-    """Appends lines to a file, or none if a write fails. They are not synced, except for the entry of a new file.
+class Appendable:
+    """A file that grows by whole records, open from its creation to ``close``.
 
-    A last line that a crash cut short is terminated first, and zeros that a power failure left in place of data are
-    removed.
+    Args:
+        path: The file. If it is missing, it is created and its name is synced to the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        is_new = not path.exists()
+        # Unbuffered: after a failed write a buffer would keep bytes and write them later.
+        self._file = open(path, "rb+", buffering=0, opener=_created)  # noqa: SIM115 -- open until it is closed
+        if is_new:
+            sync_folder(path.parent)
+        self.size = self._file.seek(0, os.SEEK_END)
+        self._synced = self.size
+
+    def append(self, record: bytes) -> None:
+        """Adds a record at the end. After an ``OSError`` the file is unchanged."""
+        try:
+            self._file.seek(self.size)
+            rest = memoryview(record)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self.size)
+            raise
+        self.size += len(record)
+
+    def flush(self) -> None:
+        """Syncs written records to the disk."""
+        if self._synced < self.size:
+            os.fsync(self._file.fileno())
+            self._synced = self.size
+
+    def close(self) -> None:
+        """Flushes, and closes the file even if the flush fails."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+
+def _created(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def mend(path: Path, what: str) -> None:
+    """Moves a record that a crash tore, which has no line end, from the end of a file to ``<name>.damaged``.
+
+    Args:
+        path: The file, which may be missing.
+        what: The kind of record, for the warning.
+    """
+    if not path.exists():
+        return
+    tail = b""
+    with open(path, "rb") as file:
+        size = begin = file.seek(0, os.SEEK_END)
+        while begin and b"\n" not in tail:
+            begin = max(begin - 65536, 0)
+            file.seek(begin)
+            tail = file.read(size - begin)
+    torn = len(tail) - (tail.rfind(b"\n") + 1)
+    if torn:
+        set_aside(path, f"ended in the middle of a {what}", size - torn)
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Appends lines to a file and syncs them to the disk. After an ``OSError`` the file has none of them.
+
+    The end of a line that a crash tore is moved to ``<name>.damaged`` first, with a warning.
 
     Args:
         path: The file. It may not exist yet.
         lines: Lines with their line ends.
     """
-    is_new = not path.exists()
-    with open(path, "ab+", buffering=0) as file:
-        size = end = file.tell()
-        while end and (last := _byte(file, end - 1)) == b"\0":
-            end -= 1
-        if end < size:
-            file.truncate(end)
-        is_torn = end > 0 and last != b"\n"
-        rest = memoryview(b"\n" + lines if is_torn else lines)
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            file.truncate(end)
-            raise
-    if is_new:
-        sync_folder(path.parent)
-
-
-def _byte(file: BinaryIO, place: int) -> bytes:
-    file.seek(place)
-    return file.read(1)
+    mend(path, "line")
+    with contextlib.closing(Appendable(path)) as file:
+        file.append(lines)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -103,7 +143,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     new = path.with_name(f"{path.name}.tmp")
     try:
-        put_file(new, [content])
+        _put(new, content, "wb")
         os.replace(new, path)
     except Exception:
         with contextlib.suppress(OSError):
@@ -145,7 +185,7 @@ def set_aside(path: Path, what: str, begin: int = 0) -> None:
         file.seek(begin)
         content = file.read()
         # Append first and truncate last, so that a crash in between loses nothing.
-        put_file(damaged, [content], "ab")
+        _put(damaged, content, "ab")
         sync_folder(path.parent)
         file.truncate(begin)
         os.fsync(file.fileno())

@@ -311,13 +311,13 @@ def test_killed_session_has_no_end_and_the_next_is_appended(story):
     assert set(killed) == {"began", "from_step", "environment"}
     with open(story.folder / "events.jsonl", "a") as file:
         file.write('{"event": "StepEnd", "st')  # torn by the crash
-    fit(story)
+    with pytest.warns(RuntimeWarning, match="ended in the middle of a line"):
+        fit(story)
     assert story.sessions[0] == killed
     assert story.sessions[1]["reason"] == "reached 4 steps"
     assert story.run["config"] == {"lr": 0.1}
-    text = (story.folder / "events.jsonl").read_text().splitlines()
-    assert text[1] == '{"event": "StepEnd", "st'
-    assert [json.loads(line)["event"] for line in (text[0], *text[2:])] == ["FitBegin", "FitBegin", "FitEnd"]
+    assert (story.folder / "events.jsonl.damaged").read_text() == '{"event": "StepEnd", "st'
+    assert story.names == ["FitBegin", "FitBegin", "FitEnd"]
 
 
 def test_requests_on_a_device_are_read_lazily_and_keep_their_order(story):
@@ -416,10 +416,11 @@ def test_damaged_record_is_set_aside_and_replaced(story, content):
     assert (story.folder / "run.json.damaged").read_text() == content
 
 
-def test_trailing_zeros_of_events_are_truncated(story):
+def test_trailing_zeros_of_events_are_set_aside(story):
     story.folder.mkdir(parents=True)
     (story.folder / "events.jsonl").write_bytes(b'{"event": "FitEnd"}\n' + b"\0" * 100)
-    fit(story)
+    with pytest.warns(RuntimeWarning, match="ended in the middle of a line"):
+        fit(story)
     assert story.names == ["FitEnd", "FitBegin", "FitEnd"]
 
 
@@ -459,7 +460,8 @@ def test_archive_emptied_by_a_power_cut_is_rewritten(tmp_path, source):
     (run / "code" / line["archive"]).write_bytes(b"")
     with open(run / "code" / "sessions.jsonl", "ab") as file:
         file.write(b"\0" * 30)
-    again, found = recorded(run, source, step=1)
+    with pytest.warns(RuntimeWarning, match="ended in the middle of a line"):
+        again, found = recorded(run, source, step=1)
     assert (again["archive"], found) == (line["archive"], files)
     assert len(lines(run / "code" / "sessions.jsonl")) == 2
 

@@ -14,7 +14,7 @@ import torch
 from fxtrain.core import Control, FitBegin, FitEnd, Interrupted, LoopEvent, Rewound, StepEnd, TrainState
 from fxtrain.fold import When, as_trigger
 from fxtrain.writers import Writer
-from fxtrain.writers._log import Log
+from fxtrain.writers._multi import MultiWriter
 
 _MIB = 2**20
 _GIB = 2**30
@@ -44,7 +44,7 @@ class PeriodicReadings:
     """
 
     def __init__(self, what: str, writers: tuple[Writer, ...], every: When, read: Read) -> None:
-        self._log = Log(what, writers)
+        self._log = MultiWriter(what, writers)
         self._due = as_trigger(every)
         self._read_values = read
         self._step = 0  # of the last reading or the beginning of the session
@@ -70,12 +70,12 @@ class PeriodicReadings:
 
     def _drop_after(self, step: int) -> None:
         self._step = step
-        self._log.truncate_after(step)
+        self._log.purge(step)
 
     def _read(self, state: TrainState | None, event: LoopEvent) -> None:
         self._step = event.step
         self._log.flush_deferred()
-        self._log.submit(event.step, self._read_values(state), event)
+        self._log.put(event.step, self._read_values(state), event)
 
 
 def memory(*writers: Writer, every: When = 100) -> PeriodicReadings:

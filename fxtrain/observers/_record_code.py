@@ -63,7 +63,6 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
             _write_archive(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
         line = {"step": event.step, "archive": path.name, **_commit(root, own)}
         append_lines(target / "sessions.jsonl", json.dumps(line).encode() + b"\n")
-        sync_file(target / "sessions.jsonl")
         sync_folder(target)
 
     return record_code

@@ -33,7 +33,7 @@ from fxtrain.core import (
     TrainState,
     printable,
 )
-from fxtrain.disk import append_lines, make_folder, replace_file, set_aside, sync_file
+from fxtrain.disk import append_lines, make_folder, replace_file, set_aside
 from fxtrain.observers._record_code import commit_of
 from fxtrain.values import jsonable
 
@@ -63,8 +63,8 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, object] | No
     Requests whose flags are on an accelerator are read some steps later, to avoid host-device synchronization.
 
     Both files are synced to the disk before each save. A ``run.json`` damaged by a power cut is moved to
-    ``run.json.damaged`` with a warning, and started again. While the disk is full, up to 10,000 lines are queued, and
-    written once there is space.
+    ``run.json.damaged`` with a warning, and started again. A line of ``events.jsonl`` that a crash tore is moved to
+    ``events.jsonl.damaged``. While the disk is full, up to 10,000 lines are queued, and written once there is space.
 
     Args:
         folder: The folder of the run. It is created if it does not exist.
@@ -127,7 +127,7 @@ class RecordRun:
     def flush(self) -> None:
         """Writes pending lines and syncs them to the disk."""
         self._read()
-        self._try(self._sync)
+        self._try(self._write_pending)
 
     def close(self) -> None:
         """Writes pending lines. Warns about those that cannot be written."""
@@ -170,11 +170,6 @@ class RecordRun:
         if self._lines:
             append_lines(self._events, b"".join(self._lines))
             self._lines.clear()
-
-    def _sync(self) -> None:
-        self._write_pending()
-        if self._events.exists():
-            sync_file(self._events)
 
     def _try(self, act: Callable[[], None]) -> None:
         try:

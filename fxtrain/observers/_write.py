@@ -29,7 +29,7 @@ from fxtrain.core import (
 from fxtrain.fold import When, as_trigger
 from fxtrain.values import KINDS, HParams, kind_of, published
 from fxtrain.writers import Writer
-from fxtrain.writers._log import Log
+from fxtrain.writers._multi import MultiWriter
 
 
 def write(
@@ -125,7 +125,7 @@ class Write:
         hparams: HParams | None,
         flush_seconds: float,
     ) -> None:
-        self._log = Log("write", writers)
+        self._log = MultiWriter("write", writers)
         self._log.defer(self._write_points)
         self._due = as_trigger(periods.get(_METRICS, 1))
         self._due_by_kind = {kind: as_trigger(periods[n]) for kind, n in KINDS.items() if periods.get(n, 1) != 1}
@@ -257,14 +257,14 @@ class Write:
             self._submit(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
 
     def _submit(self, event: LoopEvent, control: Control) -> None:
-        self._log.submit(event.step, published(event, control), event)
+        self._log.put(event.step, published(event, control), event)
 
     def _truncate_after(self, step: int) -> None:
         self._interval = [entry for entry in self._interval if entry[0] <= step]
         self._points = [point for point in (*self._sent, *self._points) if point[0].step <= step]
         self._sent = []
         self._latest = {name: entry for name, entry in self._latest.items() if entry[0].step <= step}
-        self._log.truncate_after(step)
+        self._log.purge(step)
 
     def _flush(self, time: float) -> None:
         self._flush_time = time

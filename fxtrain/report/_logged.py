@@ -13,8 +13,8 @@ from fxtrain.report import _validation as validation
 from fxtrain.report._downsampling import BoundedSeries, Items, Points
 from fxtrain.report._folder import Folder, Problems
 from fxtrain.report._run import Cell, Confusion, Heights, Mark, Table
+from fxtrain.writers._append_only import REWOUND, Rewinds
 from fxtrain.writers._media import REWINDS, MediaFile, latest_files, media_file, rewinds_of
-from fxtrain.writers._rewinds import REWOUND, Rewinds
 
 _MAX_TEXT = 2**16  # characters shown of a text
 _MAX_ROWS = 50  # shown of a table

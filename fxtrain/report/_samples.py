@@ -13,7 +13,7 @@ from fxtrain.report._folder import Folder
 from fxtrain.report._html import card, cell_text, grid, left_out, section, steps, table, titled
 from fxtrain.report._markdown import as_html
 from fxtrain.report._run import Confusion, Run
-from fxtrain.writers._encoding import png
+from fxtrain.writers._media import png
 
 _MAX_STEPS = 8  # per name, evenly spaced
 _MAX_BYTES = 24 * 2**20  # of media per page

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from fxtrain.core import LoopEvent, printable, printable_lines
 from fxtrain.values import Audio, Histogram, HParams, Image, Kind, PointCloud, Text, Value, Video, kind_of
 from fxtrain.writers._backlog import MOST_BYTES, MOST_POINTS, Backlog, Lost, PendingCall, pending_call
-from fxtrain.writers._interface import Backend, Writer
-from fxtrain.writers._selection import Selection
+from fxtrain.writers._interface import Backend, Selection, Writer
 
 _RETRY_SECONDS = 1.0
 

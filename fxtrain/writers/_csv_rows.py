@@ -11,11 +11,9 @@ from csv import writer as row_writer
 from pathlib import Path
 
 from fxtrain.core import LoopEvent
-from fxtrain.disk import make_folder, replace_file, set_aside
+from fxtrain.disk import Appendable, mend, replace_file, set_aside
 from fxtrain.values import Value
-from fxtrain.writers._interface import unwritable
-from fxtrain.writers._one_file import Appendable, OneFile, mend
-from fxtrain.writers._rewinds import Rewinds
+from fxtrain.writers._append_only import Rewinds, RunLog
 
 _FIRST: tuple[str, ...] = ("step", "epoch", "time")
 
@@ -57,16 +55,11 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
     return CsvWriter(Path(path))
 
 
-class CsvWriter(OneFile):
+class CsvWriter(RunLog):
     """Writes rows. Created by ``csv``."""
 
+    name = "csv"
     kinds = frozenset((float,))
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._columns: list[str] = []
-        self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
-        self._opened()
 
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         if "step" in values:
@@ -79,21 +72,13 @@ class CsvWriter(OneFile):
         added = [name for name in row if name not in self._columns]
         if added:
             self._add_columns(added)
-        self._append({"step": str(step), **row})
-        if self._last is not None:
-            self._last = max(self._last, step)
+        self._append(step, _line(_in_columns({"step": str(step), **row}, self._columns)))
 
-    def purge(self, step: int) -> None:
-        """Marks the rows of later steps as abandoned, with a row that has only a step, unless there are none."""
-        self._opened()
-        if self._last is None:
-            self._last = max((int(row["step"]) for row in read_csv(self._path)), default=0)
-        if self._last > step:
-            self._append({"step": str(step)})
-            self._last = step
+    def _mark(self, step: int) -> None:
+        self._append(step, _line(_in_columns({"step": str(step)}, self._columns)))
 
-    def _append(self, row: Mapping[str, str]) -> None:
-        self._opened().append(_line(_in_columns(row, self._columns)))
+    def _steps(self) -> list[int]:
+        return [int(row["step"]) for row in read_csv(self._path)]
 
     def _add_columns(self, names: list[str]) -> None:
         """Rewrites the whole file in one atomic replacement."""
@@ -104,18 +89,9 @@ class CsvWriter(OneFile):
         replace_file(self._path, b"".join(map(_line, [columns, *(_in_columns(row, columns) for row in rows)])))
         self._opened()
 
-    def _opened(self) -> Appendable:
-        if self._file is None:
-            try:
-                make_folder(self._path.parent)
-                self._take_up(self._path.read_bytes() if self._path.exists() else b"")
-            except OSError as error:
-                raise unwritable("csv", self._path, error) from error
-        assert self._file is not None
-        return self._file
-
-    def _take_up(self, content: bytes) -> None:
+    def _open(self) -> Appendable:
         """Opens the file at the end of its complete rows. Reads its columns, or writes them."""
+        content = self._path.read_bytes() if self._path.exists() else b""
         is_zeros = b"\0" in content and not content.strip(b"\0\r\n")
         rows = 0 if is_zeros else _end_of_header(content)
         header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
@@ -135,9 +111,8 @@ class CsvWriter(OneFile):
         if not rows:
             header = list(_FIRST)
             file.append(first)
-        self._file, self._columns = file, header
-        # Another writer may have changed the file since.
-        self._last = None if rows else 0
+        self._columns = header
+        return file
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:

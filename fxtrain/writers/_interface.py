@@ -1,9 +1,14 @@
-"""The protocol of writers, after clu's ``MetricWriter``, and the base class of the writers in this package."""
+"""The protocol of writers, after clu's ``MetricWriter``, and the base class of the writers in this package.
+
+``Selection`` decides which values a writer keeps.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -12,6 +17,7 @@ import torch
 
 from fxtrain.core import LoopEvent
 from fxtrain.values import (
+    KINDS,
     Audio,
     Histogram,
     HParams,
@@ -19,13 +25,15 @@ from fxtrain.values import (
     Kind,
     PointCloud,
     Scalar,
+    Table,
     Text,
     Value,
     Video,
+    kind_of,
     plain_number,
+    simplified,
 )
-from fxtrain.writers._encoding import numbered
-from fxtrain.writers._selection import Selection
+from fxtrain.values._media import note_of_clipping
 
 Array = torch.Tensor | np.ndarray
 
@@ -87,6 +95,87 @@ class Writer(Protocol):
     def close(self) -> None:
         """Flushes and closes the files. The writers here reopen them for further values."""
         ...
+
+
+class Selection:
+    """Selects the values that a writer can keep, and converts others to a simpler kind.
+
+    Warns once per kind that the writer cannot keep, once per name that is clipped, and for each value out of range.
+
+    Args:
+        writer: The name of the writer, for warnings.
+        kinds: The kinds that it keeps.
+    """
+
+    def __init__(self, writer: str, kinds: frozenset[Kind]) -> None:
+        self.kinds = kinds
+        self._writer = writer
+        self._warned: set[Kind | str] = set()
+
+    def silence(self, kinds: Iterable[Kind]) -> None:
+        """Suppresses the warnings about kinds, because another writer of the run keeps them."""
+        self._warned.update(kinds)
+
+    def select(self, step: int, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Returns the values to write, by name.
+
+        Args:
+            step: The step of the values.
+            values: Values by name.
+        """
+        kept: dict[str, Value] = {}
+        for name, value in values.items():
+            kind = kind_of(value)
+            if kind is float and float in self.kinds:  # most values; they need no conversion
+                kept[name] = value
+                continue
+            simpler = simplified(value, self.kinds)
+            if simpler is None:
+                self._warn_once(
+                    kind,
+                    f"{self._writer} does not store {KINDS.get(kind, 'scalars')} and skips {name!r} and similar "
+                    "values. Add a writer that does, such as fxtrain.writers.tensorboard or fxtrain.writers.media.",
+                )
+                continue
+            try:
+                for clipped in _convert(simpler):
+                    self._warn_once(
+                        f"clipped {name}",
+                        f"{name!r} of step {step}: {clipped} Set limits= or scale the values. Later values of this "
+                        "name are clipped without a warning.",
+                    )
+            except ValueError as error:
+                warnings.warn(f"{name!r} of step {step} is not written: {error}", RuntimeWarning, stacklevel=4)
+                continue
+            kept[name] = simpler
+        return kept
+
+    def _warn_once(self, about: Kind | str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def _convert(value: Value) -> list[str]:
+    """Converts a value on the host, where all writers find it, and returns descriptions of what was clipped.
+
+    Raises:
+        ValueError: The value is out of range.
+    """
+    notes: list[str] = []
+    for part in value.columns.values() if isinstance(value, Table) else (value,):
+        match part:
+            case Image() | Video():
+                _ = part.frames
+            case Audio():
+                _ = part.waves
+            case Histogram():
+                part.buckets()
+            case _:
+                continue
+        if (clipped := note_of_clipping(part)) is not None:
+            notes.append(clipped)
+    return notes
 
 
 class Backend:
@@ -196,8 +285,23 @@ class Backend:
         self.write(0, {"hparams": HParams(hparams)})
 
 
-def unwritable(writer: str, path: Path, error: OSError) -> OSError:
-    """Returns an error that states what cannot be written and why, and what to do."""
-    return OSError(
-        f"{writer} cannot write to {path} ({error.strerror or error}). Use a writable path, on a disk with free space."
-    )
+@contextlib.contextmanager
+def explain_failure(writer: str, path: Path) -> Generator[None]:
+    """Makes an ``OSError`` state what cannot be written and why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{writer} cannot write to {path} ({error.strerror or error}). Use a writable path, on a disk with free "
+            "space."
+        ) from error
+
+
+def numbered(name: str, index: int, count: int) -> str:
+    """Returns the name of one of ``count`` values, or the name itself if there is only one.
+
+    Example:
+        >>> numbered("samples", 2, 16), numbered("samples", 0, 1)
+        ('samples/2', 'samples')
+    """
+    return name if count == 1 else f"{name}/{index}"

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fxtrain.core import EvalStep, LoopEvent
-from fxtrain.disk import make_folder
+from fxtrain.disk import Appendable, mend
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
 from fxtrain.values._table import Cell
-from fxtrain.writers._interface import unwritable
-from fxtrain.writers._one_file import Appendable, OneFile, mend
-from fxtrain.writers._rewinds import REWOUND, Rewinds
+from fxtrain.writers._append_only import REWOUND, Rewinds, RunLog
 
 _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
@@ -56,15 +54,11 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
     return JsonLinesWriter(Path(path))
 
 
-class JsonLinesWriter(OneFile):
+class JsonLinesWriter(RunLog):
     """Writes JSON lines. Created by ``jsonl``."""
 
+    name = "jsonl"
     kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams))
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
-        self._opened()
 
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         about: dict[str, Any] = {"step": step}
@@ -91,35 +85,21 @@ class JsonLinesWriter(OneFile):
                     kinds.setdefault("metrics", {})[name] = value
         if event is None and kinds.keys() == {"hparams"}:
             about = {}  # a configuration belongs to no step
-        self._append({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}})
-        if self._last is not None:
-            self._last = max(self._last, step)
+        self._append(step, _line({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}}))
 
-    def purge(self, step: int) -> None:
-        """Marks the values of later steps as abandoned, with a line, unless there are none."""
-        self._opened()
-        if self._last is None:
-            steps = (found for record in read_jsonl(self._path) if isinstance(found := record.get("step"), int))
-            self._last = max(steps, default=0)
-        if self._last > step:
-            self._append({REWOUND: step})
-            self._last = step
+    def _mark(self, step: int) -> None:
+        self._append(step, _line({REWOUND: step}))
 
-    def _append(self, record: Mapping[str, object]) -> None:
-        line = json.dumps(jsonable(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
-        self._opened().append(line)
+    def _steps(self) -> list[int]:
+        return [record.get("step", 0) for record in read_jsonl(self._path)]
 
-    def _opened(self) -> Appendable:
-        if self._file is None:
-            try:
-                make_folder(self._path.parent)
-                mend(self._path, "line")
-                self._file = Appendable(self._path)
-            except OSError as error:
-                raise unwritable("jsonl", self._path, error) from error
-            # Another writer may have changed the file since.
-            self._last = None if self._file.size else 0
-        return self._file
+    def _open(self) -> Appendable:
+        mend(self._path, "line")
+        return Appendable(self._path)
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(jsonable(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -14,12 +15,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from fxtrain.core import LoopEvent, describe
-from fxtrain.disk import make_folder, put_file, replace_file, sync_file, sync_folder
+from fxtrain.disk import append_lines, make_folder, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Value, Video, jsonable
-from fxtrain.writers._encoding import gif, png, wav
-from fxtrain.writers._interface import Backend, unwritable
-from fxtrain.writers._one_file import mend
-from fxtrain.writers._rewinds import REWOUND, Rewinds
+from fxtrain.writers._append_only import REWOUND, Rewinds
+from fxtrain.writers._interface import Backend, explain_failure
 
 _FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|wav|json|ply)", re.ASCII)
 REWINDS = "rewinds.jsonl"
@@ -74,13 +73,11 @@ class MediaWriter(Backend):
         stem = f"{step:08d}.r{self._rewinds}" if self._rewinds else f"{step:08d}"
         for name, value in values.items():
             place = self._folder / _safe(name)
-            try:
+            with explain_failure("media", place):
                 if not place.is_dir():
                     make_folder(place)
                 for file, content in _files(stem, value).items():
                     self._put(place / file, content)
-            except OSError as error:
-                raise unwritable("media", place, error) from error
 
     def _put(self, path: Path, content: bytes) -> None:
         if path.exists():
@@ -98,10 +95,7 @@ class MediaWriter(Backend):
         """Marks the files of later steps as abandoned, with a line in ``rewinds.jsonl``, unless there are none."""
         if not any(later > step for steps in read_media(self._folder).values() for later in steps):
             return
-        path = self._folder / REWINDS
-        mend(path, "line")
-        put_file(path, [json.dumps({REWOUND: step}).encode() + b"\n"], "ab")
-        sync_folder(self._folder)
+        append_lines(self._folder / REWINDS, json.dumps({REWOUND: step}).encode() + b"\n")
         self._rewinds = None
 
     def flush(self) -> None:
@@ -192,6 +186,55 @@ def read_media(folder: str | os.PathLike[str]) -> dict[str, dict[int, list[Path]
     rewinds = rewinds_of(_rewinds_in(root))
     found = {name: latest_files(files, rewinds) for name, files in sorted(names.items())}
     return {name: files for name, files in found.items() if files}
+
+
+def png(frame: np.ndarray) -> bytes:
+    """Encodes an image, uint8 [H, W, C] with 1, 3 or 4 channels, as a PNG.
+
+    Example:
+        >>> png(np.zeros((8, 8, 3), np.uint8))[:4]
+        b'\\x89PNG'
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def gif(frames: np.ndarray, fps: float) -> bytes:
+    """Encodes a video, uint8 [T, H, W, C], as a GIF that loops forever. ``fps`` is in frames per second.
+
+    Example:
+        >>> gif(np.zeros((4, 8, 8, 1), np.uint8), fps=2)[:6]
+        b'GIF89a'
+    """
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
+    buffer = io.BytesIO()
+    # GIF durations are in hundredths of a second, and browsers slow down durations below two of them.
+    milliseconds = max(round(1000 / fps), 20)
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    return buffer.getvalue()
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """Encodes a sound, int16 [T, C], as a WAV file. ``rate`` is in Hz.
+
+    Example:
+        >>> wav(np.zeros((100, 1), np.int16), 8000)[:4]
+        b'RIFF'
+    """
+    import wave
+
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return buffer.getvalue()
 
 
 def _rewinds_in(folder: Path) -> bytes:

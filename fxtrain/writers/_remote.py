@@ -15,7 +15,7 @@ from fxtrain.core import LoopEvent
 from fxtrain.disk import make_folder, replace_file, set_aside
 from fxtrain.values import Value, plain_number
 from fxtrain.writers._backlog import PendingCall, pending_call
-from fxtrain.writers._interface import Backend, unwritable
+from fxtrain.writers._interface import Backend, explain_failure
 from fxtrain.writers._outbox import Outbox, Session
 
 
@@ -30,10 +30,8 @@ class RemoteWriter(Backend):
     file: ClassVar[str]  # the file of the run's identity and the last step written
 
     def __init__(self, folder: Path) -> None:
-        try:
+        with explain_failure(self.service, folder):
             make_folder(folder)
-        except OSError as error:
-            raise unwritable(self.service, folder, error) from error
         self._folder = folder
         self.identity, self._last = self._read()
         """The service's identifier of the run, or None if there is no run yet, and the last step written."""
@@ -122,11 +120,9 @@ class RemoteWriter(Backend):
             return
         self.identity = identity
         path = self._folder / self.file
-        try:
+        with explain_failure(self.service, path):
             replace_file(path, self._content())
             self._record = open(path, "rb+", buffering=0)  # noqa: SIM115 -- open until the writer is closed
-        except OSError as error:
-            raise unwritable(self.service, path, error) from error
         # Registered again, to run before the exit handlers that the service's package has registered by now.
         atexit.unregister(self.close)
         atexit.register(self.close)
@@ -158,12 +154,11 @@ class RemoteWriter(Backend):
         path = self._folder / self.file
         if not path.exists():
             return None, 0
-        try:
-            known = json.loads(path.read_bytes())
-            return str(known["id"]), int(known.get("step", 0))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            set_aside(path, f"does not identify a run of {self.service}, so a new run begins")
-            path.unlink()
-            return None, 0
-        except OSError as error:
-            raise unwritable(self.service, path, error) from error
+        with explain_failure(self.service, path):
+            try:
+                known = json.loads(path.read_bytes())
+                return str(known["id"]), int(known.get("step", 0))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                set_aside(path, f"does not identify a run of {self.service}, so a new run begins")
+                path.unlink()
+        return None, 0

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from fxtrain.core import LoopEvent, describe
-from fxtrain.disk import make_folder
+from fxtrain.disk import Appendable, make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
-from fxtrain.writers._encoding import gif, numbered, png, wav
-from fxtrain.writers._interface import unwritable
-from fxtrain.writers._one_file import Appendable, OneFile
+from fxtrain.writers._append_only import OneFile
+from fxtrain.writers._interface import explain_failure, numbered
+from fxtrain.writers._media import gif, png, wav
 
 _LENGTH_BYTES = 8  # at the beginning of a record, never all zero
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
@@ -56,12 +56,9 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
         >>> writer.close()
     """
     path = Path(folder)
-    try:
+    with explain_failure("tensorboard", path):
         make_folder(path)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise unwritable("tensorboard", path, error) from error
+        tempfile.TemporaryFile(dir=path).close()
     return TensorBoardWriter(path)
 
 
@@ -204,7 +201,7 @@ class TensorBoardWriter(OneFile):
             # then ignores no records.
             log = self._event.SessionLog
             head += 2 * [self._record(step=first_step, session_log=log(status=log.START))]
-        try:
+        with explain_failure("tensorboard", self._folder):
             make_folder(self._folder)
             self._set_damaged_aside()
             file = Appendable(path)
@@ -214,8 +211,6 @@ class TensorBoardWriter(OneFile):
                 file.close()
                 path.unlink()
                 raise
-        except OSError as error:
-            raise unwritable("tensorboard", self._folder, error) from error
         self._file = file
 
     def _set_damaged_aside(self) -> None:

@@ -27,7 +27,8 @@ from fxtrain.values import (
     Video,
 )
 from fxtrain.writers._backlog import PendingCall
-from fxtrain.writers._encoding import gif, numbered, wav
+from fxtrain.writers._interface import numbered
+from fxtrain.writers._media import gif, wav
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
 
