@@ -54,23 +54,18 @@ class Writer(Protocol):
 
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar | Array | np.generic]) -> None:
         """Writes scalars by name: Python numbers, 0-d arrays or 0-d tensors."""
-        ...
 
     def write_images(self, step: int, images: Mapping[str, Array]) -> None:
         """Writes images by name, each uint8 or floating-point [N, H, W, C]."""
-        ...
 
     def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
         """Writes videos by name, each uint8 or floating-point [N, T, H, W, C]."""
-        ...
 
     def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
         """Writes sounds by name, each floating-point [N, T, C]. ``sample_rate`` is in Hz."""
-        ...
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes Markdown texts by name."""
-        ...
 
     def write_histograms(
         self, step: int, arrays: Mapping[str, Array | Histogram], num_buckets: Mapping[str, int] | None = None
@@ -82,19 +77,15 @@ class Writer(Protocol):
             arrays: Real arrays or tensors by name. The writers here also accept ``fxtrain.values.Histogram``.
             num_buckets: The number of buckets by name. Defaults to 30.
         """
-        ...
 
     def write_hparams(self, hparams: Mapping[str, object]) -> None:
         """Writes the configuration of the run: strings, numbers and bools by name."""
-        ...
 
     def flush(self) -> None:
         """Syncs written values to the disk."""
-        ...
 
     def close(self) -> None:
         """Flushes and closes the files. The writers here reopen them for further values."""
-        ...
 
 
 class Selection:
