@@ -6,9 +6,18 @@ is checked then.
 """
 
 from fxtrain.values._histogram import Histogram
-from fxtrain.values._kinds import KINDS, Kind, Value, jsonable, kind_of, plain_number, simplified
+from fxtrain.values._kinds import (
+    KINDS,
+    Kind,
+    Value,
+    jsonable,
+    kind_of,
+    named_after,
+    plain_number,
+    published,
+    simplified,
+)
 from fxtrain.values._media import Audio, Figure, Image, PointCloud, Video
-from fxtrain.values._published import named_after, published
 from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
 
