@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from fxtrain.core import TrainState, args_from
-from fxtrain.interop import _from_pretrained as pretrained
-from fxtrain.interop import _peft_adapters as adapters
+from fxtrain.interop._library_folders import CONFIG, as_its_library_loads, is_adapted
 from fxtrain.interop._read_weights import listed_entries, read_weights
 from fxtrain.model import load_state_dict, model_of
-from fxtrain.model._named_tensors import NamedTensors, Rename
+from fxtrain.model._named_tensors import Rename
 from fxtrain.model._state_dict import LoadOptions, LoadReport
 
 
@@ -85,7 +84,7 @@ def load_weights(
     # The template has the module's class, configuration and names, but no values.
     module = model_of(state).named_modules(train=False).get(part)
     if module is not None and folder.is_dir() and entry is None and rename is None:
-        contents, where = _as_its_library_loads(module, folder, contents, where)
+        contents, where = as_its_library_loads(module, folder, contents, where)
     try:
         found = load_state_dict(
             state,
@@ -100,24 +99,10 @@ def load_weights(
         )
     except ValueError as error:
         remedy = "" if any(isinstance(value, Tensor) for value in contents.values()) else listed_entries(contents)
-        if (folder / adapters.CONFIG).is_file() and not (module is not None and adapters.is_adapted(module)):
+        if (folder / CONFIG).is_file() and not (module is not None and is_adapted(module)):
             remedy = "The folder contains an adapter. Pass a module adapted by peft.get_peft_model to fxtrain.init."
         raise ValueError(f"{path}: {error}{' ' + remedy if remedy else ''}") from None
     if report:
         return found
     found.warn(stacklevel=2)
     return found.state
-
-
-def _as_its_library_loads(
-    module: nn.Module, folder: pathlib.Path, contents: Mapping[str, object], where: str | Sequence[str] | None
-) -> tuple[Mapping[str, object], str | Sequence[str] | None]:
-    """Returns the contents by the module's names, and the names that they cover."""
-    if adapters.is_adapted(module):
-        contents, names = adapters.named_as_in(module, folder, contents)
-        return contents, [name.replace("[", "[[]") for name in names] if where is None else where
-    if pretrained.is_pretrained(module, folder) and (
-        hasattr(module, "base_model_prefix") or contents.keys() != NamedTensors(module).tensors.keys()
-    ):
-        return pretrained.as_loaded(module, folder, contents), where
-    return contents, where
