@@ -140,6 +140,22 @@ def test_resume_rejects_changed_options_and_text(tmp_path, monkeypatch, capsys, 
     assert "expected the text that " in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_early_stopping_and_gradient_monitor_are_logged(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    stopping = ["--early_stopping", "--min-delta", "9", "--patience", "1"]  # no evaluation improves by 9 nats
+    monitor = ["--gradient_monitor", "--gradient_monitor_interval", "15"]
+    shape = [*SHAPE, "--eval-interval", "10", "--snapshot_interval", "10", "--no-compile"]
+    assert main(["lm", "--text", "text.py", "--epochs", "9", *stopping, *monitor, *shape]) == 0
+    assert "loss has not improved for 1 evaluation" in capsys.readouterr().out
+    folder = only_run(tmp_path)
+    logged = writers.read_jsonl(folder / "metrics.jsonl")
+    for name in ("grad_norm/total", "grad_flow/gain_mean"):
+        assert [line["step"] for line in logged if name in line.get("metrics", {})] == [10, 15, 20]
+    saved = sorted((folder / "checkpoints").glob("[0-9]*"))
+    assert [path.name.rpartition("-")[2] for path in saved] == ["000000010", "000000020"]
+
+
 def test_main_lists_commands(capsys):
     assert main([]) == 0
     assert "lm      train a small byte-level transformer" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import fxtrain as fx
 from fxtrain import callbacks as cb
 from fxtrain import report, testing, writers
 from fxtrain.callbacks._samples import draw
-from fxtrain.values import ConfusionMatrix, Image
+from fxtrain.values import ConfusionMatrix, Image, Video
 
 
 class Bytes:
@@ -170,6 +170,24 @@ def test_samples_depend_only_on_seed_and_step():
     assert (made(state, 5) == made(state, 5)).all()
     assert (made(state, 5) != made(state, 6)).any()
     assert (made(state, 5) != made(state.replace(seed=state.seed + 1), 5)).any()
+
+
+def test_samples_may_be_videos():
+    class Film(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.light = nn.Parameter(torch.tensor(0.5))
+
+        def generate(self, count):
+            assert not self.training
+            return self.light * torch.linspace(0, 1, 6).view(1, 6, 1, 1, 1).expand(count, 6, 4, 5, 3)
+
+    callback = cb.samples(lambda model, key: Video(model.generate(2), fps=30), name="films")
+    _, control = callback(fx.init(Film()), fx.EvalEnd(step=1, metrics={}))
+    video = control.log["films"].value
+    assert (video.frames.shape, video.fps) == ((2, 6, 4, 5, 3), 30)
+    assert video.frames[0, :, 0, 0, 0].tolist() == [0, 26, 51, 77, 102, 128]
+    assert not video.pixels.requires_grad
 
 
 # Classifiers

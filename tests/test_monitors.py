@@ -234,6 +234,17 @@ class TestPublication:
         assert not published(monitor, state, step=3)
         assert published(monitor, after_a_step(monitor, steps=2), step=2)
 
+    @pytest.mark.parametrize("make", [grad_norms, weight_stats])
+    def test_publication_may_depend_on_the_loss(self, make):
+        monitor = fx.compose(make(publish=lambda event: event.metrics["loss"] > 1.0))
+        state = after_a_step(monitor)
+        logged = [
+            monitor(state, fx.StepEnd(step=1, metrics={"loss": torch.tensor(loss)}))[1].log for loss in (0.5, 2.0)
+        ]
+        shown = [sum(bool(entry.when) for entry in log.values()) for log in logged]
+        assert shown[0] == 0
+        assert shown[1] > 0
+
     def test_trigger_gates_the_measurement_in_the_step(self):
         monitor = grad_norms(every=fx.every(2) & fx.after(2))
         assert [int(after_a_step(monitor, steps=n).slots["grad_norm"].step) for n in (2, 3, 4, 5)] == [-1, -1, 4, 4]

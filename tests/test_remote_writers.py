@@ -178,6 +178,16 @@ def test_wandb_stores_every_kind_of_value(tmp_path):
     assert metrics["*"].step_metric == "step"
 
 
+def test_wandb_run_has_project_name_group_and_tags(tmp_path):
+    options = {"project": "mine", "name": "first", "group": "all", "tags": ["a", "b"]}
+    writer = writers.wandb(tmp_path, mode="offline", **options)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.close()
+    (session,) = records(tmp_path)
+    run = next(record.run for record in session if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("mine", "first", "all", ["a", "b"])
+
+
 def test_wandb_continues_a_run_and_warns_of_points_that_remain(tmp_path, recwarn):
     writer = wandb(tmp_path)
     writer.purge(0)
