@@ -349,6 +349,17 @@ class TestTap:
         assert len(output.metrics) == 9
         assert not any(part._forward_hooks for part in module.modules())
 
+    @pytest.mark.parametrize("modules", ["*", ["0", "2"]])
+    def test_step_with_tap_and_patterns_is_one_dynamo_graph(self, modules):
+        counts = fx.callbacks.histograms(parameter="2.*", every=1)
+        step = fx.train_step(fx.tap(problem.loss_fn, modules, activation_stats), problem.transform(), callbacks=counts)
+        state, batch = fx.attach(problem.start(), step), problem.data()[0]
+        wanted, eager = step(state, batch)
+        new, output = torch.compile(step, fullgraph=True, backend="aot_eager")(state, batch)
+        assert list(output.metrics) == list(eager.metrics)
+        for got, want in ((output.metrics, eager.metrics), (new.slots, wanted.slots), (new.params, wanted.params)):
+            testing.assert_equal(got, want, "compiled")
+
     def test_tap_leaves_gradients_unchanged(self):
         state, batch = problem.start(), problem.data()[0]
         plain = fx.gradients(problem.loss_fn)(state, batch)

@@ -6,9 +6,12 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
+from fxtrain._torch_internals.dynamo import constant_in_dynamo
+
 _SHOWN = 8
 
 
+@constant_in_dynamo  # which cannot trace fnmatch
 def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: str) -> list[int]:
     """Returns the indices of the names that match at least one pattern.
 

@@ -8,7 +8,7 @@ import fnmatch
 import functools
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 
 import torch
@@ -96,23 +96,35 @@ def _widened(leaf: Tree) -> Tree:
 @contextlib.contextmanager
 def _in_float32(policy: Policy, device: torch.device, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Makes the kept modules compute in float32, by instance attributes that shadow their ``forward`` methods."""
-    dynamo = torch.compiler.is_dynamo_compiling()
-    if not dynamo:
+    if not torch.compiler.is_dynamo_compiling():
         # Raises if a pattern matches no module.
         matching([name for name in modules if name] or list(modules), policy.keep, "module")
     kept = [module for name, module in modules.items() if _matches(name, policy.keep)]
     # Submodules of a kept module run inside it, so their outputs stay in float32.
     parts = {id(part) for module in kept for part in module.modules() if part is not module}
     outer = {id(module): module for module in kept if id(module) not in parts}.values()
-    methods = [(module, "forward" in module.__dict__, module.forward) for module in outer]
-    for module, _, method in methods:
-        module.forward = functools.partial(_float32_forward, policy, device.type, method)
+    with forwards_wrapped([(module, functools.partial(_float32_forward, policy, device.type)) for module in outer]):
+        yield
+
+
+@contextlib.contextmanager
+def forwards_wrapped(wrappers: Iterable[tuple[nn.Module, Callable[..., Tree]]]) -> Iterator[None]:
+    """Makes modules call ``wrapper(forward, *args, **kwargs)`` inside the context, also while Dynamo traces it.
+
+    Instance attributes shadow the methods ``forward``.
+
+    Args:
+        wrappers: Modules with their wrappers.
+    """
+    methods = [(module, "forward" in module.__dict__, module.forward, wrapper) for module, wrapper in wrappers]
+    for module, _, method, wrapper in methods:
+        module.forward = functools.partial(wrapper, method)
     try:
         yield
     finally:
-        for module, is_own, method in methods:
+        for module, is_own, method, _ in methods:
             # Dynamo cannot delete attributes that it has added.
-            if is_own or dynamo:
+            if is_own or torch.compiler.is_dynamo_compiling():
                 module.forward = method
             else:
                 del module.forward

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Metrics, Tree, matching
 from fxtrain.model._model_calls import named_modules
+from fxtrain.step._forward_pass import forwards_wrapped
 from fxtrain.step._loss_results import Weighted, loss_and_metrics, weighted
 
 Statistic = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
@@ -52,18 +55,13 @@ def tap(
     def tapped(model: Tree, *arguments: object) -> tuple[Tensor | Weighted, Metrics]:
         seen: dict[str, Tensor] = {}
 
-        def watch(name: str, module: nn.Module, inputs: object, output: Tree) -> None:
+        def watch(name: str, output: Tree) -> None:
             first = next((leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)), None)
             if first is not None:
                 seen.update(_named(f"{prefix}/{name}", statistic(first.detach())))
 
-        chosen = _chosen(model, modules)
-        hooks = [module.register_forward_hook(functools.partial(watch, name)) for name, module in chosen]
-        try:
+        with _observed(_chosen(model, modules), watch):
             result = loss_fn(model, *arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
         loss, metrics, weight = loss_and_metrics(loss_fn, result)
         twice = sorted(seen.keys() & metrics.keys())
         if twice:
@@ -74,6 +72,31 @@ def tap(
         return (loss if weight is None else weighted(loss, weight)), {**metrics, **seen}
 
     return tapped
+
+
+@contextlib.contextmanager
+def _observed(modules: Sequence[tuple[str, nn.Module]], watch: Callable[[str, Tree], None]) -> Iterator[None]:
+    """Calls ``watch(name, output)`` after each call of one of the modules inside the context."""
+
+    def watched(name: str, forward: Callable[..., Tree], *args: object, **kwargs: object) -> Tree:
+        output = forward(*args, **kwargs)
+        watch(name, output)
+        return output
+
+    def hook(name: str, module: nn.Module, inputs: object, output: Tree) -> None:
+        watch(name, output)
+
+    # Dynamo cannot trace the registration of hooks.
+    if torch.compiler.is_dynamo_compiling():
+        with forwards_wrapped([(module, functools.partial(watched, name)) for name, module in modules]):
+            yield
+        return
+    hooks = [module.register_forward_hook(functools.partial(hook, name)) for name, module in modules]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def _named(name: str, found: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
