@@ -13,6 +13,7 @@ import torch
 
 from fxtrain.core import Control, FitBegin, FitEnd, Interrupted, LoopEvent, Rewound, StepEnd, TrainState
 from fxtrain.fold import When, as_trigger
+from fxtrain.observers._wrapped import rank
 from fxtrain.writers import Writer
 from fxtrain.writers._multi import MultiWriter
 
@@ -36,6 +37,7 @@ class PeriodicReadings:
         what: The observer's name in errors.
         writers: Writers from ``fxtrain.writers`` or clu.
         every: When to read: a number of steps, or a trigger, evaluated at ``StepEnd``.
+        every_rank: Whether every process writes, and not rank 0 alone.
         read: Returns the readings by name. Uses only the device of the state that it is called with.
 
     Raises:
@@ -43,13 +45,19 @@ class PeriodicReadings:
         ValueError: There is no writer, or ``every`` is smaller than 1.
     """
 
-    def __init__(self, what: str, writers: tuple[Writer, ...], every: When, read: Read) -> None:
+    def __init__(self, what: str, writers: tuple[Writer, ...], every: When, every_rank: bool, read: Read) -> None:
         self._log = MultiWriter(what, writers)
         self._due = as_trigger(every)
         self._read_values = read
+        self._every_rank = every_rank
+        self._is_silent = not every_rank and rank() != 0
         self._step = 0  # of the last reading or the beginning of the session
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+        if isinstance(event, FitBegin):
+            self._is_silent = not self._every_rank and rank() != 0
+        if self._is_silent:
+            return
         match event:
             case FitBegin():
                 self._drop_after(event.step)
@@ -78,7 +86,7 @@ class PeriodicReadings:
         self._log.put(event.step, self._read_values(state), event)
 
 
-def memory(*writers: Writer, every: When = 100) -> PeriodicReadings:
+def memory(*writers: Writer, every: When = 100, every_rank: bool = False) -> PeriodicReadings:
     """Writes the memory use of the process, in MiB (2**20 bytes).
 
     - ``memory/host_resident_mib``: resident host memory. Linux only.
@@ -94,6 +102,7 @@ def memory(*writers: Writer, every: When = 100) -> PeriodicReadings:
             then come first in the list of observers.
         every: When to read: a number of steps, or a trigger, evaluated at ``StepEnd``. Each session also ends with a
             reading.
+        every_rank: Whether every process writes. By default, only rank 0 does. Give each its own writers.
 
     Raises:
         TypeError: ``every`` is neither an int nor a trigger.
@@ -116,7 +125,7 @@ def memory(*writers: Writer, every: When = 100) -> PeriodicReadings:
             f"expected a platform that reports the memory use of processes, got {sys.platform}. Remove the observer "
             "memory(...)."
         )
-    return PeriodicReadings("memory", writers, every, _read_memory)
+    return PeriodicReadings("memory", writers, every, every_rank, _read_memory)
 
 
 def _read_memory(state: TrainState | None) -> dict[str, float]:
@@ -146,7 +155,7 @@ def _device_memory(device: torch.device) -> dict[str, int]:
     return {name: counts[count] for name, count in _DEVICE_STATISTICS.items() if count in counts}
 
 
-def system(*writers: Writer, every: When = 100) -> PeriodicReadings:
+def system(*writers: Writer, every: When = 100, every_rank: bool = False) -> PeriodicReadings:
     """Writes the utilization of the machine.
 
     - ``system/cpu_percent``: of all cores, by all processes, since the previous reading.
@@ -163,6 +172,7 @@ def system(*writers: Writer, every: When = 100) -> PeriodicReadings:
             then come first in the list of observers.
         every: When to read: a number of steps, or a trigger, evaluated at ``StepEnd``. Each session also ends with a
             reading.
+        every_rank: Whether every process writes. By default, only rank 0 does. Give each its own writers.
 
     Raises:
         TypeError: ``every`` is neither an int nor a trigger.
@@ -198,7 +208,7 @@ def system(*writers: Writer, every: When = 100) -> PeriodicReadings:
             found |= _gpu(state.step.device)
         return {f"system/{name}": float(value) for name, value in found.items()}
 
-    return PeriodicReadings("system", writers, every, read)
+    return PeriodicReadings("system", writers, every, every_rank, read)
 
 
 def _gpu(device: torch.device) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fxtrain.core import Control, FitBegin, Observer, TrainState
 from fxtrain.disk import append_lines, make_folder, sync_file, sync_folder
+from fxtrain.observers._wrapped import rank
 
 _MAX_FILE_BYTES = 2**20  # bytes; larger files are unlikely to be source
 _EXTENSIONS = frozenset(
@@ -29,6 +30,8 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
     In a git repository, the archive contains all tracked files, and the untracked ones that are not ignored and have an
     extension of source, configuration or text. Elsewhere, it contains all files with such an extension outside hidden
     folders and virtual environments. Files above 1 MiB and the folder of the run are left out.
+
+    With several processes, only rank 0 archives.
 
     Args:
         folder: The folder of the run.
@@ -53,6 +56,8 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         )
 
     def record_code(state: TrainState | None, event: FitBegin, control: Control) -> None:
+        if rank() != 0:
+            return
         # The files that the run writes would change the digest in each session.
         own = run.resolve() if root in run.resolve().parents else target.resolve()
         files = {str(path.relative_to(root)): path for path in _files(root) if own not in path.parents}

@@ -35,6 +35,7 @@ from fxtrain.core import (
 )
 from fxtrain.disk import append_lines, make_folder, replace_file, set_aside
 from fxtrain.observers._record_code import commit_of
+from fxtrain.observers._wrapped import rank
 from fxtrain.values import jsonable
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
@@ -59,6 +60,8 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, object] | No
       commit), the times and steps of its begin and end, and the reason why it ended. A killed session has no end.
     - ``events.jsonl``: a line for the begin and end of each session, for each checkpoint, rewind and interrupt, and for
       each event at which a callback made requests, with their reasons. Lines stay when the run rewinds.
+
+    With several processes, only rank 0 records.
 
     Requests whose flags are on an accelerator are read some steps later, to avoid host-device synchronization.
 
@@ -103,6 +106,7 @@ class RecordRun:
     def __init__(self, folder: Path, config: Mapping[str, object] | None) -> None:
         self._run, self._events = folder / "run.json", folder / "events.jsonl"
         self._config = config
+        self._is_silent = rank() != 0
         self._content: dict[str, Any] = {}
         self._is_outdated = False  # whether run.json is out of date
         self._lines: deque[bytes] = deque()  # not yet in events.jsonl
@@ -113,7 +117,11 @@ class RecordRun:
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         if isinstance(event, FitBegin):
-            self._begin(state, event)
+            self._is_silent = rank() != 0
+            if not self._is_silent:
+                self._begin(state, event)
+        if self._is_silent:
+            return
         is_recorded = type(event) in _RECORDED_FIELDS
         if is_recorded or control.kinds:
             self._unread.append((event, control))

@@ -18,15 +18,17 @@ def rank_zero(observer: Observer) -> Observer:
     The others copy no metrics to the host. The rank is read when this is called: from torch.distributed if it is
     initialized, otherwise from the environment variable ``RANK``, otherwise it is 0.
 
-    Callbacks must not be restricted to one rank, because all processes must make the same decisions. ``progress`` and
-    ``summary`` already act on rank 0 only.
+    Callbacks must not be restricted to one rank, because all processes must make the same decisions. The observers of
+    fxtrain already act on rank 0 only, except for ``profile``, which profiles each process.
 
     Args:
         observer: A function ``(state, event, control) -> None``. It is not modified.
 
     Example:
-        >>> from fxtrain import observers, writers
-        >>> write = rank_zero(observers.write(writers.console()))
+        >>> def announce(state, event: FitEnd, control):
+        ...     print(event.reason)
+        >>> rank_zero(announce)(None, FitEnd(step=3, reason="reached 3 steps"), Control())
+        reached 3 steps
     """
     return observer if rank() == 0 else _do_nothing
 
