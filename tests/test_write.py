@@ -162,3 +162,162 @@ def test_points_are_written_before_a_checkpoint_is_saved(tmp_path, monkeypatch):
 def test_invalid_periods_are_refused(every, says):
     with pytest.raises(ValueError, match=says):
         observers.write(Recorder(), every=every)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "point"),
+    [
+        ("std", {"train/loss": 2.0}),
+        (("mean", "std"), {"train/loss": 3.0, "train/loss_std": 2.0}),
+        (("last", "min", "max"), {"train/loss": 5.0, "train/loss_min": 1.0, "train/loss_max": 5.0}),
+    ],
+)
+def test_interval_is_reduced_in_several_ways(reduce, point):
+    points = written([end(1, 1.0), end(2, 5.0)], every=2, reduce=reduce)
+    assert {name: value for _, name, value in points} == point
+
+
+def test_std_of_one_step_is_zero_and_of_infinities_is_nan(recwarn):
+    points = written([end(1, 3.0), end(2, math.inf)], every=1, reduce=("mean", "std"))
+    assert points[:3] == [(1, "train/loss", 3.0), (1, "train/loss_std", 0.0), (2, "train/loss", math.inf)]
+    assert math.isnan(points[3][2])
+    assert not recwarn
+
+
+def evaluated(step, losses, **log):
+    """The events of an evaluation with these losses of batches."""
+    yield fx.EvalBegin(step=step), fx.Control()
+    for index, loss in enumerate(losses):
+        yield fx.EvalStep(step=step, index=index, batch=None, metrics={"loss": loss}), fx.Control(log=log)
+    yield fx.EvalEnd(step=step, metrics={"loss": sum(losses) / len(losses)}), fx.Control()
+
+
+@pytest.mark.parametrize("eval_every", [2, lambda event: event.index % 2 == 1], ids=["every 2", "a trigger"])
+def test_every_nth_evaluation_batch_has_its_own_curve(eval_every):
+    points = written([*evaluated(10, [1.0, 2.0, 3.0, 4.0]), *evaluated(20, [5.0, 6.0])], eval_every=eval_every)
+    assert points == [
+        (10, "eval/loss", 2.5),
+        (10, "eval_batch/loss/2", 2.0),
+        (10, "eval_batch/loss/4", 4.0),
+        (20, "eval/loss", 5.5),
+        (20, "eval_batch/loss/2", 6.0),
+    ]
+
+
+def test_aborted_evaluation_writes_no_batches():
+    aborted = list(evaluated(10, [1.0, 2.0]))[:-1]
+    points = written([*aborted, *evaluated(10, [7.0])], eval_every=1)
+    assert points == [(10, "eval/loss", 7.0), (10, "eval_batch/loss/1", 7.0)]
+
+
+def test_values_logged_at_evaluation_batches_keep_their_event():
+    points = written(evaluated(10, [1.0], note=3), eval_every=1)
+    assert points == [(10, "note", 3), (10, "eval/loss", 1.0), (10, "eval_batch/loss/1", 1.0)]
+
+
+def test_evaluation_batches_are_written_only_on_request():
+    """Without eval_every, evaluation batches cost no event."""
+
+    def run(**options):
+        recorder = Recorder()
+        fx.fit(
+            problem.start(),
+            problem.step(),
+            problem.data(),
+            steps=2,
+            eval_step=problem.eval_step,
+            eval_data=problem.data(),
+            eval_when=2,
+            observers=fx.observers.required(observers.write(recorder, **options)),
+        )
+        return {name for _, name, _ in recorder.points if name.startswith("eval_batch")}
+
+    assert run() == set()
+    assert len(run(eval_every=1)) == 3 * len(run(eval_every=3)) > 0
+
+
+def test_chosen_prefixes_rename_published_and_logged_values():
+    events = [end(1, 2.0, **{"eval/confusion": 1, "lr": 0.1, "evaluated/n": 2}), *evaluated(1, [4.0])]
+    points = written(events, eval_every=1, prefixes={"train": "", "eval": "val", "eval_batch": "val_batch/"})
+    assert points == [
+        (1, "loss", 2.0),
+        (1, "val/confusion", 1),
+        (1, "lr", 0.1),
+        (1, "evaluated/n", 2),
+        (1, "val/loss", 4.0),
+        (1, "val_batch/loss/1", 4.0),
+    ]
+
+
+def test_chosen_prefixes_leave_the_history_unchanged():
+    recorder = Recorder()
+    result = fx.fit(
+        problem.start(),
+        problem.step(),
+        problem.data(),
+        steps=2,
+        observers=observers.write(recorder, prefixes={"train": "training"}),
+    )
+    assert {name for _, name, _ in recorder.points} == {"training/loss", "training/mae"}
+    assert "train/loss" in result.history
+
+
+@pytest.mark.parametrize(
+    ("events", "options", "name"),
+    [
+        ([end(1, 1.0, a=2, **{"train/a": 3})], {"prefixes": {"train": ""}}, "a"),
+        (
+            [(fx.StepEnd(step=1, metrics={"a": 1.0, "a_std": 1.0}), fx.Control())],
+            {"reduce": ("mean", "std")},
+            "a_std",
+        ),
+    ],
+)
+def test_two_values_of_one_name_are_refused(events, options, name):
+    with pytest.raises(ValueError, match=f"expected one value for each name, got two values named '{name}'. Rename"):
+        written(events, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"reduce": "median"}, ValueError, "expected reduce to be one of 'mean', .* got 'median'"),
+        ({"reduce": ()}, ValueError, 'expected reduce to be at least one reduction, got none. Pass "mean".'),
+        ({"prefixes": {"val": "eval"}}, ValueError, "expected a key of prefixes to be one of 'train', .* got 'val'"),
+        ({"prefixes": {"eval": "train"}}, ValueError, "expected prefixes that differ from each other, got 'train', 't"),
+        ({"prefixes": {"eval": None}}, TypeError, r"expected prefixes\['eval'\] to be a string, got None"),
+        ({"eval_every": 0}, ValueError, "expected eval_every to be a positive int or a trigger, got 0"),
+    ],
+)
+def test_invalid_options_are_refused(options, error, says):
+    with pytest.raises(error, match=says):
+        observers.write(Recorder(), **options)
+
+
+def test_only_rank_0_writes(monkeypatch, tmp_path):
+    class Unread(dict):
+        def read(self, *_):
+            raise AssertionError("metrics were read")
+
+        items = __iter__ = __getitem__ = read
+
+    def run(observer):
+        unread = fx.StepEnd(step=1, metrics=Unread(loss=1.0))
+        for event in (fx.FitBegin(step=0), unread, fx.FitEnd(step=1, reason="done")):
+            observer(None, event, fx.Control())
+        observer.close()
+
+    recorder = Recorder()
+    made_before = observers.write(recorder, hparams={"lr": 0.1}, eval_every=1)
+    monkeypatch.setenv("RANK", "1")
+    run(made_before)
+    run(observers.write(recorder))
+    run(observers.memory(recorder, every=1))
+    run(observers.record_run(tmp_path))
+    observers.record_code(tmp_path, source=tmp_path)(None, fx.FitBegin(step=0), fx.Control())
+    assert recorder.points == []
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AssertionError, match="metrics were read"):
+        run(observers.write(recorder, every_rank=True))
+    run(observers.memory(recorder, every=1, every_rank=True))
+    assert recorder.points

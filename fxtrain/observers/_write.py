@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
@@ -14,6 +13,7 @@ from fxtrain.core import (
     Control,
     EvalBegin,
     EvalEnd,
+    EvalStep,
     FitBegin,
     FitEnd,
     Interrupted,
@@ -27,7 +27,9 @@ from fxtrain.core import (
     try_all,
 )
 from fxtrain.fold import When, as_trigger
-from fxtrain.values import KINDS, HParams, kind_of, published
+from fxtrain.observers._wrapped import rank
+from fxtrain.observers._write_options import Options, checked_prefixes, checked_reductions, reduced, renamed
+from fxtrain.values import KINDS, HParams, Value, kind_of, published
 from fxtrain.writers import Writer
 from fxtrain.writers._multi import MultiWriter
 
@@ -35,9 +37,12 @@ from fxtrain.writers._multi import MultiWriter
 def write(
     *writers: Writer,
     every: When | Mapping[str, When] = 1,
-    reduce: str = "mean",
+    eval_every: When | None = None,
+    reduce: str | Sequence[str] = "mean",
+    prefixes: Mapping[str, str] | None = None,
     hparams: Mapping[str, object] | None = None,
     flush_seconds: float = 30.0,
+    every_rank: bool = False,
 ) -> Write:
     """Passes metrics and logged values to writers.
 
@@ -52,6 +57,8 @@ def write(
     MiB are queued for it. It is retried each second, at each flush and at the end. Lost points are counted in a
     warning. Under ``observers.required``, a failure ends the run.
 
+    With several processes, only rank 0 writes, and the others copy no metrics to the host.
+
     Args:
         writers: Writers from ``fxtrain.writers`` or clu.
         every: When a point of the step metrics ends: at multiples of a number of steps, or when a trigger holds. An
@@ -59,16 +66,25 @@ def write(
             kind, with the names of ``fxtrain.values.KINDS``:
             ``{"metrics": 10, "images": 500}``. Of values that steps log of such a kind, only the latest of each name is
             kept, and written at the kind's next such step or at the end.
-        reduce: How the step metrics of an interval are reduced to a point: ``"mean"``, ``"last"``, ``"min"`` or
-            ``"max"``. NaN propagates.
+        eval_every: Which batches of an evaluation are written, besides its averages: every n-th batch, or those at
+            whose ``EvalStep`` a trigger holds. ``eval_batch/loss/5`` is the loss of the fifth batch. Each batch has its
+            own curve over the steps of training, so no two points share a name and a step.
+        reduce: How the step metrics of an interval are reduced to a point: ``"mean"``, ``"last"``, ``"min"``, ``"max"``
+            or ``"std"``, the standard deviation of the interval's steps. Of several, such as ``("mean", "std")``, all
+            but the first are named ``train/<name>_<reduction>``. NaN propagates.
+        prefixes: Other prefixes for the names in these writers, by the default one: ``{"train": "training", "eval":
+            "val"}``. An empty string removes the prefix. Those of ``train``, ``eval`` and ``eval_batch`` can be chosen,
+            and logged values with these prefixes follow. ``Result.history``, checkpoints and callbacks keep the
+            defaults.
         hparams: Hyperparameters, as a nested mapping of strings, numbers and bools. They are written when a session
             begins.
         flush_seconds: Time between flushes. Writers are also flushed at each evaluation, before each save, and at the
             end.
+        every_rank: Whether every process writes. Give each its own writers then.
 
     Raises:
-        TypeError: ``every`` is neither an int, a trigger nor a mapping of these.
-        ValueError: There is no writer, or an argument is out of range.
+        TypeError: ``every`` is neither an int, a trigger nor a mapping of these, or a prefix is not a string.
+        ValueError: There is no writer, or an argument is out of range. At run time, if two values have the same name.
 
     Example:
         >>> import pathlib, tempfile
@@ -86,18 +102,19 @@ def write(
     for kind, period in periods.items():
         check_choice("a key of every", kind, (_METRICS, *KINDS.values()))
         as_trigger(period, "every" if kind == _METRICS else f"every[{kind!r}]")
-    check_choice("reduce", reduce, tuple(_REDUCTIONS))
     check_non_negative(flush_seconds=flush_seconds)
-    return Write(writers, periods, reduce, None if hparams is None else HParams(hparams), flush_seconds)
+    options = Options(
+        periods,
+        checked_reductions(reduce),
+        checked_prefixes(prefixes or {}),
+        None if hparams is None else HParams(hparams),
+        flush_seconds,
+        every_rank,
+    )
+    return Write(writers, options) if eval_every is None else WriteBatches(writers, options, eval_every)
 
 
 _METRICS = "metrics"
-_REDUCTIONS: Mapping[str, Callable[[list[float]], float]] = {
-    "mean": lambda values: sum(values) / len(values),
-    "last": lambda values: values[-1],
-    "min": lambda values: float(np.min(values)),  # propagates NaN, unlike min()
-    "max": lambda values: float(np.max(values)),
-}
 
 _MAX_HELD_POINTS = 64
 _MAX_HELD_SECONDS = 1.0  # by the loop's clock
@@ -117,21 +134,16 @@ class Write:
 
     sees_logged = True
 
-    def __init__(
-        self,
-        writers: tuple[Writer, ...],
-        periods: Mapping[str, When],
-        reduce: str,
-        hparams: HParams | None,
-        flush_seconds: float,
-    ) -> None:
+    def __init__(self, writers: tuple[Writer, ...], options: Options) -> None:
         self._log = MultiWriter("write", writers)
         self._log.defer(self._write_points)
+        self._options = options
+        periods = options.periods
         self._due = as_trigger(periods.get(_METRICS, 1))
         self._due_by_kind = {kind: as_trigger(periods[n]) for kind, n in KINDS.items() if periods.get(n, 1) != 1}
-        self._reduce = _REDUCTIONS[reduce]
-        self._hparams = hparams
-        self._flush_seconds = flush_seconds
+        # Otherwise a point of one step has its metrics unchanged, still unread.
+        self._reduces_single = len(options.reductions) > 1 or "std" in options.reductions
+        self._is_silent = self._on_other_rank()
         self._interval: _Steps = []  # steps since the last point
         self._last: StepEnd | None = None  # the interval's last event; keeping all would take megabytes
         self._points: list[_Point] = []
@@ -139,7 +151,15 @@ class Write:
         self._latest: dict[str, tuple[StepEnd, Logged]] = {}  # by name, for kinds with their own period
         self._batch_time = self._flush_time = 0.0
 
+    def _on_other_rank(self) -> bool:
+        return not self._options.every_rank and rank() != 0
+
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+        if isinstance(event, FitBegin):
+            # Read again, because torch.distributed may be initialized after this observer is created.
+            self._is_silent = self._on_other_rank()
+        if self._is_silent:
+            return
         match event:
             case StepEnd():
                 self._step(event, control)
@@ -147,8 +167,8 @@ class Write:
             case FitBegin():
                 self._batch_time = self._flush_time = event.time
                 self._truncate_after(event.step)
-                if self._hparams is not None:
-                    control = control | Control(log={"hparams": self._hparams})
+                if self._options.hparams is not None:
+                    control = control | Control(log={"hparams": self._options.hparams})
             case Rewound():
                 self._truncate_after(event.to_step)
                 event = dataclasses.replace(event, step=event.to_step)  # where the curves continue
@@ -195,7 +215,7 @@ class Write:
             self._batch_time = event.time
         if self._latest:
             self._write_latest(event)
-        if event.time - self._flush_time >= self._flush_seconds:
+        if event.time - self._flush_time >= self._options.flush_seconds:
             self._write_points()
             self._flush(event.time)
 
@@ -222,16 +242,11 @@ class Write:
             send()
             self._sent, points = points, []
         for event, measured, control in (*sent, *points):
-            if len(measured) != 1:
-                event = dataclasses.replace(event, metrics=self._reduced([metrics for _, metrics in measured]))
+            if len(measured) != 1 or (measured and self._reduces_single):
+                event = dataclasses.replace(
+                    event, metrics=reduced([metrics for _, metrics in measured], self._options.reductions)
+                )
             self._submit(event, self._without_latest(event, control))
-
-    def _reduced(self, measured: list[Mapping[str, float]]) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
-        for metrics in measured:
-            for name, value in metrics.items():
-                found.setdefault(name, []).append(value)
-        return {name: self._reduce(values) for name, values in found.items()}
 
     def _without_latest(self, event: StepEnd, control: Control) -> Control:
         """Returns the control without logged values of kinds with their own period, which are kept for later."""
@@ -257,7 +272,11 @@ class Write:
             self._submit(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
 
     def _submit(self, event: LoopEvent, control: Control) -> None:
-        self._log.put(event.step, published(event, control), event)
+        values = renamed(self._values(event, control), self._options.prefixes)
+        self._log.put(event.step, values, event)
+
+    def _values(self, event: LoopEvent, control: Control) -> dict[str, Value]:
+        return published(event, control)
 
     def _truncate_after(self, step: int) -> None:
         self._interval = [entry for entry in self._interval if entry[0] <= step]
@@ -269,6 +288,40 @@ class Write:
     def _flush(self, time: float) -> None:
         self._flush_time = time
         self._log.flush()
+
+
+class WriteBatches(Write):
+    """Also writes the metrics of evaluation batches. Created by ``write(eval_every=...)``.
+
+    They are written at the end of the evaluation, because an aborted one is repeated.
+    """
+
+    def __init__(self, writers: tuple[Writer, ...], options: Options, eval_every: When) -> None:
+        super().__init__(writers, options)
+        is_due = as_trigger(eval_every, "eval_every")
+        # The interval counts batches of the evaluation, not steps.
+        self._batch_is_due = is_due if callable(eval_every) else lambda event: (event.index + 1) % eval_every == 0
+        self._batches: dict[int, Mapping[str, Any]] = {}  # metrics by number of the batch
+
+    def __call__(self, state: TrainState | None, event: Seen | EvalStep, control: Control) -> None:
+        if isinstance(event, EvalBegin):
+            self._batches = {}
+        if not isinstance(event, EvalStep):
+            super().__call__(state, event, control)
+        elif not self._is_silent:
+            if self._batch_is_due(event):
+                self._batches[event.index + 1] = event.metrics
+            if control.log:
+                self._write_points()
+                self._submit(event, control)
+
+    def _values(self, event: LoopEvent, control: Control) -> dict[str, Value]:
+        values = super()._values(event, control)
+        if isinstance(event, EvalEnd):
+            batches, self._batches = self._batches, {}
+            for number, metrics in batches.items():
+                values |= {f"eval_batch/{name}/{number}": value for name, value in metrics.items()}
+        return values
 
 
 def _only_scalars(log: Mapping[str, Logged]) -> bool:
