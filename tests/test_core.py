@@ -163,7 +163,7 @@ class TestControl:
 class TestEvents:
     def test_events_are_traced_trajectory_or_session(self):
         assert set(EVENTS) == set(TRACED) | set(TRAJECTORY) | set(SESSION)
-        assert len(EVENTS) == len(TRACED) + len(TRAJECTORY) + len(SESSION) == 16
+        assert len(EVENTS) == len(TRACED) + len(TRAJECTORY) + len(SESSION) == 17
 
     @pytest.mark.parametrize("kind", EVENTS)
     def test_event_is_a_frozen_dataclass_for_match(self, kind):

@@ -52,7 +52,7 @@ class TestOrder:
             checkpointer=fx.checkpointer(tmp_path, background=False),
         )
         step = ["StepBegin", "Microbatch", "Microbatch", "Gradients", "Updated", "StepEnd"]
-        evaluation = ["EvalBegin", "EvalStep", "EvalStep", "EvalEnd"]
+        evaluation = ["EvalBegin", *2 * ("EvalStepBegin", "EvalStep"), "EvalEnd"]
         assert fired == [
             "FitBegin",
             *("EpochBegin", *step, *step, *evaluation, *step, "EpochEnd", "Saved"),

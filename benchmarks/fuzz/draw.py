@@ -9,12 +9,23 @@ from typing import Any
 
 from benchmarks.fuzz.program import Ask, Cut, Program, depends_on_sessions, rewinds, unknown_length
 
-_TRAJECTORY = ("EpochBegin", "StepBegin", "StepEnd", "EvalBegin", "EvalStep", "EvalEnd", "EpochEnd", "Rewound")
+_TRAJECTORY = (
+    "EpochBegin",
+    "StepBegin",
+    "StepEnd",
+    "EvalBegin",
+    "EvalStepBegin",
+    "EvalStep",
+    "EvalEnd",
+    "EpochEnd",
+    "Rewound",
+)
 _ASKABLE = {
     "EpochBegin": ("stop", "save", "rewind", "evaluate", "end_epoch"),
     "StepBegin": ("stop", "save", "rewind", "evaluate", "end_epoch", "skip_batch"),
     "StepEnd": ("stop", "save", "rewind", "evaluate", "end_epoch"),
     "EvalBegin": ("stop", "save", "rewind", "end_epoch"),
+    "EvalStepBegin": ("stop", "save", "rewind", "end_epoch"),
     "EvalStep": ("stop", "save", "rewind", "end_epoch"),
     "EvalEnd": ("stop", "save", "rewind", "end_epoch"),
     "EpochEnd": ("stop", "save", "rewind", "evaluate"),

@@ -19,7 +19,7 @@ from fxtrain.core import BATCH, DATA, STOP_REASONS
 _EXITS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
 _IN_CHECKPOINTS = (STOP_REASONS, BATCH, DATA)  # slots that only saved states have
 _LOSING = ("kill", "leave", "exit", "error")
-_EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
+_EVALUATION = ("EvalBegin", "EvalStepBegin", "EvalStep", "EvalEnd")
 _STOPPED_BEFORE = "stopped before this session began"
 _REFUSED = (
     # Raised for end_epoch requests and triggers in epochs while the epoch length is unknown.
@@ -285,12 +285,13 @@ def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    # A resumed run may add columns in another order, or for rows that a rewind removed.
+    # A resumed run may add columns in another order, or for rows that a rewind removed. Without epochs, because compile
+    # times, logged at FitEnd, set that of a session's last row.
     points = [
-        {name: str(value) for name, value in sorted(_of_run(row).items()) if name != "time"}
+        {name: str(value) for name, value in sorted(_of_run(row).items()) if name not in ("time", "epoch")}
         for row in writers.read_csv(path)
     ]
-    return [point for point in points if point.keys() - {"step", "epoch"}]
+    return [point for point in points if point.keys() - {"step"}]
 
 
 def _of_run(metrics: dict[str, Any]) -> dict[str, Any]:

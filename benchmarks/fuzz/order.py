@@ -2,7 +2,8 @@
 
 One session is::
 
-    FitBegin Restored? (EpochBegin | StepBegin+ StepEnd+ | Rewound | EvalBegin EvalStep* EvalEnd | EpochEnd | Saved)*
+    FitBegin Restored?
+    (EpochBegin | StepBegin+ StepEnd+ | Rewound | EvalBegin (EvalStepBegin EvalStep)* EvalEnd | EpochEnd | Saved)*
     Interrupted? Saved* FitEnd?
 
 Steps, positions and epochs are consecutive. Requests are handled in the order rewind, evaluate, end of epoch, save,
@@ -47,6 +48,7 @@ class _Machine:
         self._is_in_epoch: bool | None = None  # None if unknown, after a resume or a rewind
         self._is_evaluating = False
         self._index = 0  # the index of the next evaluation batch
+        self._begun_evaluation_batch = -1
         self._ended = ""  # the kind of the event that ended the session
         self._pending: set[str] = set()  # requests not handled yet
         self._rewind = 0  # the most steps that a pending request rewinds
@@ -70,7 +72,7 @@ class _Machine:
             found.append("an event after FitEnd")
         if self._ended and event.kind not in ("Saved", "FitEnd"):
             found.append(f"{event.kind} after Interrupted")
-        if self._is_evaluating and event.kind not in ("EvalStep", "EvalEnd", "Interrupted"):
+        if self._is_evaluating and event.kind not in ("EvalStepBegin", "EvalStep", "EvalEnd", "Interrupted"):
             found.append(f"{event.kind} inside an evaluation")
         if event.kind not in ("FitBegin", "StepBegin", "StepEnd", "Saved") and self._step >= 0:
             moved = event.kind == "EpochEnd" and event.position >= self._position  # end_epoch skips the other batches
@@ -191,16 +193,24 @@ class _Machine:
 
     def _EvalBegin(self, event: Told) -> list[str]:  # noqa: N802
         found = self._due("rewind")
-        self._is_evaluating, self._index = True, 0
+        self._is_evaluating, self._index, self._begun_evaluation_batch = True, 0, -1
         self._pending.discard("evaluate")
         self._begun = []
+        return found
+
+    def _EvalStepBegin(self, event: Told) -> list[str]:  # noqa: N802
+        index = int(dict(event.fields)["index"])
+        found = [] if self._is_evaluating else ["EvalStepBegin outside of an evaluation"]
+        if index != self._index or index == self._begun_evaluation_batch:
+            found.append(f"expected evaluation batch {self._index} to begin once, got {index}")
+        self._begun_evaluation_batch = index
         return found
 
     def _EvalStep(self, event: Told) -> list[str]:  # noqa: N802
         found = [] if self._is_evaluating else ["EvalStep outside of an evaluation"]
         index = int(dict(event.fields)["index"])
-        if index != self._index:
-            found.append(f"expected evaluation batch {self._index}, got {index}")
+        if index != self._index or index != self._begun_evaluation_batch:
+            found.append(f"expected evaluation batch {self._index} after its EvalStepBegin, got {index}")
         self._index = index + 1
         return found
 

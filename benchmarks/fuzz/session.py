@@ -27,7 +27,17 @@ MOST_EVENTS = 3000
 SECONDS = 60.0
 COMPILED_SECONDS = 900.0
 
-_CLOCK = ("time", "previous_time", "data_wait", "step", "position", "epoch_length", "total_steps", "total_epochs")
+_CLOCK = (
+    "time",
+    "previous_time",
+    "duration",
+    "data_wait",
+    "step",
+    "position",
+    "epoch_length",
+    "total_steps",
+    "total_epochs",
+)
 _SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitEnd | fx.EvalEnd | fx.Rewound
 
 # Deprecations inside torch, and writers left open if fit raises before it starts.

@@ -101,7 +101,16 @@ def exact(every: int) -> Cell:
             run = Exactness(pathlib.Path(folder), compiled=compiled)
             for step in all_steps(every):
                 cell.add(run.resumed([step], "arrays"))
-            for kind in ("EpochBegin", "StepBegin", "StepEnd", "EvalBegin", "EvalStep", "EvalEnd", "EpochEnd"):
+            for kind in (
+                "EpochBegin",
+                "StepBegin",
+                "StepEnd",
+                "EvalBegin",
+                "EvalStepBegin",
+                "EvalStep",
+                "EvalEnd",
+                "EpochEnd",
+            ):
                 cell.add(run.interrupted([kind], "arrays"))
     return cell
 

@@ -26,7 +26,7 @@ from fxtrain.core import KINDS, TRAJECTORY
 
 STEPS = 50
 SEED = 7
-_CLOCK = ("time", "previous_time", "data_wait")
+_CLOCK = ("time", "previous_time", "duration", "data_wait")
 
 
 class Samples(Dataset[Any]):

@@ -10,7 +10,7 @@ from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
 from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
-from fxtrain.callbacks._progress import epoch_mean, lr_monitor, throughput
+from fxtrain.callbacks._progress import durations, epoch_mean, lr_monitor, throughput
 from fxtrain.callbacks._requests import evaluate, save, stop_at, stop_on_divergence, time_limit
 from fxtrain.callbacks._restore_best import restore_best
 from fxtrain.callbacks._samples import samples, textgen
@@ -21,6 +21,7 @@ __all__ = [
     "averaged",
     "confusion_matrix",
     "curves",
+    "durations",
     "early_stopping",
     "ema",
     "epoch_mean",

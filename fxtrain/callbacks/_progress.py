@@ -1,4 +1,4 @@
-"""Logs of a run's progress: throughput, hyperparameters, and means of training metrics over each epoch."""
+"""Logs of a run's progress: throughput, durations, hyperparameters, and means of training metrics over each epoch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fxtrain.core import (
     EpochEnd,
     EvalBegin,
     EvalEnd,
+    Event,
     Logged,
     StepEnd,
     TrainState,
@@ -110,6 +111,35 @@ def throughput(
         return ThroughputState(torch.zeros_like(state.step), seconds, seconds.clone(), seconds.clone())
 
     return stateful(name, start, update)
+
+
+def durations(*, steps: When | None = None, name: str = "duration") -> Handler:
+    """Logs the seconds that epochs, evaluations and steps take, each at its end.
+
+    Equal runs take different times. Without this callback and ``throughput``, they log the same values.
+
+    Args:
+        steps: When to log the duration of a step: a number of steps, or a trigger, evaluated at ``StepEnd``. By default
+            durations of steps are not logged.
+        name: Prefix of the logged names: ``<name>/epoch``, ``<name>/evaluation``, ``<name>/step``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> state, event = fx.init({"w": torch.zeros(())}), fx.EpochEnd(step=9, epochs_done=1, duration=1.5)
+        >>> fx.compose(durations())(state, event)[1].log["duration/epoch"].value
+        1.5
+    """
+    parts: dict[type[Event], str] = {EpochEnd: "epoch", EvalEnd: "evaluation"}
+    due = None if steps is None else as_trigger(steps, "steps")
+    if due is not None:
+        parts[StepEnd] = "step"
+
+    def log(state: TrainState, event: EpochEnd | EvalEnd | StepEnd) -> tuple[TrainState, Control]:
+        if due is not None and isinstance(event, StepEnd) and not due(event):
+            return state, Control()
+        return state, Control(log={f"{name}/{parts[type(event)]}": event.duration})
+
+    return Handler("durations", log, frozenset(parts))
 
 
 def lr_monitor(*, every: When = 1, hyperparams: tuple[str, ...] = (), name: str = "hyperparams") -> Handler:

@@ -109,6 +109,11 @@ class LoopEvent:
             return None
         return self.epochs_done + (self.position - self.epoch_start) / self.epoch_length
 
+    @property
+    def epoch_index(self) -> int:
+        """Index of the epoch, from 0: at ``EpochEnd`` of the one that has ended, between two epochs of the next."""
+        return self.epochs_done
+
 
 def event_of(kind: type[LoopEvent], fields: Mapping[str, object]) -> Any:
     """Creates an event without ``__init__``, which is slow in frozen dataclasses because it sets each field by a call.
@@ -137,6 +142,11 @@ class StepBegin(LoopEvent):
 
     batch: Batch
 
+    @property
+    def batch_index(self) -> int:
+        """Index of the batch in its epoch, from 0."""
+        return self.position - self.epoch_start
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepEnd(LoopEvent):
@@ -144,14 +154,35 @@ class StepEnd(LoopEvent):
 
     Args:
         metrics: The step's metrics by name: 0-d tensors on the step's device.
+        duration: Seconds that the call of the step took, without the wait for the batch. An accelerator may still be
+            computing: the mean of many steps is exact, a single value is not. Steps of one dispatch have equal shares.
     """
 
     metrics: Metrics
+    duration: float = 0.0
+
+    @property
+    def batch_index(self) -> int:
+        """Index of the step's batch in its epoch, from 0."""
+        return self.position - self.epoch_start - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalBegin(LoopEvent):
     """Trajectory event: fires when an evaluation begins."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalStepBegin(LoopEvent):
+    """Trajectory event: fires before each batch of an evaluation.
+
+    Args:
+        index: Index of the batch, from 0.
+        batch: The batch, as the data returned it.
+    """
+
+    index: int
+    batch: Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,14 +208,27 @@ class EvalEnd(LoopEvent):
 
     Args:
         metrics: Metrics over all of the evaluation data by name: 0-d tensors.
+        duration: Seconds since ``EvalBegin``.
     """
 
     metrics: Metrics
+    duration: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochEnd(LoopEvent):
-    """Trajectory event: fires when an epoch ends, at its last batch or by an ``end_epoch`` request."""
+    """Trajectory event: fires when an epoch ends, at its last batch or by an ``end_epoch`` request.
+
+    Args:
+        duration: Seconds since ``EpochBegin``, evaluations and saves included, or since the session began within the
+            epoch.
+    """
+
+    duration: float = 0.0
+
+    @property
+    def epoch_index(self) -> int:
+        return self.epochs_done - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,12 +324,12 @@ class FitEnd(LoopEvent):
 
 Event = (
     Microbatch | Gradients | Updated
-    | EpochBegin | StepBegin | StepEnd | EvalBegin | EvalStep | EvalEnd | EpochEnd | Rewound
+    | EpochBegin | StepBegin | StepEnd | EvalBegin | EvalStepBegin | EvalStep | EvalEnd | EpochEnd | Rewound
     | FitBegin | Restored | Saved | Interrupted | FitEnd
 )  # fmt: skip
 """Any event."""
 
 TRACED = (Microbatch, Gradients, Updated)
-TRAJECTORY = (EpochBegin, StepBegin, StepEnd, EvalBegin, EvalStep, EvalEnd, EpochEnd, Rewound)
+TRAJECTORY = (EpochBegin, StepBegin, StepEnd, EvalBegin, EvalStepBegin, EvalStep, EvalEnd, EpochEnd, Rewound)
 SESSION = (FitBegin, Restored, Saved, Interrupted, FitEnd)
 EVENTS = (*TRACED, *TRAJECTORY, *SESSION)

@@ -11,7 +11,9 @@ Events fire in this order (indented: only where they apply)::
                             Updated
                         StepEnd
     a rewind is due     Rewound                             other pending requests are dropped
-    evaluation is due   EvalBegin, EvalStep for each batch, EvalEnd
+    evaluation is due   EvalBegin
+                            EvalStepBegin, EvalStep         for each batch
+                        EvalEnd
     the epoch is over   EpochEnd
     a save is due                                           the state is copied, and written in the background
     a save is committed Saved                               before the next step, or at the end of the session

@@ -41,6 +41,11 @@ class Emitter:
         self._steps, self._epochs, self._clock = self.plan.steps, self.plan.epochs, self.plan.clock
         self._start = self._clock()
         self._times: dict[type[LoopEvent], float] = {}
+        self.epoch_began = 0.0  # time of the latest EpochBegin of this session
+
+    def time(self) -> float:
+        """Returns the seconds since the session began."""
+        return self._clock() - self._start
 
     def is_seen(self, kind: type[LoopEvent]) -> bool:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
@@ -67,8 +72,7 @@ class Emitter:
         Returns:
             The items to yield, and the requests.
         """
-        now = self.now
-        time = self._clock() - self._start
+        now, time = self.now, self.time()
         event = event_of(
             kind,
             {

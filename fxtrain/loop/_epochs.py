@@ -65,7 +65,7 @@ class Epochs:
     """
 
     def __init__(self, emitter: Emitter, data: Source) -> None:
-        self._now, self._data, self._emit = emitter.now, data, emitter.emit
+        self._now, self._data, self._emitter = emitter.now, data, emitter
         self._empty_epochs = 0  # consecutive epochs without a step
         self._step_of_last_epoch = -1
 
@@ -90,4 +90,5 @@ class Epochs:
         announce(self._data, following)
         now.count(following._replace(length=self._data.epoch_length or following.length))
         now.set(end_epoch=False, begin_epoch=True)
-        yield from self._emit(EpochEnd)
+        emitter = self._emitter
+        yield from emitter.emit(EpochEnd, duration=emitter.time() - emitter.epoch_began)

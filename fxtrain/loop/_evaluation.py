@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from fxtrain import metrics, tree
-from fxtrain.core import EVALUATED, Batch, Control, Epoch, EvalBegin, EvalEnd, EvalStep, StepEnd, StepOutput, TrainState
+from fxtrain.core import (
+    EVALUATED,
+    Batch,
+    Control,
+    Epoch,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    EvalStepBegin,
+    StepEnd,
+    StepOutput,
+    TrainState,
+)
 from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
@@ -20,8 +32,8 @@ from fxtrain.loop._interrupts import Abandoned, Interrupts, Waits, leaving_compi
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import EvalFn, Events
 
-_Measured = tuple[int, Batch, StepOutput, dict[str, metrics.Metric]]
-"""Index of a batch, the batch, its output, and the mergeable metrics of all batches so far."""
+_Total = dict[str, metrics.Metric]
+"""The mergeable metrics of all batches so far."""
 
 
 def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
@@ -50,11 +62,11 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
     """
     check_state(state, "evaluate(state, eval_step, data)")
     check_eval_step(eval_step)
-    total: dict[str, metrics.Metric] = {}
+    total: _Total = {}
     source = as_source(data)
     declare_shapes(eval_step, source)
-    for *_, total in measure(state, eval_step, source):  # noqa: B007
-        pass
+    for index, batch in _batches(source, state.step.device):
+        _, total = _measured(state, eval_step, index, batch, total)
     return {name: float(value) for name, value in metrics.compute(total).items()}
 
 
@@ -80,13 +92,13 @@ class Evaluations:
     """The evaluations of a run.
 
     Args:
-        emitter: Emits ``EvalBegin``, ``EvalStep`` and ``EvalEnd``.
+        emitter: Emits ``EvalBegin``, ``EvalStepBegin``, ``EvalStep`` and ``EvalEnd``.
         data: From ``fxtrain.data.as_source``, or None.
         interrupts: Signals, which abort an evaluation.
     """
 
     def __init__(self, emitter: Emitter, data: Source | None, interrupts: Interrupts) -> None:
-        self._plan, self._now, self._emit = emitter.plan, emitter.now, emitter.emit
+        self._plan, self._now, self._emit, self._time = emitter.plan, emitter.now, emitter.emit, emitter.time
         self._data, self._interrupts = data, interrupts
 
     def handle(self) -> Events[None]:
@@ -98,14 +110,16 @@ class Evaluations:
                 "fit, or remove the callback."
             )
         # An interrupted evaluation is rolled back and stays due.
-        mark = now.mark()
+        mark, began = now.mark(), self._time()
         now.set(evaluate=False)
         yield from self._emit(EvalBegin)
-        total: dict[str, metrics.Metric] = {}
+        total: _Total = {}
         seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
-        batches = measure(seen, leaving_compilation(eval_step), Waits(data, self._interrupts))
+        eval_step = leaving_compilation(eval_step)
         try:
-            for index, batch, output, total in batches:  # noqa: B007
+            for index, batch in _batches(Waits(data, self._interrupts), now.state.step.device):
+                yield from self._emit(EvalStepBegin, index=index, batch=batch)
+                output, total = _measured(seen, eval_step, index, batch, total)
                 if self._interrupts.cause is not None:
                     raise Abandoned
                 yield from self._emit(
@@ -117,7 +131,7 @@ class Evaluations:
         measured = metrics.compute(total)
         slot = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
         now.state = now.state.with_slot(EVALUATED, slot)
-        yield from self._emit(EvalEnd, metrics=measured)
+        yield from self._emit(EvalEnd, metrics=measured, duration=self._time() - began)
 
     def is_missing(self) -> bool:
         """Whether the epoch must end with an evaluation that no step has requested.
@@ -143,28 +157,32 @@ def declare_shapes(step: object, data: Source | None) -> None:
         expect(data.num_shapes)
 
 
-def measure(state: TrainState, eval_step: EvalFn, data: Source | Waits) -> Iterator[_Measured]:
-    """Evaluates one epoch of data and yields each batch with its metrics."""
-    total: dict[str, metrics.Metric] = {}
+def _batches(data: Source | Waits, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Yields the batches of one epoch of data with their indices."""
     index = 0
     announce(data, Epoch(0, 0, 0))
     while data.epoch_length is None or index < data.epoch_length:
         try:
-            batch = to_device(data[index], state.step.device)
+            batch = to_device(data[index], device)
         except Exhausted:
             break
-        # The evaluation step derives its random samples from the position, so set it to the index of the batch.
-        at = state.replace(position=torch.tensor(index, device=state.step.device))
-        output = eval_step(at, batch)
-        # Metrics that merge with their own weights need no batch size.
-        averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
-        weight = _weight(batch, index) if averaged and output.weight is None else output.weight
-        lifted = metrics.lift(output.metrics, 1 if weight is None else weight)
-        total = metrics.merge(total, lifted) if total else lifted
-        yield index, batch, output, total
+        yield index, batch
         index += 1
     if index == 0:
         raise ValueError("expected evaluation data with at least one batch, got none. Check what the source yields.")
+
+
+def _measured(
+    state: TrainState, eval_step: EvalFn, index: int, batch: Batch, total: _Total
+) -> tuple[StepOutput, _Total]:
+    """Returns the output of a batch, and ``total`` merged with its metrics."""
+    # The evaluation step derives its random samples from the position, so set it to the index of the batch.
+    output = eval_step(state.replace(position=torch.tensor(index, device=state.step.device)), batch)
+    # Metrics that merge with their own weights need no batch size.
+    averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
+    weight = _weight(batch, index) if averaged and output.weight is None else output.weight
+    lifted = metrics.lift(output.metrics, 1 if weight is None else weight)
+    return output, metrics.merge(total, lifted) if total else lifted
 
 
 def _weight(batch: Batch, index: int) -> Tensor | int:

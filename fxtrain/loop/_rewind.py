@@ -118,7 +118,7 @@ def rewind(emitter: Emitter, snapshots: Snapshots, data: Source) -> Events[None]
         data: The data source.
     """
     now = emitter.now
-    old, steps = now.state, now.due["rewind"]
+    old, old_epoch, steps = now.state, now.epoch.done, now.due["rewind"]
     target = snapshots.newest_until(now.step - steps, now)
     now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
     if target is None:
@@ -143,6 +143,8 @@ def rewind(emitter: Emitter, snapshots: Snapshots, data: Source) -> Events[None]
     # Keep the epoch length if it was found after the snapshot.
     if not now.epoch.length:
         now.count(now.epoch._replace(length=length))
+    if now.epoch.done < old_epoch:
+        emitter.epoch_began = emitter.time()
     announce(data, now.epoch)
     now.snapshots = retained
     snapshots.roll_back(now)

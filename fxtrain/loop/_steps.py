@@ -67,13 +67,17 @@ class Steps:
             batches = self._fetch()
             if not batches or (begins and not (yield from self._begin(batches))):
                 return
-            for output in self._step(batches):
+            began = self._emitter.time() if ends else 0.0
+            outputs = self._step(batches)
+            duration = (self._emitter.time() - began) / max(len(outputs), 1) if ends else 0.0
+            for output in outputs:
                 now.step += 1
                 now.position += 1
                 if now.position == self._end:
                     now.set(end_epoch=True)
                 if ends or output.control:
-                    yield from self._emitter.fold(StepEnd, {"metrics": output.metrics}, output.control)[0]
+                    fields = {"metrics": output.metrics, "duration": duration}
+                    yield from self._emitter.fold(StepEnd, fields, output.control)[0]
                 else:
                     self._publish.step(now.step, output.metrics)
             if now.due is not due or now.step >= last or self._interrupts.cause is not None:
@@ -85,6 +89,7 @@ class Steps:
         if now.unread and now.read_flags():
             return
         now.set(begin_epoch=False)
+        self._emitter.epoch_began = self._emitter.time()
         yield from self._emitter.emit(EpochBegin)
         now.set_mark()
 
