@@ -1,6 +1,7 @@
 """Writers: written values are read back from event files and JSON lines."""
 
 import contextlib
+import datetime
 import importlib.util
 import inspect
 import json
@@ -171,7 +172,7 @@ def test_tensorboard_creates_files_lazily_and_reopens_after_close(tmp_path):
 
 def test_jsonl_line_has_all_values_of_an_event(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
-    writer = jsonl(path)
+    writer = jsonl(path, clock=None)
     event = StepEnd(step=12, position=5, epoch_length=10, time=3.25, metrics={})
     values = {
         "train/loss": 0.5,
@@ -197,8 +198,41 @@ def test_jsonl_line_has_all_values_of_an_event(tmp_path):
     writer.close()
 
 
-def test_jsonl_calls_of_one_step_are_read_as_one_record(tmp_path):
+def test_jsonl_line_has_the_date_and_time_of_its_clock(tmp_path):
+    zone = datetime.timezone(datetime.timedelta(hours=2))
+    now = datetime.datetime(2024, 1, 1, 12, tzinfo=zone)
+    writer = jsonl(tmp_path / "a.jsonl", clock=lambda: now)
+    publish(writer, StepEnd(step=2, time=3.25, metrics={}), {"x": 1})
+    now += datetime.timedelta(milliseconds=1500)
+    writer.write_hparams({"lr": 0.1})
+    writer.purge(1)
+    writer.close()
+    first, hparams, marker = lines(tmp_path / "a.jsonl")
+    assert (first["time"], first["timestamp"]) == (3.25, "2024-01-01T12:00:00.000+02:00")
+    assert hparams["timestamp"] == marker["timestamp"] == "2024-01-01T12:00:01.500+02:00"
+    assert [record.get("step") for record in read_jsonl(tmp_path / "a.jsonl")] == [None]
+
+
+def test_jsonl_timestamp_is_the_time_of_writing_in_utc(tmp_path):
+    before = datetime.datetime.now(datetime.UTC)
     writer = jsonl(tmp_path / "a.jsonl")
+    writer.write_scalars(1, {"x": 1})
+    writer.close()
+    (line,) = lines(tmp_path / "a.jsonl")
+    stamp = datetime.datetime.fromisoformat(line["timestamp"])
+    assert stamp.utcoffset() == datetime.timedelta(0)
+    assert before - datetime.timedelta(milliseconds=1) <= stamp <= datetime.datetime.now(datetime.UTC)
+
+
+@pytest.mark.parametrize("now", [datetime.datetime(2024, 1, 1), 1.5], ids=["without a zone", "a number"])
+def test_jsonl_refuses_a_clock_without_time_zone(tmp_path, now):
+    with pytest.raises(ValueError, match=r"expected clock to return a datetime with a time zone, got .*\. Pass lambda"):
+        jsonl(tmp_path / "a.jsonl", clock=lambda: now)
+    assert not list(tmp_path.iterdir())
+
+
+def test_jsonl_calls_of_one_step_are_read_as_one_record(tmp_path):
+    writer = jsonl(tmp_path / "a.jsonl", clock=None)
     writer.write_hparams({"lr": 0.1})
     writer.write_scalars(1, {"loss": np.float32(0.5), "acc": torch.tensor(0.25)})
     writer.write_texts(1, {"said": "hello"})
@@ -256,7 +290,7 @@ def test_jsonl_repairs_a_torn_line_longer_than_a_block(tmp_path):
 
 
 def filled(path, steps=5):
-    writer = jsonl(path)
+    writer = jsonl(path, clock=None)
     for step in range(1, steps + 1):
         publish(writer, StepEnd(step=step, metrics={}), {"train/loss": float(step)})
         if step % 2 == 0:
@@ -279,7 +313,7 @@ def test_jsonl_purge_abandons_later_values_and_keeps_all_lines(tmp_path):
     assert [(record["event"], record["step"], *record["metrics"].values()) for record in read_jsonl(path)] == [
         ("StepEnd", 1, 1.0), ("StepEnd", 2, 2.0), ("EvalEnd", 2, 2.0), ("StepEnd", 3, 30.0),
     ]  # fmt: skip
-    writer = jsonl(path)
+    writer = jsonl(path, clock=None)
     writer.purge(3)
     writer.close()
     assert len(lines(path)) == 9
@@ -422,7 +456,9 @@ def test_method_signatures_equal_those_of_clu(tmp_path, clu_writers):
 def test_clu_writers_and_ours_are_interchangeable(tmp_path, clu_writers, caplog):
     theirs = clu_writers("logging_writer").LoggingWriter()
     assert isinstance(theirs, Writer)
-    both = clu_writers("multi_writer").MultiWriter([theirs, jsonl(tmp_path / "a.jsonl"), tensorboard(tmp_path / "tb")])
+    both = clu_writers("multi_writer").MultiWriter(
+        [theirs, jsonl(tmp_path / "a.jsonl", clock=None), tensorboard(tmp_path / "tb")]
+    )
     with caplog.at_level(logging.INFO, logger="absl"):
         values = {"loss": 0.5, "note": Text("hello"), "w": Histogram(torch.arange(4.0)), "c": HParams({"lr": 0.25})}
         publish(multi(both), StepEnd(step=3, metrics={}), values)

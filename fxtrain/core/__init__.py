@@ -76,6 +76,7 @@ from fxtrain.core._slots import (
     fractional_epoch,
 )
 from fxtrain.core._state import Donated, DonatedError, Due, TrainState, invalidate
+from fxtrain.core._timestamps import WallClock, timestamp, utc_now
 from fxtrain.core._types import Batch, Metrics, Scalar, Tree, wide_dtype
 
 __all__ = [

@@ -90,7 +90,7 @@ def write(
         >>> import pathlib, tempfile
         >>> from fxtrain import writers
         >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
-        >>> observer = write(writers.jsonl(path), every=2)
+        >>> observer = write(writers.jsonl(path, clock=None), every=2)
         >>> for step, loss in enumerate([4.0, 2.0, 1.0], start=1):
         ...     observer(None, StepEnd(step=step, metrics={"loss": loss}), Control())
         >>> observer.close()

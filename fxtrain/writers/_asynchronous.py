@@ -33,7 +33,7 @@ def asynchronous(writer: Writer, *, size: int = 100) -> AsynchronousWriter:
         >>> import pathlib, tempfile
         >>> from fxtrain.writers import jsonl
         >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
-        >>> writer = asynchronous(jsonl(path))
+        >>> writer = asynchronous(jsonl(path, clock=None))
         >>> for step in (1, 2):
         ...     writer.write_scalars(step, {"loss": 1 / step})
         >>> writer.close()

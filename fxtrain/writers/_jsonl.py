@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxtrain.core import EvalStep, LoopEvent
+from fxtrain.core import EvalStep, LoopEvent, WallClock, timestamp, utc_now
 from fxtrain.disk import Appendable, mend
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
 from fxtrain.values._table import Cell
@@ -17,16 +17,18 @@ from fxtrain.writers._append_only import REWOUND, Rewinds, RunLog
 _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
 
-def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
+def jsonl(path: str | os.PathLike[str], *, clock: WallClock | None = utc_now) -> JsonLinesWriter:
     """A writer of one JSON object per line. Creates missing folders, and keeps existing lines.
 
-        {"event": "StepEnd", "step": 12, "epoch": 0.5, "time": 3.2, "metrics": {"train/loss": 0.7}}
+        {"event": "StepEnd", "step": 12, "epoch": 0.5, "time": 3.2, "timestamp": "2024-01-01T12:00:00.000+00:00",
+         "metrics": {"train/loss": 0.7}}
 
     Each call has one line. ``epoch`` is null if the length of an epoch is unknown. ``time`` is in seconds of the
-    session. ``texts``, ``histograms`` (counts and edges), ``tables`` (columns), ``confusion`` (labels and counts) and
-    ``hparams`` are present if there are any. Non-finite floats are the strings ``"NaN"``, ``"Infinity"`` and
-    ``"-Infinity"``, which ``float`` can parse. Values written without an event have no ``event``, ``epoch`` and
-    ``time``.
+    session, at the event. ``timestamp`` is the date and time in ISO 8601 at which the line was written, about a second
+    after the event at most. ``texts``, ``histograms`` (counts and edges), ``tables`` (columns), ``confusion`` (labels
+    and counts) and ``hparams`` are present if there are any. Non-finite floats are the strings ``"NaN"``,
+    ``"Infinity"`` and ``"-Infinity"``, which ``float`` can parse. Values written without an event have no ``event``,
+    ``epoch`` and ``time``.
 
     Lines are only appended. A value that is written again for its event and step takes the place of the earlier one
     when the file is read. After a rewind, or a resume from an earlier step, ``purge`` adds the line
@@ -38,20 +40,23 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
 
     Args:
         path: The file.
+        clock: Returns the date and time of a line, with a time zone. None leaves it out, so that equal calls write
+            equal lines.
 
     Raises:
         OSError: The file cannot be written.
+        ValueError: ``clock`` returns no datetime with a time zone.
 
     Example:
         >>> import pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
-        >>> writer = jsonl(path)
+        >>> writer = jsonl(path, clock=None)
         >>> writer.write_scalars(1, {"loss": float("inf")})
         >>> path.read_text()
         '{"step": 1, "metrics": {"loss": "Infinity"}}\\n'
         >>> writer.close()
     """
-    return JsonLinesWriter(Path(path))
+    return JsonLinesWriter(Path(path), clock)
 
 
 class JsonLinesWriter(RunLog):
@@ -59,6 +64,11 @@ class JsonLinesWriter(RunLog):
 
     name = "jsonl"
     kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams))
+
+    def __init__(self, path: Path, clock: WallClock | None) -> None:
+        self._clock = clock
+        self._stamp()  # raises the error of a wrong clock before any value is written
+        super().__init__(path)
 
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         about: dict[str, Any] = {"step": step}
@@ -85,10 +95,13 @@ class JsonLinesWriter(RunLog):
                     kinds.setdefault("metrics", {})[name] = value
         if event is None and kinds.keys() == {"hparams"}:
             about = {}  # a configuration belongs to no step
-        self._append(step, _line({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}}))
+        self._append(step, _line(about | self._stamp() | {kind: kinds[kind] for kind in _KINDS if kind in kinds}))
 
     def _mark(self, step: int) -> None:
-        self._append(step, _line({REWOUND: step}))
+        self._append(step, _line({REWOUND: step} | self._stamp()))
+
+    def _stamp(self) -> dict[str, object]:
+        return {} if self._clock is None else {"timestamp": timestamp(self._clock)}
 
     def _steps(self) -> list[int]:
         return [record.get("step", 0) for record in read_jsonl(self._path)]

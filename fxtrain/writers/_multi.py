@@ -31,7 +31,7 @@ def multi(*writers: Writer) -> MultiWriter:
         >>> import tempfile, pathlib
         >>> from fxtrain.writers import jsonl
         >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> writer = multi(jsonl(folder / "a.jsonl"), jsonl(folder / "b.jsonl"))
+        >>> writer = multi(jsonl(folder / "a.jsonl"), jsonl(folder / "b.jsonl", clock=None))
         >>> writer.write_scalars(1, {"loss": 0.5})
         >>> writer.close()
         >>> (folder / "b.jsonl").read_text()
