@@ -1,5 +1,6 @@
 """Records in a run's folder: its source, by ``record_code``, and its sessions and events, by ``record_run``."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -191,8 +192,8 @@ class Story:
     def asked(self):
         return [(line["event"], line["step"], line["asked"]) for line in self.events if "asked" in line]
 
-    def observer(self, config=None):
-        return observers.required(observers.record_run(self.folder, config))
+    def observer(self, config=None, events=(), **options):
+        return observers.required(observers.record_run(self.folder, config, events=events, **options))
 
 
 @pytest.fixture
@@ -368,6 +369,78 @@ def test_each_event_is_written_once(story):
     assert story.names == [type(event).__name__ for event in seen]
     assert all(line["asked"] == {"stop": ["why not"]} for line in story.events)
     assert not list(story.folder.glob("*.tmp"))
+
+
+def recorded_epochs(story, **options):
+    """Records two epochs, each with an evaluation; returns the events at which nothing was requested."""
+    fx.fit(
+        problem.start(),
+        problem.step(),
+        problem.data(),
+        epochs=2,
+        eval_step=problem.eval_step,
+        eval_data=problem.data(2),
+        observers=[observers.record_run(story.folder, **options)],
+    )
+    return [line["event"] for line in story.events if "asked" not in line]
+
+
+def test_epochs_and_evaluations_are_recorded_by_default(story):
+    epoch = ["EpochBegin", "EvalBegin", "EvalEnd", "EpochEnd"]
+    assert recorded_epochs(story) == ["FitBegin", *epoch, *epoch, "FitEnd"]
+    assert [line["step"] for line in story.events if line["event"] == "EpochEnd"] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("events", "others"),
+    [("StepB*", ["StepBegin"] * 6), (("EvalStep", "EpochEnd"), ["EvalStep", "EvalStep", "EpochEnd"] * 2)],
+)
+def test_chosen_events_are_recorded_in_order(story, events, others):
+    assert recorded_epochs(story, events=events) == ["FitBegin", *others, "FitEnd"]
+
+
+def test_every_event_can_be_recorded(story):
+    recorded_epochs(story, events="*")
+    seen = [name for name in story.names if name != "EvalStepBegin"]
+    step, evaluation = ["StepBegin", "StepEnd"], ["EvalBegin", "EvalStep", "EvalStep", "EvalEnd"]
+    assert seen == ["FitBegin", *(["EpochBegin", *step * 3, *evaluation, "EpochEnd"] * 2), "FitEnd"]
+    assert [line["index"] for line in story.events if line["event"] == "EvalStep"] == [0, 1, 0, 1]
+
+
+def test_recorded_steps_are_written_in_batches(story):
+    observer = observers.record_run(story.folder, events="StepEnd")
+    observer(None, FitBegin(step=0), NOTHING)
+    written = [0]
+    for step in range(1, 121):
+        observer(None, StepEnd(step=step, time=0.001 * step if step < 110 else 1.2, metrics={}), NOTHING)
+        written.append(len(story.events) - 1)
+    assert [(step, n) for step, n in enumerate(written) if step and n != written[step - 1]] == [(100, 100), (110, 110)]
+    observer.close()
+    assert len(story.events) == 121
+
+
+def test_lines_and_sessions_have_the_date_and_time_of_the_clock(story):
+    now = datetime.datetime(2024, 1, 1, 12, tzinfo=datetime.UTC)
+    observer = observers.record_run(story.folder, clock=lambda: now)
+    observer(None, FitBegin(step=0), NOTHING)
+    now += datetime.timedelta(seconds=90)
+    observer(None, FitEnd(step=1, reason="done"), NOTHING)
+    first, last = "2024-01-01T12:00:00.000+00:00", "2024-01-01T12:01:30.000+00:00"
+    assert [line["timestamp"] for line in story.events] == [first, last]
+    assert (story.sessions[0]["began"], story.sessions[0]["ended"]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"events": "Step"}, "expected 'Step' to match a event|expected 'Step' to match an event"),
+        ({"clock": datetime.datetime.now}, "expected clock to return a datetime with a time zone, got"),
+    ],
+)
+def test_wrong_patterns_and_clocks_are_refused(tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        observers.record_run(tmp_path / "run", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_config_is_copied_and_the_latest_one_is_kept(story):

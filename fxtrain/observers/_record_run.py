@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
+import functools
 import importlib.metadata
+import inspect
 import json
+import operator
 import os
 import platform
 import socket
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import (
+    SESSION,
+    TRAJECTORY,
     Control,
     EpochEnd,
     EvalEnd,
+    EvalStep,
     FitBegin,
     FitEnd,
     Interrupted,
@@ -29,9 +34,14 @@ from fxtrain.core import (
     Restored,
     Rewound,
     Saved,
+    StepBegin,
     StepEnd,
     TrainState,
+    WallClock,
+    matching,
     printable,
+    timestamp,
+    utc_now,
 )
 from fxtrain.disk import append_lines, make_folder, replace_file, set_aside
 from fxtrain.observers._record_code import commit_of
@@ -42,7 +52,8 @@ Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | In
 
 _MAX_QUEUED_LINES = 10_000  # while they cannot be written
 _MAX_UNREAD = 100  # steps whose request flags may stay unread on the device
-_RECORDED_FIELDS: Mapping[type[LoopEvent], tuple[str, ...]] = {
+_MAX_HELD_SECONDS = 1.0  # by the loop's clock; a write at each step would slow down the run
+_RECORDED_FIELDS: Mapping[type[Any], tuple[str, ...]] = {
     FitBegin: ("total_steps", "total_epochs", "resumed"),
     Restored: ("path", "missing", "extra", "environment_changes"),
     Saved: ("path", "metrics"),
@@ -50,31 +61,44 @@ _RECORDED_FIELDS: Mapping[type[LoopEvent], tuple[str, ...]] = {
     Interrupted: ("cause",),
     FitEnd: ("reason",),
 }
-"""The recorded events, and which of their fields are recorded."""
+"""The events that are always recorded, and which of their fields are recorded."""
+_CHOSEN_FIELDS: Mapping[type[Any], tuple[str, ...]] = {StepBegin: ("position",), EvalStep: ("index",)}
 
 
-def record_run(folder: str | os.PathLike[str], config: Mapping[str, object] | None = None) -> RecordRun:
+def record_run(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, object] | None = None,
+    *,
+    events: str | Sequence[str] = ("EpochBegin", "EpochEnd", "EvalBegin", "EvalEnd"),
+    clock: WallClock = utc_now,
+) -> RecordRun:
     """Records the configuration, environment, sessions and events of a run in its folder.
 
     - ``run.json``: the configuration, and a list of sessions. Each has its environment (versions, device, threads,
       commit), the times and steps of its begin and end, and the reason why it ended. A killed session has no end.
-    - ``events.jsonl``: a line for the begin and end of each session, for each checkpoint, rewind and interrupt, and for
-      each event at which a callback made requests, with their reasons. Lines stay when the run rewinds.
+    - ``events.jsonl``: a line for the begin and end of each session, for each checkpoint, rewind and interrupt, for the
+      events of ``events``, and for each other event at which a callback made requests, with their reasons. Each has the
+      event, step, epoch, seconds of the session, and date and time in ISO 8601. Lines stay when the run rewinds.
 
     With several processes, only rank 0 records.
 
     Requests whose flags are on an accelerator are read some steps later, to avoid host-device synchronization.
 
-    Both files are synced to the disk before each save. A ``run.json`` damaged by a power cut is moved to
-    ``run.json.damaged`` with a warning, and started again. A line of ``events.jsonl`` that a crash tore is moved to
-    ``events.jsonl.damaged``. While the disk is full, up to 10,000 lines are queued, and written once there is space.
+    Lines are written about a second later at most. Both files are synced to the disk before each save. A ``run.json``
+    damaged by a power cut is moved to ``run.json.damaged`` with a warning, and started again. A last line of
+    ``events.jsonl`` that a crash tore is moved to ``events.jsonl.damaged``. While the disk is full, up to 10,000 lines
+    are queued, and written once there is space.
 
     Args:
         folder: The folder of the run. It is created if it does not exist.
         config: The configuration of the run, as values that JSON can represent. None keeps that of earlier sessions.
+        events: Shell patterns of the names of events to record even if nothing was requested at them. ``"*"`` records
+            every event of the loop, which is two lines for each step. Events inside the compiled step are not recorded.
+        clock: Returns the current date and time, with a time zone.
 
     Raises:
         TypeError: ``config`` contains a value that JSON cannot represent.
+        ValueError: A pattern of ``events`` matches no event, or ``clock`` returns no datetime with a time zone.
         OSError: The folder cannot be created.
 
     Example:
@@ -96,14 +120,26 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, object] | No
             f"expected config to contain only values that JSON can represent, got another one ({error}). Use finite "
             "numbers, strings, bools, None, and lists and dicts of these."
         ) from None
+    names = [kind.__name__ for kind in _LOOP_EVENTS]
+    chosen = frozenset(_LOOP_EVENTS[index] for index in matching(names, events, "event"))
+    timestamp(clock)  # raises the error of a wrong clock
     make_folder(Path(folder))
-    return RecordRun(Path(folder), kept)
+    return RecordRun(Path(folder), kept, chosen, clock)
+
+
+_LOOP_EVENTS: tuple[type[LoopEvent], ...] = (*TRAJECTORY, *SESSION)
 
 
 class RecordRun:
     """Records a run. Created by ``record_run``."""
 
-    def __init__(self, folder: Path, config: Mapping[str, object] | None) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, object] | None, chosen: frozenset[type[LoopEvent]], clock: WallClock
+    ) -> None:
+        subscribed = functools.reduce(operator.or_, chosen, Seen)
+        given = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("state", "event", "control")]
+        given[1] = given[1].replace(annotation=subscribed)
+        vars(self)["__signature__"] = inspect.Signature(given)  # the subscription
         self._run, self._events = folder / "run.json", folder / "events.jsonl"
         self._config = config
         self._is_silent = rank() != 0
@@ -113,21 +149,26 @@ class RecordRun:
         self._dropped = 0
         self._failure: OSError | None = None  # since the last successful write
         self._contained: OSError | None = None
-        self._unread: list[tuple[LoopEvent, Control]] = []
+        self._chosen, self._clock = chosen, clock
+        self._names = {kind.__name__ for kind in (*chosen, *_RECORDED_FIELDS)}
+        self._unread: list[tuple[dict[str, object], Control]] = []  # lines, to complete with the requests
+        self._read_time = 0.0
 
-    def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+    def __call__(self, state: TrainState | None, event: LoopEvent, control: Control) -> None:
         if isinstance(event, FitBegin):
             self._is_silent = rank() != 0
             if not self._is_silent:
                 self._begin(state, event)
         if self._is_silent:
             return
-        is_recorded = type(event) in _RECORDED_FIELDS
-        if is_recorded or control.kinds:
-            self._unread.append((event, control))
+        kind = type(event)
+        if kind in _RECORDED_FIELDS or kind in self._chosen or control.kinds:
+            self._unread.append((self._line(event), control))
         flags = (flag for reasons in control.requests.values() for flag in reasons.values())
-        is_readable = is_recorded or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in flags)
-        if self._unread and (is_readable or len(self._unread) >= _MAX_UNREAD):
+        is_readable = control.kinds and not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in flags)
+        is_due = len(self._unread) >= _MAX_UNREAD or event.time - self._read_time >= _MAX_HELD_SECONDS
+        if self._unread and (kind in _RECORDED_FIELDS or is_readable or is_due):
+            self._read_time = event.time
             self._read()
         if isinstance(event, FitEnd | Interrupted):
             self._end(event)
@@ -153,7 +194,7 @@ class RecordRun:
     def _begin(self, state: TrainState | None, event: FitBegin) -> None:
         before = _read_json(self._run)
         sessions = before.get("sessions", [])
-        sessions.append({"began": _now(), "from_step": event.step, "environment": _environment(state)})
+        sessions.append({"began": timestamp(self._clock), "from_step": event.step, "environment": _environment(state)})
         config = self._config if self._config is not None else before.get("config")
         self._content = {"config": config, "sessions": sessions}
         self._write()
@@ -162,7 +203,7 @@ class RecordRun:
         if not self._content:
             return
         reason = event.reason if isinstance(event, FitEnd) else f"interrupted by {event.cause}"
-        end = {"ended": _now(), "to_step": event.step, "reason": reason, "seconds": event.time}
+        end = {"ended": timestamp(self._clock), "to_step": event.step, "reason": reason, "seconds": event.time}
         self._content["sessions"][-1] |= end
         self._write()
 
@@ -195,23 +236,22 @@ class RecordRun:
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []
-        for event, control in unread:
-            kind = type(event)
-            line = {name: getattr(event, name) for name in _RECORDED_FIELDS.get(kind, ())}
+        for line, control in unread:
             if requests := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
                 line["asked"] = requests
-            if requests or kind in _RECORDED_FIELDS:
-                self._line(
-                    {"event": kind.__name__, "step": event.step, "epoch": event.epoch, "time": event.time, **line}
-                )
+            if requests or line["event"] in self._names:
+                self._lines.append(json.dumps(jsonable(line), allow_nan=False).encode() + b"\n")
+                if len(self._lines) > _MAX_QUEUED_LINES:
+                    self._lines.popleft()
+                    self._dropped += 1
         if self._lines:
             self._try(self._write_pending)
 
-    def _line(self, line: dict[str, object]) -> None:
-        self._lines.append(json.dumps(jsonable(line), allow_nan=False).encode() + b"\n")
-        if len(self._lines) > _MAX_QUEUED_LINES:
-            self._lines.popleft()
-            self._dropped += 1
+    def _line(self, event: LoopEvent) -> dict[str, object]:
+        kind = type(event)
+        about = {"event": kind.__name__, "step": event.step, "epoch": event.epoch, "time": event.time}
+        fields = _RECORDED_FIELDS.get(kind) or _CHOSEN_FIELDS.get(kind, ())
+        return about | {"timestamp": timestamp(self._clock)} | {name: getattr(event, name) for name in fields}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -234,10 +274,6 @@ def _warn(message: str) -> None:
 
 def _reasons(control: Control, kind: str) -> list[str]:
     return [reason for reason, flag in control.requests[kind].items() if flag]
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _environment(state: TrainState | None) -> dict[str, object]:
