@@ -58,7 +58,8 @@ def signature(events):
     for event, control in events:
         if isinstance(event, TRAJECTORY):
             metrics = dict(getattr(event, "metrics", {}))
-            told.append((type(event).__name__, event.step, event.position, metrics, dict(control.log)))
+            place = event.step, event.position, getattr(event, "index", None)
+            told.append((type(event).__name__, *place, metrics, dict(control.log)))
     return told
 
 
