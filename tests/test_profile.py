@@ -1,5 +1,6 @@
 """The profile observer: recorded steps, written files, and cleanup of the profiler."""
 
+import contextlib
 import json
 import re
 
@@ -28,10 +29,11 @@ def test_only_active_steps_are_recorded(tmp_path):
     seen = observers.profile(tmp_path / "new" / "folder", wait=2, warmup=1, active=3)
     fit(seen)
     trace, table = seen.files
-    assert [path.name for path in seen.files] == ["steps-4-to-6.trace.json", "steps-4-to-6.operations.txt"]
+    assert [path.name for path in seen.files] == ["rank0.4.pt.trace.json", "rank0.4.operations.txt"]
     assert len(ranges(trace, "train step")) == 3
     assert "aten::addmm" in table.read_text()
     assert "train step" in table.read_text()
+    assert table.read_text().startswith("Steps 4 to 6\n")
 
 
 def test_profiler_stops_after_active_steps(tmp_path):
@@ -81,9 +83,10 @@ def test_early_end_writes_recorded_steps(tmp_path, how):
         fit(seen, callbacks=end)
     last = 4 if how == "error" else 5  # an event whose callback fails is not sent to observers
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        f"steps-3-to-{last}.operations.txt",
-        f"steps-3-to-{last}.trace.json",
+        "rank0.3.operations.txt",
+        "rank0.3.pt.trace.json",
     ]
+    assert seen.files[1].read_text().startswith(f"Steps 3 to {last}\n")
     assert len(ranges(seen.files[0], "train step")) >= last - 2
     assert not is_running()
 
@@ -100,9 +103,9 @@ def test_too_short_run_warns(tmp_path, steps):
 def test_second_run_records_again(tmp_path):
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=2)
     first = fit(seen, steps=5)
-    assert [path.name for path in seen.files] == ["steps-3-to-4.trace.json", "steps-3-to-4.operations.txt"]
+    assert [path.name for path in seen.files] == ["rank0.3.pt.trace.json", "rank0.3.operations.txt"]
     fx.fit(first.state, problem.step(), problem.data(), steps=10, observers=[seen])
-    assert [path.name for path in seen.files] == ["steps-8-to-9.trace.json", "steps-8-to-9.operations.txt"]
+    assert [path.name for path in seen.files] == ["rank0.8.pt.trace.json", "rank0.8.operations.txt"]
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -124,7 +127,7 @@ def test_skipped_batches_are_not_counted(tmp_path):
 
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=2)
     fit(seen, steps=6, callbacks=skip)
-    assert seen.files[0].name == "steps-3-to-4.trace.json"
+    assert seen.files[0].name == "rank0.3.pt.trace.json"
     assert not is_running()
 
 
@@ -153,11 +156,136 @@ def test_invalid_options_are_rejected(tmp_path):
         observers.profile(tmp_path, wait=-1)
 
 
+def firsts(seen):
+    """The first steps of the recordings, and whether each has a trace and a table."""
+    names = [path.name.split(".", 2) for path in seen.files]
+    assert [end for _, _, end in names] == ["pt.trace.json", "operations.txt"] * (len(names) // 2)
+    return [int(step) for _, step, _ in names[::2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"repeat": 2}, [3, 6]),
+        ({"repeat": 0}, [3, 6, 9, 12]),
+        ({"repeat": 2, "skip_first": 4}, [7, 10]),
+        ({"at": (4, 9)}, [4, 9]),
+        ({"at": (4, 5, 90)}, [4]),  # a recording is not interrupted by another
+        ({"at": 5}, [7, 12]),
+        ({"at": lambda event: event.step == 3}, [5]),
+    ],
+)
+def test_recordings_begin_on_the_schedule_or_at_the_given_steps(tmp_path, options, steps):
+    schedule = {} if "at" in options else {"wait": 1}
+    seen = observers.profile(tmp_path, warmup=1, active=1, **schedule, **options)
+    fit(seen, steps=12)
+    assert firsts(seen) == steps
+    for path in seen.files[::2]:
+        assert len(ranges(path, "train step")) == 1
+    assert not is_running()
+
+
+def resumed(tmp_path, step):
+    state = fit(steps=step).continue_from
+    seen = observers.profile(tmp_path, at=(7,), warmup=2, active=1)
+    fx.fit(state, problem.step(), problem.data(), steps=9, observers=[seen])
+    return seen
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_resumed_session_warms_up_before_a_given_step(tmp_path, step):
+    assert firsts(resumed(tmp_path, step)) == [7]
+
+
+def test_session_without_given_steps_warns(tmp_path):
+    says = "expected a session with one of the steps 7 and a step before it to profile, got the steps 7 to 9, so"
+    with pytest.warns(RuntimeWarning, match=says):
+        assert resumed(tmp_path, 6).files == ()
+
+
+def test_tensorboard_plugin_finds_workers_and_spans(tmp_path, monkeypatch):
+    # The pattern of torch_tb_profiler 0.4.3: <worker>.<span>.pt.trace.json
+    worker_pattern = re.compile(r"^(.*?)(\.\d+)?\.pt\.trace\.json(?:\.gz)?$")
+    monkeypatch.setenv("RANK", "3")
+    seen = observers.profile(tmp_path, wait=0, warmup=1, active=1, repeat=2)
+    fit(seen, steps=4)
+    found = [worker_pattern.match(path.name) for path in sorted(tmp_path.iterdir())]
+    assert [match.groups() for match in found if match] == [("rank3", ".2"), ("rank3", ".4")]
+
+
+class Steps:
+    """A profiler that counts its steps."""
+
+    def __init__(self):
+        self.verbs = []
+
+    def __enter__(self):
+        self.verbs.append("enter")
+        return self
+
+    def __exit__(self, *error):
+        self.verbs.append("exit")
+
+    def step(self):
+        self.verbs.append("step")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_custom_profiler_steps_with_the_run_and_is_exited(fails):
+    made = []
+
+    def make():
+        made.append(Steps())
+        return made[-1]
+
+    def fail(state, event: fx.StepEnd):
+        if event.step == 3 and fails:
+            raise ValueError("boom")
+        return state, fx.Control()
+
+    seen = observers.profile(profiler=make)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="boom") if fails else contextlib.nullcontext():
+            fit(seen, steps=3, callbacks=fail)
+    assert [profiler.verbs for profiler in made] == [["enter", *["step"] * (2 if fails else 3), "exit"]] * 2
+
+
+def test_custom_profiler_of_torch_records_on_its_own_schedule(tmp_path):
+    handler = torch.profiler.tensorboard_trace_handler(str(tmp_path))
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
+    fit(observers.profile(profiler=lambda: torch.profiler.profile(schedule=schedule, on_trace_ready=handler)), steps=5)
+    assert len(list(tmp_path.glob("*.pt.trace.json"))) == 1
+    assert not is_running()
+
+
+def test_custom_profiler_without_step_is_refused():
+    says = r"expected profiler to return a context manager with step\(\), got (?s:.*) without step\. Return a profiler"
+    with pytest.warns(RuntimeWarning, match=says):
+        fit(observers.profile(profiler=contextlib.nullcontext), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({}, ValueError, "expected either a folder or a profiler, got neither. Pass"),
+        ({"folder": "x", "profiler": Steps}, ValueError, "expected either a folder or a profiler, got both. Pass"),
+        ({"profiler": Steps()}, TypeError, "expected profiler to be a function that returns a profiler, got .* Pass"),
+        ({"folder": "x", "repeat": -1}, ValueError, "expected repeat to be an int of at least 0, got -1"),
+        ({"folder": "x", "at": (1,)}, ValueError, "expected a step of at to be an int of at least 2, got 1"),
+        ({"folder": "x", "at": 0}, ValueError, "expected at to be a positive int or a trigger, got 0"),
+        ({"folder": "x", "at": 5, "repeat": 2}, ValueError, "expected either at or a schedule of .* got both. Remove"),
+    ],
+)
+def test_contradicting_options_are_refused(options, error, says):
+    with pytest.raises(error, match=says):
+        observers.profile(**options)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_memory_snapshot_is_written(tmp_path):
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=2, memory=True)
     state = fx.init(problem.module().cuda(), problem.transform())
     fx.fit(state, problem.step(), problem.data(), steps=6, observers=[seen])
-    assert [path.name for path in seen.files][2] == "steps-3-to-4.memory.pickle"
+    assert [path.name for path in seen.files][2] == "rank0.3.memory.pickle"
     assert seen.files[2].stat().st_size > 0
