@@ -30,7 +30,21 @@ try:
     from fxtrain.core import *  # noqa: F403
     from fxtrain.diagnostics import Explanation, explain
     from fxtrain.finders import find_batch_size, find_learning_rate
-    from fxtrain.fold import Composed, Trigger, after, at, attach, compose, every, needs, on, slotted, stateful, when
+    from fxtrain.fold import (
+        Composed,
+        Trigger,
+        after,
+        at,
+        attach,
+        compose,
+        every,
+        needs,
+        on,
+        slotted,
+        stateful,
+        tolerant,
+        when,
+    )
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
     from fxtrain.loop import History, Result, Series, evaluate, fit, steps
     from fxtrain.model import (
@@ -110,6 +124,7 @@ __all__ = [
     "stateful",
     "steps",
     "tap",
+    "tolerant",
     "train_step",
     "tree",
     "values",

@@ -127,7 +127,7 @@ def no_event(state, event: int):
         (no_event, "no_event: expected an event type or a union of event types, got int"),
         (hiding(plain), r"inner: expected the parameters \(state, event\), got \(\*args, \*\*kwargs\)"),
         (lambda event: event, r"expected the parameters \(state, event\), got \(event\)"),
-        (Subscriber, "got the class Subscriber. Pass an instance"),
+        (Subscriber, r"got the class Subscriber\. Make an instance: Subscriber\(\)\."),
         (3, r"expected functions \(state, event\) -> \(state, control\), got 3\."),
     ],
 )
@@ -370,6 +370,50 @@ class TestTriggers:
         state = state_with(both)
         assert both(state, events[0])[0] is state
         assert both(state, events[1])[1].reasons("save")
+
+
+class TestCallbacksByName:
+    callbacks = fx.compose(by_name, fx.callbacks.save(every=3), adder("a", 1), plain)
+
+    def test_name_selects_callback(self):
+        assert self.callbacks["a"].slot == "a"
+        assert "a" in self.callbacks
+        assert plain in self.callbacks
+        assert "b" not in self.callbacks
+        assert any_event not in self.callbacks
+        assert [each.name for each in self.callbacks] == ["by_name", "save when every(3)", "a", "plain"]
+        assert len(self.callbacks) == 4
+
+    def test_without_leaves_out_callbacks_by_name_or_by_themselves(self):
+        assert [each.name for each in self.callbacks.without("a", by_name)] == ["save when every(3)", "plain"]
+        assert not self.callbacks.without("a").slots
+        assert len(self.callbacks) == 4
+        assert len(self.callbacks.without(*self.callbacks)) == 0
+
+    def test_replace_keeps_the_place(self):
+        replaced = self.callbacks.replace("save when every(3)", fx.compose(adder("b", 1), adder("c", 1)))
+        assert [each.name for each in replaced] == ["by_name", "b", "c", "a", "plain"]
+        assert list(replaced.slots) == ["b", "c", "a"]
+
+    def test_unknown_name_is_refused_with_the_nearest(self):
+        for call in (
+            self.callbacks.without,
+            self.callbacks.__getitem__,
+            lambda name: self.callbacks.replace(name, plain),
+        ):
+            with pytest.raises(
+                KeyError, match=r"expected one of the callbacks 'by_name', .*, got 'plan'\. Did you mean 'pl"
+            ):
+                call("plan")
+        with pytest.raises(KeyError, match="got any_event"):
+            self.callbacks.without(any_event)
+        with pytest.raises(KeyError, match=r"expected one of the callbacks \(none\), got 3"):
+            fx.compose()[3]
+
+    def test_name_of_several_callbacks_is_refused_with_their_positions(self):
+        twice = fx.compose(by_name, plain, by_name)
+        with pytest.raises(ValueError, match=r"got 'by_name', which is that of 2\. Compose .* has these at 0, 2"):
+            twice.without("by_name")
 
 
 def test_unannotated_callback_skips_traced_and_session_events():

@@ -2,7 +2,8 @@
 
 There are three kinds. *Traced* events fire inside the compiled step and *trajectory* events in the loop. Both are the
 same in a run that was interrupted and resumed. How often *session* events fire depends on interruptions, so callbacks
-may log and make requests there, but not change the state. ``FitEnd`` is the exception.
+may log and make requests there, but not change the state. ``FitEnd`` is the exception. ``Published`` is of the kind of
+the event that it follows.
 """
 
 from __future__ import annotations
@@ -251,6 +252,38 @@ class Rewound(LoopEvent):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Published(LoopEvent):
+    """Fires after the fold of an event that published values: the metrics of the step or evaluation, or a log.
+
+    A callback sees here what all others logged at the event, whatever their order. Requests count as those of the
+    event, and what it allows is allowed here. Values logged here are published with the others, and nothing fires
+    again. Only callbacks and observers that name ``Published`` see it, and it costs nothing without them.
+
+    Args:
+        event: The event that published the values.
+        log: The values by the names that writers see, such as ``train/loss`` and ``eval/loss``. Scalars may be 0-d
+            tensors on the step's device. A value whose flag is false is left out, and its flag is read when it is
+            looked up. Observers see Python scalars.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> def stop_when_flat(state, event: fx.Published):
+        ...     is_flat = event.log.get("grad_norm/total", 1.0) < 1e-6
+        ...     return state, fx.Control(stop=is_flat, reason="the gradient has vanished")
+        >>> event = fx.Published(step=9, event=fx.StepEnd(step=9, metrics={}), log={"grad_norm/total": 1e-9})
+        >>> fx.compose(stop_when_flat)(None, event)[1].reasons("stop")
+        ['the gradient has vanished']
+    """
+
+    event: LoopEvent
+    log: Mapping[str, Any]
+
+    @property
+    def epoch_index(self) -> int:
+        return self.event.epoch_index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FitBegin(LoopEvent):
     """Session event: fires when a session of the loop begins.
 
@@ -325,6 +358,7 @@ class FitEnd(LoopEvent):
 Event = (
     Microbatch | Gradients | Updated
     | EpochBegin | StepBegin | StepEnd | EvalBegin | EvalStepBegin | EvalStep | EvalEnd | EpochEnd | Rewound
+    | Published
     | FitBegin | Restored | Saved | Interrupted | FitEnd
 )  # fmt: skip
 """Any event."""
@@ -332,4 +366,4 @@ Event = (
 TRACED = (Microbatch, Gradients, Updated)
 TRAJECTORY = (EpochBegin, StepBegin, StepEnd, EvalBegin, EvalStepBegin, EvalStep, EvalEnd, EpochEnd, Rewound)
 SESSION = (FitBegin, Restored, Saved, Interrupted, FitEnd)
-EVENTS = (*TRACED, *TRAJECTORY, *SESSION)
+EVENTS = (*TRACED, *TRAJECTORY, Published, *SESSION)

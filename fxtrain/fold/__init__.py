@@ -7,6 +7,7 @@ nothing short-circuits. The returned controls are joined by ``|``, so no request
 
 from fxtrain.fold._compose import Composed, as_composed, attach, compose
 from fxtrain.fold._handler import Handler, Needs, needs, on, slotted, stateful
+from fxtrain.fold._tolerant import tolerant
 from fxtrain.fold._triggers import Trigger, When, after, as_trigger, at, every, when
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "on",
     "slotted",
     "stateful",
+    "tolerant",
     "when",
 ]

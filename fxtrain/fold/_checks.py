@@ -24,6 +24,7 @@ from fxtrain.core import (
     FitEnd,
     Gradients,
     Microbatch,
+    Published,
     Restored,
     Rewound,
     Saved,
@@ -64,6 +65,11 @@ _MODEL = (
     "fxtrain.optim.unfreeze."
 )
 _KEEP = "A run can only be resumed into the structure that it started with: "
+
+
+def cause_of(event: Event) -> type[Event]:
+    """Returns the type of the event whose rules hold: that of ``event``, or of the one that ``Published`` follows."""
+    return typing.cast("type[Event]", type(event.event)) if type(event) is Published else type(event)
 
 
 def refuse_impossible_requests(name: str, kind: type[Event], control: Control) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 from fxtrain import tree
-from fxtrain.core import EVENTS, TRACED, Callback, Control, Event, StepFn, TrainState
-from fxtrain.fold._checks import refuse_impossible_requests, refuse_other_structure, refuse_overreach
+from fxtrain.core import EVENTS, TRACED, Callback, Control, Event, StepFn, TrainState, describe, did_you_mean, name_of
+from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._handler import Handler, checked_result, handler_of
 
 _NOTHING = Control()
@@ -16,14 +16,24 @@ _NOTHING = Control()
 class Composed:
     """Callbacks composed into one by ``compose``. Its repr lists the callbacks that see each event.
 
+    It is an ordered collection of its callbacks: ``callbacks[name]`` is one of them, and ``in`` takes a name or a
+    callback. A composition is immutable, so the callbacks of a run are fixed when it starts. ``without``, ``replace``
+    and ``compose(callbacks, another)`` return a new composition for the next run.
+
     Args:
         handlers: The callbacks, in order.
 
     Example:
         >>> import fxtrain as fx
         >>> composed = fx.compose(fx.callbacks.save(every=10), fx.callbacks.early_stopping("loss", patience=2))
-        >>> isinstance(composed, Composed), list(composed.slots)
-        (True, ['early_stopping'])
+        >>> list(composed), list(composed.slots)
+        ([<callback save on StepEnd>, <callback early_stopping on EvalEnd, slot 'early_stopping'>], ['early_stopping'])
+        >>> composed["early_stopping"]
+        <callback early_stopping on EvalEnd, slot 'early_stopping'>
+        >>> composed.without("save").replace("early_stopping", fx.callbacks.early_stopping("accuracy", patience=5))
+        1 callback
+          EvalEnd  early_stopping
+          slots: 'early_stopping'
     """
 
     def __init__(self, handlers: tuple[Handler, ...]) -> None:
@@ -35,13 +45,13 @@ class Composed:
         self._functions = {kind: tuple(h.function for h in seen) for kind, seen in self.table.items()}
         owners: dict[str, Handler] = {}
         for handler in handlers:
-            if handler.slot is not None and handler.slot in owners:
-                raise ValueError(
-                    f"expected one callback for the slot {handler.slot!r}, got {owners[handler.slot].name} and "
-                    f"{handler.name}. Give one of them another name."
-                )
-            if handler.slot is not None:
-                owners[handler.slot] = handler
+            for slot in handler.inits:
+                if slot in owners:
+                    raise ValueError(
+                        f"expected one callback for the slot {slot!r}, got {owners[slot].name} and {handler.name}. "
+                        "Give one of them another name."
+                    )
+                owners[slot] = handler
         self.slots: Mapping[str, Handler] = owners
 
     @property
@@ -60,13 +70,68 @@ class Composed:
                 before, handler = state, self.table[kind][index]
                 state, control = checked_result(handler, event, result)
                 if state is not before:
-                    refuse_overreach(handler.name, kind, before, state)
+                    refuse_overreach(handler.name, cause_of(event), before, state)
                     refuse_other_structure(handler.name, kind, before, state)
             if control.requests or control.log:  # faster than `if control`
                 handler = self.table[kind][index]
-                refuse_impossible_requests(handler.name, kind, control)
+                refuse_impossible_requests(handler.name, cause_of(event), control)
                 total = total | control.owned_by(handler.name)
         return state, total
+
+    def __getitem__(self, name: str) -> Handler:
+        return self.handlers[self._index(name)]
+
+    def __contains__(self, which: object) -> bool:
+        return any(_is(handler, which) for handler in self.handlers)
+
+    def __iter__(self) -> Iterator[Handler]:
+        return iter(self.handlers)
+
+    def __len__(self) -> int:
+        return len(self.handlers)
+
+    def without(self, *which: str | Callback) -> Composed:
+        """Returns the other callbacks, composed.
+
+        Args:
+            which: The callbacks to leave out, or their names.
+
+        Raises:
+            KeyError: If there is no such callback. The message suggests the nearest name.
+            ValueError: If several callbacks have one of the names.
+        """
+        left_out = set(map(self._index, which))
+        return Composed(tuple(handler for index, handler in enumerate(self.handlers) if index not in left_out))
+
+    def replace(self, which: str | Callback, callback: Callback) -> Composed:
+        """Returns the same callbacks with ``callback`` in the place of another.
+
+        Args:
+            which: The callback to replace, or its name.
+            callback: Any callback. Composed callbacks are flattened.
+
+        Raises:
+            KeyError: If there is no such callback. The message suggests the nearest name.
+            ValueError: If several callbacks have the name.
+        """
+        index = self._index(which)
+        return compose(*self.handlers[:index], callback, *self.handlers[index + 1 :])
+
+    def _index(self, which: str | Callback) -> int:
+        found = [index for index, handler in enumerate(self.handlers) if _is(handler, which)]
+        what = repr(which) if isinstance(which, str) else name_of(which) if callable(which) else describe(which)
+        if not found:
+            names = [handler.name for handler in self.handlers]
+            raise KeyError(
+                f"expected one of the callbacks {', '.join(map(repr, names)) or '(none)'}, got {what}."
+                f"{did_you_mean(which, names)}"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"expected the name of one callback, got {what}, which is that of {len(found)}. Compose the callbacks "
+                f"to keep from list(callbacks), which has these at {', '.join(map(str, found))}."
+            )
+        return found[0]
 
     def __repr__(self) -> str:
         if not self.handlers:
@@ -76,6 +141,10 @@ class Composed:
         kept = f"  slots: {', '.join(map(repr, self.slots))}" if self.slots else ""
         count = len(self.handlers)
         return "\n".join([f"{count} callback{'s' if count > 1 else ''}", *rows, *([kept] if kept else [])])
+
+
+def _is(handler: Handler, which: object) -> bool:
+    return handler.name == which if isinstance(which, str) else which in (handler, handler.function)
 
 
 def compose(*callbacks: Callback) -> Composed:
@@ -129,8 +198,8 @@ def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback])
         ['early_stopping']
     """
     for name, handler in as_composed(callbacks).slots.items():
-        if name not in state.slots and handler.init is not None:
+        if name not in state.slots and (init := handler.inits[name]) is not None:
             # Cloned, because an initial content is often a view of the parameters, and no two leaves of a state may
             # share storage.
-            state = state.with_slot(name, tree.clone(handler.init(state)))
+            state = state.with_slot(name, tree.clone(init(state)))
     return state

@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
+
 from fxtrain.core import EVENTS, LOOP, TRACED, Callback, Control, Event, LoopEvent, TrainState, Tree, describe, name_of
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
@@ -14,6 +16,9 @@ from fxtrain.fold._subscription import kinds, subscription, takes
 
 EventTypes = type[Event] | type[LoopEvent] | types.UnionType
 """An event type, a base class of several, or a union."""
+
+Init = Callable[[TrainState], Tree]
+"""Maps the training state to the initial content of a slot, a pytree of tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +41,22 @@ class Handler:
         slot: The slot that holds its state, or None.
         init: Maps the training state to the initial content of the slot, a pytree of tensors.
         needs: Its requirements.
+        errors: The slot that counts its errors, if it is tolerant.
     """
 
     name: str
     function: Callback
     events: frozenset[type[Event]]
     slot: str | None = None
-    init: Callable[[TrainState], Tree] | None = None
+    init: Init | None = None
     needs: Needs = Needs()
+    errors: str | None = None
+
+    @property
+    def inits(self) -> dict[str, Init | None]:
+        """How each slot of the callback is initialized, by name."""
+        own = {} if self.slot is None else {self.slot: self.init}
+        return own if self.errors is None else {**own, self.errors: _zero}
 
     def __call__(self, state: TrainState, event: Event, /) -> tuple[TrainState, Control]:
         if type(event) not in self.events:
@@ -53,6 +66,10 @@ class Handler:
     def __repr__(self) -> str:
         names = ", ".join(kind.__name__ for kind in EVENTS if kind in self.events)
         return f"<callback {self.name} on {names}{f', slot {self.slot!r}' if self.slot else ''}>"
+
+
+def _zero(state: TrainState) -> Tree:
+    return torch.zeros((), dtype=torch.int64, device=state.step.device)
 
 
 def on(events: EventTypes | tuple[EventTypes, ...], callback: Callback) -> Handler:
@@ -89,7 +106,7 @@ def handler_of(callback: object) -> Handler:
     if isinstance(callback, type):
         raise TypeError(
             "callbacks: expected functions (state, event) -> (state, control), got the class "
-            f"{callback.__name__}. Pass an instance."
+            f"{callback.__name__}. Make an instance: {callback.__name__}()."
         )
     _refuse_observer(callback)
     return Handler(name_of(callback), cast("Callback", callback), frozenset(subscription(callback)))

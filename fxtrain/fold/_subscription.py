@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Event, did_you_mean, name_of
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Event, LoopEvent, Published, did_you_mean, name_of
 
 
 def takes(function: Callable[..., object], count: int) -> bool:
@@ -88,6 +88,8 @@ def kinds(annotation: object, names: Mapping[str, object] | None = None) -> tupl
     if typing.get_origin(annotation) is typing.Annotated:
         return kinds(typing.get_args(annotation)[0], names)
     found = tuple(kind for kind in EVENTS if isinstance(annotation, type) and issubclass(kind, annotation))
+    if annotation is LoopEvent:  # `Published` repeats what other events publish, so only its name subscribes to it
+        found = tuple(kind for kind in found if kind is not Published)
     if not found:
         raise _no_event(getattr(annotation, "__name__", repr(annotation)))
     return found

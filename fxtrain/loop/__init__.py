@@ -21,6 +21,8 @@ Events fire in this order (indented: only where they apply)::
                             Saved                           the final save, unless the stop requests none
                         FitEnd
 
+Each event that publishes metrics or logged values is followed by ``Published``, if a callback or an observer names it.
+
 FitBegin accepts the requests ``stop`` and ``save``, and Restored accepts ``stop``. How often these events fire depends
 on interruptions, so they cannot request anything else. Request an evaluation before the first step at EpochBegin.
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, event_of
+from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, Published, event_of
 from fxtrain.fold import Composed
 from fxtrain.fold._checks import same_leaves
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._plan import Plan
+from fxtrain.loop._published import published_after
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._types import EventRecord, Events
+from fxtrain.values import METRIC_PREFIXES
 
 
 @dataclasses.dataclass
@@ -42,6 +44,7 @@ class Emitter:
         self._start = self._clock()
         self._times: dict[type[LoopEvent], float] = {}
         self.epoch_began = 0.0  # time of the latest EpochBegin of this session
+        self._shows_published = Published in self.callbacks.table
 
     def time(self) -> float:
         """Returns the seconds since the session began."""
@@ -49,7 +52,12 @@ class Emitter:
 
     def is_seen(self, kind: type[LoopEvent]) -> bool:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
-        return self.every_event or kind in self.callbacks.table or self.publish.is_seen(kind)
+        return (
+            self.every_event
+            or kind in self.callbacks.table
+            or self.publish.is_seen(kind)
+            or (self._shows_published and kind in METRIC_PREFIXES)
+        )
 
     def emit(self, kind: type[LoopEvent], **fields: object) -> Events[Control]:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
@@ -92,12 +100,23 @@ class Emitter:
         self._times[kind] = time
         before = now.state
         now.state, control = self.callbacks(before, event)
+        if also:
+            control = also | control
+        if self._shows_published:
+            control |= self._fold_published(event, control)
         if kind is FitEnd and not same_leaves(before, now.state):
             # Marked, so that no run continues from this state.
             now.state = now.state.with_slot(CHANGED_AT_END, torch.tensor(True, device=now.state.step.device))
-        if also:
-            control = also | control
         if control:
             now.ask(control)
         self.publish(now.state, event, control)
         return ((now.state, event, control),) if self.every_event else (), control
+
+    def _fold_published(self, event: LoopEvent, control: Control) -> Control:
+        """Folds what an event published over the state. Returns the requests made then."""
+        seen = published_after(event, control.log, previous_time=self._times.get(Published, 0.0))
+        if seen is None:
+            return Control()
+        self._times[Published] = event.time
+        self.now.state, control = self.callbacks(self.now.state, seen)
+        return control

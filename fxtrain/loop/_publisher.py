@@ -19,6 +19,7 @@ from fxtrain.core import (
     LoopEvent,
     Metrics,
     Observer,
+    Published,
     Rewound,
     Saved,
     StepEnd,
@@ -33,8 +34,9 @@ from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import subscription, takes
 from fxtrain.loop._history import History
+from fxtrain.loop._published import published_after
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
-from fxtrain.values import named_after, published
+from fxtrain.values import METRIC_PREFIXES, named_after, published
 
 _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
 _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them
@@ -83,7 +85,9 @@ class Publisher:
 
     def is_seen(self, kind: type[object]) -> bool:
         """Whether the history or an observer needs events of this type, even if no callback subscribes."""
-        return kind in _RECORDED or bool(self._seeing.get(kind))
+        return kind in _RECORDED or bool(
+            self._seeing.get(kind) or (kind in METRIC_PREFIXES and self._seeing.get(Published))
+        )
 
     def step(self, number: int, measured: Metrics) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""
@@ -96,14 +100,23 @@ class Publisher:
         seeing = self._seeing.get(kind, ())
         if control.log and self._log_observers:
             seeing = [observer for observer in self._observers if observer in (*seeing, *self._log_observers)]
-        if seeing:
+        seeing_published = self._seeing.get(Published, ())
+        if seeing or seeing_published:
             event, control = self._shown(event, control)
         self._record(event, control)
+        self._pass(seeing, state, event, control)
+        published_event = published_after(event, control.log, compute=dict) if seeing_published else None
+        if published_event is not None:
+            self._pass(seeing_published, state, published_event, control)
+
+    def _pass(
+        self, seeing: Iterable[Callable[..., None]], state: TrainState, event: LoopEvent, control: Control
+    ) -> None:
         for observer in seeing:
             try:
                 observer(state, event, control)
             except Exception as error:
-                self._failed(observer, f"{kind.__name__} of step {event.step}", error)
+                self._failed(observer, f"{type(event).__name__} of step {event.step}", error)
 
     def flush(self, step: int) -> None:
         """Flushes the observers before the save of a step.

@@ -8,8 +8,10 @@ is checked then.
 from fxtrain.values._histogram import Histogram
 from fxtrain.values._kinds import (
     KINDS,
+    METRIC_PREFIXES,
     Kind,
     Value,
+    check_loggable,
     jsonable,
     kind_of,
     named_after,

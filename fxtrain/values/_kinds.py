@@ -127,7 +127,7 @@ def published(event: LoopEvent, control: Control) -> dict[str, Value]:
         {'train/loss': 0.5, 'learning rate': 0.1}
     """
     kind = type(event)
-    named: dict[str, Value] = named_after(kind, event.metrics) if isinstance(event, StepEnd | EvalEnd) else {}
+    named: dict[str, Value] = named_after(kind, getattr(event, "metrics")) if kind in METRIC_PREFIXES else {}  # noqa: B009
     for name, entry in control.log.items():
         if name in named:
             raise ValueError(
@@ -138,7 +138,8 @@ def published(event: LoopEvent, control: Control) -> dict[str, Value]:
     return named
 
 
-_PREFIXES = {StepEnd: "train/", EvalEnd: "eval/"}
+METRIC_PREFIXES: Mapping[type[LoopEvent], str] = {StepEnd: "train/", EvalEnd: "eval/"}
+"""The events whose metrics are published, and what their names begin with then."""
 
 
 def named_after(kind: type[LoopEvent], metrics: Mapping[str, _Metric]) -> dict[str, _Metric]:
@@ -148,7 +149,7 @@ def named_after(kind: type[LoopEvent], metrics: Mapping[str, _Metric]) -> dict[s
         kind: ``StepEnd`` or ``EvalEnd``.
         metrics: Metrics by name.
     """
-    prefix = _PREFIXES[kind]
+    prefix = METRIC_PREFIXES[kind]
     return {prefix + name: value for name, value in metrics.items()}
 
 
@@ -156,8 +157,24 @@ def _loggable(name: str, entry: Logged) -> Value:
     value = entry.value
     if isinstance(value, bool | int | float) or type(value) in KINDS:
         return value
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0):
-        return float(value)
+    check_loggable(name, entry)
+    return float(value)
+
+
+def check_loggable(name: str, entry: Logged) -> None:
+    """Raises unless a logged value is a scalar or a value of ``fxtrain.values``.
+
+    Args:
+        name: The name of the value.
+        entry: The value, with the name of its callback.
+
+    Raises:
+        TypeError: The message names the callback and a class to wrap the value in.
+    """
+    value = entry.value
+    is_scalar = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0)
+    if is_scalar or type(value) in KINDS:
+        return
     if isinstance(value, Tensor):
         remedy = "Reduce it to a scalar, or wrap it, for example in Histogram."
     elif isinstance(value, str):
