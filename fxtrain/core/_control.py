@@ -139,7 +139,7 @@ class Control:
 
     def __bool__(self) -> bool:
         """Whether anything is requested or logged. Tensor flags are not read."""
-        return bool(self.requests or self.log)
+        return len(self.requests) > 0 or len(self.log) > 0  # Dynamo of torch 2.11 cannot trace bool() of a dict
 
     def __or__(self, other: Control) -> Control:
         if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -47,7 +47,8 @@ def rebuilt(node: Tree, new: Sequence[Tree]) -> Tree:
     if isinstance(node, dict):
         filled = dict(zip(sorted(cast("dict[Any, Tree]", node)), new, strict=True))
         return {key: filled[key] for key in cast("dict[Any, Tree]", node)}
-    return kind(*new) if hasattr(kind, "_fields") else kind(new)
+    # Of the node and not of its type, which Dynamo of torch 2.11 cannot ask.
+    return kind(*new) if hasattr(node, "_fields") else kind(new)
 
 
 def leaf_paths(node: Tree) -> list[Path]:
