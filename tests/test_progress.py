@@ -11,10 +11,12 @@ import types
 import warnings
 from collections.abc import Mapping
 
+import problem
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxtrain as fx
 from fxtrain import observers
 from fxtrain.core import (
     Control,
@@ -117,25 +119,25 @@ def bits(metrics):
 
 
 def test_plain_file_gets_lines():
-    file = io.StringIO()
+    file, rate = io.StringIO(), "500 tokens/s | data wait 25%"
     shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, seconds=100, file=file)
     see(shown, *run())
     shown.close()
     assert file.getvalue() == (
         "compiling and running the first step\n"
-        "step  1/20 | epoch 0.10/2 | loss 3.9000 | bits 5.6265\n"
-        "step  2/20 | epoch 0.20/2 | loss 3.8450 | bits 5.5472 | 500 tokens/s | data wait 25% | 0:36 left\n"
-        "step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | 500 tokens/s | data wait 25% | 0:32 left\n"
-        "step  6/20 | epoch 0.60/2 | loss 3.5931 | bits 5.1837 | 500 tokens/s | data wait 25% | 0:28 left\n"
-        "step  8/20 | epoch 0.80/2 | loss 3.4493 | bits 4.9763 | 500 tokens/s | data wait 25% | 0:24 left\n"
-        "step 10/20 | epoch 1.00/2 | loss 3.2951 | bits 4.7539 | 500 tokens/s | data wait 25% | 0:20 left\n"
+        "step  1/20 | epoch 0.10/2 | loss 3.9000 | bits 5.6265 | 0:30 elapsed\n"
+        f"step  2/20 | epoch 0.20/2 | loss 3.8450 | bits 5.5472 | {rate} | 0:20 per epoch | 0:32 elapsed | 0:36 left\n"
+        f"step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | {rate} | 0:20 per epoch | 0:36 elapsed | 0:32 left\n"
+        f"step  6/20 | epoch 0.60/2 | loss 3.5931 | bits 5.1837 | {rate} | 0:20 per epoch | 0:40 elapsed | 0:28 left\n"
+        f"step  8/20 | epoch 0.80/2 | loss 3.4493 | bits 4.9763 | {rate} | 0:20 per epoch | 0:44 elapsed | 0:24 left\n"
+        f"step 10/20 | epoch 1.00/2 | loss 3.2951 | bits 4.7539 | {rate} | 0:20 per epoch | 0:48 elapsed | 0:20 left\n"
         "step 10: compiling the evaluation\n"
         "evaluation at step 10 | loss 2.0000 | bits 2.8854 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
-        "step 12/20 | epoch 1.20/2 | loss 3.1319 | bits 4.5184 | 500 tokens/s | data wait 25% | 0:18 left\n"
-        "step 14/20 | epoch 1.40/2 | loss 2.9610 | bits 4.2718 | 500 tokens/s | data wait 25% | 0:13 left\n"
-        "step 16/20 | epoch 1.60/2 | loss 2.7837 | bits 4.0160 | 500 tokens/s | data wait 25% | 8.8 s left\n"
-        "step 18/20 | epoch 1.80/2 | loss 2.6011 | bits 3.7526 | 500 tokens/s | data wait 25% | 4.4 s left\n"
-        "step 20/20 | epoch 2.00/2 | loss 2.4144 | bits 3.4832 | 500 tokens/s | data wait 25%\n"
+        f"step 12/20 | epoch 1.20/2 | loss 3.1319 | bits 4.5184 | {rate} | 0:23 per epoch | 0:55 elapsed | 0:18 left\n"
+        f"step 14/20 | epoch 1.40/2 | loss 2.9610 | bits 4.2718 | {rate} | 0:22 per epoch | 0:59 elapsed | 0:13 left\n"
+        f"step 16/20 | epoch 1.60/2 | loss 2.7837 | bits 4.0160 | {rate} | 0:22 per epoch | 1:03 elapsed | 8.8 s left\n"
+        f"step 18/20 | epoch 1.80/2 | loss 2.6011 | bits 3.7526 | {rate} | 0:22 per epoch | 1:07 elapsed | 4.4 s left\n"
+        f"step 20/20 | epoch 2.00/2 | loss 2.4144 | bits 3.4832 | {rate} | 0:22 per epoch | 1:11 elapsed\n"
         "evaluation at step 20 | loss 4.0000 | bits 5.7708 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
         "ended: reached 20 steps, in 1:16\n"
     )
@@ -157,21 +159,33 @@ def test_terminal_panel_updates_in_place(terminal):
     shown.close()
     bar = "━" * 40
     assert screens["FitBegin", 0, 0] == [
-        f"train  {bar}   0/20   epoch 0.00/2",
+        f"train  {bar}   0/20   0:30 elapsed",
+        f"epoch  {bar}    0/2",
         "       compiling and running the first step",
     ]
-    assert screens["StepEnd", 10, 0] == [
-        f"train  {bar[:20]}╺{bar[:19]}  10/20   epoch 1.00/2   0:20 left",
-        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
+    assert screens["StepEnd", 7, 0] == [
+        f"train  {bar[:14]}╺{bar[:25]}   7/20   0:42 elapsed   0:26 left",
+        f"epoch  {bar[:28]}╺{bar[:11]}    0/2   0:20 per epoch   6.0 s left",
+        "       loss 3.5225   bits 5.0820   500 tokens/s   data wait 25%",
     ]
-    assert screens["EvalBegin", 10, 0][1] == "       step 10: compiling the evaluation"
-    assert screens["EvalStep", 10, 1][1:] == [
-        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
-        f"eval   {bar}  batch 2",
+    assert screens["StepEnd", 10, 0][:2] == [
+        f"train  {bar[:20]}╺{bar[:19]}  10/20   0:48 elapsed   0:20 left",
+        f"epoch  {bar}    1/2   0:20 per epoch",
     ]
-    assert screens["EvalStep", 20, 1][2] == f"eval   {bar[:26]}╸{bar[:13]}  batch 2/3"
+    assert screens["EvalBegin", 10, 0][2] == "       step 10: compiling the evaluation"
+    assert screens["EvalStep", 10, 1][2:] == [
+        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
+        f"eval   {bar}  batch 2   1.00 batches/s",
+    ]
+    assert screens["EvalStep", 20, 1] == [
+        f"train  {bar}  20/20   1:13 elapsed",
+        f"epoch  {bar}    2/2   0:23 per epoch",
+        "       loss 2.4144   bits 3.4832   500 tokens/s   data wait 25%",
+        f"eval   {bar[:26]}╸{bar[:13]}  batch 2/3   1.00 batches/s   1.0 s left",
+    ]
     assert terminal.screen == [
-        f"train  {bar}  20/20   epoch 2.00/2",
+        f"train  {bar}  20/20   1:16 elapsed",
+        f"epoch  {bar}    2/2   0:24 per epoch",
         "       loss 2.4144   bits 3.4832   500 tokens/s   data wait 25%",
         "eval   at step 20   loss 4.0000   bits 5.7708   accuracy 0.2500   best loss 2.0000 at step 10",
         "end    reached 20 steps, in 1:16",
@@ -193,7 +207,7 @@ def test_printed_text_appears_above_the_panel(terminal):
     assert terminal.screen[:4] == ["a message at step 3", "and an error", "a message at step 7", "and an error"]
     assert terminal.screen[4].startswith("train  ━")
     assert terminal.screen[-2:] == ["after the end", ""]
-    assert len(terminal.screen) == 9
+    assert len(terminal.screen) == 10
 
 
 def test_redirected_output_is_not_captured(terminal):
@@ -269,7 +283,8 @@ def test_notebook_panel_updates_in_place_without_widgets(monkeypatch, capsys):
     assert first == second
     assert 20 < cell.count < 100
     assert [line.rstrip() for line in first["text/plain"].splitlines()] == [
-        f"train  {'━' * 40}  20/20   epoch 2.00/2",
+        f"train  {'━' * 40}  20/20   1:16 elapsed",
+        f"epoch  {'━' * 40}    2/2   0:24 per epoch",
         "       loss 2.4144   0.50 steps/s   data wait 25%",
         "eval   at step 20   loss 4.0000   accuracy 0.2500   best loss 2.0000 at step 10",
         "end    reached 20 steps, in 1:16",
@@ -287,6 +302,83 @@ def test_notebook_prints_notes_and_file_gets_lines(monkeypatch, capsys):
     see(observers.progress(file=file), *run(evaluated=False))
     assert file.getvalue().endswith("ended: reached 20 steps, in 1:10\n")
     assert len(cell.shown) == 1
+
+
+def evaluation(batches, time=0.0, **begin):
+    yield EvalBegin(step=5, time=time, **begin)
+    for index in range(batches):
+        yield EvalStep(step=5, time=time + 4.0 * (index + 1), index=index, batch=None, metrics={})
+
+
+def test_first_evaluation_shows_the_number_of_batches_of_its_data(terminal):
+    shown = observers.progress(file=terminal)
+    see(shown, *evaluation(3, num_batches=10))
+    # The first batch may include the compilation, so the speed is that of the two others.
+    assert terminal.screen[-1] == f"eval   {'━' * 12}╺{'━' * 27}  batch 3/10   0.25 batches/s   0:28 left"
+    shown.close()
+
+
+def test_number_of_batches_is_that_of_the_evaluation_data():
+    counts = []
+
+    def watch(state, event: EvalBegin, control):
+        counts.append(event.num_batches)
+
+    options = {"steps": 1, "eval_step": problem.eval_step, "eval_when": 1, "observers": observers.required(watch)}
+    for data in (problem.data(2), iter(problem.data(2))):
+        fx.fit(problem.start(), problem.step(), problem.data(), eval_data=data, **options)
+    assert counts == [2, None]
+
+
+def test_long_evaluation_writes_lines():
+    file = io.StringIO()
+    see(observers.progress(seconds=10.0, file=file), *evaluation(9, num_batches=12))
+    assert file.getvalue().splitlines()[1:] == [
+        "evaluation at step 5 | batch 4/12 | 0.25 batches/s | 0:32 left",
+        "evaluation at step 5 | batch 7/12 | 0.25 batches/s | 0:20 left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "rate"), [(0.0, 3 / 7), (1.0, 0.25), (0.5, 1.75 / (0.25 + 1 + 4)), (None, 0.3768)]
+)
+def test_smoothing_weights_the_newest_speed(smoothing, rate):
+    averages = RunningAverages(10.0, smoothing)
+    for step, time in enumerate([0.0, 1.0, 3.0, 7.0], start=1):  # 1, 2 and 4 seconds
+        averages.step(StepEnd(step=step, time=time, metrics={}))
+    assert averages.rate == pytest.approx(rate, rel=1e-2)
+
+
+def test_smoothing_is_an_option_of_the_display():
+    def shown(**options):
+        file = io.StringIO()
+        observer = observers.progress(file=file, seconds=1, **options)
+        see(observer, *(StepEnd(step=n, time=t, metrics={"loss": 1.0}) for n, t in enumerate([0.0, 1.0, 3.0], 1)))
+        return re.search(r"([\d.]+) steps/s", file.getvalue().splitlines()[-1])[1]
+
+    assert (shown(smoothing=0), shown(smoothing=1), shown()) == ("0.67", "0.50", "0.65")
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.5])
+def test_smoothing_outside_its_range_is_refused(smoothing):
+    with pytest.raises(ValueError, match=rf"expected smoothing to be in \[0, 1\], got {smoothing}\. Pass a weight"):
+        observers.progress(smoothing=smoothing)
+
+
+def test_memory_of_the_process_or_the_accelerator_is_shown(monkeypatch):
+    def shown(**options):
+        file = io.StringIO()
+        see(observers.progress(file=file, **options), ended(1))
+        return file.getvalue()
+
+    assert "memory" not in shown()
+    assert re.search(r"\| memory [\d.]+ [MG]iB, peak [\d.]+ [MG]iB \|", shown(memory=True))
+    readings = {"device_allocated": 3 * 2**20, "device_peak": 5 * 2**30, "device_reserved": 1}
+    monkeypatch.setattr("fxtrain.observers._progress.device_memory", lambda device: readings)
+    assert "| memory 3.0 MiB, peak 5.0 GiB |" in shown(memory=True)
+    monkeypatch.setattr("fxtrain.observers._machine.host_memory", dict)
+    with pytest.raises(OSError, match=r"expected a platform that reports the memory .* Remove memory=True\."):
+        observers.progress(memory=True)
 
 
 class Untouched(Mapping):
@@ -484,4 +576,4 @@ def test_characters_outside_the_file_encoding_are_escaped():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     see(observers.progress(("wörld",), file=file), ended(1, wörld=1.0))
     file.flush()
-    assert file.buffer.getvalue() == b"step 1 | w\\xf6rld 1.0000\n"
+    assert file.buffer.getvalue() == b"step 1 | w\\xf6rld 1.0000 | 1.0 s elapsed\n"

@@ -170,7 +170,13 @@ class StepEnd(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalBegin(LoopEvent):
-    """Trajectory event: fires when an evaluation begins."""
+    """Trajectory event: fires when an evaluation begins.
+
+    Args:
+        num_batches: Number of batches to evaluate; None if the data has no known length.
+    """
+
+    num_batches: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

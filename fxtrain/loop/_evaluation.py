@@ -112,7 +112,7 @@ class Evaluations:
         # An interrupted evaluation is rolled back and stays due.
         mark, began = now.mark(), self._time()
         now.set(evaluate=False)
-        yield from self._emit(EvalBegin)
+        yield from self._emit(EvalBegin, num_batches=data.epoch_length)
         total: _Total = {}
         seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
         eval_step = leaving_compilation(eval_step)

@@ -22,13 +22,32 @@ Column = tuple[str, str]
 """A label, possibly empty, and a value."""
 
 
+class EpochFrame(NamedTuple):
+    """The texts to show about the current epoch."""
+
+    share: float  # of the epoch, in [0, 1]
+    done: str  # epochs done, as a fraction
+    count: str  # whole epochs done
+    seconds: str | None
+    remaining: str | None  # until the end of the epoch
+
+
+class EvaluationFrame(NamedTuple):
+    """The texts to show about the current evaluation."""
+
+    share: float | None  # in [0, 1]
+    parts: list[str]  # batches done, speed and time left
+
+
 class Frame(NamedTuple):
     """The texts to show at one moment of a run."""
 
     step: str
-    epoch: str | None
-    columns: list[Column]  # metrics and throughput
+    epoch: EpochFrame | None
+    columns: list[Column]  # metrics, throughput and memory
+    elapsed: str
     remaining: str | None
+    evaluating: EvaluationFrame | None
     evaluation: list[Column]  # the latest evaluation; empty before the first
 
 
@@ -56,6 +75,7 @@ class Lines:
         self._file = file
         self._seconds = seconds
         self._time: float | None = None  # of the last step line
+        self._eval_time: float | None = None  # of the last line of the current evaluation, or of its first batch
         self._tenth = 0  # tenths of the run completed at that line
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
@@ -67,12 +87,24 @@ class Lines:
         if self._time is None or event.time - self._time >= self._seconds or tenth > self._tenth:
             self._time, self._tenth = event.time, tenth
             shown = frame()
-            self._print(f"step {shown.step}", shown.epoch, *_labeled(shown.columns), shown.remaining)
+            epoch = shown.epoch
+            self._print(
+                f"step {shown.step}",
+                epoch and f"epoch {epoch.done}",
+                *_labeled(shown.columns),
+                epoch and epoch.seconds,
+                shown.elapsed,
+                shown.remaining,
+            )
 
-    def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
-        pass
+    def evaluating(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
+        if self._eval_time is None or event.time - self._eval_time >= self._seconds:
+            if self._eval_time is not None and (evaluating := frame().evaluating):
+                self._print(f"evaluation at step {event.step}", *evaluating.parts)
+            self._eval_time = event.time
 
     def evaluated(self, event: LoopEvent, frame: Frame) -> None:
+        self._eval_time = None
         at, *rest = _labeled(frame.evaluation)
         self._print(f"evaluation {at}", *rest)
 
@@ -160,7 +192,6 @@ class Panel:
         self._place = place
         self._frame: Frame | None = None
         self._phase = ""  # the current activity, while no steps run
-        self._batch: tuple[int, int | None] | None = None  # evaluation batches done, and their total
         self._end = ""
         self._drawn = -_MIN_REDRAW_SECONDS
 
@@ -173,23 +204,22 @@ class Panel:
             self._phase = ""
             self._show(event, frame())
 
-    def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
-        self._batch = batch, batches
+    def evaluating(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
         if self._phase or event.time - self._drawn >= _MIN_REDRAW_SECONDS:
             self._phase = ""
-            self._show(event, self._frame)
+            self._show(event, frame())
 
     def evaluated(self, event: LoopEvent, frame: Frame) -> None:
-        self._phase, self._batch = "", None
+        self._phase = ""
         self._show(event, frame)
 
     def note(self, event: LoopEvent, text: str) -> None:
-        self._phase, self._batch = "", None
+        self._phase = ""
         self._place.note(text)
-        self._show(event, self._frame)
+        self._show(event, self._frame and self._frame._replace(evaluating=None))
 
     def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
-        self._phase, self._batch, self._end = "", None, text
+        self._phase, self._end = "", text
         self._show(event, frame)
 
     def close(self) -> None:
@@ -206,27 +236,27 @@ class Panel:
 
     def _add_rows(self, table: Table, event: LoopEvent, frame: Frame) -> None:
         width = min(max(self._place.width - 50, 8), 40)
-        where = filter(None, (frame.step, frame.epoch, frame.remaining))
-        table.add_row(_label("train"), self._bar(fraction(event), width, "   ".join(where)))
+        table.add_row(_label("train"), self._bar(fraction(event), width, frame.step, frame.elapsed, frame.remaining))
+        if (epoch := frame.epoch) is not None:
+            count = epoch.count.rjust(len(frame.step))
+            table.add_row(_label("epoch"), self._bar(epoch.share, width, count, epoch.seconds, epoch.remaining))
         if self._phase or frame.columns:
             table.add_row("", _text(self._phase, style="yellow") if self._phase else _styled(frame.columns))
-        if self._batch is not None:
-            done, count = self._batch
-            share = min(done / count, 1.0) if count else None
-            table.add_row(_label("eval"), self._bar(share, width, f"batch {done}" + (f"/{count}" if count else "")))
+        if (evaluating := frame.evaluating) is not None:
+            table.add_row(_label("eval"), self._bar(evaluating.share, width, *evaluating.parts))
         elif frame.evaluation:
             table.add_row(_label("eval"), _styled(frame.evaluation))
         if self._end:
             table.add_row(_label("end"), _text(self._end))
 
-    def _bar(self, share: float | None, width: int, text: str) -> RenderableType:
+    def _bar(self, share: float | None, width: int, *texts: str | None) -> RenderableType:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         total = None if share is None else 1.0  # without a total, the bar pulses
         bar = ProgressBar(total=total, completed=share or 0.0, width=width, animation_time=self._drawn)
         row = Table.grid(padding=(0, 2, 0, 0))
-        row.add_row(bar, _text(text))
+        row.add_row(bar, _text("   ".join(filter(None, texts))))
         return row
 
 

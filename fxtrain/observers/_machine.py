@@ -120,20 +120,28 @@ def memory(*writers: Writer, every: When = 100, every_rank: bool = False) -> Per
         >>> len(path.read_text().splitlines()), "memory/host_peak_mib" in path.read_text()
         (2, True)
     """
-    if not _host_memory():
-        raise OSError(
-            f"expected a platform that reports the memory use of processes, got {sys.platform}. Remove the observer "
-            "memory(...)."
-        )
+    check_memory_is_known("the observer memory(...)")
     return PeriodicReadings("memory", writers, every, every_rank, _read_memory)
 
 
 def _read_memory(state: TrainState | None) -> dict[str, float]:
-    found = {**_host_memory(), **({} if state is None else _device_memory(state.step.device))}
+    found = {**host_memory(), **({} if state is None else device_memory(state.step.device))}
     return {f"memory/{name}_mib": size / _MIB for name, size in found.items()}
 
 
-def _host_memory() -> dict[str, int]:
+def check_memory_is_known(what: str) -> None:
+    """Raises an error on a platform that does not report the memory use of processes.
+
+    Args:
+        what: What to remove, for the error.
+    """
+    if not host_memory():
+        raise OSError(
+            f"expected a platform that reports the memory use of processes, got {sys.platform}. Remove {what}."
+        )
+
+
+def host_memory() -> dict[str, int]:
     """Returns the host memory of the process, in bytes."""
     found: dict[str, int] = {}
     if _STATM.exists():
@@ -147,7 +155,7 @@ def _host_memory() -> dict[str, int]:
     return found
 
 
-def _device_memory(device: torch.device) -> dict[str, int]:
+def device_memory(device: torch.device) -> dict[str, int]:
     """Returns the memory of an accelerator in bytes, as far as its allocator reports it."""
     if device.type == "cpu":
         return {}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
+
+import torch
 
 from fxtrain.core import (
     Control,
@@ -25,11 +28,13 @@ from fxtrain.core import (
     check_positive,
     describe,
     did_you_mean,
+    format_bytes,
     format_duration,
     format_number,
     format_scaled,
 )
-from fxtrain.observers._display import Column, Frame, Lines, Panel, display
+from fxtrain.observers._display import Column, EpochFrame, EvaluationFrame, Frame, Lines, Panel, display
+from fxtrain.observers._machine import check_memory_is_known, device_memory, host_memory
 from fxtrain.observers._running_averages import RunningAverages
 from fxtrain.observers._wrapped import rank
 
@@ -46,14 +51,17 @@ def progress(
     extra: Mapping[str, Derived] | None = None,
     best: str = "loss",
     mode: str = "min",
+    smoothing: float | None = None,
+    memory: bool = False,
     seconds: float = 10.0,
     every_rank: bool = False,
     file: TextIO | None = None,
 ) -> Progress:
-    """Shows the position, metrics, throughput and remaining time of a run.
+    """Shows the position, metrics, throughput, elapsed and remaining time of a run.
 
-    On a terminal and in a notebook, a few lines are redrawn in place. Other outputs get a line every ``seconds``. With
-    several processes, only rank 0 shows progress, and the others copy no metrics to the host.
+    On a terminal and in a notebook, a few lines are redrawn in place, with a bar each for the run, the current epoch
+    and the current evaluation. Other outputs get a line every ``seconds``. With several processes, only rank 0 shows
+    progress, and the others copy no metrics to the host.
 
     Throughput is averaged over about the last ten seconds. Metrics are averaged over the same time, or over the last 20
     steps if those took less. Evaluations and saves do not lower the throughput, but the remaining time includes them.
@@ -65,6 +73,10 @@ def progress(
             ``{"bpb": lambda m: m["loss"] / math.log(2)}``.
         best: Name of the evaluation metric whose best value is shown, if it exists.
         mode: ``"min"`` if lower values of ``best`` are better, ``"max"`` if higher ones are.
+        smoothing: Weight of the newest step in the average speed, as in tqdm: from 0, the average of all steps of the
+            session, to 1, the speed of the newest step. It replaces the ten seconds.
+        memory: Whether to show the memory of tensors on the state's accelerator and its peak or, for a state on the
+            CPU, the resident memory of the process and its peak.
         seconds: Time between two lines, if they are not redrawn. There is also a line at each tenth of the run.
         every_rank: Whether every process shows progress. Give each its own file then.
         file: The output. Defaults to standard output.
@@ -72,6 +84,7 @@ def progress(
     Raises:
         TypeError: ``metrics`` is a single string.
         ValueError: An argument is out of range.
+        OSError: The platform does not report the memory that ``memory=True`` shows. Windows does not.
         KeyError: At run time, if the step does not return one of ``metrics``.
 
     Example:
@@ -80,8 +93,8 @@ def progress(
         >>> shown(None, StepEnd(step=1, total_steps=2, time=1.0, metrics={"loss": 2.0}), Control())
         >>> shown(None, StepEnd(step=2, total_steps=2, time=1.5, metrics={"loss": 1.0}), Control())
         >>> print(shown.file.getvalue(), end="")
-        step 1/2 | loss 2.0000
-        step 2/2 | loss 1.4872 | 1.02k tokens/s | data wait 0%
+        step 1/2 | loss 2.0000 | 1.0 s elapsed
+        step 2/2 | loss 1.4872 | 1.02k tokens/s | data wait 0% | 1.5 s elapsed
     """
     if isinstance(metrics, str):
         shown = describe(metrics)
@@ -90,8 +103,12 @@ def progress(
     check_positive(seconds=seconds)
     if not rate[1] > 0:
         raise ValueError(f"expected rate to be a unit and a positive number of it per step, got {describe(rate)}.")
+    if smoothing is not None and not 0 <= smoothing <= 1:
+        raise ValueError(f"expected smoothing to be in [0, 1], got {describe(smoothing)}. Pass a weight such as 0.3.")
+    if memory:
+        check_memory_is_known("memory=True")
     sign = 1 if mode == "min" else -1
-    return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, seconds, every_rank, file)
+    return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, smoothing, memory, seconds, every_rank, file)
 
 
 @dataclasses.dataclass(repr=False, eq=False)
@@ -103,6 +120,8 @@ class Progress:
     _extra: Mapping[str, Derived]
     _best_of: str
     _sign: int  # -1 if higher values are better
+    _smoothing: float | None
+    _shows_memory: bool
     _seconds: float
     _every_rank: bool
     file: TextIO | None
@@ -114,16 +133,20 @@ class Progress:
     def _reset(self) -> None:
         # Read when a session begins, because torch.distributed may be initialized after this observer is created.
         self._silent = not self._every_rank and rank() != 0
-        self._averages = RunningAverages(_AVERAGING_SECONDS)
+        self._averages = RunningAverages(_AVERAGING_SECONDS, self._smoothing)
         self._checked = False
         self._previous_time = 0.0
         self._evaluating: float | None = None  # when the current evaluation began
         self._batches_done = 0  # in the current evaluation
-        self._last_batch_count: int | None = None  # number of batches of the last evaluation
+        self._batch_count: int | None = None  # of the current evaluation; until it is known, of the last one
+        self._counted_from = (0, 0.0)  # batches done and time, from which the speed of the evaluation is measured
+        self._device = torch.device("cpu")
         self._last: tuple[int, Mapping[str, float]] | None = None  # step and metrics of the last evaluation
         self._best: tuple[float, int] | None = None  # best value and its step
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+        if isinstance(event, FitBegin) and state is not None:
+            self._device = state.step.device
         try:
             self._show(event)
         except BaseException:
@@ -158,12 +181,17 @@ class Progress:
                 self._averages.step(event)
                 shown.step(event, lambda: self._frame(event))
             case EvalBegin():
+                is_first = self._batch_count is None
                 self._evaluating, self._batches_done = event.time, 0
-                if self._last_batch_count is None:
+                self._counted_from = (1 if is_first else 0), event.time
+                self._batch_count = event.num_batches or self._batch_count
+                if is_first:
                     shown.phase(event, self._frame(event), f"step {event.step}: compiling the evaluation")
             case EvalStep():
                 self._batches_done = event.index + 1
-                shown.evaluating(event, self._batches_done, self._last_batch_count)
+                if self._batches_done == self._counted_from[0]:
+                    self._counted_from = self._batches_done, event.time  # after the compilation
+                shown.evaluating(event, lambda: self._frame(event))
             case EvalEnd():
                 self._evaluated(event)
                 shown.evaluated(event, self._frame(event))
@@ -185,7 +213,7 @@ class Progress:
         if self._evaluating is not None:
             self._averages.pause(event.time - self._evaluating)
             self._evaluating = None
-        self._last_batch_count = self._batches_done
+        self._batch_count = self._batches_done
         self._last = (event.step, dict(event.metrics))
         if self._best_of not in event.metrics and self._best_of.rpartition("/")[2] in event.metrics:
             raise KeyError(
@@ -200,13 +228,46 @@ class Progress:
 
     def _frame(self, event: LoopEvent) -> Frame:
         step = f"{event.step}/{event.total_steps}" if event.total_steps is not None else f"{event.step}"
+        left = self._averages.remaining(event)
         return Frame(
             step=step.rjust(2 * len(f"{event.total_steps or 0}") + 1 if event.total_steps else 0),
-            epoch=_epoch(event),
-            columns=[*self._metric_columns(self._averages.metrics), *self._throughput_columns()],
-            remaining=f"{format_duration(left)} left" if (left := self._averages.remaining(event)) else None,
+            epoch=self._epoch(event),
+            columns=[
+                *self._metric_columns(self._averages.metrics),
+                *self._throughput_columns(),
+                *(self._memory_columns() if self._shows_memory else ()),
+            ],
+            elapsed=f"{format_duration(event.time)} elapsed",
+            remaining=f"{format_duration(left)} left" if left else None,
+            evaluating=self._evaluation(event) if isinstance(event, EvalStep) else None,
             evaluation=self._evaluation_columns(),
         )
+
+    def _epoch(self, event: LoopEvent) -> EpochFrame | None:
+        epoch, length = event.epoch, event.epoch_length
+        if epoch is None or not length:
+            return None
+        of_all = "" if event.total_epochs is None else f"/{event.total_epochs}"
+        batches = event.position - event.epoch_start
+        batches = batches % length or min(batches, length)
+        whole, left = (self._averages.duration(count, event) for count in (length, length - batches))
+        return EpochFrame(
+            share=batches / length,
+            done=f"{epoch:.2f}{of_all}",
+            count=f"{math.floor(epoch + 1e-9)}{of_all}",
+            seconds=None if whole is None else f"{format_duration(whole)} per epoch",
+            remaining=f"{format_duration(left)} left" if left else None,
+        )
+
+    def _evaluation(self, event: EvalStep) -> EvaluationFrame:
+        done, count, (first, began) = self._batches_done, self._batch_count, self._counted_from
+        rate = (done - first) / (event.time - began) if done > first and event.time > began else None
+        parts = [f"batch {done}" + (f"/{count}" if count else "")]
+        if rate is not None:
+            parts.append(f"{format_scaled(rate)} batches/s")
+            if count and count > done:
+                parts.append(f"{format_duration((count - done) / rate)} left")
+        return EvaluationFrame(min(done / count, 1.0) if count else None, parts)
 
     def _metric_columns(self, metrics: Mapping[str, float]) -> list[Column]:
         shown = [(name, format_number(metrics[name])) for name in self._metrics if name in metrics]
@@ -221,6 +282,15 @@ class Progress:
         if rate is None or waiting is None:
             return []
         return [("", f"{format_scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
+
+    def _memory_columns(self) -> list[Column]:
+        device, host = device_memory(self._device), host_memory()
+        now, peak = (
+            device.get(f"device_{of_device}") or host.get(f"host_{of_host}", 0)
+            for of_device, of_host in (("allocated", "resident"), ("peak", "peak"))
+        )
+        # The system counts the peak of the process less precisely than its current memory.
+        return [("memory", f"{format_bytes(now)}, peak {format_bytes(max(now, peak))}")]
 
     def _evaluation_columns(self) -> list[Column]:
         if self._last is None:
@@ -251,9 +321,3 @@ def _describe_restored(event: Restored) -> str:
     kept = [f"slot {name!r} belongs to no callback" for name in event.extra]
     changed = [f"results may differ in the last bits: {line}" for line in event.environment_changes]
     return "; ".join([*new, *kept, *changed])
-
-
-def _epoch(event: LoopEvent) -> str | None:
-    if event.epoch is None:
-        return None
-    return f"epoch {event.epoch:.2f}" + (f"/{event.total_epochs}" if event.total_epochs is not None else "")

@@ -24,10 +24,13 @@ class RunningAverages:
 
     Args:
         span: Time constant of the averages, in seconds.
+        smoothing: Weight of the newest step in the averages of the speed, in [0, 1], instead of ``span``. 0 averages
+            all steps alike.
     """
 
-    def __init__(self, span: float) -> None:
+    def __init__(self, span: float, smoothing: float | None = None) -> None:
         self._span = span
+        self._retained = None if smoothing is None else 1 - smoothing  # of the speed, after a step
         self._last: float | None = None  # end of the last step
         self._first = 0.0  # end of the first step
         self._paused = 0.0  # seconds since the last step spent on other work
@@ -45,9 +48,10 @@ class RunningAverages:
         else:
             seconds = max(event.time - self._last - self._paused, 0.0)
             decay = math.exp(-seconds / self._span)
-            self._steps = self._steps * decay + 1
-            self._seconds = self._seconds * decay + seconds
-            self._waited = self._waited * decay + event.data_wait
+            kept = decay if self._retained is None else self._retained
+            self._steps = self._steps * kept + 1
+            self._seconds = self._seconds * kept + seconds
+            self._waited = self._waited * kept + event.data_wait
             self._busy += seconds
             retained = min(decay, 1 - 1 / _MAX_METRIC_STEPS)
         self._last, self._paused = event.time, 0.0
@@ -82,9 +86,13 @@ class RunningAverages:
     def remaining(self, event: LoopEvent) -> float | None:
         """Returns the estimated seconds until the end, evaluations and saves included, or None if unknown."""
         left = [total - done for done, total in _counts(event)]
-        if not left or self.rate is None or self._busy <= 0:
+        return self.duration(max(min(left), 0), event) if left else None
+
+    def duration(self, steps: float, event: LoopEvent) -> float | None:
+        """Returns the estimated seconds of steps, with their share of evaluations and saves, or None if unknown."""
+        if self.rate is None or self._busy <= 0:
             return None
-        return max(min(left), 0) / self.rate * max((event.time - self._first) / self._busy, 1.0)
+        return steps / self.rate * max((event.time - self._first) / self._busy, 1.0)
 
     def _read(self) -> None:
         for retained, metrics in self._unread:
