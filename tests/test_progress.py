@@ -99,7 +99,9 @@ def run(*, evaluated=True, reason="reached 20 steps"):
     time = 30.0
 
     def at(kind, step, **fields):
-        return kind(step=step, position=step, epoch_length=10, total_steps=20, total_epochs=2, time=time, **fields)
+        epochs = (step - 1) // 10 if kind is StepEnd else step // 10
+        fields |= {"epochs_done": epochs, "epoch_start": 10 * epochs, "epoch_length": 10}
+        return kind(step=step, position=step, total_steps=20, total_epochs=2, time=time, **fields)
 
     yield at(FitBegin, 0)
     for step in range(1, 21):

@@ -248,8 +248,9 @@ class Progress:
         if epoch is None or not length:
             return None
         of_all = "" if event.total_epochs is None else f"/{event.total_epochs}"
-        batches = event.position - event.epoch_start
-        batches = batches % length or min(batches, length)
+        batches = min(event.position - event.epoch_start, length)
+        if batches == 0 and event.epochs_done:
+            batches = length  # the epoch that ended, until the next one takes a step
         whole, left = (self._averages.duration(count, event) for count in (length, length - batches))
         return EpochFrame(
             share=batches / length,
