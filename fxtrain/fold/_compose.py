@@ -26,14 +26,14 @@ class Composed:
     Example:
         >>> import fxtrain as fx
         >>> composed = fx.compose(fx.callbacks.save(every=10), fx.callbacks.early_stopping("loss", patience=2))
-        >>> list(composed), list(composed.slots)
-        ([<callback save on StepEnd>, <callback early_stopping on EvalEnd, slot 'early_stopping'>], ['early_stopping'])
+        >>> [callback.name for callback in composed], list(composed.slots)
+        (['save when every(10)', 'early_stopping'], ['early_stopping'])
         >>> composed["early_stopping"]
         <callback early_stopping on EvalEnd, slot 'early_stopping'>
-        >>> composed.without("save").replace("early_stopping", fx.callbacks.early_stopping("accuracy", patience=5))
+        >>> composed.replace("early_stopping", fx.callbacks.swa(start=100)).without("save when every(10)")
         1 callback
-          EvalEnd  early_stopping
-          slots: 'early_stopping'
+          Updated  swa
+          slots: 'swa'
     """
 
     def __init__(self, handlers: tuple[Handler, ...]) -> None:

@@ -16,6 +16,7 @@ from fxtrain.core import (
     TRAJECTORY,
     Control,
     EvalEnd,
+    Event,
     LoopEvent,
     Metrics,
     Observer,
@@ -33,6 +34,7 @@ from fxtrain.core import (
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import subscription, takes
+from fxtrain.fold._watched import Outcome, Watched
 from fxtrain.loop._history import History
 from fxtrain.loop._published import published_after
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
@@ -54,7 +56,8 @@ class Publisher:
         observers: Functions ``(state, event, control) -> None``. The annotation of the second parameter is the
             subscription. Without one, an observer sees all events of the loop. With ``sees_logged = True``, it also
             sees any event at which something was logged. If an observer has ``flush()``, it is called before each save.
-            If it has ``close()``, it is called at the end.
+            If it has ``close()``, it is called at the end. If it has ``callback_ran(name, event, before, outcome)``, it
+            is called after each callback.
         history: Records all published scalars.
         device: Device of the run's state.
 
@@ -88,6 +91,20 @@ class Publisher:
         return kind in _RECORDED or bool(
             self._seeing.get(kind) or (kind in METRIC_PREFIXES and self._seeing.get(Published))
         )
+
+    def watched(self, callbacks: Composed) -> Composed:
+        """Returns callbacks that report each call to the observers that watch them, if there are any."""
+        watching = any(hasattr(observer, "callback_ran") for observer in self._observers)
+        return Watched(callbacks, self._callback_ran) if watching else callbacks
+
+    def _callback_ran(self, name: str, event: Event, before: TrainState, outcome: Outcome) -> None:
+        for observer in self._observers:
+            ran = getattr(observer, "callback_ran", None)
+            if ran is not None:
+                try:
+                    ran(name, event, before, outcome)
+                except Exception as error:
+                    self._failed(observer, f"{type(event).__name__} of step {int(event.step)}", error)
 
     def step(self, number: int, measured: Metrics) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""

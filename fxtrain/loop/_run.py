@@ -72,7 +72,7 @@ class Run:
         seed = int(state.seed)
         self._data = as_source(data, seed=seed)
         self._eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
-        self._callbacks = compose(callbacks, *_run_statistics(self._step, self._data))
+        self._callbacks = self._publish.watched(compose(callbacks, *_run_statistics(self._step, self._data)))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = self._attached(begin_epochs(state, self._data))
         best = getattr(plan.checkpointer, "best_metric", None)

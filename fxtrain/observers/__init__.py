@@ -1,5 +1,6 @@
 """Observers: functions ``(state, event, control)`` with side effects. They cannot influence training."""
 
+from fxtrain.observers._debug import debug
 from fxtrain.observers._machine import memory, system
 from fxtrain.observers._profile import profile
 from fxtrain.observers._progress import progress
@@ -10,6 +11,7 @@ from fxtrain.observers._wrapped import rank_zero, required
 from fxtrain.observers._write import write
 
 __all__ = [
+    "debug",
     "memory",
     "profile",
     "progress",
