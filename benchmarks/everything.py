@@ -151,7 +151,6 @@ def in_loop() -> Any:
         cb.reduce_on_plateau("loss", patience=1, factor=0.7),
         cb.schedule_hyperparam("weight_decay", fx.schedules.linear(0.1, 0.01, transition_steps=300)),
         cb.throughput(samples=16, tokens=16 * 128),
-        cb.lr_monitor(every=10),
         fx.when(fx.every(25), cb.save()),
         fx.when(fx.at(130), cb.evaluate()),
     )

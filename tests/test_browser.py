@@ -97,7 +97,6 @@ def train(folder, *, steps, resume=False):
         cb.restore_best("loss"),
         cb.stop_at("accuracy", 0.84, mode="max"),
         cb.throughput(samples=64, every=10),
-        cb.lr_monitor(),
         cb.confusion_matrix(10, labels=LABELS),
         cb.curves(10, labels=LABELS),
         cb.predictions(lambda batch: values.Image(batch["x"].clamp(0, 1), layout="CHW"), labels=LABELS, limit=12),
@@ -176,7 +175,7 @@ class TestReport:
         browser.open(report)
         titles = browser.value("[...document.querySelectorAll('.chart h3')].map(title => title.textContent)")
         assert titles[:3] == ["loss", "accuracy", "curves"]  # the most important ones first
-        assert {"hyperparams/learning_rate", "grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
+        assert {"learning_rate", "grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
         assert {"nan_guard/skipped", "throughput/samples_per_second", "histograms/weights/out.weight"} < set(titles)
         assert browser.value("document.querySelectorAll('.chart svg').length") == len(titles)
         assert browser.value("document.querySelectorAll('.chart path, .chart image').length") > len(titles)
@@ -330,7 +329,7 @@ class TestTensorBoard:
         def tags(kind):
             return set(asked(board, f"{kind}/tags")[NAME])
 
-        assert {"train/loss", "eval/accuracy", "grad_norm/total", "hyperparams/learning_rate"} < tags("scalars")
+        assert {"train/loss", "eval/accuracy", "grad_norm/total", "train/learning_rate"} < tags("scalars")
         assert {"curves/roc", "confusion_matrix", "samples/noise/1", "samples/biases"} < tags("images")
         assert {"histograms/grads/out.bias", "histograms/weights/conv.weight"} < tags("histograms")
         assert tags("text") == {"samples/note", "predictions"}

@@ -41,7 +41,6 @@ def callbacks():
         cb.reduce_on_plateau("loss", patience=0, factor=0.5),
         cb.schedule_hyperparam("weight_decay", fx.schedules.linear(0.1, 0.0, transition_steps=STEPS)),
         cb.throughput(samples=8, every=2),
-        cb.lr_monitor(),
         fx.when(fx.every(1), cb.save()),
         fx.when(fx.at(5), cb.evaluate()),
     )

@@ -111,6 +111,7 @@ class TestCompute:
         assert {name: value.dtype for name, value in output.metrics.items()} == {
             "loss": torch.float32,
             "size": torch.float32,
+            "learning_rate": torch.float32,
         }
         assert not torch.equal(new.params["0.weight"], state.params["0.weight"])
 

@@ -241,12 +241,14 @@ def test_related_curves_share_a_panel_and_the_loss_is_first(tmp_path):
     names = ["train/accuracy", "eval/accuracy", "eval/loss", "train/zeros", "lr", "grad_norm/max", "grad_norm/min"]
     names += [f"grad_norm/blocks.{i}" for i in range(10)] + ["grad_flow/gain_max", "grad_flow/gain/conv"]
     names += ["grad_flow/healthy", "grad_flow/damping", "update_ratio/frozen", "throughput/steps_per_second"]
+    names += ["train/learning_rate/body", "train/learning_rate/head"]
     names += ["early_stopping/improved_by", "weights/0.bias/norm", "train/activations/0/mean"]
     measured(tmp_path, {1: 1.0}, **dict.fromkeys(names, 1.0))
     html = page(read_run(tmp_path))
     found = {title: [series["name"] for series in lines] for title, lines in panels(html).items()}
-    assert list(found)[:4] == ["loss", "accuracy", "zeros", "lr"]
+    assert list(found)[:4] == ["loss", "accuracy", "learning_rate", "zeros"]
     assert found["loss"] == found["accuracy"] == ["train", "eval"]
+    assert found["learning_rate"] == ["body", "head"]
     assert found["grad_norm"] == ["max", "min"]
     assert found["grad_norm by layer, 1 of 2"] == [f"blocks.{i}" for i in range(5)]
     assert found["grad_norm by layer, 2 of 2"] == [f"blocks.{i}" for i in range(5, 10)]

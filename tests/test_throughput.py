@@ -1,4 +1,4 @@
-"""Throughput and hyperparameter monitors: exact values under a fake clock."""
+"""The throughput monitor: exact values under a fake clock."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.callbacks import lr_monitor, throughput
+from fxtrain.callbacks import throughput
 
 
 def step_end(step, time, data_wait=0.0):
@@ -80,35 +80,6 @@ class TestThroughput:
         rates = result.history["throughput/samples_per_second"]
         assert rates.steps.tolist() == [2, 4]
         assert all(0 < rate <= 8 for rate in rates.values)
-
-
-class TestLrMonitor:
-    def test_scheduled_values_are_published(self):
-        tx = fx.optim.inject_hyperparams(fx.optim.adamw)(
-            learning_rate=fx.schedules.linear(1.0, 0.0, transition_steps=4), weight_decay=0.1
-        )
-        step = fx.train_step(problem.loss_fn, tx)
-        result = fx.fit(fx.init(problem.module(), tx), step, problem.data(), steps=4, callbacks=lr_monitor(every=2))
-        assert result.history["hyperparams/learning_rate"].values == pytest.approx([0.75, 0.25])
-        assert result.history["hyperparams/weight_decay"].values == pytest.approx([0.1, 0.1])
-
-    def test_only_selected_hyperparameters_are_published(self):
-        tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=0.5, weight_decay=0.1)
-        state = fx.init({"w": torch.tensor(1.0)}, tx)
-        found = logged(lr_monitor(hyperparams=("weight_decay",)), [step_end(1, 0.5)], state)
-        assert found == [pytest.approx({"hyperparams/weight_decay": 0.1})]
-
-    @pytest.mark.parametrize(
-        ("tx", "message"),
-        [
-            (fx.optim.sgd(0.1), "expected the hyperparameter 'learning_rate' .* got none. Make the optimizer with"),
-            (fx.optim.inject_hyperparams(fx.optim.sgd)(0.1), "expected .* 'momentum' .*, got 'learning_rate'"),
-        ],
-    )
-    def test_missing_hyperparameter_is_rejected(self, tx, message):
-        names = ("momentum",) if "momentum" in message else ()
-        with pytest.raises(ValueError, match=message):
-            logged(lr_monitor(hyperparams=names), [step_end(1, 0.5)], fx.init({"w": torch.tensor(1.0)}, tx))
 
 
 def test_throughput_excludes_evaluation_time():

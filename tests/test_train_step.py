@@ -25,7 +25,8 @@ class TestTrainStep:
             loss, measured = problem.loss_fn(module, batch)
             loss.backward()
             optimizer.step()
-            torch.testing.assert_close(output.metrics, {"loss": loss.detach(), "mae": measured["mae"].detach()})
+            expected = {"loss": loss.detach(), "mae": measured["mae"].detach(), "learning_rate": torch.tensor(1e-2)}
+            torch.testing.assert_close(output.metrics, expected)
         torch.testing.assert_close(state.params, {name: p.detach() for name, p in module.named_parameters()})
 
     @pytest.mark.parametrize("accumulate", [2, 4, 8])
@@ -126,8 +127,9 @@ class TestTracedEvents:
         mean = tree.map(lambda a, b: (a + b) / 2, halves[0].grads, halves[1].grads)
         for event in (gradients, updated):
             testing.assert_equal(event.grads, mean, "the averaged gradients")
-            testing.assert_equal(event.metrics, dict(output.metrics), "the metrics")
             assert torch.equal(event.loss, event.metrics["loss"])
+        testing.assert_equal(updated.metrics, dict(output.metrics), "the metrics")
+        assert output.metrics.keys() - gradients.metrics.keys() == {"learning_rate"}
         testing.assert_equal(before.params, state.params, "the state at Gradients")
         testing.assert_equal(after.params, new.params, "the state at Updated")
         testing.assert_equal(updated.updates, tree.map(lambda g: -0.5 * g, mean), "the updates")

@@ -10,7 +10,7 @@ from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
 from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
-from fxtrain.callbacks._progress import durations, epoch_mean, lr_monitor, throughput
+from fxtrain.callbacks._progress import durations, epoch_mean, throughput
 from fxtrain.callbacks._requests import evaluate, save, stop_at, stop_on_divergence, time_limit
 from fxtrain.callbacks._restore_best import restore_best
 from fxtrain.callbacks._samples import samples, textgen
@@ -30,7 +30,6 @@ __all__ = [
     "grad_flow",
     "grad_norms",
     "histograms",
-    "lr_monitor",
     "monitor",
     "nan_guard",
     "predictions",

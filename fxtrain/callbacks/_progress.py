@@ -1,4 +1,4 @@
-"""Logs of a run's progress: throughput, durations, hyperparameters, and means of training metrics over each epoch."""
+"""Logs of a run's progress: throughput, durations, and means of training metrics over each epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain import metrics, optim
+from fxtrain import metrics
 from fxtrain.core import (
     Control,
     EpochEnd,
@@ -140,46 +140,6 @@ def durations(*, steps: When | None = None, name: str = "duration") -> Handler:
         return state, Control(log={f"{name}/{parts[type(event)]}": event.duration})
 
     return Handler("durations", log, frozenset(parts))
-
-
-def lr_monitor(*, every: When = 1, hyperparams: tuple[str, ...] = (), name: str = "hyperparams") -> Handler:
-    """Logs hyperparameters from the optimizer state, put there by ``fxtrain.optim.inject_hyperparams``.
-
-    Scheduled hyperparameters, such as the learning rate, are included.
-
-    Args:
-        every: When to log: a number of steps, or a trigger, evaluated at ``StepEnd``.
-        hyperparams: Names of the hyperparameters to log; all by default.
-        name: Prefix of the logged names: ``<name>/<path>``.
-
-    Raises:
-        ValueError: At run time, if the optimizer state has no hyperparameters, or lacks a named one.
-
-    Example:
-        >>> import fxtrain as fx
-        >>> tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.5)
-        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
-        >>> fx.compose(lr_monitor())(state, fx.StepEnd(step=1, metrics={}))[1].log["hyperparams/learning_rate"].value
-        tensor(0.5000)
-    """
-    due = as_trigger(every)
-
-    def watch(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
-        if not due(event):
-            return state, Control()
-        found = optim.get_hyperparams(state.opt_state)
-        there = {path.rpartition(".")[2] for path in found}
-        missing = sorted(set(hyperparams) - there) or ([] if found else ["learning_rate"])
-        if missing:
-            names = ", ".join(map(repr, sorted(there))) or "none"
-            raise ValueError(
-                f"expected the hyperparameter {missing[0]!r} in the optimizer state for lr_monitor, got {names}. Make "
-                "the optimizer with fxtrain.optim.inject_hyperparams(factory)(...)."
-            )
-        chosen = {p: v for p, v in found.items() if not hyperparams or p.rpartition(".")[2] in hyperparams}
-        return state, Control(log={f"{name}/{path}": value for path, value in chosen.items()})
-
-    return Handler("lr_monitor", watch, frozenset({StepEnd}))
 
 
 def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:

@@ -100,6 +100,18 @@ class Compiled:
         return {**settings, "uncompiled steps": str(self.uncompiled_steps)} if self.background else settings
 
     @property
+    def description(self) -> dict[str, str]:
+        """The description of the step, with ``compiled`` (its route) and ``donation``, as text by name."""
+        described: dict[str, str] = getattr(self.step, "description", {})
+        return {
+            **described,
+            **self.settings,
+            **described,
+            "compiled": self.route,
+            "donation": "yes" if self.donates else "no",
+        }
+
+    @property
     def graphs(self) -> int:
         """The number of compiled graphs."""
         return len(self._graphs) - len(self._pending) + (self._several.graphs if self._several else 0)

@@ -1,6 +1,7 @@
 # pyright: reportUnusedImport=false
 """The core types: the training state, its events, the requests of callbacks, and the function protocols."""
 
+from fxtrain.core._calls import Call, argument_text, records_call
 from fxtrain.core._checks import (
     check_choice,
     check_fraction,

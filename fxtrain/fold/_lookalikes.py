@@ -8,7 +8,7 @@ _COUNTERPARTS = {
     "early": "fxtrain.callbacks.early_stopping(metric, patience=)",
     "checkpoint": "checkpointer=fxtrain.checkpointer(folder)",
     "plateau": "fxtrain.callbacks.reduce_on_plateau(metric)",
-    "learningratemonitor": "fxtrain.callbacks.lr_monitor()",
+    "learningratemonitor": "the metric learning_rate that fxtrain.train_step adds",
     "lrscheduler": "a schedule of fxtrain.schedules as the optimizer's learning rate",
     "learningratescheduler": "a schedule of fxtrain.schedules as the optimizer's learning rate",
     "averaging": "fxtrain.callbacks.swa(start=)",

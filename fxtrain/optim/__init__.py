@@ -14,14 +14,14 @@ from fxtrain.optim._adafactor import adafactor, scale_by_factored_rms
 from fxtrain.optim._adam import ScaleByAdamState, adam, adamw, scale_by_adam, scale_by_amsgrad
 from fxtrain.optim._adam_variants import adamax, lamb, nadam, radam, scale_by_adamax, scale_by_nadam, scale_by_radam
 from fxtrain.optim._from_torch import from_torch
-from fxtrain.optim._hyperparams import Scheduled, get_hyperparams, inject_hyperparams, set_hyperparams
+from fxtrain.optim._hyperparams import Scheduled, get_hyperparams, inject_hyperparams, learning_rates, set_hyperparams
+from fxtrain.optim._learning_rates import LearningRate, ScalarOrSchedule
 from fxtrain.optim._masking import active_when, masked, partition, unfreeze
 from fxtrain.optim._momentum import EmaState, ema, lion, scale_by_lion, sgd, trace
 from fxtrain.optim._muon import muon, orthogonalize, scale_by_muon, scale_by_shape
 from fxtrain.optim._partial_update import update_used
 from fxtrain.optim._rprop import rprop, scale_by_rprop
 from fxtrain.optim._scaling import (
-    ScalarOrSchedule,
     ScaleByScheduleState,
     add_decayed_weights,
     clip_by_block_rms,
@@ -39,6 +39,7 @@ from fxtrain.optim._wrappers import apply_if_finite, every_k, lookahead, split_r
 
 __all__ = [
     "GradientTransformation",
+    "LearningRate",
     "PerParameter",
     "ScalarOrSchedule",
     "active_when",
@@ -62,6 +63,7 @@ __all__ = [
     "identity",
     "inject_hyperparams",
     "lamb",
+    "learning_rates",
     "lion",
     "lookahead",
     "masked",

@@ -18,7 +18,7 @@ from fxtrain.optim._masking import Mask
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
 from fxtrain.optim._state import PerParameter, real_full, start_counts, zeros
-from fxtrain.optim._transform import GradientTransformation, Rule, chain, from_counted_rule, from_rule
+from fxtrain.optim._transform import GradientTransformation, Rule, chain, described, from_counted_rule, from_rule
 
 
 class ScaleByRssState(NamedTuple):
@@ -27,6 +27,7 @@ class ScaleByRssState(NamedTuple):
     sum_of_squares: Tree  # like the parameters, real, float32 at least
 
 
+@described
 def scale_by_rss(
     *, initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7, eps_in_sqrt: bool = True
 ) -> GradientTransformation:
@@ -53,6 +54,7 @@ def scale_by_rss(
     return from_rule(lambda params: ScaleByRssState(real_full(params, initial_accumulator_value)), rule)
 
 
+@described
 @args_from(scale_by_rss, scale_by_learning_rate)
 def adagrad(
     learning_rate: ScalarOrSchedule,
@@ -106,6 +108,7 @@ class ScaleByStddevWithCountState(NamedTuple):
     nu: Tree  # like the parameters, real, float32 at least: average of squares
 
 
+@described
 def scale_by_rms(
     *,
     decay: Scalar = 0.9,
@@ -144,6 +147,7 @@ def scale_by_rms(
     return _from_averages(init, rule, decay, bias_correction)
 
 
+@described
 @args_from(scale_by_rms)
 def scale_by_stddev(
     *,
@@ -179,6 +183,7 @@ def scale_by_stddev(
     return _from_averages(init, rule, decay, bias_correction)
 
 
+@described
 @args_from(scale_by_rms, trace, scale_by_learning_rate)
 def rmsprop(
     learning_rate: ScalarOrSchedule,
@@ -248,6 +253,7 @@ class ScaleByAdaDeltaState(NamedTuple):
     e_x: Tree  # like the parameters, real, float32 at least: average of squared outgoing updates
 
 
+@described
 def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
     """Scales updates by the root mean square of past outgoing updates over that of incoming ones; see ``adadelta``.
 
@@ -273,6 +279,7 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
     return from_rule(lambda params: ScaleByAdaDeltaState(real_full(params), real_full(params)), rule)
 
 
+@described
 @args_from(scale_by_adadelta, add_decayed_weights, scale_by_learning_rate)
 def adadelta(
     learning_rate: ScalarOrSchedule = 1.0,

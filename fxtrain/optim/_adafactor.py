@@ -24,7 +24,7 @@ from fxtrain.optim._scaling import (
     scale_by_param_block_rms,
 )
 from fxtrain.optim._state import PerParameter, real_full, start_counts
-from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._transform import GradientTransformation, chain, described
 from fxtrain.tree import MaskedNode, leaf_paths
 
 
@@ -37,6 +37,7 @@ class FactoredState(NamedTuple):
     v: Tree  # the parameter's shape, real, float32 at least
 
 
+@described
 def scale_by_factored_rms(
     *,
     factored: bool = True,
@@ -132,6 +133,7 @@ def scale_by_factored_rms(
     return GradientTransformation(init, update)
 
 
+@described
 @args_from(scale_by_factored_rms, add_decayed_weights)
 def adafactor(
     learning_rate: ScalarOrSchedule | None = None,

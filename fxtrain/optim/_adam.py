@@ -20,7 +20,7 @@ from fxtrain.optim._leafwise import bias_correction, bias_corrections, debiased,
 from fxtrain.optim._masking import Mask
 from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
 from fxtrain.optim._state import PerParameter, real_full, start_counts, zeros
-from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule
+from fxtrain.optim._transform import GradientTransformation, chain, described, from_counted_rule
 
 
 class ScaleByAdamState(NamedTuple):
@@ -40,6 +40,7 @@ class ScaleByAmsgradState(NamedTuple):
     nu_max: Tree  # like nu: its largest value so far
 
 
+@described
 def scale_by_adam(
     *,
     b1: Scalar = 0.9,
@@ -79,6 +80,7 @@ def scale_by_adam(
     return from_counted_rule(lambda params: start_moments(params, mu_dtype), rule, numbers)
 
 
+@described
 @args_from(scale_by_adam)
 def scale_by_amsgrad(
     *,
@@ -124,6 +126,7 @@ def scale_by_amsgrad(
     )
 
 
+@described
 @args_from(scale_by_adam, scale_by_learning_rate)
 def adam(
     learning_rate: ScalarOrSchedule,
@@ -159,6 +162,7 @@ def adam(
     return chain(_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad), scale_by_learning_rate(learning_rate))
 
 
+@described
 @args_from(adam, add_decayed_weights)
 def adamw(
     learning_rate: ScalarOrSchedule,

@@ -17,7 +17,7 @@ from fxtrain.optim._leafwise import bias_correction, map_with_state, moving_aver
 from fxtrain.optim._masking import Mask
 from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate, scale_by_trust_ratio
 from fxtrain.optim._state import PerParameter, per_parameter, real_full, start_counts, zeros
-from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule
+from fxtrain.optim._transform import GradientTransformation, chain, described, from_counted_rule
 
 
 class ScaleByAdamaxState(NamedTuple):
@@ -28,6 +28,7 @@ class ScaleByAdamaxState(NamedTuple):
     nu: Tree  # like the parameters, real, float32 at least: decaying maximum
 
 
+@described
 @args_from(scale_by_adam)
 def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
     """Divides the first moment by a decaying maximum of absolute values; see ``adamax``.
@@ -56,6 +57,7 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
     return from_counted_rule(init, rule, lambda count, dtype: [bias_correction(b1, count, dtype)])
 
 
+@described
 @args_from(scale_by_adamax, scale_by_learning_rate)
 def adamax(
     learning_rate: ScalarOrSchedule, *, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
@@ -83,6 +85,7 @@ class ScaleByNadamState(NamedTuple):
     nu: Tree  # like the parameters, real, float32 at least: second moment
 
 
+@described
 @args_from(scale_by_adam)
 def scale_by_nadam(
     *,
@@ -148,6 +151,7 @@ def scale_by_nadam(
     return GradientTransformation(init, update)
 
 
+@described
 @args_from(adam)
 def nadam(
     learning_rate: ScalarOrSchedule,
@@ -183,6 +187,7 @@ def nadam(
     )
 
 
+@described
 @args_from(scale_by_adam)
 def scale_by_radam(
     *,
@@ -236,6 +241,7 @@ def scale_by_radam(
     return from_counted_rule(lambda params: start_moments(params, mu_dtype), rule, numbers)
 
 
+@described
 @args_from(scale_by_radam, scale_by_learning_rate)
 def radam(
     learning_rate: ScalarOrSchedule,
@@ -271,6 +277,7 @@ def radam(
     )
 
 
+@described
 @args_from(adamw)
 def lamb(
     learning_rate: ScalarOrSchedule,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fxtrain.core import Scalar, Tree, describe, did_you_mean
+from fxtrain.core import Scalar, Tree, describe, did_you_mean, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.equivalents._options import FOR_SPEED, Options, defaults_of
 from fxtrain.optim._accumulated_squares import scale_by_adadelta, scale_by_rms, scale_by_rss, scale_by_stddev
@@ -19,6 +19,7 @@ from fxtrain.optim._adafactor import scale_by_factored_rms
 from fxtrain.optim._adam import scale_by_adam, scale_by_amsgrad
 from fxtrain.optim._adam_variants import scale_by_adamax, scale_by_nadam, scale_by_radam
 from fxtrain.optim._leafwise import at_most, map_with_state, widest
+from fxtrain.optim._learning_rates import LearningRate
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._muon import scale_by_muon, scale_by_shape
 from fxtrain.optim._rprop import rprop
@@ -30,10 +31,11 @@ from fxtrain.optim._scaling import (
     scale_by_param_block_rms,
 )
 from fxtrain.optim._state import PerParameter, per_parameter, start_count, start_counts, zeros
-from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.optim._transform import GradientTransformation, chain, described
 from fxtrain.optim._wrappers import split_real_and_imaginary
 
 
+@described
 def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: object) -> GradientTransformation:
     """Returns a transformation that takes the same steps as a ``torch.optim`` optimizer.
 
@@ -162,13 +164,19 @@ def _adafactor(options: Options) -> GradientTransformation:
         largest = rate(step) if callable(rate) else rate
         return at_most(torch.rsqrt(updates + 1), largest)
 
+    def current(opt_state: StepSizeState) -> Tensor:
+        """Returns the step size of parameters that every step uses."""
+        return relative_step(opt_state.step.to(wide_dtype(opt_state.step.device)), opt_state.step)
+
+    scaled = _scale_each(relative_step)
+    used = LearningRate(rate, current, follows_step=False)
     return chain(
         scale_by_factored_rms(
             decay_rate=-options["beta2_decay"], min_dim_size_to_factor=1, eps=eps, factor_last=True, clamp=True
         ),
         clip_by_block_rms(options["d"]),
         scale_by_param_block_rms(min_scale=smallest_scale),
-        _scale_each(relative_step),
+        scaled._replace(learning_rates=(used,)),
         # As in torch, the learning rate multiplies the weight decay but only bounds the step size.
         add_decayed_weights((lambda count: rate(count) * decay) if callable(rate) else rate * decay),
         scale(-1.0),
@@ -208,12 +216,16 @@ def _asgd(options: Options) -> GradientTransformation:
         eta = per_parameter(params, dtype=widest(params))
         return AsgdState(start_count(params), start_counts(params), eta, zeros(params))
 
+    def at(opt_state: AsgdState) -> Scalar:
+        return rate(opt_state.step) if callable(rate) else rate
+
+    def step_sizes(opt_state: AsgdState) -> Tensor:
+        return torch.where(opt_state.count.values == 0, at(opt_state), opt_state.eta.values)
+
     def update(updates: Tree, opt_state: AsgdState, params: Tree | None = None) -> tuple[Tree, AsgdState]:
         if params is None:
             raise ValueError("expected params for from_torch(ASGD), got None. Call update(grads, opt_state, params).")
-        count = opt_state.count.values.to(widest(updates))
-        base = rate(opt_state.step) if callable(rate) else rate
-        eta = torch.where(opt_state.count.values == 0, base, opt_state.eta.values)
+        count, base, eta = opt_state.count.values.to(widest(updates)), at(opt_state), step_sizes(opt_state)
         share = 1 / (count - start).clamp(min=1)
 
         def rule(update: Tensor, param: Tensor, ax: Tensor, eta: Tensor, share: Tensor) -> tuple[Tensor, ...]:
@@ -224,7 +236,12 @@ def _asgd(options: Options) -> GradientTransformation:
         following = opt_state.eta.replace((base / (1 + lambd * base * (count + 1)) ** alpha).to(eta.dtype))
         return steps, AsgdState(opt_state.step + 1, opt_state.count + 1, following, ax)
 
-    return chain(_l2(options), GradientTransformation(init, update))
+    def current(opt_state: AsgdState) -> Scalar:
+        """Returns the step size of parameters that every step uses."""
+        return step_sizes(opt_state).amin() if opt_state.count.paths else at(opt_state)
+
+    used = LearningRate(rate, current, follows_step=False)
+    return chain(_l2(options), GradientTransformation(init, update, (used,)))
 
 
 def _with_decay(scaled: GradientTransformation, options: Options) -> GradientTransformation:

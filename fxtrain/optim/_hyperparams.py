@@ -1,4 +1,4 @@
-"""Hyperparameters as part of the optimizer state, where callbacks can change them."""
+"""Hyperparameters in the optimizer state, where callbacks can change them, and the learning rates of any optimizer."""
 
 # pyright: reportIncompatibleMethodOverride=false
 # As in optax, states have a field named `count`, which shadows the method of tuples.
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Scalar, Tree, did_you_mean
+from fxtrain.core import Call, Scalar, TrainState, Tree, describe, did_you_mean, name_of
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leafwise import widest
+from fxtrain.optim._learning_rates import LearningRate, LearningRates, by_group, inside
 from fxtrain.optim._state import start_count
-from fxtrain.optim._transform import GradientTransformation
+from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 from fxtrain.schedules import Schedule
 from fxtrain.tree import Path, as_code, children, rebuilt
 
@@ -43,6 +44,9 @@ def inject_hyperparams(
 
     A hyperparameter in the state can be changed between steps, or inside one, without a retrace: see
     ``set_hyperparams``. Arguments that are not passed keep their defaults and are not stored.
+
+    The learning rate is logged in any case. A callback logs the others:
+    ``lambda state, event: (state, fx.Control(log=fx.optim.get_hyperparams(state.opt_state)))``.
 
     Args:
         factory: A function that returns a transformation, such as ``adamw``.
@@ -89,12 +93,22 @@ def inject_hyperparams(
                 static_arguments[name] = value
         if not schedules and not unscheduled:
             raise TypeError(
-                f"expected inject_hyperparams({getattr(factory, '__name__', factory)}) to get a float, a tensor or a "
+                f"expected inject_hyperparams({name_of(factory)}) to get a float, a tensor or a "
                 "schedule, got none. Pass at least one hyperparameter, such as learning_rate=3e-4."
             )
 
         # Runs the factory's checks of its arguments, because later calls pass tensors, whose values it cannot check.
-        factory(**{**given, **{name: of(torch.tensor(0)) for name, of in schedules.items()}})
+        starts = {name: of(torch.tensor(0)) for name, of in schedules.items()}
+        checked = factory(**{**given, **starts})
+
+        def current(opt_state: InjectHyperparamsState) -> dict[str, Tensor | Scheduled]:
+            """Returns the hyperparameters of the next update."""
+            count, kept, _ = opt_state
+            now = {name: Scheduled(torch.as_tensor(of(count)).to(_value(kept[name]))) for name, of in schedules.items()}
+            return {**kept, **now}
+
+        def made(hyperparams: dict[str, Tensor | Scheduled]) -> GradientTransformation:
+            return factory(**static_arguments, **_values(hyperparams))
 
         def init(params: Tree) -> InjectHyperparamsState:
             dtype, device = widest(params), tree.device_of(params)
@@ -104,18 +118,25 @@ def inject_hyperparams(
             hyperparams = {name: _scalar(value, dtype, device) for name, value in unscheduled.items()}
             scheduled = {name: Scheduled(_scalar(of(count), dtype, device)) for name, of in schedules.items()}
             kept = {**hyperparams, **scheduled}
-            return InjectHyperparamsState(count, kept, factory(**static_arguments, **_values(kept)).init(params))
+            return InjectHyperparamsState(count, kept, made(kept).init(params))
 
         def update(
             updates: Tree, opt_state: InjectHyperparamsState, params: Tree | None = None
         ) -> tuple[Tree, InjectHyperparamsState]:
-            count, kept, inner_state = opt_state
-            now = {name: Scheduled(torch.as_tensor(of(count)).to(_value(kept[name]))) for name, of in schedules.items()}
-            kept = {**kept, **now}
-            updates, inner_state = factory(**static_arguments, **_values(kept)).update(updates, inner_state, params)
-            return updates, InjectHyperparamsState(count + 1, kept, inner_state)
+            kept = current(opt_state)
+            updates, inner_state = made(kept).update(updates, opt_state.inner_state, params)
+            return updates, InjectHyperparamsState(opt_state.count + 1, kept, inner_state)
 
-        return GradientTransformation(init, update)
+        def learning_rate(index: int, of_checked: LearningRate) -> LearningRate:
+            def value(opt_state: InjectHyperparamsState) -> Scalar:
+                return made(current(opt_state)).learning_rates[index].value(opt_state.inner_state)
+
+            started = (schedules[name] for name, start in starts.items() if start is of_checked.given)
+            return of_checked._replace(given=next(started, of_checked.given), value=value, follows_step=False)
+
+        rates = tuple(learning_rate(*each) for each in enumerate(checked.learning_rates))
+        call = Call(factory, args, kwargs, name=f"inject_hyperparams({name_of(factory)})")
+        return GradientTransformation(init, update, rates, call)
 
     return build
 
@@ -177,6 +198,64 @@ def get_hyperparams(opt_state: Tree) -> dict[str, Tensor]:
     ]
     names = [name for _, name, _ in found]
     return {name if names.count(name) == 1 else f"{as_code(path)}.{name}": value for path, name, value in found}
+
+
+def learning_rates(tx: GradientTransformation | Mapping[str, Any], state: TrainState) -> dict[str, Tensor]:
+    """Returns the learning rates that the next update uses, with names for logs.
+
+    ``train_step`` adds them to its metrics. A hand-written step adds them before its update:
+    ``metrics = {"loss": loss, **fx.optim.learning_rates(tx, state)}``.
+
+    Args:
+        tx: The gradient transformation given to ``init``, or a dict of them.
+        state: The state before the update.
+
+    Returns:
+        From ``"learning_rate"``, or ``"learning_rate/<group>"`` if there is more than one, to a tensor of shape [],
+        float32, or float64 if a parameter is. Groups are labels of ``partition``, patterns of ``unfreeze``, positions
+        in ``chain`` and keys of ``tx``. Groups with the same schedule and the same step share one learning rate. Empty
+        if there is none, as for ``adafactor()`` and ``rprop(0.1)``.
+
+    Raises:
+        TypeError: If ``tx`` is not a gradient transformation.
+        ValueError: If the state was not initialized with ``tx``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> tx = fx.optim.adamw(fx.schedules.linear(0.1, 0.0, transition_steps=10))
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
+        >>> learning_rates(tx, state)
+        {'learning_rate': tensor(0.1000)}
+    """
+    dtype = widest(state.params)
+
+    def scalar(rate: LearningRate) -> Tensor:
+        try:
+            value = rate.value(state.opt_state)
+        except Exception as error:
+            raise ValueError(
+                f"expected state.opt_state to be the state of {tx!r}, got {describe(state.opt_state)}. Pass the "
+                "transformation given to fx.init."
+            ) from error
+        # A copy, because no two tensors that a step returns may share storage.
+        if isinstance(value, Tensor):
+            return value.detach().to(state.step.device, dtype, copy=True)
+        # Not torch.tensor(...), which would become an input of the graph.
+        return torch.full_like(state.step, value, dtype=dtype)
+
+    return {name: scalar(rate) for name, rate in learning_rates_by_name(tx).items()}
+
+
+def learning_rates_by_name(tx: GradientTransformation | Mapping[str, Any]) -> dict[str, LearningRate]:
+    """Returns the learning rates of transformations by their names for logs."""
+    return {f"learning_rate/{rate.group}" if rate.group else "learning_rate": rate for rate in _rates(tx)}
+
+
+def _rates(tx: GradientTransformation | Mapping[str, Any]) -> LearningRates:
+    if isinstance(tx, Mapping):
+        return by_group({key: inside(_rates(each), lambda state, key=key: state[key]) for key, each in tx.items()})
+    refuse_unless_transformation("tx", tx)
+    return tx.learning_rates
 
 
 def _flat(signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Any]:

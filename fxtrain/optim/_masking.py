@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, describe
+from fxtrain.optim._learning_rates import by_group, inner_state_of, inside
 from fxtrain.optim._state import start_count
-from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation, set_to_zero
+from fxtrain.optim._transform import GradientTransformation, described, refuse_unless_transformation, set_to_zero
 from fxtrain.tree import MaskedNode, as_code, as_name, leaf_paths
 
 Mask = Tree | Callable[[str, Tensor], bool]
@@ -44,6 +45,7 @@ class PartitionState(NamedTuple):
     inner_states: dict[str, Tree]  # from labels to the states of their transformations
 
 
+@described
 def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
     """Applies ``tx`` only to leaves where the mask is true. Other updates pass through unchanged.
 
@@ -77,9 +79,10 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         inner, inner_state = tx.update(_where(chosen, updates), opt_state.inner_state, inner_params)
         return _merged(updates, [(chosen, inner)]), MaskedState(inner_state)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, inside(tx.learning_rates, inner_state_of))
 
 
+@described
 def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
     """Applies to each leaf the transformation selected by its label.
 
@@ -131,7 +134,11 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
             parts.append((mine, part))
         return _merged(updates, parts), PartitionState(states)
 
-    return GradientTransformation(init, update)
+    learning_rates = {
+        label: inside(tx.learning_rates, lambda state, label=label: state.inner_states[label])
+        for label, tx in transforms.items()
+    }
+    return GradientTransformation(init, update, by_group(learning_rates))
 
 
 def _selected(mask: Mask, values: Tree) -> list[bool]:
@@ -181,6 +188,7 @@ class ActiveWhenState(NamedTuple):
     inner_state: Tree  # state of the wrapped transformation
 
 
+@described
 def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -> GradientTransformation:
     """Applies ``tx`` only while ``holds(count)`` is true.
 
@@ -213,9 +221,10 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
             opt_state.count + 1, tree.where(active, inner_state, opt_state.inner_state)
         )
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, inside(tx.learning_rates, inner_state_of, follows_step=False))
 
 
+@described
 def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> GradientTransformation:
     """Trains each parameter with ``tx`` only during its phase.
 

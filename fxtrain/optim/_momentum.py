@@ -15,7 +15,7 @@ from fxtrain.optim._leafwise import bias_correction, debiased, moving_average
 from fxtrain.optim._masking import Mask
 from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
 from fxtrain.optim._state import PerParameter, start_counts, zeros
-from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule, from_rule
+from fxtrain.optim._transform import GradientTransformation, chain, described, from_counted_rule, from_rule
 
 
 class TraceState(NamedTuple):
@@ -44,6 +44,7 @@ class ScaleByLionState(NamedTuple):
     mu: Tree  # like the parameters
 
 
+@described
 def trace(
     decay: Scalar,
     *,
@@ -104,6 +105,7 @@ def _dampened_trace(
     return from_counted_rule(init, rule, lambda count, dtype: [1 - dampening * (count > 1).to(dtype)])
 
 
+@described
 def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
     """Replaces updates by their exponential moving average.
 
@@ -137,6 +139,7 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
     return from_counted_rule(init, rule, numbers)
 
 
+@described
 def scale_by_lion(
     *, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
@@ -161,6 +164,7 @@ def scale_by_lion(
     return from_rule(lambda params: ScaleByLionState(zeros(params, dtype=mu_dtype)), rule)
 
 
+@described
 @args_from(trace, scale_by_learning_rate)
 def sgd(
     learning_rate: ScalarOrSchedule,
@@ -199,6 +203,7 @@ def sgd(
     )
 
 
+@described
 @args_from(scale_by_lion, add_decayed_weights)
 def lion(
     learning_rate: ScalarOrSchedule,

@@ -28,7 +28,7 @@ from fxtrain.optim._leafwise import bias_corrections, debiased, map_updates, mov
 from fxtrain.optim._masking import Labels, Mask, partition
 from fxtrain.optim._scaling import ScalarOrSchedule, add_decayed_weights, scale_by_learning_rate
 from fxtrain.optim._state import PerParameter, start_counts, zeros
-from fxtrain.optim._transform import GradientTransformation, chain, from_counted_rule, stateless
+from fxtrain.optim._transform import GradientTransformation, chain, described, from_counted_rule, stateless
 from fxtrain.tree import as_code, leaf_paths
 
 Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]
@@ -88,6 +88,7 @@ def orthogonalize(
     return x.mH if tall else x
 
 
+@described
 def scale_by_muon(
     *,
     ns_coeffs: Coefficients = COEFFICIENTS,
@@ -149,6 +150,7 @@ def scale_by_muon(
     return from_counted_rule(init, rule, numbers)
 
 
+@described
 def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformation:
     """Scales matrices by a factor of their shape, so that one learning rate suits all widths.
 
@@ -174,6 +176,7 @@ def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformati
     return stateless(lambda updates, params: map_updates(rule, updates))
 
 
+@described
 @args_from(scale_by_muon, scale_by_learning_rate)
 def muon(
     learning_rate: ScalarOrSchedule,

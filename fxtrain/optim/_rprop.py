@@ -11,7 +11,7 @@ from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_nega
 from fxtrain.optim._leafwise import at_least, at_most
 from fxtrain.optim._scaling import scale
 from fxtrain.optim._state import real_full, zeros
-from fxtrain.optim._transform import GradientTransformation, chain, from_rule
+from fxtrain.optim._transform import GradientTransformation, chain, described, from_rule
 
 
 class ScaleByRpropState(NamedTuple):
@@ -21,6 +21,7 @@ class ScaleByRpropState(NamedTuple):
     previous_sign: Tree  # like the parameters: sign of the last update, or 0 after a change of sign
 
 
+@described
 def scale_by_rprop(
     learning_rate: Scalar,
     *,
@@ -59,6 +60,7 @@ def scale_by_rprop(
     return from_rule(lambda params: ScaleByRpropState(real_full(params, learning_rate), zeros(params)), rule)
 
 
+@described
 @args_from(scale_by_rprop)
 def rprop(
     learning_rate: Scalar,

@@ -14,15 +14,14 @@ from fxtrain import tree
 from fxtrain.core import Scalar, Tree, check_non_negative, check_positive, describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leafwise import at_least, at_most, map_updates, map_with_params, norm, root_mean_square
+from fxtrain.optim._learning_rates import LearningRate, ScalarOrSchedule
 from fxtrain.optim._masking import Mask, masked
 from fxtrain.optim._state import start_count
-from fxtrain.optim._transform import GradientTransformation, identity, stateless
+from fxtrain.optim._transform import GradientTransformation, described, identity, stateless
 from fxtrain.schedules import Schedule
 
-ScalarOrSchedule = float | Tensor | Schedule
-"""A float, a tensor of shape [], or a function from the step to one of these."""
 
-
+@described
 def scale(factor: Scalar) -> GradientTransformation:
     """Multiplies updates by a constant: ``u = factor * g``.
 
@@ -41,6 +40,7 @@ class ScaleByScheduleState(NamedTuple):
     count: Tensor  # int64 []: updates made
 
 
+@described
 def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     """Multiplies updates by a schedule: ``u = schedule(count) * g``, with a count from 0.
 
@@ -83,6 +83,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
+@described
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool = True) -> GradientTransformation:
     """Multiplies updates by the negative learning rate, which turns them into descent steps.
 
@@ -101,12 +102,19 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
     """
     sign = -1 if flip_sign else 1
     refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
+
+    def value(opt_state: Any) -> Scalar:
+        return learning_rate(opt_state.count) if callable(learning_rate) else learning_rate
+
     if callable(learning_rate):
-        return scale_by_schedule(lambda count: sign * learning_rate(count))
-    check_non_negative(learning_rate=learning_rate)
-    return scale(sign * learning_rate)
+        tx = scale_by_schedule(lambda count: sign * learning_rate(count))
+    else:
+        check_non_negative(learning_rate=learning_rate)
+        tx = scale(sign * learning_rate)
+    return tx._replace(learning_rates=(LearningRate(learning_rate, value),))
 
 
+@described
 def scale_by_trust_ratio(
     *, min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
 ) -> GradientTransformation:
@@ -139,6 +147,7 @@ def scale_by_trust_ratio(
     return stateless(lambda updates, params: map_with_params(rule, "scale_by_trust_ratio", updates, params))
 
 
+@described
 def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformation:
     """Multiplies each leaf's update by the root mean square of its parameter, or by ``min_scale`` if that is larger.
 
@@ -156,6 +165,7 @@ def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformat
     return stateless(lambda updates, params: map_with_params(rule, "scale_by_param_block_rms", updates, params))
 
 
+@described
 def clip_by_value(max_delta: Scalar) -> GradientTransformation:
     """Clips each element to [-max_delta, max_delta]. Split complex updates first: see ``split_real_and_imaginary``.
 
@@ -171,6 +181,7 @@ def clip_by_value(max_delta: Scalar) -> GradientTransformation:
     )
 
 
+@described
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     """Scales all updates by one factor, so that the norm of the whole tree is at most ``max_norm``.
 
@@ -200,6 +211,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     return stateless(clipped)
 
 
+@described
 def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     """Scales each leaf down so that its root mean square is at most ``threshold``.
 
@@ -225,6 +237,7 @@ class WeightDecaySchedule(NamedTuple):
     count: Tensor  # int64 []: updates made
 
 
+@described
 def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None) -> GradientTransformation:
     """Adds a multiple of the parameters to the updates: ``u = g + weight_decay * p``.
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, describe
+from fxtrain.core import Call, Tree, describe, name_of, records_call
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leafwise import combine, map_with_state, widest
+from fxtrain.optim._learning_rates import LearningRates, by_group, inside
 
 
 class UpdateFn(Protocol):
@@ -36,6 +37,9 @@ class GradientTransformation(NamedTuple):
         update: From gradients, state and parameters to updates, which are added to the parameters, and the new state.
             The parameters may be omitted if no transformation needs them.
 
+        learning_rates: The learning rates, for logs. See ``LearningRate``.
+        call: The call that made it, for its ``repr``. Set by the functions of this package.
+
     Example:
         >>> def update(updates, opt_state, params=None):
         ...     return tree.map(lambda u: -0.1 * u, updates), opt_state + 1
@@ -46,6 +50,23 @@ class GradientTransformation(NamedTuple):
 
     init: Callable[[Tree], Tree]
     update: UpdateFn
+    learning_rates: LearningRates = ()
+    call: Call | None = None
+
+    def __repr__(self) -> str:
+        if self.call is not None:
+            return repr(self.call)
+        *outer, name = getattr(self.update, "__qualname__", name_of(self.update)).split(".<locals>.")
+        # Functions inside of a factory are usually named like this, while the factory has the telling name.
+        return f"{outer[-1]}(...)" if outer and name in ("update", "update_fn", "<lambda>") else name
+
+
+def _with_call(tx: GradientTransformation, call: Call) -> GradientTransformation:
+    return tx._replace(call=call)
+
+
+described = records_call(_with_call)
+"""Decorates a function that makes transformations, so that they show the call that made them."""
 
 
 def refuse_unless_transformation(argument: str, value: object) -> None:
@@ -63,6 +84,7 @@ class EmptyState(NamedTuple):
     """The state of a stateless transformation."""
 
 
+@described
 def stateless(update: Callable[[Tree, Tree | None], Tree]) -> GradientTransformation:
     """Makes a transformation without state from a function ``(updates, params) -> updates``.
 
@@ -84,6 +106,7 @@ def stateless(update: Callable[[Tree, Tree | None], Tree]) -> GradientTransforma
     return GradientTransformation(init, apply)
 
 
+@described
 def identity() -> GradientTransformation:
     """Returns updates unchanged.
 
@@ -96,6 +119,7 @@ def identity() -> GradientTransformation:
     return stateless(lambda updates, params: updates)
 
 
+@described
 def set_to_zero() -> GradientTransformation:
     """Replaces updates by zeros, which freezes the parameters.
 
@@ -108,6 +132,7 @@ def set_to_zero() -> GradientTransformation:
     return stateless(lambda updates, params: tree.zeros_like(updates))
 
 
+@described
 def chain(*transforms: GradientTransformation) -> GradientTransformation:
     """Applies transformations in order, each to the updates of the previous one.
 
@@ -144,7 +169,11 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
             states.append(state)
         return updates, tuple(states)
 
-    return GradientTransformation(init, update)
+    learning_rates = {
+        str(index): inside(transform.learning_rates, lambda state, index=index: state[index])
+        for index, transform in enumerate(transforms)
+    }
+    return GradientTransformation(init, update, by_group(learning_rates, parallel=False))
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

@@ -14,8 +14,9 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import Scalar, Tree, check_positive_int
 from fxtrain.optim._leafwise import map_with_state
+from fxtrain.optim._learning_rates import inner_state_of, inside
 from fxtrain.optim._state import PerParameter, clones, start_count, start_counts, where_each, zeros
-from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
+from fxtrain.optim._transform import GradientTransformation, described, refuse_unless_transformation
 
 
 class EveryKState(NamedTuple):
@@ -30,6 +31,7 @@ class EveryKState(NamedTuple):
     SHARED_COUNTS = ()
 
 
+@described
 def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], int | Tensor]) -> GradientTransformation:
     """Applies ``tx`` to the mean gradient of every ``k`` steps.
 
@@ -90,7 +92,7 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], int | Tensor
             where_each(moved, complete, inner_state, opt_state.inner_state),
         )
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, inside(tx.learning_rates, inner_state_of, follows_step=False))
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -101,6 +103,7 @@ class ApplyIfFiniteState(NamedTuple):
     inner_state: Tree  # state of the wrapped transformation
 
 
+@described
 def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> GradientTransformation:
     """Applies ``tx`` only if all gradients are finite.
 
@@ -143,7 +146,7 @@ def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> Grad
             tree.where(apply, inner_state, opt_state.inner_state),
         )
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, inside(tx.learning_rates, inner_state_of, follows_step=False))
 
 
 class LookaheadState(NamedTuple):
@@ -156,6 +159,7 @@ class LookaheadState(NamedTuple):
     SHARED_COUNTS = ()
 
 
+@described
 def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar = 0.5) -> GradientTransformation:
     """Moves fast weights by ``tx``, and pulls slow weights toward them every ``period`` steps.
 
@@ -209,9 +213,10 @@ def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar 
         updates, _, slow = map_with_state(follow, updates, params, opt_state.slow)
         return updates, LookaheadState(count, slow, inner_state)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, inside(tx.learning_rates, inner_state_of))
 
 
+@described
 def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformation:
     """Wraps ``tx`` so that it sees each complex leaf as a real one with a last dimension of size 2.
 
@@ -238,7 +243,7 @@ def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformati
     def init(params: Tree) -> Tree:
         return tx.init(tree.map(_split, params))
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, tx.learning_rates)
 
 
 def _split(leaf: Tensor) -> Tensor:

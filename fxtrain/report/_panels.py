@@ -34,6 +34,7 @@ _SHARED_PANELS = tuple(
     for pattern, title in (
         (r"train/activations/(.+)/([^/]+)", r"activations: \2"),
         (r"train/activations/([^/]+)", "activations"),
+        (r"train/learning_rate/(.+)", "learning_rate"),
         (r"(train|eval)/(.+)", r"\2"),
         (r"weights/(.+)/([^/]+)", r"weights: \2"),
         (r"(healthy|damping|amplifying|vanishing|exploding) of (.+)", r"\2: layers"),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Scalar, check_choice, check_int, check_positive, check_positive_int, describe
-from fxtrain.schedules._schedule import Schedule, as_value, cosine, refuse_unless_schedule, schedule_of, wide
+from fxtrain.schedules._schedule import Schedule, as_value, cosine, described, refuse_unless_schedule, schedule_of, wide
 
 
+@described
 def warmup(schedule: Schedule, steps: int, *, init_value: Scalar = 0.0) -> Schedule:
     """Linear warmup to the first value of ``schedule``, followed by ``schedule`` from its step 0.
 
@@ -39,6 +40,7 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Scalar = 0.0) -> Sched
     return schedule_of(value)
 
 
+@described
 def warmup_cosine_decay(
     init_value: Scalar,
     peak_value: float,
@@ -75,6 +77,7 @@ def warmup_cosine_decay(
     return warmup(decay, warmup_steps, init_value=init_value)
 
 
+@described
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     """Joins schedules one after another, each from its own step 0.
 
@@ -109,6 +112,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     return schedule_of(value)
 
 
+@described
 def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = False) -> Schedule:
     """Repeats the first ``period`` steps of a schedule.
 
@@ -153,6 +157,7 @@ def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = Fa
     return schedule_of(lambda step: schedule(step % period))
 
 
+@described
 def piecewise(
     init_value: Scalar,
     boundaries_and_scales: Mapping[float, Scalar],
@@ -201,6 +206,7 @@ def piecewise(
     return schedule_of(value)
 
 
+@described
 def one_cycle(
     transition_steps: int,
     peak_value: Scalar,

@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import Scalar, check_int, check_positive, check_positive_int, describe, wide_dtype
+from fxtrain.core import Call, Scalar, check_int, check_positive, check_positive_int, describe, records_call, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Tensor], Tensor]
 """Maps the step (int64 []) to a value (float64 []). Those of this package take Python ints too."""
+
+
+class DescribedSchedule:
+    """A schedule with the call that made it, which is its ``repr``.
+
+    Args:
+        function: The schedule.
+        call: The call.
+
+    Example:
+        >>> warm = cosine(1e-3, 1000, alpha=0.1)
+        >>> warm, float(warm(0))
+        (cosine(0.001, 1000, alpha=0.1), 0.001)
+    """
+
+    def __init__(self, function: Schedule, call: Call) -> None:
+        self.function, self.call = function, call
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        return self.function(cast(Tensor, step))
+
+    def __repr__(self) -> str:
+        return repr(self.call)
+
+
+def _described(schedule: Schedule, call: Call) -> Schedule:
+    return DescribedSchedule(schedule, call)
+
+
+described = records_call(_described)
+"""Decorates a function that makes schedules, so that they show the call that made them."""
 
 
 def schedule_of(value: Callable[[Tensor], Scalar]) -> Schedule:
@@ -54,6 +86,7 @@ def as_value(value: Scalar, step: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=wide_dtype(step.device), device=step.device)
 
 
+@described
 def constant(value: Scalar) -> Schedule:
     """A constant schedule.
 
@@ -64,6 +97,7 @@ def constant(value: Scalar) -> Schedule:
     return schedule_of(lambda step: value)
 
 
+@described
 def polynomial(
     init_value: Scalar, end_value: Scalar, *, power: Scalar = 1.0, transition_steps: int, transition_begin: int = 0
 ) -> Schedule:
@@ -92,6 +126,7 @@ def polynomial(
     return schedule_of(value)
 
 
+@described
 def linear(init_value: Scalar, end_value: Scalar, *, transition_steps: int, transition_begin: int = 0) -> Schedule:
     """A linear transition from ``init_value`` to ``end_value``.
 
@@ -108,6 +143,7 @@ def linear(init_value: Scalar, end_value: Scalar, *, transition_steps: int, tran
     return polynomial(init_value, end_value, transition_steps=transition_steps, transition_begin=transition_begin)
 
 
+@described
 def cosine(init_value: Scalar, decay_steps: int, *, alpha: Scalar = 0.0, exponent: Scalar = 1.0) -> Schedule:
     """Cosine decay from ``init_value`` to ``alpha * init_value``.
 
@@ -135,6 +171,7 @@ def cosine(init_value: Scalar, decay_steps: int, *, alpha: Scalar = 0.0, exponen
     return schedule_of(value)
 
 
+@described
 def exponential(
     init_value: Scalar,
     transition_steps: int,
@@ -179,6 +216,7 @@ def exponential(
     return schedule_of(value)
 
 
+@described
 def inverse_sqrt(init_value: Scalar, timescale: int) -> Schedule:
     """Inverse square root decay.
 

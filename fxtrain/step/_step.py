@@ -36,6 +36,8 @@ class Step:
             callbacks to the step.
         settings: Other settings on which the result depends bitwise, as strings by name. Checkpoints store them, and
             resuming with others warns.
+        description: What else describes the step in summaries and logs, such as its optimizer, by name. Values are
+            converted to text when they are read.
 
     Raises:
         TypeError: If the function does not take a state and a batch. When it runs, if its arguments or its result have
@@ -63,12 +65,14 @@ class Step:
         fires: Iterable[type[Event]] = (),
         rebuild: Callable[[Composed], Step] | None = None,
         settings: Mapping[str, str] | None = None,
+        description: Mapping[str, object] | None = None,
     ) -> None:
         refuse_unless_step(function)
         self.function = function
         self.callbacks: Composed = as_composed(callbacks)
         self.fires = frozenset(fires)
         self.settings = dict(settings or {})
+        self._description = dict(description or {})
         self._rebuild = rebuild
         unknown = self.fires - set(TRACED)
         if unknown:
@@ -103,6 +107,17 @@ class Step:
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs, output.weight)
+
+    @property
+    def description(self) -> dict[str, str]:
+        """The description and the settings of the step as text by name, for summaries and logs.
+
+        That of ``train_step`` has ``loss``, ``optimizer``, ``learning_rate`` or ``learning_rate/<group>``,
+        ``accumulate``, ``precision`` and ``unused``, if they are set. That of a compiled step also has ``compiled`` and
+        ``donation``.
+        """
+        described = {name: str(value) for name, value in self._description.items()}
+        return {**described, **self.settings, **described}
 
     def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> Step:
         """Returns this step with the traced callbacks among ``callbacks`` folded after its own.
@@ -171,7 +186,12 @@ class ManySteps(Step):
     """
 
     def __init__(self, step: Step, count: int) -> None:
-        super().__init__(step.function, callbacks=step.callbacks, fires=step.fires)
+        super().__init__(
+            step.function,
+            callbacks=step.callbacks,
+            fires=step.fires,
+            description=step.description,
+        )
         self.step, self.count = step, count
 
     def __call__(self, state: TrainState, batch: Sequence[Batch]) -> tuple[TrainState, Any]:

@@ -20,6 +20,7 @@ from fxtrain.core import (
     TrainState,
     Tree,
     Updated,
+    argument_text,
     check_choice,
     check_positive_int,
     describe,
@@ -28,6 +29,7 @@ from fxtrain.core import (
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
 from fxtrain.model import model_of
+from fxtrain.optim._hyperparams import learning_rates_by_name
 from fxtrain.optim._partial_update import accumulates
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
@@ -52,6 +54,9 @@ def train_step(
         g = sum_i w_i grad L(params, batch_i) / sum_i w_i        w_i = 1, or from fxtrain.weighted
         u, opt_state = tx.update(g, opt_state, params)
         params = params + u
+
+    The step adds the learning rate to the metrics, as ``learning_rate``, or as ``learning_rate/<group>`` if there are
+    several: see ``fxtrain.optim.learning_rates``. A metric of the loss function with this name takes precedence.
 
     The step is one pure function. ``torch.compile(step, fullgraph=True)`` compiles all of it, callbacks included.
 
@@ -88,7 +93,9 @@ def train_step(
         >>> step = fx.train_step(loss_fn, tx)
         >>> state, output = step(state, {"x": torch.ones(8, 1), "y": torch.ones(8, 1)})
         >>> sorted(output.metrics), int(state.step)
-        (['loss'], 1)
+        (['learning_rate', 'loss'], 1)
+        >>> step.description["optimizer"], step.description["accumulate"]
+        ('sgd(0.1)', '1')
     """
     refuse_unless_loss(loss_fn)
     if not isinstance(tx, optim.GradientTransformation):
@@ -108,6 +115,12 @@ def train_step(
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
         settings["unused"] = unused
+    description = {
+        "loss": name_of(loss_fn),
+        "optimizer": tx,
+        **{name: argument_text(rate.given) for name, rate in learning_rates_by_name(tx).items()},
+        "precision": policy.described if isinstance(precision, Policy) else precision or "that of the parameters",
+    }
 
     def build(folded: Composed) -> Step:
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
@@ -129,16 +142,19 @@ def train_step(
             used = found.used if unused == "keep" else None
             carried = state.replace(params=before.params, buffers=before.buffers)
             moved, updates = apply_gradients(carried, found.grads, tx, used=used)
+            # The metrics of the loss function come first, and win if a name occurs twice.
+            metrics = {**found.metrics, **optim.learning_rates(tx, carried), **found.metrics}
+            measured["metrics"] = metrics
             skip = control.any("skip_update")
             # Not torch.tensor(...), which would become an input of the graph even if it is unused.
             skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
             state = tree.where(skipped, state, moved) if "skip_update" in control.kinds else moved
             state, requests = folded(state, Updated(step=number, updates=updates, skipped=skipped, **measured))
-            return state, StepOutput(found.metrics, _merged(control, requests), weight=found.weight)
+            return state, StepOutput(metrics, _merged(control, requests), weight=found.weight)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
         step.__doc__ = loss_fn.__doc__
-        return Step(step, callbacks=folded, fires=TRACED, rebuild=build, settings=settings)
+        return Step(step, callbacks=folded, fires=TRACED, rebuild=build, settings=settings, description=description)
 
     return build(folded)
 
