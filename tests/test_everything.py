@@ -93,4 +93,5 @@ def test_every_callback_was_active(run, tmp_path):
     assert len(rates) == 2
     assert max(rates) < 1e-2
     logged = {name.partition("/")[0] for name in history}
-    assert {"grad_norm", "grad_flow", "weights", "update_ratio", "hyperparams", "epoch", "early_stopping"} <= logged
+    assert {"grad_norm", "grad_flow", "weights", "update_ratio", "epoch", "early_stopping"} <= logged
+    assert {"train/learning_rate/0.*", "train/learning_rate/*"} <= set(history)

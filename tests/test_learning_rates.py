@@ -1,5 +1,6 @@
 """The learning rate that steps log: the value that the update uses, for every way to give it."""
 
+import json
 import re
 
 import problem
@@ -200,6 +201,18 @@ def test_history_and_traced_callbacks_see_the_learning_rate():
     result = fx.fit(state, step, problem.data(), steps=4, callbacks=fx.callbacks.epoch_mean("learning_rate"))
     assert result.history["train/learning_rate"].values == pytest.approx([0.5, 0.45, 0.4, 0.35])
     assert result.history["epoch/learning_rate"].values == pytest.approx([0.45])  # the mean of the first epoch
+
+
+def test_json_lines_have_the_learning_rate(tmp_path):
+    tx = optim.adamw(DECAY)
+    observer = fx.observers.write(fx.writers.jsonl(tmp_path / "metrics.jsonl"))
+    state = fx.init(problem.module(), tx)
+    fx.fit(state, fx.train_step(problem.loss_fn, tx), problem.data(), steps=2, observers=[observer])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [
+        line["metrics"]["train/learning_rate"] for line in lines if "train/learning_rate" in line.get("metrics", {})
+    ]
+    assert rates == pytest.approx([0.5, 0.45])
 
 
 @pytest.mark.parametrize(
