@@ -465,16 +465,14 @@ def circular():
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"path": pathlib.Path("x")}, "Path is not JSON serializable"),
-        ({"lr": torch.tensor(1.0)}, "Tensor is not JSON serializable"),
-        ({"limit": float("inf")}, "not JSON compliant"),
-        (circular(), "Circular reference"),
+        ({"optim": {"init": torch.ones(2)}}, "expected optim/init to be .* got a float32 tensor of shape .* leave it"),
+        ({"optim": {3: "x"}}, "expected string keys in optim, got 3"),
+        ([1, 2], "expected config to be a mapping or a dataclass, got a list of length 2"),
+        (circular(), "expected self to be a value, got a container that it is part of. Leave it out"),
     ],
 )
 def test_config_that_json_cannot_represent_is_refused(tmp_path, config, says):
-    with pytest.raises(
-        TypeError, match=rf"expected config to contain only values that JSON .*{says}.* Use finite numbers"
-    ):
+    with pytest.raises(TypeError, match=says):
         observers.record_run(tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure as Canvas
 
-from fxtrain import writers
-from fxtrain.core import StepEnd
+from fxtrain import observers, writers
+from fxtrain.core import Control, FitBegin, RunInfo, StepEnd
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import mlflow
 
@@ -188,6 +188,24 @@ def test_wandb_run_has_project_name_group_and_tags(tmp_path):
     assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("mine", "first", "all", ["a", "b"])
 
 
+RUN = RunInfo(
+    project="shared", group="all", name="by fit", description="A note.", tags=["a", "b"], config={"betas": (0.9, None)}
+)
+
+
+def test_wandb_run_takes_its_facts_from_the_run_unless_the_writer_has_its_own(tmp_path):
+    writer = writers.wandb(tmp_path, mode="offline", name="own")
+    observers.write(writer)(None, FitBegin(step=0, run=RUN), Control())
+    writer.close()
+    (session,) = records(tmp_path)
+    run = next(record.run for record in session if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("shared", "own", "all", ["a", "b"])
+    assert run.notes == "A note."
+    updates = [item for record in session for item in record.config.update] + list(run.config.update)
+    config = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in updates}
+    assert config["betas"] == [0.9, None]
+
+
 def test_wandb_continues_a_run_and_warns_of_points_that_remain(tmp_path, recwarn):
     writer = wandb(tmp_path)
     writer.purge(0)
@@ -318,6 +336,18 @@ def test_mlflow_stores_every_kind_of_value(tmp_path, recwarn):
             f"00000003-{index}.{ending}" for index in (0, 1)
         ]
     assert (folder / "text" / "00000003.md").read_text() == "a < b\nwörld"
+
+
+def test_mlflow_run_takes_its_facts_from_the_run_unless_the_writer_has_its_own(tmp_path):
+    writer = opened(tmp_path, name="own")
+    observers.write(writer)(None, FitBegin(step=0, run=RUN), Control())
+    writer.close()
+    run = client(tmp_path).get_run(identity(tmp_path))
+    assert client(tmp_path).get_experiment(run.info.experiment_id).name == "shared"
+    assert run.info.run_name == "own"
+    tags = {"group": "all", "tags": "a, b", "mlflow.note.content": "A note."}
+    assert {name: run.data.tags[name] for name in tags} == tags
+    assert run.data.params == {"betas": "[0.9, None]"}
 
 
 def test_mlflow_continues_a_run_and_warns_of_points_that_remain(tmp_path, recwarn):

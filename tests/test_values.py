@@ -29,9 +29,9 @@ EDGES = torch.tensor([0.0, 1.0, 2.0])
         (lambda: HParams([1]), TypeError, "expected HParams of a mapping, got a list"),
         (lambda: HParams({"a": {2: "x"}}), TypeError, "expected string keys in a, got 2"),
         (
-            lambda: HParams({"optim": {"betas": (0.9, 0.99)}}),
+            lambda: HParams({"optim": {"betas": (0.9, EDGES)}}),
             TypeError,
-            "expected optim/betas to be a string, number or bool, got a tuple of (0.9, 0.99)",
+            "expected optim/betas/1 to be a string, number, bool or None, or a list or mapping of these, got a float32",
         ),
         (lambda: HParams({"a/b": 1, "a": {"b": 2}}), ValueError, "distinct names, got 'a/b' twice"),
     ],

@@ -64,6 +64,7 @@ from fxtrain.core._formats import (
 from fxtrain.core._patterns import by_number, matching
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
 from fxtrain.core._pytrees import NAMESPACE, NODES, ops, register_node
+from fxtrain.core._run_info import Json, RunInfo, plain_config
 from fxtrain.core._slots import (
     BATCH,
     CHANGED_AT_END,
@@ -105,6 +106,7 @@ __all__ = [
     "Published",
     "Restored",
     "Rewound",
+    "RunInfo",
     "Saved",
     "StepBegin",
     "StepEnd",

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fxtrain.core._run_info import RunInfo
 from fxtrain.core._types import Batch, Metrics, Tree
 
 
@@ -297,11 +298,13 @@ class FitBegin(LoopEvent):
         fires: The traced events that the step fires.
         resumed: Whether the state has already taken steps.
         num_shapes: Number of distinct batch shapes; None if it is unknown.
+        run: The facts of the run given as ``fit(run=...)``, such as its name and configuration.
     """
 
     fires: frozenset[type[Any]] = frozenset()
     resumed: bool = False
     num_shapes: int | None = 1
+    run: RunInfo | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,8 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
             accelerator, where an immediate read would stall the device. Both give the same result, because a stopped
             state is a fixed point of the step.
         clock: Returns the time in seconds. All times in events are taken from it.
+        run: The name, tags, configuration and other facts of the run, for ``FitBegin.run``, the summary, ``record_run``
+            and all writers. They do not affect training.
 
     Raises:
         TypeError: If an argument has the wrong type. The message says how to make it.

@@ -13,17 +13,20 @@ from fxtrain.checkpoint import Checkpointer
 from fxtrain.core import (
     Callback,
     Observer,
+    RunInfo,
     StepFn,
     TrainState,
     check_choice,
     check_int,
     check_positive_int,
+    describe,
     did_you_mean,
 )
 from fxtrain.data import SourceLike
 from fxtrain.fold import When, as_trigger
 from fxtrain.loop._checks import check_checkpointer, check_eval_step
 from fxtrain.loop._types import EvalFn
+from fxtrain.values import HParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Plan:
     rewind_limit: int = 3
     lag: Literal[0, 1] | None = None
     clock: Callable[[], float] = time.monotonic
+    run: RunInfo | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None:
@@ -66,6 +70,13 @@ class Plan:
         self._check_evaluation()
         check_checkpointer(self.checkpointer)
         check_choice("resume", self.resume, (True, False))
+        if self.run is not None and not isinstance(self.run, RunInfo):
+            raise TypeError(
+                f"expected run to be an fxtrain.RunInfo, got {describe(self.run)}. Make one: "
+                "fxtrain.RunInfo(name=..., config=...)."
+            )
+        if self.run is not None:
+            HParams(self.run.config)  # raises for two values of one flattened name
         if self.resume and self.checkpointer is None:
             raise ValueError("expected a checkpointer with resume=True, got None. Give fxtrain.checkpointer(folder).")
 

@@ -191,7 +191,11 @@ class Run:
     def _begin(self) -> Events[None]:
         now, pending = self.now, self.now.due["save"]
         yield from self._emit(
-            FitBegin, fires=frozenset(self._step.fires), resumed=now.step > 0, num_shapes=self._data.num_shapes
+            FitBegin,
+            fires=frozenset(self._step.fires),
+            resumed=now.step > 0,
+            num_shapes=self._data.num_shapes,
+            run=self._plan.run,
         )
         # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.
         if now.due["save"] and not pending:

@@ -39,6 +39,7 @@ from fxtrain.core import (
     TrainState,
     WallClock,
     matching,
+    plain_config,
     printable,
     timestamp,
     utc_now,
@@ -74,8 +75,9 @@ def record_run(
 ) -> RecordRun:
     """Records the configuration, environment, sessions and events of a run in its folder.
 
-    - ``run.json``: the configuration, and a list of sessions. Each has its environment (versions, device, threads,
-      commit), the times and steps of its begin and end, and the reason why it ended. A killed session has no end.
+    - ``run.json``: the facts of ``fit(run=...)``, the configuration, and a list of sessions. Each has its environment
+      (versions, device, threads, commit), the times and steps of its begin and end, and the reason why it ended. A
+      killed session has no end.
     - ``events.jsonl``: a line for the begin and end of each session, for each checkpoint, rewind and interrupt, for the
       events of ``events``, and for each other event at which a callback made requests, with their reasons. Each has the
       event, step, epoch, seconds of the session, and date and time in ISO 8601. Lines stay when the run rewinds.
@@ -91,13 +93,14 @@ def record_run(
 
     Args:
         folder: The folder of the run. It is created if it does not exist.
-        config: The configuration of the run, as values that JSON can represent. None keeps that of earlier sessions.
+        config: The configuration of the run, as in ``RunInfo``. Defaults to that of ``fit(run=...)``, or else to
+            that of earlier sessions.
         events: Shell patterns of the names of events to record even if nothing was requested at them. ``"*"`` records
             every event of the loop, which is two lines for each step. Events inside the compiled step are not recorded.
         clock: Returns the current date and time, with a time zone.
 
     Raises:
-        TypeError: ``config`` contains a value that JSON cannot represent.
+        TypeError: ``config`` contains a value of another type than ``RunInfo`` accepts.
         ValueError: A pattern of ``events`` matches no event, or ``clock`` returns no datetime with a time zone.
         OSError: The folder cannot be created.
 
@@ -113,13 +116,7 @@ def record_run(
         >>> [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
         ['FitBegin', 'EvalEnd', 'FitEnd']
     """
-    try:
-        kept = json.loads(json.dumps(config, allow_nan=False))  # a copy, in case the caller changes it later
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"expected config to contain only values that JSON can represent, got another one ({error}). Use finite "
-            "numbers, strings, bools, None, and lists and dicts of these."
-        ) from None
+    kept = None if config is None else plain_config(config)
     names = [kind.__name__ for kind in _LOOP_EVENTS]
     chosen = frozenset(_LOOP_EVENTS[index] for index in matching(names, events, "event"))
     timestamp(clock)  # raises the error of a wrong clock
@@ -195,8 +192,11 @@ class RecordRun:
         before = _read_json(self._run)
         sessions = before.get("sessions", [])
         sessions.append({"began": timestamp(self._clock), "from_step": event.step, "environment": _environment(state)})
-        config = self._config if self._config is not None else before.get("config")
-        self._content = {"config": config, "sessions": sessions}
+        config, run = self._config, event.run
+        if config is None:
+            config = run.config if run is not None and run.config else before.get("config")
+        about = before.get("run") if run is None else run.given()
+        self._content = {"run": about, "config": config, "sessions": sessions}
         self._write()
 
     def _end(self, event: FitEnd | Interrupted) -> None:
@@ -214,7 +214,7 @@ class RecordRun:
     def _write_pending(self) -> None:
         """Writes run.json if it is out of date, and the pending lines."""
         if self._is_outdated:
-            replace_file(self._run, json.dumps(self._content, indent=2).encode())
+            replace_file(self._run, json.dumps(jsonable(self._content), indent=2).encode())
             self._is_outdated = False
         if self._lines:
             append_lines(self._events, b"".join(self._lines))

@@ -76,8 +76,8 @@ def write(
             "val"}``. An empty string removes the prefix. Those of ``train``, ``eval`` and ``eval_batch`` can be chosen,
             and logged values with these prefixes follow. ``Result.history``, checkpoints and callbacks keep the
             defaults.
-        hparams: Hyperparameters, as a nested mapping of strings, numbers and bools. They are written when a session
-            begins.
+        hparams: The configuration, as in ``RunInfo``, written when a session begins. Defaults to that of
+            ``fit(run=...)``.
         flush_seconds: Time between flushes. Writers are also flushed at each evaluation, before each save, and at the
             end.
         every_rank: Whether every process writes. Give each its own writers then.
@@ -167,8 +167,7 @@ class Write:
             case FitBegin():
                 self._batch_time = self._flush_time = event.time
                 self._truncate_after(event.step)
-                if self._options.hparams is not None:
-                    control = control | Control(log={"hparams": self._options.hparams})
+                control = control | Control(log=self._run_values(event))
             case Rewound():
                 self._truncate_after(event.to_step)
                 event = dataclasses.replace(event, step=event.to_step)  # where the curves continue
@@ -270,6 +269,14 @@ class Write:
         for name in due:
             event, entry = latest.pop(name)
             self._submit(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
+
+    def _run_values(self, event: FitBegin) -> dict[str, Value]:
+        """Returns the facts and the configuration of the run."""
+        run, hparams = event.run, self._options.hparams
+        found: dict[str, Value] = {"run": run} if run is not None and run.given() else {}
+        if hparams is None and run is not None and run.config:
+            hparams = HParams(run.config)
+        return found if hparams is None else found | {"hparams": hparams}
 
     def _submit(self, event: LoopEvent, control: Control) -> None:
         values = renamed(self._values(event, control), self._options.prefixes)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from fxtrain.core import Control, EvalEnd, Logged, LoopEvent, StepEnd, describe
+from fxtrain.core import Control, EvalEnd, Json, Logged, LoopEvent, RunInfo, StepEnd, describe
 from fxtrain.values._histogram import Histogram
 from fxtrain.values._media import Audio, Figure, Image, PointCloud, Video
 from fxtrain.values._table import ConfusionMatrix, Table
@@ -18,14 +18,11 @@ from fxtrain.values._text import HParams, Scalar, Text
 
 _Metric = TypeVar("_Metric")
 
-Wrapped = Text | Image | Video | Audio | Histogram | Table | Figure | ConfusionMatrix | PointCloud | HParams
+Wrapped = Text | Image | Video | Audio | Histogram | Table | Figure | ConfusionMatrix | PointCloud | HParams | RunInfo
 """A value of one of the classes of this package."""
 
 Value = Scalar | Tensor | np.ndarray | np.generic | Wrapped
 """A value that can be logged. Tensors and arrays that are not wrapped are 0-d."""
-
-Json = str | int | float | None | dict[str, "Json"] | list["Json"]
-"""A value that ``json`` can represent."""
 
 Kind = type[object]
 """A class of values. ``float`` stands for scalars of any type."""
@@ -41,6 +38,7 @@ KINDS: Mapping[Kind, str] = {
     ConfusionMatrix: "confusion matrices",
     PointCloud: "point clouds",
     HParams: "hyper-parameters",
+    RunInfo: "facts of a run",
 }
 """The kinds of values besides scalars, and their names in messages."""
 
@@ -79,6 +77,8 @@ def simplified(value: Value, kinds: Collection[Kind]) -> Value | None:
             return simplified(value.table(), kinds)
         case Table() if Text in kinds:
             return Text(value.markdown())
+        case RunInfo() if Text in kinds:
+            return Text("  \n".join(f"**{name}**: {text}" for name, text in value.texts().items()))
         case _:
             return None
 

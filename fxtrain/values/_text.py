@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from fxtrain.core import describe
+from fxtrain.core import Json, describe, plain_config
 
 Scalar = bool | int | float
 
@@ -31,11 +31,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class HParams:
-    """The configuration of a run: a nested mapping with strings, numbers and bools as leaves.
+    """The configuration of a run, a nested mapping. ``fxtrain.RunInfo`` lists the types of its values.
 
     Raises:
-        TypeError: A key is not a string, or a leaf has another type.
-        ValueError: Two leaves have the same flattened name.
+        TypeError: A key is not a string, or a value has another type.
+        ValueError: Two values have the same flattened name.
 
     Example:
         >>> HParams({"batch": 32, "optim": {"name": "adamw", "lr": 3e-4}}).flat()
@@ -47,21 +47,14 @@ class HParams:
     def __post_init__(self) -> None:
         self.flat()
 
-    def flat(self) -> dict[str, str | Scalar]:
-        """Returns a flat mapping, with the keys of each path joined by ``/``."""
-        leaves: dict[str, str | Scalar] = {}
+    def flat(self) -> dict[str, Json]:
+        """Returns a flat mapping, with the keys of each path joined by ``/``. Lists and None are kept."""
+        leaves: dict[str, Json] = {}
 
-        def collect(prefix: str, value: object) -> None:
-            if isinstance(value, Mapping):
+        def collect(prefix: str, value: Json) -> None:
+            if isinstance(value, dict):
                 for key, inner in value.items():
-                    if not isinstance(key, str):
-                        raise TypeError(f"expected string keys in {prefix or 'HParams'}, got {describe(key)}.")
                     collect(f"{prefix}/{key}" if prefix else key, inner)
-            elif not isinstance(value, str | bool | int | float):
-                raise TypeError(
-                    f"expected {prefix or 'HParams'} to be a string, number or bool, got {describe(value)}. Convert "
-                    "it to a string, or leave it out."
-                )
             elif prefix in leaves:
                 raise ValueError(f"expected HParams with distinct names, got {prefix!r} twice. Rename one.")
             else:
@@ -69,5 +62,17 @@ class HParams:
 
         if not isinstance(self.values, Mapping):
             raise TypeError(f"expected HParams of a mapping, got {describe(self.values)}.")
-        collect("", self.values)
+        collect("", plain_config(self.values))
         return leaves
+
+    def scalars(self) -> dict[str, str | Scalar]:
+        """Returns the flat mapping with lists and None as text, for writers without these types.
+
+        Example:
+            >>> HParams({"optim": {"betas": [0.9, 0.99], "decay": None}}).scalars()
+            {'optim/betas': '[0.9, 0.99]', 'optim/decay': 'None'}
+        """
+        return {
+            name: value if isinstance(value, str | bool | int | float) else str(value)
+            for name, value in self.flat().items()
+        }

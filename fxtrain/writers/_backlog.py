@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import LoopEvent
+from fxtrain.core import LoopEvent, RunInfo
 from fxtrain.values import HParams, Table, Text, Value
 from fxtrain.values._table import Column
 
@@ -35,8 +35,8 @@ class PendingCall(NamedTuple):
 
     @property
     def is_kept(self) -> bool:
-        """Whether a full queue keeps the call. Purges and hyperparameters are kept, because they are small and rare."""
-        return self.values is None or any(isinstance(value, HParams) for value in self.values.values())
+        """Whether a full queue keeps the call. Purges and facts of the run are, because they are small and rare."""
+        return self.values is None or any(isinstance(value, HParams | RunInfo) for value in self.values.values())
 
 
 class Lost:
@@ -133,7 +133,7 @@ def on_host_copy(value: Value) -> Value:
             return Table({name: tree.map(_leaf_on_host, column) for name, column in value.columns.items()})
         case HParams():
             return HParams(value.flat())
-        case bool() | int() | float():
+        case bool() | int() | float() | RunInfo():
             return value
         case _:
             return tree.map(_leaf_on_host, value)

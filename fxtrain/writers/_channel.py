@@ -212,7 +212,7 @@ def _write_kind(write: Callable[..., None], step: int, named: Mapping[str, Value
                 colors = None if value.colors is None else {name: value.colors.cpu().numpy()[None]}
                 write(step, {name: value.points.float().cpu().numpy()[None]}, point_colors=colors)
             case HParams():
-                write(value.flat())
+                write(value.scalars())
             case Text():
                 plain[name] = value.markdown
             case Image() | Video():

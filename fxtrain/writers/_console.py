@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-from fxtrain.core import LoopEvent, encodable, printable, printable_lines
+from fxtrain.core import LoopEvent, RunInfo, encodable, printable, printable_lines
 from fxtrain.values import HParams, Scalar, Text, Value
 from fxtrain.writers._interface import Backend
 
@@ -32,7 +32,7 @@ def console(file: TextIO | None = None) -> ConsoleWriter:
 class ConsoleWriter(Backend):
     """Writes lines. Created by ``console``."""
 
-    kinds = frozenset((float, Text, HParams))
+    kinds = frozenset((float, Text, HParams, RunInfo))
 
     def __init__(self, file: TextIO | None) -> None:
         self._file = file
@@ -44,6 +44,8 @@ class ConsoleWriter(Backend):
             if isinstance(value, Text):
                 lines.append(f"step {step} | {printable(name)}:")
                 lines += [f"  {line}" for line in printable_lines(value.markdown)]
+            elif isinstance(value, RunInfo):
+                lines.append(" | ".join([printable(name), *(f"{k} {printable(v)}" for k, v in value.texts().items())]))
             elif isinstance(value, HParams):
                 config = {printable(key): printable(str(given)) for key, given in value.flat().items()}
                 width = max(map(len, config), default=0)

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from fxtrain.core import LoopEvent
+from fxtrain.core import LoopEvent, RunInfo
 from fxtrain.values import (
     KINDS,
     Audio,
@@ -121,6 +121,8 @@ class Selection:
                 kept[name] = value
                 continue
             simpler = simplified(value, self.kinds)
+            if simpler is None and kind is RunInfo:
+                continue  # a run is described to all writers
             if simpler is None:
                 self._warn_once(
                     kind,

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxtrain.core import EvalStep, LoopEvent, WallClock, timestamp, utc_now
+from fxtrain.core import EvalStep, LoopEvent, RunInfo, WallClock, timestamp, utc_now
 from fxtrain.disk import Appendable, mend
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
 from fxtrain.values._table import Cell
 from fxtrain.writers._append_only import REWOUND, Rewinds, RunLog
 
-_KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
+_KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams", "run")
 
 
 def jsonl(path: str | os.PathLike[str], *, clock: WallClock | None = utc_now) -> JsonLinesWriter:
@@ -26,9 +26,9 @@ def jsonl(path: str | os.PathLike[str], *, clock: WallClock | None = utc_now) ->
     Each call has one line. ``epoch`` is null if the length of an epoch is unknown. ``time`` is in seconds of the
     session, at the event. ``timestamp`` is the date and time in ISO 8601 at which the line was written, about a second
     after the event at most. ``texts``, ``histograms`` (counts and edges), ``tables`` (columns), ``confusion`` (labels
-    and counts) and ``hparams`` are present if there are any. Non-finite floats are the strings ``"NaN"``,
-    ``"Infinity"`` and ``"-Infinity"``, which ``float`` can parse. Values written without an event have no ``event``,
-    ``epoch`` and ``time``.
+    and counts), ``hparams`` and ``run`` (its name and other facts) are present if there are any. Non-finite floats are
+    the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float`` can parse. Values written without an
+    event have no ``event``, ``epoch`` and ``time``.
 
     Lines are only appended. A value that is written again for its event and step takes the place of the earlier one
     when the file is read. After a rewind, or a resume from an earlier step, ``purge`` adds the line
@@ -63,7 +63,7 @@ class JsonLinesWriter(RunLog):
     """Writes JSON lines. Created by ``jsonl``."""
 
     name = "jsonl"
-    kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams))
+    kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams, RunInfo))
 
     def __init__(self, path: Path, clock: WallClock | None) -> None:
         self._clock = clock
@@ -91,6 +91,8 @@ class JsonLinesWriter(RunLog):
                     kinds.setdefault("confusion", {})[name] = {"labels": list(value.labels), "counts": counts}
                 case HParams():
                     kinds.setdefault("hparams", {}).update(value.flat())
+                case RunInfo():
+                    kinds.setdefault("run", {}).update(value.given())
                 case _:
                     kinds.setdefault("metrics", {})[name] = value
         if event is None and kinds.keys() == {"hparams"}:

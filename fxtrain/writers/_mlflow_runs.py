@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxtrain.core import RunInfo
 from fxtrain.values import HParams
 from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._media import MediaWriter
@@ -27,7 +28,7 @@ def mlflow(
     folder: str | os.PathLike[str],
     *,
     uri: str | None = None,
-    experiment: str = "fxtrain",
+    experiment: str | None = None,
     name: str | None = None,
 ) -> MlflowWriter:
     """A writer to MLflow. A resumed session with the same folder continues the same run.
@@ -48,8 +49,10 @@ def mlflow(
         uri: The tracking store: a server's address, ``sqlite:///runs.db`` if all of MLflow is installed, or
             ``file:///folder`` if ``MLFLOW_ALLOW_FILE_STORE`` is ``true``. Defaults to ``MLFLOW_TRACKING_URI``, or else
             to MLflow's default.
-        experiment: The experiment, created if it is missing.
-        name: The name of the run in MLflow.
+        experiment: The experiment, created if it is missing. Defaults to the project of ``fit(run=...)``, or else to
+            ``"fxtrain"``.
+        name: The name of the run in MLflow. Defaults to that of ``fit(run=...)``. Its group, tags and description
+            become tags of the run.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -78,9 +81,9 @@ class MlflowWriter(RemoteWriter):
     """Writes to MLflow. Created by ``mlflow``. The run is created or continued at the first value."""
 
     service, file = "MLflow", "mlflow-run.json"
-    kinds = frozenset((float, HParams)) | MediaWriter.kinds
+    kinds = frozenset((float, HParams, RunInfo)) | MediaWriter.kinds
 
-    def __init__(self, folder: Path, client: MlflowClient, experiment: str, name: str | None) -> None:
+    def __init__(self, folder: Path, client: MlflowClient, experiment: str | None, name: str | None) -> None:
         super().__init__(folder)
         self._client, self._experiment, self._name = client, experiment, name
 
@@ -91,7 +94,7 @@ class MlflowWriter(RemoteWriter):
 class MlflowSession:
     """The requests of one session, made by one thread."""
 
-    def __init__(self, writer: MlflowWriter, client: MlflowClient, experiment: str, name: str | None) -> None:
+    def __init__(self, writer: MlflowWriter, client: MlflowClient, experiment: str | None, name: str | None) -> None:
         self._writer, self._client, self._experiment, self._name = writer, client, experiment, name
         self._run = ""
 
@@ -113,6 +116,8 @@ class MlflowSession:
                     metrics.append(Metric(_accepted_name(name), float(value), call.milliseconds, call.step))
                 elif isinstance(value, HParams):
                     config |= value.flat()
+                elif isinstance(value, RunInfo):
+                    self._tag(value)
                 else:
                     shown[name] = value
             media += [(call.step, shown)] if shown else []
@@ -154,9 +159,17 @@ class MlflowSession:
         if identity is not None:
             self._client.update_run(identity, status="RUNNING")
             return identity
-        found = self._client.get_experiment_by_name(self._experiment)
-        place = found.experiment_id if found else self._client.create_experiment(self._experiment)
-        return self._client.create_run(place, run_name=self._name).info.run_id
+        info = self._writer.run
+        experiment = self._experiment or info.project or "fxtrain"
+        found = self._client.get_experiment_by_name(experiment)
+        place = found.experiment_id if found else self._client.create_experiment(experiment)
+        return self._client.create_run(place, run_name=self._name or info.name).info.run_id
+
+    def _tag(self, info: RunInfo) -> None:
+        texts = info.texts()
+        for name, key in (("group", "group"), ("tags", "tags"), ("description", "mlflow.note.content")):
+            if name in texts:
+                self._client.set_tag(self._run, key, texts[name])
 
 
 _limited = threading.local()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from fxtrain.core import LoopEvent
+from fxtrain.core import LoopEvent, RunInfo
 from fxtrain.disk import make_folder, replace_file, set_aside
 from fxtrain.values import Value, plain_number
 from fxtrain.writers._backlog import PendingCall, pending_call
@@ -35,6 +35,8 @@ class RemoteWriter(Backend):
         self._folder = folder
         self.identity, self._last = self._read()
         """The service's identifier of the run, or None if there is no run yet, and the last step written."""
+        self.run = RunInfo()
+        """The facts of the run, with which a session begins."""
         self._record: BinaryIO | None = None  # open during a session
         self._outbox: Outbox | None = None
         self._current: Session | None = None  # an abandoned session may still run in its thread, and is ignored
@@ -52,6 +54,7 @@ class RemoteWriter(Backend):
         if not kept:
             return
         self.check(kept)
+        self.run = next((value for value in kept.values() if isinstance(value, RunInfo)), self.run)
         self._opened().add(pending_call(step, {name: plain_number(value) for name, value in kept.items()}, event))
         self._warn_notes()
 

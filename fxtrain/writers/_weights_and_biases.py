@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxtrain.core import escape_html
+from fxtrain.core import RunInfo, escape_html
 from fxtrain.values import (
     Audio,
     ConfusionMatrix,
@@ -40,7 +40,7 @@ _LIMITS = {"init_timeout": 10.0, "finish_timeout": CLOSE_SECONDS}
 def wandb(
     folder: str | os.PathLike[str],
     *,
-    project: str = "fxtrain",
+    project: str | None = None,
     name: str | None = None,
     mode: str | None = None,
     **options: Any,
@@ -62,8 +62,9 @@ def wandb(
 
     Args:
         folder: The folder of wandb's files, and of the run's identity, ``wandb-run.json``.
-        project: The project of the run.
-        name: The name of the run in the project.
+        project: The project of the run. Defaults to that of ``fit(run=...)``, or else to ``"fxtrain"``.
+        name: The name of the run in the project. Defaults to that of ``fit(run=...)``, and so do the options ``group``,
+            ``tags`` and ``notes``, its description.
         mode: ``"online"``, ``"offline"`` (files only) or ``"disabled"``. Defaults to ``WANDB_MODE``.
         options: Further options of ``wandb.init``, such as ``entity``, ``group`` and ``tags``. The run is separate from
             a run that the program has begun, unless ``reinit`` is given.
@@ -89,7 +90,9 @@ class WandbWriter(RemoteWriter):
     """Writes to Weights & Biases. Created by ``wandb``. The run is created or continued at the first value."""
 
     service, file = "Weights & Biases", "wandb-run.json"
-    kinds = frozenset((float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams))
+    kinds = frozenset(
+        (float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams, RunInfo)
+    )
 
     def __init__(self, folder: Path, options: dict[str, object]) -> None:
         super().__init__(folder)
@@ -114,7 +117,11 @@ class WandbSession:
         import wandb
 
         # A new run, because init by default returns a run that the program may have begun.
-        options = {"reinit": "create_new", **self._options}
+        info = self._writer.run
+        known = {"project": info.project or "fxtrain", "group": info.group, "name": info.name}
+        known |= {"notes": info.description, "tags": info.tags or None}
+        given = {name: value for name, value in self._options.items() if value is not None}
+        options = {"reinit": "create_new", **known, **given}
         options.setdefault("settings", _settings())
         identity = self._writer.identity
         resume = None if identity is None else "allow"
@@ -188,7 +195,7 @@ def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str,
             if value.colors is not None:
                 points = torch.cat([points, value.colors.double().cpu()], 1)
             return {name: wandb.Object3D(points.numpy())}
-        case HParams():
+        case HParams() | RunInfo():
             return {}  # part of the run's configuration, not a chart
         case _:
             return {name: value}
