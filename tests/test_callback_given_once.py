@@ -165,8 +165,8 @@ def test_resumed_run_may_give_callback_elsewhere(tmp_path, make, resumed):
         given = {"in_step": average if where != "fit" else (), "in_fit": average if where != "step" else ()}
         return fit(make, **given, steps=steps, checkpointer=fx.checkpointer(tmp_path), **options)
 
-    first = part("fit", 2)
-    assert list(fx.checkpointer(tmp_path).steps()) == [2]
+    first = part("fit", 3)
+    assert list(fx.checkpointer(tmp_path).steps()) == [3]
     second = part(resumed, 6, resume=True)
     straight = fit(make, (), fx.callbacks.ema(0.9))
     testing.assert_equal(second.state, straight.state, "the resumed run")

@@ -149,7 +149,7 @@ class TestBatchSize:
         assert not compiled or called.graphs == 0
 
     def test_missing_slots_of_step_are_attached(self):
-        step = problem.step(callbacks=fx.callbacks.epoch_mean("loss"))
+        step = problem.step(callbacks=fx.callbacks.ema(0.9))
         assert step.callbacks.slots
         found = find_batch_size(problem.start(), step, lambda size: problem.data(count=1, size=size)[0], limit=2)
         assert found == 2

@@ -8,21 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain import metrics
 from fxtrain.core import (
     Control,
     EpochEnd,
     EvalBegin,
     EvalEnd,
     Event,
-    Logged,
     StepEnd,
     TrainState,
     Updated,
     describe,
     did_you_mean,
 )
-from fxtrain.fold import Handler, When, as_trigger, slotted, stateful
+from fxtrain.fold import Handler, When, as_trigger, stateful
 
 Seen = StepEnd | EvalBegin | EvalEnd
 
@@ -142,54 +140,38 @@ def durations(*, steps: When | None = None, name: str = "duration") -> Handler:
     return Handler("durations", log, frozenset(parts))
 
 
-def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
+def epoch_mean(*names: str) -> Handler:
     """Logs the means of training metrics over each epoch, at ``EpochEnd``, as ``epoch/<metric>``.
 
-    Each step has weight 1 regardless of its batch size, or the weight that ``fxtrain.weighted`` gives its loss. A
-    metric that is a ``fxtrain.metrics.Average`` has its own weight. An epoch without steps logs nothing.
-
-    Sums accumulate inside the compiled step, so nothing is read from the device until the epoch ends.
+    The means are those of ``EpochEnd.metrics``. An epoch without steps logs nothing.
 
     Args:
-        names: Names of step metrics, 0-d tensors; ``"loss"`` by default.
-        name: The slot.
+        names: Names of step metrics; ``"loss"`` by default.
 
     Raises:
-        KeyError: At run time, if the step has no metric of that name.
+        KeyError: At the first step, if it has no metric of that name.
 
     Example:
-        >>> epoch_mean("loss", "accuracy")
-        <callback epoch_mean on Updated, EpochEnd, slot 'epoch_mean'>
+        >>> import fxtrain as fx
+        >>> state = fx.init({"w": torch.zeros(())})
+        >>> event = fx.EpochEnd(step=9, metrics={"loss": torch.tensor(0.5), "accuracy": torch.tensor(0.75)})
+        >>> fx.compose(epoch_mean("accuracy"))(state, event)[1].log["epoch/accuracy"].value
+        tensor(0.7500)
     """
     watched = names or ("loss",)
 
-    def init(state: TrainState) -> dict[str, metrics.Average]:
-        return {metric: metrics.Average.empty(device=state.step.device) for metric in watched}
-
-    def update(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
-        slot: dict[str, metrics.Average] = state.slots[name]
+    def log(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
+        found = {metric: event.metrics[metric] for metric in watched if metric in event.metrics}
         if isinstance(event, EpochEnd):
-            # If all batches of an epoch were skipped there is no mean, and the epoch before ended at the same step.
-            log = {
-                f"epoch/{metric}": Logged(average.total / average.count, when=average.count > 0)
-                for metric, average in slot.items()
-            }
-            return state.with_slot(name, init(state)), Control(log=log)
+            return state, Control(log={f"epoch/{metric}": value for metric, value in found.items()})
+        # While the step is traced, names are checked, which adds nothing to its graph.
         for metric in watched:
-            if metric not in event.metrics:
+            if metric not in found:
                 there = ", ".join(map(repr, event.metrics))
                 raise KeyError(
                     f"expected the step metric {metric!r} for epoch_mean, got {there}."
                     f"{did_you_mean(metric, event.metrics)}"
                 )
-        seen = {metric: _average(event.metrics[metric], event.weight) for metric in watched}
-        return state.with_slot(name, metrics.merge(slot, seen)), Control()
+        return state, Control()
 
-    return slotted(name, init, update)
-
-
-def _average(value: metrics.Metric | Tensor, weight: Tensor | None) -> metrics.Metric:
-    if isinstance(value, metrics.Metric):
-        return value
-    seen = metrics.Average.from_model_output(value)
-    return seen if weight is None else metrics.Average(seen.total * weight, seen.count * weight)
+    return Handler("epoch_mean", log, frozenset({Updated, EpochEnd}))

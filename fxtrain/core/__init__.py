@@ -70,6 +70,7 @@ from fxtrain.core._slots import (
     CHANGED_AT_END,
     DATA,
     EPOCH,
+    EPOCH_METRICS,
     EVALUATED,
     LOOP,
     REWINDS,

@@ -228,10 +228,16 @@ class EpochEnd(LoopEvent):
     """Trajectory event: fires when an epoch ends, at its last batch or by an ``end_epoch`` request.
 
     Args:
+        metrics: Means of the metrics of the epoch's steps by name, float64 []; empty if it has no steps. A step has
+            weight 1, or the weight that ``fxtrain.weighted`` gives its loss. Metrics of ``fxtrain.metrics`` merge with
+            their own weights. The means are the same in a run that was interrupted or has rewound.
+        evaluation: Metrics of the last evaluation, of this step or of an earlier one; None before the first.
         duration: Seconds since ``EpochBegin``, evaluations and saves included, or since the session began within the
             epoch.
     """
 
+    metrics: Metrics = dataclasses.field(default_factory=dict[str, Tensor])
+    evaluation: Metrics | None = None
     duration: float = 0.0
 
     @property

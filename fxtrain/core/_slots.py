@@ -15,6 +15,7 @@ LOOP = "loop/"
 
 EPOCH = f"{LOOP}epoch"  # dict of int64 []: the fields of `Epoch`
 EVALUATED = f"{LOOP}evaluated"  # metrics of the last evaluation, and its step
+EPOCH_METRICS = f"{LOOP}epoch_metrics"  # sums of the metrics of an epoch's steps; not in the states of a session
 REWINDS = f"{LOOP}rewinds"  # int64 [n, 2]: steps that the run rewound to, and how often
 SNAPSHOTS = f"{LOOP}snapshots"  # int64 [keep]: steps whose states are retained for rewinds; -1 in unused entries
 CHANGED_AT_END = f"{LOOP}changed_at_end"  # bool []: callbacks changed this state at FitEnd, so no run continues from it

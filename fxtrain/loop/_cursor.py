@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxtrain.core import SNAPSHOTS, Control, Donated, Due, Epoch, TrainState, Tree
 from fxtrain.core._state import FIELDS
+from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._transfer import start_copy_of_flags
 
 
@@ -46,6 +47,7 @@ class Mark(NamedTuple):
     position: int
     epoch: Epoch
     snapshots: tuple[int, ...]
+    metrics: EpochMetrics
 
     @property
     def is_taken(self) -> bool:
@@ -62,14 +64,17 @@ class Cursor:
         lag: After how many steps stop flags on the device are read, 0 or 1. By default 1 on an accelerator, where an
             immediate read would synchronize with the device.
         why: Reasons of a stop that was pending when the state was saved.
+        metrics: Metrics of the current epoch. A rollback restores the object and not its content, so steps are added
+            only right before the next mark.
     """
 
-    def __init__(self, state: TrainState, *, lag: int | None, why: tuple[str, ...] = ()) -> None:
+    def __init__(self, state: TrainState, metrics: EpochMetrics, *, lag: int | None, why: tuple[str, ...] = ()) -> None:
         self._reads_late = bool(lag) if lag is not None else state.step.device.type != "cpu"
         # None of these is mutated in place, because a mark, made at each step, references them.
         self.due: dict[str, int] = {}  # flags are bools
         self.unread: tuple[Callable[[], Control], ...] = ()  # stop requests whose flags are being copied to the host
         self.why = why  # reasons to stop
+        self.metrics = metrics
         self.take(state)
         self.set_mark()
 
@@ -86,7 +91,7 @@ class Cursor:
         """Returns the current point, for ``roll_back``."""
         where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots)
         # Bypasses the NamedTuple constructor, which is slower, because this runs at each step.
-        return tuple.__new__(Mark, where)
+        return tuple.__new__(Mark, (*where, self.metrics))
 
     def set_mark(self) -> None:
         """Marks the current point, to which an error rolls back."""
@@ -103,7 +108,8 @@ class Cursor:
 
     def roll_back(self, mark: Mark) -> None:
         """Rolls back to ``mark``."""
-        state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = mark
+        state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots, metrics = mark
+        self.metrics = metrics
         self.state = state.older() if isinstance(state, Delta) else state
 
     def set(self, **changes: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fxtrain.core import Epoch, EpochEnd, TrainState
+from fxtrain import tree
+from fxtrain.core import EVALUATED, Epoch, EpochEnd, TrainState
 from fxtrain.data import Source
 from fxtrain.loop._emitter import Emitter
+from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._interrupts import Waits
 from fxtrain.loop._types import Events
 
@@ -90,5 +92,13 @@ class Epochs:
         announce(self._data, following)
         now.count(following._replace(length=self._data.epoch_length or following.length))
         now.set(end_epoch=False, begin_epoch=True)
+        measured, now.metrics = now.metrics, EpochMetrics()
         emitter = self._emitter
-        yield from emitter.emit(EpochEnd, duration=emitter.time() - emitter.epoch_began)
+        if emitter.is_seen(EpochEnd):
+            last = now.state.slots.get(EVALUATED)
+            yield from emitter.emit(
+                EpochEnd,
+                metrics=measured.compute(now.state.step.device),
+                evaluation=None if last is None else tree.clone(last["metrics"]),
+                duration=emitter.time() - emitter.epoch_began,
+            )

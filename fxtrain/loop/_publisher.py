@@ -42,6 +42,7 @@ from fxtrain.values import METRIC_PREFIXES, named_after, published
 
 _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
 _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them
+_MEASURED = ("metrics", "evaluation")  # fields of events with metrics
 _NOTHING = Control()
 
 _Published = tuple[type[LoopEvent], int, Metrics, Control]  # an event's type, step, metrics and requests
@@ -164,11 +165,12 @@ class Publisher:
 
     def _shown(self, event: LoopEvent, control: Control) -> tuple[LoopEvent, Control]:
         """Returns the event and its requests as observers see them."""
-        measured = getattr(event, "metrics", None)
-        if measured is not None and type(event) is not Saved:  # metrics of Saved are Python floats already
-            shown = event_of(type(event), event.__dict__)
-            shown.__dict__["metrics"] = self._transfer.scalars(measured)
-            event = shown
+        fields = event.__dict__
+        if type(event) is not Saved:  # metrics of Saved are Python floats already
+            measured = {name: value for name in _MEASURED if (value := fields.get(name)) is not None}
+            if measured:
+                shown = {name: self._transfer.scalars(value) for name, value in measured.items()}
+                event = event_of(type(event), {**fields, **shown})
         return event, self._transfer.control(control)
 
     def _record(self, event: LoopEvent, control: Control) -> None:

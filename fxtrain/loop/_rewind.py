@@ -12,6 +12,7 @@ from fxtrain.data import Source
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
+from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._epochs import announce
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import Events
@@ -34,7 +35,7 @@ class Snapshots:
         self._on_host, self._copied = plan.snapshots_on_host, copied
         self._checkpointer, self._notes = plan.checkpointer, notes
         self._may_be_on_disk = False
-        self._in_memory: dict[int, TrainState] = {}
+        self._in_memory: dict[int, tuple[TrainState, EpochMetrics]] = {}
         self._on_disk: set[int] = set()
 
     def begin(self, now: Cursor) -> None:
@@ -57,7 +58,7 @@ class Snapshots:
             state = tree.map(lambda leaf: leaf.to("cpu", copy=True), state)
         elif self._copied:
             state = state.copy()
-        self._in_memory[now.step] = state
+        self._in_memory[now.step] = state, now.metrics.copy()
         self._drop_unlisted(now.snapshots)
 
     def save(self, listed: Sequence[int]) -> None:
@@ -66,7 +67,8 @@ class Snapshots:
             return
         for step in listed:
             if step not in self._on_disk and step in self._in_memory:
-                self._checkpointer.save(self._in_memory[step], notes=self._notes(), role="snapshot")
+                state, measured = self._in_memory[step]
+                self._checkpointer.save(measured.added_to(state), notes=self._notes(), role="snapshot")
                 self._may_be_on_disk = True
                 self._on_disk.add(step)
 
@@ -75,8 +77,10 @@ class Snapshots:
         if self._checkpointer is not None and self._may_be_on_disk:
             self._checkpointer.retain_snapshots(listed)
 
-    def newest_until(self, step: int, now: Cursor) -> TrainState | None:
+    def newest_until(self, step: int, now: Cursor) -> tuple[TrainState, EpochMetrics] | None:
         """Returns the newest state of ``step`` or before, on the device of the current one; None if there is none.
+
+        With it come the metrics of its epoch.
 
         A snapshot is preferred to a checkpoint of the same step. Damaged ones are skipped.
         """
@@ -86,12 +90,14 @@ class Snapshots:
         for listed in [*sorted((s for s in now.snapshots if s <= step), reverse=True), -1]:
             report = None if reader is None else reader.read_newest_until(step, like, newer_than=listed)
             if report is None and listed in self._in_memory:
-                return tree.map(lambda leaf: leaf.to(like.step.device), self._in_memory[listed])
+                state, measured = self._in_memory[listed]
+                return tree.map(lambda leaf: leaf.to(like.step.device), state), measured.copy()
             if report is None and reader is not None and listed in self._on_disk:
                 report = reader.read_snapshot(listed, like)
             if report is not None:
                 report.warn(stacklevel=3)
-                return CheckpointSlots.split(report.state)[0]
+                state, saved = CheckpointSlots.split(report.state)
+                return state, saved.epoch_metrics or EpochMetrics()
         return None
 
     def roll_back(self, now: Cursor) -> None:
@@ -105,7 +111,7 @@ class Snapshots:
         self._drop_unlisted(left)
 
     def _drop_unlisted(self, listed: Sequence[int]) -> None:
-        self._in_memory = {step: state for step, state in self._in_memory.items() if step in listed}
+        self._in_memory = {step: kept for step, kept in self._in_memory.items() if step in listed}
         self._on_disk.intersection_update(listed)
 
 
@@ -119,11 +125,12 @@ def rewind(emitter: Emitter, snapshots: Snapshots, data: Source) -> Events[None]
     """
     now = emitter.now
     old, old_epoch, steps = now.state, now.epoch.done, now.due["rewind"]
-    target = snapshots.newest_until(now.step - steps, now)
+    found = snapshots.newest_until(now.step - steps, now)
     now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
-    if target is None:
+    if found is None:
         now.stop(f"a rewind of {steps} steps was requested at step {now.step}, but no retained state is that old")
         return
+    target, measured = found
     to_step = int(target.step)
     times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
     times[to_step] = times.get(to_step, 0) + 1
@@ -140,6 +147,7 @@ def rewind(emitter: Emitter, snapshots: Snapshots, data: Source) -> Events[None]
     surviving[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
     due, retained, length = now.due, now.snapshots, now.epoch.length
     now.take(target.replace(slots={**target.slots, **surviving}))
+    now.metrics = measured
     # Keep the epoch length if it was found after the snapshot.
     if not now.epoch.length:
         now.count(now.epoch._replace(length=length))

@@ -21,6 +21,7 @@ from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
+from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._epochs import Epochs, begin_epochs
 from fxtrain.loop._evaluation import Evaluations, declare_shapes, evaluation_requests
 from fxtrain.loop._history import History
@@ -82,7 +83,8 @@ class Run:
 
         # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
         # has no other owner.
-        now = self.now = Cursor(state if is_whole else state.copy(), lag=plan.lag, why=saved.stop_reasons)
+        state = state if is_whole else state.copy()
+        now = self.now = Cursor(state, saved.epoch_metrics or EpochMetrics(), lag=plan.lag, why=saved.stop_reasons)
         reader = BatchReader(Waits(self._data, self._interrupts), state.step.device, plan.clock, plan.length)
         if saved.data is not None and self._data.has_snapshots:
             self._data.restore(now.epoch.data_index(now.position), saved.data)
@@ -218,6 +220,7 @@ class Run:
         # it can be trained further.
         now.read_flags()
         now.set(stop=False, skip_final_save=False)
+        now.state = now.metrics.added_to(now.state)
         self.continue_from = now.state
         yield from self._emit(FitEnd, reason=self.reason)
 

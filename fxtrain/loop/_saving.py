@@ -168,6 +168,7 @@ class Saves:
             batch=None if last is None else LastBatch(last[0], checksum(last[1])),
             data=self._data.snapshot(now.epoch.data_index(now.position)),
             stop_reasons=now.why if now.due["stop"] else (),
+            epoch_metrics=now.metrics,
         )
 
     def save_last(self) -> Events[None]:

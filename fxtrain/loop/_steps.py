@@ -80,6 +80,8 @@ class Steps:
                     yield from self._emitter.fold(StepEnd, fields, output.control)[0]
                 else:
                     self._publish.step(now.step, output.metrics)
+            # After the folds, because an error in one of them rolls all steps of the dispatch back.
+            now.metrics.add(outputs)
             if now.due is not due or now.step >= last or self._interrupts.cause is not None:
                 return
             now.set_mark()

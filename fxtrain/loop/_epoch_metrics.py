@@ -1,0 +1,130 @@
+"""Means of the training metrics over an epoch, summed on the host without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fxtrain import metrics, tree
+from fxtrain.core import EPOCH_METRICS, Metrics, StepOutput, TrainState, wide_dtype
+from fxtrain.loop._transfer import start_copy
+
+_STEPS_PER_TRANSFER = 64
+
+_Row = tuple[Metrics, Tensor | None]
+"""The metrics of a step, and the weight of those that are tensors."""
+
+
+class _Stored(NamedTuple):
+    """A merged metric of a checkpoint, which stores no class."""
+
+    leaves: list[Tensor]
+    values: dict[str, Tensor]
+
+
+class EpochMetrics:
+    """The metrics of an epoch so far.
+
+    Steps are summed in order, one by one and in float64, so a mean does not depend on where sessions begin and end.
+    Weights are those of ``fxtrain.metrics.lift``: 1, or the weight that ``fxtrain.weighted`` gives the loss of a step.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}  # weighted total and weight of each tensor
+        self._merged: dict[str, metrics.Metric | _Stored] = {}
+        self._unread: list[_Row] = []
+        self._sent: list[_Row] = []
+        self._arrived: Callable[[], list[object]] | None = None  # returns the values of the rows in `_sent`
+
+    def copy(self) -> Self:
+        """Returns a copy, which later steps do not change. Nothing is read from the device."""
+        copied = type(self)()
+        copied.__dict__.update(self.__dict__)
+        copied._sums, copied._merged, copied._unread = dict(self._sums), dict(self._merged), list(self._unread)
+        return copied
+
+    def add(self, outputs: Iterable[StepOutput]) -> None:
+        """Adds steps. Their values are copied to the host in groups, and summed when the next group is copied."""
+        for output in outputs:
+            self._unread.append((output.metrics, output.weight))
+        if len(self._unread) >= _STEPS_PER_TRANSFER:
+            self._send()
+
+    def compute(self, device: torch.device) -> dict[str, Tensor]:
+        """Returns the means by name: float64 [], or what a metric computes. Waits for the device.
+
+        A metric without weight, such as one of an epoch whose steps all have weight 0, is left out.
+        """
+        self._read()
+        dtype = wide_dtype(device)
+        means = {name: torch.tensor(total / count, dtype=dtype) for name, (total, count) in self._sums.items()}
+        for name, metric in self._merged.items():
+            means |= metric.values if isinstance(metric, _Stored) else metrics.compute({name: metric})
+        return {name: value.to(device) for name, value in means.items()}
+
+    def added_to(self, state: TrainState) -> TrainState:
+        """Returns the state with the sums in a slot, unless there are none. Waits for the device."""
+        self._read()
+        device = state.step.device
+        slot: dict[str, Any] = {}
+        if self._sums:
+            slot["sums"] = {name: torch.tensor(pair, dtype=wide_dtype(device)) for name, pair in self._sums.items()}
+        if self._merged:
+            slot["merged"] = {
+                name: metric._asdict()
+                if isinstance(metric, _Stored)
+                else {"leaves": tree.leaves(metric), "values": metrics.compute({name: metric})}
+                for name, metric in self._merged.items()
+            }
+        copied = tree.map(lambda leaf: leaf.to(device, copy=True), slot)
+        return state.with_slot(EPOCH_METRICS, copied) if slot else state
+
+    @classmethod
+    def from_slot(cls, slot: Mapping[str, Any] | None) -> Self:
+        """Returns the sums of a slot, or those of no steps."""
+        found, slot = cls(), slot or {}
+        found._sums = {name: tuple(pair.tolist()) for name, pair in slot.get("sums", {}).items()}
+        found._merged = {
+            name: _Stored([leaf.cpu() for leaf in stored["leaves"]], stored["values"])
+            for name, stored in slot.get("merged", {}).items()
+        }
+        return found
+
+    def _send(self) -> None:
+        """Sums the values that were sent, and starts copying the others to the host."""
+        if self._arrived is not None:
+            self._sum(self._sent, iter(self._arrived()))
+        values: list[object] = []
+        for measured, weight in self._unread:
+            for value in measured.values():
+                values += tree.leaves(value) if isinstance(value, metrics.Metric) else (value,)
+            values.append(1.0 if weight is None else weight)
+        self._sent, self._unread, self._arrived = self._unread, [], start_copy(values)
+
+    def _read(self) -> None:
+        self._send()
+        self._send()
+
+    def _sum(self, rows: list[_Row], values: Iterator[Any]) -> None:
+        for measured, _ in rows:
+            seen: dict[str, Any] = {}
+            for name, value in measured.items():
+                if isinstance(value, metrics.Metric):
+                    leaves = [torch.tensor(next(values), dtype=leaf.dtype) for leaf in tree.leaves(value)]
+                    self._merge(name, tree.unflatten(tree.structure(value), leaves))
+                else:
+                    seen[name] = next(values)
+            weight = next(values)
+            for name, value in seen.items():
+                if weight > 0 and isinstance(value, int | float):
+                    total, count = self._sums.get(name, (0.0, 0.0))
+                    self._sums[name] = (total + value * weight, count + weight)
+
+    def _merge(self, name: str, metric: metrics.Metric) -> None:
+        before = self._merged.get(name)
+        if isinstance(before, _Stored):
+            before = tree.unflatten(tree.structure(metric), before.leaves)
+        self._merged[name] = metric if before is None else before.merge(metric)
