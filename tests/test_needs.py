@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fxtrain as fx
+from fxtrain import writers
 
 TAKEN = []
 
@@ -95,6 +96,82 @@ def test_data_dependent_evaluation_is_checked_when_it_ends():
         fit(fx.callbacks.early_stopping("seen", patience=1), eval_step=fx.eval_step(looking)).reason
         == "finished 1 epoch"
     )
+
+
+class Images:
+    """A writer of clu's kind, which says what it keeps by its methods."""
+
+    def write_scalars(self, step, scalars):
+        pass
+
+    def write_images(self, step, images):
+        pass
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
+def folder(make):
+    return lambda tmp_path: make(tmp_path / "written")
+
+
+@pytest.mark.parametrize(
+    ("written", "make", "keeps"),
+    [
+        ("images", folder(writers.tensorboard), True),
+        ("images", folder(writers.csv), False),
+        ("images", lambda tmp_path: writers.multi(writers.console(), writers.csv(tmp_path / "a")), False),
+        ("images", lambda tmp_path: writers.multi(writers.console(), writers.media(tmp_path / "a")), True),
+        ("images", lambda tmp_path: writers.asynchronous(writers.csv(tmp_path / "a")), False),
+        ("images", lambda tmp_path: Images(), True),
+        ("sounds", lambda tmp_path: Images(), False),
+        ("tables", folder(writers.tensorboard), True),
+        ("tables", folder(writers.csv), False),
+        ("figures", folder(writers.media), True),
+        ("scalars", folder(writers.csv), True),
+        ("scalars", folder(writers.media), False),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda observer: observer, fx.observers.required])
+def test_kind_that_no_writer_keeps_is_named(written, make, keeps, wrap, tmp_path):
+    callback = fx.needs(watch, written=[written])
+    observers = wrap(fx.observers.write(make(tmp_path)))
+    if keeps:
+        fit(callback, observers=observers)
+        return
+    with pytest.raises(ValueError, match=rf"expected a writer of {written} for watch, got writers of "):
+        fit(callback, observers=observers)
+
+
+def test_run_without_writers_is_told_which_keep_the_kind():
+    with pytest.raises(ValueError, match="expected a writer of images for watch, got none") as caught:
+        fit(fx.needs(watch, written=["images"]))
+    assert str(caught.value).endswith(
+        "Give fxtrain.observers.write one that keeps them: fxtrain.writers.media, fxtrain.writers.mlflow, "
+        "fxtrain.writers.tensorboard, fxtrain.writers.wandb."
+    )
+
+
+def test_observer_declares_what_it_keeps():
+    def show(state, event: fx.EvalEnd, control):
+        pass
+
+    show.keeps = {fx.values.Image}
+    fit(fx.needs(watch, written=["images"]), observers=show)
+    with pytest.raises(ValueError, match="got writers of images, figures, confusion matrices"):
+        fit(fx.needs(watch, written=["videos"]), observers=show)
+
+
+def test_writers_of_other_ranks_are_not_required(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    fit(fx.needs(watch, written=["images"]))
+
+
+def test_unknown_kind_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"a kind in written to be one of .*, got 'image'\. Did you mean 'images'\?"):
+        fx.needs(watch, written=["image"])
 
 
 def test_only_traced_events_are_accepted():

@@ -1,5 +1,6 @@
 """Logged values: their validation, their publication by events, and their delivery to writers."""
 
+import matplotlib.figure
 import numpy as np
 import optree
 import pytest
@@ -10,10 +11,26 @@ from hypothesis import strategies as st
 
 import fxtrain as fx
 from fxtrain.core import NAMESPACE, Control, EvalBegin, EvalEnd, Logged, Saved, StepEnd
-from fxtrain.values import Histogram, HParams, Text, published
+from fxtrain.values import KINDS_BY_NAME, Histogram, HParams, Text, is_kept, kind_of, published, simplified
 from fxtrain.writers import multi
 
 EDGES = torch.tensor([0.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        Text("a"),
+        fx.values.Table({"word": ["cat"]}),
+        fx.values.ConfusionMatrix(torch.eye(2)),
+        fx.values.Image(torch.zeros(1, 4, 4, 3)),
+        fx.values.Figure(matplotlib.figure.Figure()),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS_BY_NAME.values())
+def test_kind_is_kept_if_its_values_can_be_converted(value, kind):
+    assert is_kept(kind_of(value), {kind}) == (simplified(value, {kind}) is not None)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,24 @@ from typing import cast
 
 import torch
 
-from fxtrain.core import EVENTS, LOOP, TRACED, Callback, Control, Event, LoopEvent, TrainState, Tree, describe, name_of
+from fxtrain.core import (
+    EVENTS,
+    LOOP,
+    TRACED,
+    Callback,
+    Control,
+    Event,
+    LoopEvent,
+    TrainState,
+    Tree,
+    check_choice,
+    describe,
+    name_of,
+)
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import kinds, subscription, takes
+from fxtrain.values import KINDS_BY_NAME
 
 EventTypes = type[Event] | type[LoopEvent] | types.UnionType
 """An event type, a base class of several, or a union."""
@@ -28,6 +42,7 @@ class Needs:
     eval_metrics: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
     events: tuple[type[Event], ...] = ()
+    written: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -151,6 +166,7 @@ def needs(
     eval_metrics: Sequence[str] = (),
     slots: Sequence[str] = (),
     events: Sequence[type[Event]] = (),
+    written: Sequence[str] = (),
 ) -> Handler:
     """Declares requirements of ``callback``. ``fit`` raises before the first step if one is not met.
 
@@ -160,9 +176,13 @@ def needs(
             if that is not possible, at the first evaluation.
         slots: Slots that are kept by other callbacks.
         events: Traced events that the step must fire, in addition to those that the callback subscribes to.
+        written: Kinds of logged values that a writer of the run must keep, such as ``"images"``: ``"scalars"`` or a
+            name in ``fxtrain.values.KINDS``. The writers of ``fxtrain.observers.write`` count, and observers with an
+            attribute ``keeps``, a set of the classes of ``fxtrain.values``. It is checked on rank 0, which writes.
 
     Raises:
         TypeError: If an event is not traced.
+        ValueError: If a kind is unknown.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -181,9 +201,16 @@ def needs(
         if event not in TRACED:
             names = ", ".join(kind.__name__ for kind in TRACED)
             raise TypeError(f"expected events to be traced event types ({names}), got {describe(event)}.")
+    for kind in written:
+        check_choice("a kind in written", kind, tuple(KINDS_BY_NAME))
     handler = handler_of(callback)
     old = handler.needs
-    both = Needs((*old.eval_metrics, *eval_metrics), (*old.slots, *slots), (*old.events, *events))
+    both = Needs(
+        (*old.eval_metrics, *eval_metrics),
+        (*old.slots, *slots),
+        (*old.events, *events),
+        (*old.written, *written),
+    )
     return dataclasses.replace(handler, needs=both)
 
 

@@ -10,14 +10,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fxtrain import tree
+from fxtrain import tree, writers
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
 from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.fold import Composed
 from fxtrain.loop._types import EvalFn, LoopStep
+from fxtrain.observers._wrapped import rank
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
+from fxtrain.values import KINDS_BY_NAME, Kind, is_kept
+from fxtrain.writers._asynchronous import AsynchronousWriter
+from fxtrain.writers._multi import MultiWriter
 
 
 def check_state(state: object, order: str) -> None:
@@ -162,6 +166,38 @@ def check_needs(
                 f"expected the metric {metric!r} at EvalEnd for {reader}, got {', '.join(map(repr, measured))}."
                 f"{did_you_mean(metric, measured)} Return it from eval_step, or name one of these."
             )
+
+
+def check_written(callbacks: Composed, kept: frozenset[Kind]) -> None:
+    """Raises on rank 0 if a callback needs a kind of values written that no writer of the run keeps.
+
+    Args:
+        callbacks: All callbacks of the run.
+        kept: The kinds that the observers keep.
+
+    Raises:
+        ValueError: The message names the callback, the kind, and the writers that keep it.
+    """
+    for handler in callbacks.handlers:
+        for name in handler.needs.written:
+            if not is_kept(KINDS_BY_NAME[name], kept) and rank() == 0:
+                there = ", ".join(other for other, kind in KINDS_BY_NAME.items() if is_kept(kind, kept))
+                raise ValueError(
+                    f"expected a writer of {name} for {handler.name}, got "
+                    f"{f'writers of {there}' if there else 'none'}. "
+                    f"Give fxtrain.observers.write one that keeps them: {', '.join(_writers_of(name))}."
+                )
+
+
+def _writers_of(name: str) -> list[str]:
+    """Returns the functions of ``fxtrain.writers`` that make a writer of this kind of values."""
+    found: list[str] = []
+    for made_by in writers.__all__:
+        function = getattr(writers, made_by)
+        made = getattr(function, "__globals__", {}).get(getattr(function, "__annotations__", {}).get("return"))
+        if made not in (MultiWriter, AsynchronousWriter) and is_kept(KINDS_BY_NAME[name], getattr(made, "kinds", ())):
+            found.append(f"fxtrain.writers.{made_by}")
+    return found
 
 
 def _measured(eval_step: EvalFn, state: TrainState, data: Source | None) -> list[str]:

@@ -38,7 +38,7 @@ from fxtrain.fold._watched import Outcome, Watched
 from fxtrain.loop._history import History
 from fxtrain.loop._published import published_after
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
-from fxtrain.values import METRIC_PREFIXES, named_after, published
+from fxtrain.values import METRIC_PREFIXES, Kind, named_after, published
 
 _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
 _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them
@@ -58,7 +58,7 @@ class Publisher:
             subscription. Without one, an observer sees all events of the loop. With ``sees_logged = True``, it also
             sees any event at which something was logged. If an observer has ``flush()``, it is called before each save.
             If it has ``close()``, it is called at the end. If it has ``callback_ran(name, event, before, outcome)``, it
-            is called after each callback.
+            is called after each callback. An attribute ``keeps`` is the set of kinds of logged values that it keeps.
         history: Records all published scalars.
         device: Device of the run's state.
 
@@ -92,6 +92,10 @@ class Publisher:
         return kind in _RECORDED or bool(
             self._seeing.get(kind) or (kind in METRIC_PREFIXES and self._seeing.get(Published))
         )
+
+    def keeps(self) -> frozenset[Kind]:
+        """Returns the kinds of logged values that the observers keep, as far as they declare it."""
+        return frozenset[Kind]().union(*(getattr(observer, "keeps", ()) for observer in self._observers))
 
     def watched(self, callbacks: Composed) -> Composed:
         """Returns callbacks that report each call to the observers that watch them, if there are any."""

@@ -18,7 +18,7 @@ from fxtrain.data import Source, SourceLike, as_source
 from fxtrain.fold import Handler, as_composed, attach, compose, on
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
-from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end
+from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end, check_written
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epoch_metrics import EpochMetrics
@@ -78,6 +78,7 @@ class Run:
         state = self._attached(begin_epochs(state, self._data))
         best = getattr(plan.checkpointer, "best_metric", None)
         check_needs(self._callbacks, state, self._step, plan.eval_step, self._eval_data, best)
+        check_written(self._callbacks, self._publish.keeps())
         declare_shapes(self._step, self._data)
         declare_shapes(plan.eval_step, self._eval_data)
 

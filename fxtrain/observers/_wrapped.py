@@ -77,8 +77,9 @@ def required(observer: Observer) -> Observer:
     result.__name__ = name_of(observer)
     result.required = True
     result.sees_logged = getattr(observer, "sees_logged", False)
-    if (callback_ran := getattr(observer, "callback_ran", None)) is not None:
-        result.callback_ran = callback_ran
+    for name in ("callback_ran", "keeps"):
+        if hasattr(observer, name):
+            setattr(result, name, getattr(observer, name))
     for verb in ("flush", "close"):
         setattr(result, verb, strict(getattr(observer, verb, lambda: None)))
     return result

@@ -29,7 +29,7 @@ from fxtrain.core import (
 from fxtrain.fold import When, as_trigger
 from fxtrain.observers._wrapped import rank
 from fxtrain.observers._write_options import Options, checked_prefixes, checked_reductions, reduced, renamed
-from fxtrain.values import KINDS, HParams, Value, kind_of, published
+from fxtrain.values import KINDS, HParams, Kind, Value, kind_of, published
 from fxtrain.writers import Writer
 from fxtrain.writers._multi import MultiWriter
 
@@ -190,6 +190,11 @@ class Write:
         """Writes all held values and closes every writer, then raises the first error."""
         self._end_interval()
         try_all(self._write_points, self._write_latest, self._log.close)
+
+    @property
+    def keeps(self) -> frozenset[Kind]:
+        """The kinds of logged values that at least one of the writers keeps."""
+        return self._log.keeps
 
     def take_failure(self) -> Exception | None:
         """Returns the first error of a writer since the last call."""

@@ -8,10 +8,12 @@ is checked then.
 from fxtrain.values._histogram import Histogram
 from fxtrain.values._kinds import (
     KINDS,
+    KINDS_BY_NAME,
     METRIC_PREFIXES,
     Kind,
     Value,
     check_loggable,
+    is_kept,
     jsonable,
     kind_of,
     named_after,

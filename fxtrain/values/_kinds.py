@@ -42,6 +42,9 @@ KINDS: Mapping[Kind, str] = {
 }
 """The kinds of values besides scalars, and their names in messages."""
 
+KINDS_BY_NAME: Mapping[str, Kind] = {"scalars": float, **{name: kind for kind, name in KINDS.items()}}
+"""All kinds of values by their names."""
+
 
 def kind_of(value: object) -> Kind:
     """Returns the class of a value, with ``float`` for all scalars."""
@@ -81,6 +84,28 @@ def simplified(value: Value, kinds: Collection[Kind]) -> Value | None:
             return Text("  \n".join(f"**{name}**: {text}" for name, text in value.texts().items()))
         case _:
             return None
+
+
+_SIMPLER: Mapping[Kind, frozenset[Kind]] = {
+    Figure: frozenset({Image}),
+    ConfusionMatrix: frozenset({Image, Table, Text}),
+    Table: frozenset({Text}),
+}
+"""The kinds that ``simplified`` converts values of a kind to."""
+
+
+def is_kept(kind: Kind, kinds: Collection[Kind]) -> bool:
+    """Whether values of a kind are of one of several kinds, or can be converted to one by ``simplified``.
+
+    Args:
+        kind: The kind of the values.
+        kinds: The accepted kinds.
+
+    Example:
+        >>> is_kept(Table, {Text}), is_kept(Text, {Table})
+        (True, False)
+    """
+    return kind in kinds or not _SIMPLER.get(kind, frozenset()).isdisjoint(kinds)
 
 
 def jsonable(value: object) -> Json:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from fxtrain.core import LoopEvent, check_positive_int, try_all
-from fxtrain.values import KINDS, Value
+from fxtrain.values import KINDS, Kind, Value
 from fxtrain.writers._backlog import on_host_copy
 from fxtrain.writers._channel import Channel
 from fxtrain.writers._interface import Backend, Writer
@@ -60,6 +60,10 @@ class AsynchronousWriter(Backend):
         self._room = threading.Semaphore(size)
         self.blocked = 0.0
         """Seconds that callers have waited for queue space, host copies and flushes."""
+
+    @property
+    def keeps(self) -> frozenset[Kind]:
+        return self._channel.keeps
 
     def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         # Values are only copied here. The thread checks their range.

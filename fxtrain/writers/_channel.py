@@ -54,6 +54,11 @@ class Channel:
             kinds = frozenset(kind for kind, method in _METHODS.items() if hasattr(writer, method))
             self.selection = Selection(self._name, getattr(writer, "kinds", kinds))
 
+    @property
+    def keeps(self) -> frozenset[Kind]:
+        """The kinds that the writer keeps."""
+        return self._writer.keeps if isinstance(self._writer, Backend) else self.selection.kinds
+
     def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         """Writes values, in one call of ``write`` if the writer has that, otherwise by clu's method for each kind.
 

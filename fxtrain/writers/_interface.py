@@ -192,6 +192,11 @@ class Backend:
         """Selects the values that the writer can keep."""
         return Selection(type(self).__name__, self.kinds)
 
+    @property
+    def keeps(self) -> frozenset[Kind]:
+        """The kinds that the writer, or the writers that it passes values to, keep."""
+        return self.kinds
+
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         """Writes values of the writer's own kinds.
 

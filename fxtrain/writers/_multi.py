@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 from fxtrain.core import LoopEvent, try_all
-from fxtrain.values import KINDS, Value
+from fxtrain.values import KINDS, Kind, Value
 from fxtrain.writers._channel import Channel
 from fxtrain.writers._interface import Backend, Writer
 
@@ -66,6 +66,10 @@ class MultiWriter(Backend):
         selections = [channel.selection for channel in self._channels]
         for selection in selections:
             selection.silence(kind for other in selections if other is not selection for kind in other.kinds)
+
+    @property
+    def keeps(self) -> frozenset[Kind]:
+        return frozenset[Kind]().union(*(channel.keeps for channel in self._channels))
 
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         """Writes values, or queues them for writers that fail."""
