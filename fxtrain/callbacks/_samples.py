@@ -40,6 +40,17 @@ def samples(
         >>> _, control = callback(fx.init(torch.nn.Linear(8, 16)), fx.EvalEnd(step=10, metrics={}))
         >>> control.log["digits"].value
         Image 16 of 4 x 4, gray
+
+        Attention maps of one sequence, one image per head:
+
+        >>> x = torch.randn(1, 5, 8)
+        >>> def attention(model, key):
+        ...     _, maps = model(x, x, x, average_attn_weights=False)
+        ...     return fx.values.Image(maps[0, ..., None])
+        >>> callback = samples(attention, name="attention")
+        >>> state = fx.init(torch.nn.MultiheadAttention(8, num_heads=2, batch_first=True))
+        >>> callback(state, fx.EvalEnd(step=10, metrics={}))[1].log["attention"].value
+        Image 2 of 5 x 5, gray
     """
 
     def callback(state: TrainState, event: LoopEvent) -> tuple[TrainState, Control]:

@@ -158,10 +158,12 @@ class StepEnd(LoopEvent):
         metrics: The step's metrics by name: 0-d tensors on the step's device.
         duration: Seconds that the call of the step took, without the wait for the batch. An accelerator may still be
             computing: the mean of many steps is exact, a single value is not. Steps of one dispatch have equal shares.
+        outputs: Other outputs of the loss function, detached; None unless the step was made with ``outputs=True``.
     """
 
     metrics: Metrics
     duration: float = 0.0
+    outputs: Tree | None = None
 
     @property
     def batch_index(self) -> int:

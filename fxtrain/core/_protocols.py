@@ -21,7 +21,7 @@ class StepOutput:
     Args:
         metrics: 0-d tensors or ``fxtrain.metrics`` values by name. By convention, one of them is ``"loss"``.
         control: The requests of the traced callbacks, or None. A ``Step`` always returns a ``Control``.
-        outputs: Other outputs of an evaluation step, which callbacks see at ``EvalStep``.
+        outputs: Other outputs of the step, which callbacks see at ``StepEnd``, or at ``EvalStep`` of an evaluation.
         weight: float64 []. Weight of the 0-d metrics in means over batches, from ``fxtrain.weighted``; None if the
             loss function returns no weight.
     """
@@ -101,10 +101,11 @@ def _flatten(output: StepOutput) -> tuple[list[Any], None]:
 
 
 def _unflatten(_: None, children: Sequence[Tree]) -> StepOutput:
-    return StepOutput(*map(_present, children))
+    return StepOutput(*map(present, children))
 
 
-def _present(child: Tree) -> Tree:
+def present(child: Tree) -> Tree:
+    """Returns a child of a flattened node, with None in place of an empty tuple."""
     return None if isinstance(child, tuple) and not child else child  # pyright: ignore[reportUnknownVariableType]
 
 

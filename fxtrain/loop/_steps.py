@@ -76,7 +76,7 @@ class Steps:
                 if now.position == self._end:
                     now.set(end_epoch=True)
                 if ends or output.control:
-                    fields = {"metrics": output.metrics, "duration": duration}
+                    fields = {"metrics": output.metrics, "duration": duration, "outputs": output.outputs}
                     yield from self._emitter.fold(StepEnd, fields, output.control)[0]
                 else:
                     self._publish.step(now.step, output.metrics)

@@ -66,6 +66,7 @@ class Stream(enum.IntEnum):
     INIT = 2
     DATA = 3
     SAMPLE = 4
+    BATCH = 5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

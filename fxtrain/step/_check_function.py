@@ -68,6 +68,31 @@ def refuse_unless_step(function: object) -> None:
         raise TypeError(f"expected step to be a function (state, batch) -> (state, output), got {what}. {remedy}")
 
 
+def refuse_unless_transform(function: object) -> None:
+    """Raises unless ``function`` can be called as ``function(state, batch)`` and is no loss function.
+
+    Raises:
+        TypeError: Names the function, its line and a fix.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    expected = "expected transform_batch to be a function (state, batch) -> batch, got"
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"{expected} {describe(function)}. Define one: def transform(state, batch): return {{...}}.")
+    called: Callable[..., object] = function.forward if isinstance(function, nn.Module) else function
+    if takes_model(called):
+        what = f"{place_of(function)}, which takes a model"
+        remedy = "Take the state. A view of it is its model: fxtrain.view(state, train=True)."
+    elif _positional_names(called)[1:2] == ["state"]:
+        what, remedy = _shown(called), "Swap the parameters: (state, batch)."
+    elif not _takes_two(called):
+        what = f"the module {name_of(function)}" if isinstance(function, nn.Module) else _shown(function)
+        remedy = f"Add the state: lambda state, batch: {name_of(function)}(batch)."
+    else:
+        return
+    raise TypeError(f"{expected} {what}. {remedy}")
+
+
 def takes_model(function: Callable[..., object]) -> bool:
     """Returns whether the first parameter of a function is named like a model.
 

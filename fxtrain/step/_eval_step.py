@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable
 
 from fxtrain import rng
-from fxtrain.core import Batch, StepOutput, TrainState, describe, name_of
+from fxtrain.core import Batch, StepOutput, TrainState, name_of
 from fxtrain.data import for_step
 from fxtrain.precision import Policy, policy_of
-from fxtrain.step._check_function import place_of, refuse_unless_loss
+from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._forward_pass import forward
-from fxtrain.step._loss_results import Weighted, measured
+from fxtrain.step._loss_results import measured, without_outputs
 from fxtrain.step._step import on_device
+from fxtrain.step._transform_batch import TransformBatch, seeded_transform
 
 
 class EvalFunction:
@@ -48,7 +49,11 @@ class EvalFunction:
 
 
 def eval_step(
-    measure: Callable[..., object], *, precision: str | Policy | None = None, outputs: bool = False
+    measure: Callable[..., object],
+    *,
+    precision: str | Policy | None = None,
+    outputs: bool = False,
+    transform_batch: TransformBatch | None = None,
 ) -> EvalFunction:
     """Returns a function ``(state, batch) -> StepOutput`` that evaluates the model in eval mode.
 
@@ -59,12 +64,15 @@ def eval_step(
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         outputs: Whether ``measure`` returns a pair of such a result and any other value, which callbacks receive at
             ``EvalStep``.
+        transform_batch: ``(state, batch) -> batch``, a pure function that runs before ``measure``, as in
+            ``train_step``. The state has no optimizer state and no slots.
 
     Returns:
         A pure function, which ``fxtrain.compile`` compiles like a step.
 
     Raises:
-        TypeError: If ``measure`` does not take a model and a batch. When it runs, if it returns anything else.
+        TypeError: If ``measure`` does not take a model and a batch, or ``transform_batch`` a state and a batch. When it
+            runs, if one of them returns anything else.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -75,18 +83,17 @@ def eval_step(
     """
     refuse_unless_loss(measure, "measure")
     policy = policy_of(precision)
+    transform = None if transform_batch is None else seeded_transform(transform_batch)
 
     def step(state: TrainState, batch: Batch) -> StepOutput:
+        if transform is not None:
+            # Index 0 is that of training steps.
+            batch = transform(state.replace(opt_state={}, slots={}), batch, state.position + 1)
         key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
         result = forward(policy, state, measure, batch, train=False, key=key).output
         extra = None
         if outputs:
-            if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:
-                raise TypeError(
-                    f"expected {place_of(measure)} to return a pair (metrics, outputs) because of outputs=True, got "
-                    f"{describe(result)}. Return both, or remove outputs=True."
-                )
-            result, extra = result
+            result, extra = without_outputs(measure, result, "metrics")
         metrics, weight = measured(measure, result)
         return StepOutput(policy.cast_output(metrics), outputs=extra, weight=weight)
 

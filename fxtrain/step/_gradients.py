@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxtrain import rng, tree
 from fxtrain.core import Batch, Metrics, TrainState, Tree, name_of, register_node
+from fxtrain.core._protocols import present
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
@@ -20,7 +21,7 @@ from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode, rerun
 from fxtrain.step._forward_pass import forward
 from fxtrain.step._loss_mistakes import missing_gradient, torch_optimizers_refused
-from fxtrain.step._loss_results import loss_and_metrics
+from fxtrain.step._loss_results import detached_outputs, loss_and_metrics, without_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Gradient:
             a step compiled by Dynamo has True everywhere. Static: part of the tree's structure, not a leaf.
         weight: float64 []. The weight in a mean, from ``fxtrain.weighted``. None without it.
         written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after the pass.
+        outputs: Other outputs of the loss function, detached. None without ``outputs=True``.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -53,6 +55,7 @@ class Gradient:
     used: Tree
     weight: Tensor | None = None
     written: Tree = dataclasses.field(default_factory=dict)
+    outputs: Tree | None = None
 
     def carried(self, state: TrainState) -> TrainState:
         """Returns the state with the buffers and frozen parameters that the forward pass wrote.
@@ -70,7 +73,7 @@ class Gradient:
         return moved.replace(params=model_of(state).with_written(state.params, self.written))
 
 
-_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written")
+_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written", "outputs")
 
 
 def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
@@ -82,9 +85,9 @@ def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
 
 def _unflatten(used: Tree, children: Sequence[Tree]) -> Gradient:
     leaves, structure = used
-    loss, metrics, grads, buffers, weight, written = children
+    loss, metrics, grads, buffers, weight, written, outputs = children
     used = tree.unflatten(structure, leaves)
-    return Gradient(loss, metrics, grads, buffers, used, None if isinstance(weight, tuple) else weight, written)
+    return Gradient(loss, metrics, grads, buffers, used, present(weight), written, present(outputs))
 
 
 register_node(Gradient, _flatten, _unflatten, fields=_FIELDS)
@@ -96,6 +99,7 @@ def gradients(
     wrt: str | None = None,
     precision: str | Policy | None = None,
     differentiate: Differentiate = "auto",
+    outputs: bool = False,
 ) -> Callable[..., Gradient]:
     """Returns a function ``(state, batch, index=0) -> Gradient`` that differentiates a loss.
 
@@ -111,6 +115,7 @@ def gradients(
             PyTorch loop does: activation checkpointing, ``requires_grad_()`` and ``torch.autograd.grad`` in the loss,
             backward hooks, any ``autograd.Function``. Both give the same gradients. ``"auto"`` uses ``torch.func``, and
             switches to ``torch.autograd`` with a warning if ``torch.func`` rejects the loss.
+        outputs: Whether ``loss_fn`` returns a pair of such a result and a pytree of other tensors, such as logits.
 
     Returns:
         A pure function. Calls with different ``index`` in one step take different random samples.
@@ -155,6 +160,10 @@ def gradients(
 
             def finish(result: object) -> tuple[Tensor, Tree, Tree]:
                 with policy.backward(state.step.device):
+                    extra: Tree = ()
+                    if outputs:
+                        result, extra = without_outputs(loss_fn, result, "loss")
+                        extra = detached_outputs(loss_fn, extra)
                     loss, measured, weight = loss_and_metrics(loss_fn, result)
                     if torch.compiler.is_dynamo_compiling() and _depends_on_none(loss, trainable):
                         raise ValueError(
@@ -163,11 +172,11 @@ def gradients(
                     metrics = policy.cast_output({"loss": loss, **measured})
                     loss = metrics["loss"]
                     value = loss if scale is None else loss * scale
-                    return value, find(value), (metrics, () if weight is None else (weight,))
+                    return value, find(value), (metrics, () if weight is None else (weight,), extra)
 
             called = forward(policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish)
-            value, found, (metrics, weights) = called.output
-            return value, found, (metrics, called.buffers, called.written, weights)
+            value, found, (metrics, weights, extra) = called.output
+            return value, found, (metrics, called.buffers, called.written, weights, extra)
 
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
@@ -178,7 +187,7 @@ def gradients(
         reached = model.checked_functions(("reached", wrt))
         is_first = not torch.compiler.is_dynamo_compiling() and reached.samples_on_host(loss_fn) is None
         with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
-            grads, used, (metrics, buffers, written, weights) = differentiation(objective, trainable)
+            grads, used, (metrics, buffers, written, weights, extra) = differentiation(objective, trainable)
             if is_first and not any(tree.leaves(used)):
                 raise missing_gradient(loss_fn, wrt, functools.partial(rerun, objective, trainable))
         if is_first:
@@ -187,7 +196,9 @@ def gradients(
             _record_replaced(model, state.params, written)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
-        found = Gradient(metrics["loss"], metrics, grads, buffers, used, *weights, written=written)
+        found = Gradient(
+            metrics["loss"], metrics, grads, buffers, used, *weights, written=written, outputs=present(extra)
+        )
         return found if found.weight is None else _zero_unless_counted(found, found.weight > 0)
 
     return find

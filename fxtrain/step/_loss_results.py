@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from fxtrain import tree
 from fxtrain.core import Metrics, Tree, describe, wide_dtype
 from fxtrain.metrics import Metric
 from fxtrain.step._check_function import ContractError, place_of
@@ -73,6 +74,42 @@ class Returned(NamedTuple):
     loss: Tensor  # float []
     metrics: Metrics  # without the loss
     weight: Tensor | None  # float64 [] (float32 where there is no float64); None without fxtrain.weighted
+
+
+def without_outputs(function: object, result: object, first: str) -> tuple[Tree, Tree]:
+    """Splits the pair that a function returns because of ``outputs=True``.
+
+    Args:
+        function: The function, for errors.
+        result: Its result.
+        first: A noun for the first part of the pair, for errors.
+
+    Raises:
+        TypeError: If the result is not a pair.
+    """
+    if isinstance(result, tuple) and not isinstance(result, Weighted):
+        parts: tuple[object, ...] = result
+        if len(parts) == 2:
+            return parts[0], parts[1]
+    raise ContractError(
+        f"expected {place_of(function)} to return a pair ({first}, outputs) because of outputs=True, got "
+        f"{describe(result)}. Return both, or remove outputs=True."
+    )
+
+
+def detached_outputs(function: object, outputs: Tree) -> Tree:
+    """Returns the outputs of a loss function without their autograd graph; an empty tuple for None.
+
+    Raises:
+        TypeError: If a leaf is not a tensor.
+    """
+    for leaf in tree.leaves(outputs, none_is_leaf=True) if outputs is not None else ():
+        if not isinstance(leaf, Tensor):
+            raise ContractError(
+                f"expected the outputs of {place_of(function)} to be tensors, in dicts, lists and tuples, got "
+                f"{describe(leaf)}. Leave it out."
+            )
+    return () if outputs is None else tree.map(torch.detach, outputs)
 
 
 def loss_and_metrics(function: object, result: Tree) -> Returned:
@@ -199,7 +236,7 @@ def _remedy_for_several(parts: Sequence[object]) -> str:
         return "Return a tuple: return loss, metrics."
     return (
         "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. Leave out other "
-        "outputs."
+        "outputs, or return the pair (loss, outputs) with outputs=True."
     )
 
 

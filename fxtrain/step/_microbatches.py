@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -65,6 +65,7 @@ def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
         sum_i w_i g_i / sum_i w_i
 
     Loss and 0-d metrics are averaged in the same way, ``fxtrain.metrics`` are merged, and buffers are the last part's.
+    Outputs are concatenated along their first dimension, and 0-d outputs are stacked.
 
     Args:
         parts: One or more results of ``gradients``. With a generator, at most two are in memory at a time.
@@ -79,12 +80,14 @@ def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
         >>> mean_gradient(find(state, part) for part in (torch.ones(1), torch.zeros(3))).grads
         {'w': tensor(0.2500)}
     """
-    total, count = None, 0
+    total: Gradient | None = None
+    outputs: list[Tree] = []
     for part in parts:
-        total, count = part if total is None else joined(total, part), count + 1
+        total = part if total is None else joined(total, part)
+        outputs.append(part.outputs)
     if total is None:
         raise ValueError("expected the gradients of at least one microbatch, got none.")
-    return averaged(total, count)
+    return averaged(total, outputs)
 
 
 def joined(total: Gradient, part: Gradient) -> Gradient:
@@ -120,13 +123,27 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
     return Gradient(metrics["loss"], metrics, grads, part.buffers, used, weight, part.written)
 
 
-def averaged(total: Gradient, count: int) -> Gradient:
-    """Returns the mean of ``count`` parts, from the result of ``joined``."""
-    if count == 1 or total.weight is not None:
+def averaged(total: Gradient, outputs: Sequence[Tree]) -> Gradient:
+    """Returns the mean of all parts.
+
+    Args:
+        total: The result of ``joined``.
+        outputs: The outputs of each part.
+    """
+    count = len(outputs)
+    if count == 1:
+        return total
+    if outputs[0] is not None:
+        total = dataclasses.replace(total, outputs=tree.map(_concatenated, *outputs))
+    if total.weight is not None:
         return total
     metrics = {name: value if isinstance(value, Metric) else value / count for name, value in total.metrics.items()}
     grads = tree.map(lambda grad: grad / count, total.grads)
     return dataclasses.replace(total, loss=metrics["loss"], metrics=metrics, grads=grads)
+
+
+def _concatenated(*parts: Tensor) -> Tensor:
+    return torch.cat(parts) if parts[0].ndim else torch.stack(parts)
 
 
 def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:

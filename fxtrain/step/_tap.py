@@ -25,7 +25,8 @@ def tap(
     """Returns a loss function that also measures a statistic of some modules' outputs.
 
     Forward hooks observe the modules while the loss runs, and are removed afterwards. The statistics become metrics of
-    the step, ``<prefix>/<module>`` or ``<prefix>/<module>/<name>``. They are not differentiated.
+    the step, ``<prefix>/<module>`` or ``<prefix>/<module>/<name>``. They are not differentiated. A step returns whole
+    tensors, such as attention maps, with ``train_step(outputs=True)``.
 
     Args:
         loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``, or any other form that ``fxtrain.gradients``

@@ -37,6 +37,7 @@ from fxtrain.step._differentiate import Differentiate
 from fxtrain.step._gradients import gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches
 from fxtrain.step._step import Step
+from fxtrain.step._transform_batch import TransformBatch, seeded_transform
 
 
 def train_step(
@@ -48,6 +49,8 @@ def train_step(
     callbacks: Callback | Iterable[Callback] = (),
     differentiate: Differentiate = "auto",
     unused: Literal["keep", "zero"] = "keep",
+    outputs: bool = False,
+    transform_batch: TransformBatch | None = None,
 ) -> Step:
     """Returns the step of supervised training: gradients averaged over microbatches, then the optimizer.
 
@@ -75,12 +78,20 @@ def train_step(
         unused: Treatment of trainable parameters that the loss does not depend on. ``"keep"`` leaves them and their
             optimizer state unchanged, as in ``torch.optim``. ``"zero"`` gives them a zero gradient, so that weight
             decay and momentum still move them, as in optax.
+        outputs: Whether ``loss_fn`` returns a pair of such a result and a pytree of other tensors, such as logits or
+            attention maps, which callbacks and observers receive at ``StepEnd``. Those of microbatches are concatenated
+            along the first dimension, and 0-d ones stacked.
+        transform_batch: ``(state, batch) -> batch``, a pure function that runs inside the step, before the batch is
+            split: mixup, noise that decays with ``state.step``, a curriculum. The new batch may have other entries,
+            shapes and dtypes. torch's random functions depend on the seed and the step, so a resumed run samples the
+            same. The state has the slots of traced callbacks.
 
     Returns:
         The step ``(state, batch) -> (state, output)``.
 
     Raises:
-        TypeError: If ``loss_fn`` does not take a model and a batch, or ``tx`` is not a gradient transformation.
+        TypeError: If ``loss_fn`` does not take a model and a batch, ``transform_batch`` a state and a batch, or ``tx``
+            is not a gradient transformation.
         ValueError: If ``accumulate`` is below 1, or ``unused`` is neither of the two. When it runs, if ``accumulate``
             does not divide the batch.
 
@@ -96,6 +107,14 @@ def train_step(
         (['learning_rate', 'loss'], 1)
         >>> step.description["optimizer"], step.description["accumulate"]
         ('sgd(0.1)', '1')
+
+        Mixup, with other weights at each step:
+
+        >>> def mixup(state, batch):
+        ...     share, order = torch.rand(len(batch["x"]), 1), torch.randperm(len(batch["x"]))
+        ...     return {name: share * value + (1 - share) * value[order] for name, value in batch.items()}
+        >>> step = fx.train_step(loss_fn, tx, transform_batch=mixup)
+        >>> state, output = step(state, {"x": torch.ones(8, 1), "y": torch.ones(8, 1)})
     """
     refuse_unless_loss(loss_fn)
     if not isinstance(tx, optim.GradientTransformation):
@@ -110,11 +129,14 @@ def train_step(
     folded = as_composed(callbacks)
     if policy.loss_scale is not None:
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
-    find = gradients(loss_fn, precision=policy, differentiate=differentiate)
+    find = gradients(loss_fn, precision=policy, differentiate=differentiate, outputs=outputs)
+    transform = None if transform_batch is None else seeded_transform(transform_batch)
 
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
         settings["unused"] = unused
+    if transform_batch is not None:
+        settings["transform_batch"] = name_of(transform_batch)
     description = {
         "loss": name_of(loss_fn),
         "optimizer": tx,
@@ -123,9 +145,15 @@ def train_step(
     }
 
     def build(folded: Composed) -> Step:
+        visible = folded.traced_slots
+
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
             number = state.step + 1
             before, control, found = state, Control(), None
+            extra: list[Tree] = []
+            if transform is not None:
+                slots = {name: slot for name, slot in state.slots.items() if name in visible}
+                batch = transform(state.replace(slots=slots), batch, 0)
             for index, microbatch in enumerate(microbatches(batch, accumulate)):
                 part = find(before, microbatch, index)
                 before = part.carried(before)
@@ -133,8 +161,9 @@ def train_step(
                 state, requests = folded(state, Microbatch(step=number, index=index, **measured))
                 control = _merged(control, requests)
                 found = part if found is None else joined(found, part)
+                extra.append(part.outputs)
             assert found is not None
-            found = averaged(found, accumulate)
+            found = averaged(found, extra)
             measured = {"loss": found.loss, "metrics": found.metrics, "grads": found.grads, "weight": found.weight}
             state, requests = folded(state, Gradients(step=number, **measured))
             control = _merged(control, requests)
@@ -150,7 +179,7 @@ def train_step(
             skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
             state = tree.where(skipped, state, moved) if "skip_update" in control.kinds else moved
             state, requests = folded(state, Updated(step=number, updates=updates, skipped=skipped, **measured))
-            return state, StepOutput(metrics, _merged(control, requests), weight=found.weight)
+            return state, StepOutput(metrics, _merged(control, requests), found.outputs, found.weight)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
         step.__doc__ = loss_fn.__doc__
