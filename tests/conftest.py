@@ -29,6 +29,14 @@ def _no_pending_signal():
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """Clears Dynamo's graphs, because it limits those of a code object, which all steps share."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def own_handler():
     """Installs a user handler for SIGTERM, so later sessions still start. Returns the list of received signals."""
     received = []

@@ -24,6 +24,7 @@ def step(**options):
     return fx.train_step(loss_fn, TX, outputs=True, **options)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("differentiate", ["func", "autograd"])
 @pytest.mark.parametrize("backend", [None, "dynamo", "aot_eager"])
 @pytest.mark.parametrize("accumulate", [1, 2])
