@@ -243,6 +243,7 @@ def test_related_curves_share_a_panel_and_the_loss_is_first(tmp_path):
     names += ["grad_flow/healthy", "grad_flow/damping", "update_ratio/frozen", "throughput/steps_per_second"]
     names += ["train/learning_rate/body", "train/learning_rate/head"]
     names += ["early_stopping/improved_by", "weights/0.bias/norm", "train/activations/0/mean"]
+    names += ["eval_batch/loss/5", "eval_batch/loss/10"]
     measured(tmp_path, {1: 1.0}, **dict.fromkeys(names, 1.0))
     html = page(read_run(tmp_path))
     found = {title: [series["name"] for series in lines] for title, lines in panels(html).items()}
@@ -255,6 +256,7 @@ def test_related_curves_share_a_panel_and_the_loss_is_first(tmp_path):
     assert found["grad_flow: layers"] == ["damping", "healthy"]
     assert (found["grad_flow/gain"], found["grad_flow/gain by layer"]) == (["max"], ["conv"])
     assert (found["weights: norm"], found["activations: mean"]) == (["0.bias"], ["0"])
+    assert found["loss by evaluation batch"] == ["5", "10"]
     assert "early_stopping/improved_by" not in found
     assert {"update_ratio/frozen", "throughput/steps_per_second"} < set(found)
 

@@ -75,7 +75,7 @@ def write(
         prefixes: Other prefixes for the names in these writers, by the default one: ``{"train": "training", "eval":
             "val"}``. An empty string removes the prefix. Those of ``train``, ``eval`` and ``eval_batch`` can be chosen,
             and logged values with these prefixes follow. ``Result.history``, checkpoints and callbacks keep the
-            defaults.
+            defaults. Reports recognize metrics by the defaults too.
         hparams: The configuration, as in ``RunInfo``, written when a session begins. Defaults to that of
             ``fit(run=...)``.
         flush_seconds: Time between flushes. Writers are also flushed at each evaluation, before each save, and at the

@@ -36,6 +36,7 @@ _SHARED_PANELS = tuple(
         (r"train/activations/([^/]+)", "activations"),
         (r"train/learning_rate/(.+)", "learning_rate"),
         (r"(train|eval)/(.+)", r"\2"),
+        (r"(\d+) of eval_batch/(.+)", r"\2 by evaluation batch"),
         (r"weights/(.+)/([^/]+)", r"weights: \2"),
         (r"(healthy|damping|amplifying|vanishing|exploding) of (.+)", r"\2: layers"),
         (r"(min|mean|max|total) of (grad_norm|grad_flow/gain|update_ratio)", r"\2"),
