@@ -131,6 +131,13 @@ def test_skipped_batches_are_not_counted(tmp_path):
     assert not is_running()
 
 
+def test_steps_of_one_dispatch_are_recorded_together(tmp_path):
+    seen = observers.profile(tmp_path, wait=2, warmup=1, active=2)
+    fx.fit(problem.start(), problem.Together(problem.step(), 2), problem.data(), steps=8, observers=[seen])
+    assert firsts(seen) == [4]
+    assert not is_running()
+
+
 def test_failure_stops_the_profiler(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(RuntimeWarning, match="Profile failed at FitBegin"):
