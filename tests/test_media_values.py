@@ -1,5 +1,7 @@
 """Media values (images, videos, audio, tables, figures, matrices, points): validation, host data and conversion."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ class TestImage:
             (torch.zeros(28, 28, 2), "HWC", "1, 3 or 4 channels"),
             (torch.zeros(0, 28, 28, 3), "HWC", r"got \[0, 28, 28, 3\]"),
             (torch.zeros(5), "HWC", r"got \[5\]"),
-            (torch.zeros(5, 5), "WHC", "expected layout to be one of 'HWC', 'CHW', got 'WHC'"),
+            (torch.zeros(5, 5), "WHC", "expected layout to be one of 'HWC', 'CHW', 'NHWC', 'NCHW', got 'WHC'"),
         ],
     )
     def test_unsupported_shapes_are_rejected_on_construction(self, pixels, layout, says):
@@ -78,6 +80,62 @@ def test_video_frames_are_the_second_dimension():
         Video(pixels, "CHW", fps=0)
     with pytest.raises(ValueError, match="expected Video pixels of shape"):
         Video(torch.zeros(4, 5, 3))
+
+
+@pytest.mark.parametrize("layout", ["THWC", "TCHW", "CTHW", "NTHWC", "NTCHW", "NCTHW"])
+def test_each_video_layout_gives_the_same_frames(layout):
+    sizes = {"N": 2, "T": 5, "C": 3, "H": 4, "W": 6}
+    whole = torch.rand([sizes[axis] for axis in "NTHWC"])
+    order = layout if "N" in layout else "N" + layout
+    given = whole.permute(["NTHWC".index(axis) for axis in order])
+    assert (Video(given, layout).frames == Video(whole).frames).all()
+    if "N" not in layout:
+        assert (Video(given[1], layout).frames[0] == Video(whole).frames[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "says"),
+    [
+        ((3, 16, 28, 28), "HWC", "expected Video pixels of shape [T, H, W, C] or [N, T, H, W, C] with"),
+        ((3, 16, 28, 28), "THWC", "with 1, 3 or 4 channels, got [3, 16, 28, 28]. Pass layout='CTHW'."),
+        ((16, 3, 28, 28), "CTHW", "Pass layout='TCHW'."),
+        ((2, 3, 16, 28, 28), "TCHW", "Pass layout='CTHW'."),
+        ((3, 3, 28, 28), "THWC", "Pass layout='TCHW' or 'CTHW'."),
+        ((3, 16, 28, 28), "NCTHW", "expected Video pixels of shape [N, C, T, H, W] with"),
+        ((5, 5, 5, 5), "CTHW", "Reshape them."),
+    ],
+)
+def test_video_error_names_the_layouts_that_fit(shape, layout, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Video(torch.zeros(shape), layout)
+
+
+def test_captions_are_one_for_all_or_one_for_each():
+    pixels = torch.zeros(2, 4, 4, 1)
+    assert Image(pixels).captions == ()
+    assert Image(pixels, caption="cats").captions == ("cats", "cats")
+    assert Image(pixels, caption=["a", "b"]).captions == ("a", "b")
+    assert Video(pixels, caption=["a film"]).captions == ("a film",)
+    with pytest.raises(ValueError, match=r"expected one caption for each of 2 images, got 3\. Pass a string for all"):
+        Image(pixels, caption=list("abc"))
+    with pytest.raises(TypeError, match="expected caption to be a string or a sequence of strings, got"):
+        Image(pixels, caption=[1, 2])
+
+
+def test_grid_joins_images_in_rows_with_padding():
+    pixels = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 4, 1)
+    (frame,) = Image(pixels, grid=3).frames
+    assert frame.shape == (2 + 2 * (3 + 2), 2 + 3 * (4 + 2), 1)
+    assert frame[2:5, 8:12].ravel().tolist() == [2] * 12
+    assert frame[7:10, 2:6].ravel().tolist() == [4] * 12
+    assert frame[7:, 14:].max() == 0  # the last row has two images
+    assert int((frame > 0).sum()) == 5 * 12
+    assert Image(pixels, grid=True).columns == 3
+    assert Image(pixels, grid=8).columns == 5
+    assert Image(pixels, caption=list("abcde"), grid=2).captions == ("a | b\nc | d\ne",)
+    assert Image(pixels, caption="digits", grid=True).captions == ("digits",)
+    with pytest.raises(ValueError, match="expected grid to be"):
+        Image(pixels, grid=0)
 
 
 def test_audio_range_is_minus_one_to_one():
@@ -150,6 +208,7 @@ def test_point_cloud_shapes_and_color_dtype_are_checked():
     "value",
     [
         Image(torch.rand(2, 2)),
+        Image(torch.rand(2, 2, 2, 1), caption=["a", "b"], grid=True),
         Video(torch.rand(2, 4, 4, 3), fps=3),
         Audio(torch.zeros(4), 10),
         PointCloud(torch.zeros(2, 3)),

@@ -338,6 +338,18 @@ def test_media_files_are_readable_by_other_programs(tmp_path):
         np.testing.assert_array_equal(rows[:, 3:], colors.numpy()[:, : len(properties) - 3])
 
 
+def test_media_captions_are_in_a_file_by_file_name(tmp_path):
+    writer = media(tmp_path)
+    writer.write(1, {"pair": Image(PIXELS, caption=["cat", "dog"]), "grid": Image(PIXELS, grid=True)})
+    writer.write(1, {"video": Video(torch.zeros(3, 8, 8, 3), caption="a film")})
+    assert names(tmp_path / "pair") == ["00000001-0.png", "00000001-1.png", "00000001.json"]
+    assert names(tmp_path / "grid") == ["00000001.png"]
+    captions = json.loads((tmp_path / "pair/00000001.json").read_text())
+    assert captions == {"captions": {"00000001-0.png": "cat", "00000001-1.png": "dog"}}
+    (caption,) = json.loads((tmp_path / "video/00000001.json").read_text())["captions"].values()
+    assert caption == "a film"
+
+
 def test_media_names_map_to_distinct_files_inside_the_directory(tmp_path):
     given = ["../../x", "/absolute", "..", ".", "", "a//b", "a/", "a", "a/../b", "b?", "b*", "b_", "%3F", "b%3F", ".b"]
     given += ["trailing.", "trailing ", "trailing", "c:\\d", "nul\0", "wörld/ü", "...", " "]

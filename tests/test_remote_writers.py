@@ -178,6 +178,19 @@ def test_wandb_stores_every_kind_of_value(tmp_path):
     assert metrics["*"].step_metric == "step"
 
 
+def test_wandb_shows_captions_grids_and_videos(tmp_path):
+    writer = wandb(tmp_path)
+    video = Video(torch.rand(2, 3, 4, 8, 8), "CTHW", caption=["one", "two"])
+    pairs = Image(PIXELS, caption=["cat", "dog"])
+    writer.write(1, {"pair": pairs, "grid": Image(PIXELS, caption=["cat", "dog"], grid=True), "video": video})
+    writer.close()
+    (session,) = records(tmp_path)
+    (row,) = rows(session)
+    assert row["pair"]["captions"] == ["cat", "dog"]
+    assert (row["grid"]["count"], row["grid"]["captions"]) == (1, ["cat | dog"])
+    assert [video["caption"] for video in row["video"]["videos"]] == ["one", "two"]
+
+
 def test_wandb_run_has_project_name_group_and_tags(tmp_path):
     options = {"project": "mine", "name": "first", "group": "all", "tags": ["a", "b"]}
     writer = writers.wandb(tmp_path, mode="offline", **options)

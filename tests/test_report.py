@@ -360,6 +360,18 @@ def test_media_are_embedded_in_the_page(tmp_path):
     assert '<td class=dark style="--share:0.750">3</td>' in html
 
 
+def test_captions_are_shown_below_images(tmp_path):
+    pixels = torch.rand(2, 8, 8, 3)
+    values = {"pair": Image(pixels, caption=["<cat>", ""]), "grid": Image(pixels, caption=["a", "b"], grid=1)}
+    shown = page(media_of(tmp_path, values))
+    assert re.findall(r"<small>([^<]*)</small></div>", shown) == ["a\nb", "&lt;cat&gt;"]
+    assert shown.count("<img") == 3
+    (tmp_path / "media/pair/00000010.json").write_text('{"captions": ["cat"]}')
+    run = read_run(tmp_path)
+    assert shown.count("<img") == page(run).count("<img")
+    assert any("pair/00000010.json: expected an object" in line for line in run.folder.problems.lines())
+
+
 def test_text_in_both_json_lines_and_media_is_shown_once(tmp_path):
     run = media_of(tmp_path, {"said": Text("so")})
     writer = writers.jsonl(tmp_path / "metrics.jsonl")

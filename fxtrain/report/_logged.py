@@ -22,6 +22,7 @@ _MAX_NAMES = 2000  # per kind of value
 _MAX_POINTS = 2**22  # in all curves; a point takes 50 to 70 bytes
 _MAX_HEIGHTS = 2**22  # counts and edges in all histograms
 _MAX_CHARACTERS = 2**24  # in all texts, and in all marks
+_MAX_CAPTIONS = 20_000
 _MAX_TABLES = 200
 _MAX_COLUMNS = 50
 _MAX_CELL = 500  # characters
@@ -51,6 +52,7 @@ class Logged:
         self.tables: dict[str, Table] = {}
         self.confusion: dict[str, Confusion] = {}
         self.hparams: dict[str, object] = {}
+        self.captions: dict[PurePosixPath, str] = {}
         self._kinds: dict[str, Callable[[str, int, object], object]] = {
             "metrics": self._take_number,
             "texts": self._take_text,
@@ -128,11 +130,17 @@ class Logged:
         return media, texts
 
     def _read_table(self, name: str, step: int, file: PurePosixPath) -> set[PurePosixPath]:
-        """Adds the table or the confusion matrix in a file, and returns the images that it refers to."""
+        """Adds the captions, the table or the confusion matrix in a file, and returns the images of a table."""
         content = self._folder.read(str(file))
         if content is not None:
             with self._folder.problems.recording(str(file)):
                 found = validation.mapping(validation.parsed(content))
+                if "captions" in found:
+                    captions = validation.mapping(found["captions"])
+                    if len(self.captions) + len(captions) <= _MAX_CAPTIONS:
+                        for beside, caption in captions.items():
+                            self.captions[file.parent / beside] = truncate(validation.text(caption), _MAX_CELL)
+                    return set()
                 if "columns" in found:
                     return self._take_table(validation.name(name), step, found, file.parent)
                 self._take_confusion(validation.name(name), step, found)

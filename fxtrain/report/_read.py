@@ -82,6 +82,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         tables=metrics.tables,
         confusion=metrics.confusion,
         media=media,
+        captions=metrics.captions,
         config=_field(found, facts, "config", validation.mapping) or metrics.hparams,
         sessions=_sessions(found, facts),
         summary=(_read_text(found, "summary.txt", _MAX_SUMMARY) or "") if "summary.txt" in found.names else "",

@@ -110,6 +110,7 @@ class Run:
         summary: The output of ``observers.summary``, or an empty string.
         result: The content of ``result.json``.
         counts: The number of marks by kind, where ``marks`` is incomplete.
+        captions: The captions of images and videos, by path.
         folder: Opens the files, and lists those that could not be read.
 
     Example:
@@ -132,4 +133,5 @@ class Run:
     summary: str
     result: dict[str, object]
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    captions: dict[PurePosixPath, str] = dataclasses.field(default_factory=dict)
     folder: Folder | None = None

@@ -94,7 +94,9 @@ def media(run: Run, embedded: Embedded) -> str:
         for name, found in chosen.items():
             paths = run.media[name][found[-rank]] if rank <= len(found) else []
             if paths and embedded.fits(paths):
-                content = "".join(filter(None, map(embedded.html, paths)))
+                content = "".join(
+                    filter(None, (_captioned(embedded.html(path), run.captions.get(path)) for path in paths))
+                )
                 if content:
                     shown[name][found[-rank]] = content
     return section(
@@ -104,6 +106,12 @@ def media(run: Run, embedded: Embedded) -> str:
             for name, found in shown.items()
         ),
     )
+
+
+def _captioned(element: str | None, caption: str | None) -> str | None:
+    if element is None or not caption:
+        return element
+    return f'<div class="captioned">{element}<small>{html.escape(caption)}</small></div>'
 
 
 def texts(run: Run) -> str:

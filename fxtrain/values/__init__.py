@@ -21,7 +21,8 @@ from fxtrain.values._kinds import (
     published,
     simplified,
 )
-from fxtrain.values._media import Audio, Figure, Image, PointCloud, Video
+from fxtrain.values._media import Audio, Figure, PointCloud
+from fxtrain.values._pixels import Image, Video
 from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
 

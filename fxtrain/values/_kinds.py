@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fxtrain.core import Control, EvalEnd, Json, Logged, LoopEvent, RunInfo, StepEnd, describe
 from fxtrain.values._histogram import Histogram
-from fxtrain.values._media import Audio, Figure, Image, PointCloud, Video
+from fxtrain.values._media import Audio, Figure, PointCloud
+from fxtrain.values._pixels import Image, Video
 from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
 

@@ -1,4 +1,4 @@
-"""Registration of values as pytree nodes, and conversion between tensors and host arrays."""
+"""Registration of values as pytree nodes, and conversion between tensors and host arrays in a range."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from fxtrain.core import describe, register_node
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+_NOTE = "_clipped"
+_ROUNDING = 1e-3  # share of the range by which a pixel or sample may exceed it without a warning
+_OVERSHOOT = 0.25  # share up to which it is clipped with a warning; beyond it, the value is rejected
 
 
 def register_value(cls: type[DataclassInstance], *tensors: str) -> None:
@@ -67,3 +71,20 @@ def on_host(tensor: Tensor) -> np.ndarray:
     """Returns the tensor as an array, with floating-point values as float64."""
     tensor = tensor.detach()
     return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def within(value: object, data: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
+    """Clips values that are slightly out of range, and leaves a note for ``note_of_clipping`` on ``value``."""
+    name, least, most = type(value).__name__, float(data.min()), float(data.max())
+    beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
+    if not beyond <= _OVERSHOOT:
+        remedy = "Set limits= to the values of black and white." if what == "pixels" else "Scale them."
+        raise ValueError(f"expected {name} {what} from {low:g} to {high:g}, got {least:g} to {most:g}. {remedy}")
+    if beyond > _ROUNDING:
+        value.__dict__[_NOTE] = f"{name} {what} from {least:g} to {most:g} are clipped to {low:g} to {high:g}."
+    return data.clip(low, high)
+
+
+def note_of_clipping(value: object) -> str | None:
+    """Returns a description of the clipping on the host, once, or None if nothing was clipped."""
+    return vars(value).pop(_NOTE, None)

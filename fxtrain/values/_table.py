@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import describe, escape_html
-from fxtrain.values._media import Image
 from fxtrain.values._nodes import on_host, register_value, set_tensor
+from fxtrain.values._pixels import Image
 
 Cell = str | bool | int | float | None
 Column = Sequence[Cell] | Tensor | np.ndarray | Image

@@ -33,7 +33,7 @@ from fxtrain.values import (
     plain_number,
     simplified,
 )
-from fxtrain.values._media import note_of_clipping
+from fxtrain.values._nodes import note_of_clipping
 
 Array = torch.Tensor | np.ndarray
 
@@ -281,6 +281,12 @@ class Backend:
 
     def write_hparams(self, hparams: Mapping[str, object]) -> None:
         self.write(0, {"hparams": HParams(hparams)})
+
+
+def with_captions(value: Image | Video) -> list[tuple[np.ndarray, str | None]]:
+    """Returns each image or video of a value on the host, with its caption or None."""
+    captions: Iterable[str | None] = value.captions or [None] * len(value.frames)
+    return list(zip(value.frames, captions, strict=True))
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
 
     Images are PNG, videos GIF, sounds WAV and texts Markdown. Tables and confusion matrices are JSON, and point clouds
     PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are images in a table,
-    which contains their file names. Non-finite floats are strings in JSON, such as ``"NaN"``.
+    which contains their file names. Captions are in a JSON file beside the images or videos, by file name. Non-finite
+    floats are strings in JSON, such as ``"NaN"``.
 
     Files are neither moved nor deleted. After a rewind, or a resume from an earlier step, ``purge`` adds a line to
     ``<folder>/rewinds.jsonl``, and files are named after the number of lines, as in ``00000100.r1.png``. Files of later
@@ -247,9 +248,10 @@ def _files(stem: str, value: Value) -> dict[str, bytes]:
         case Text(markdown):
             return {f"{stem}.md": markdown.encode()}
         case Image():
-            return _numbered(stem, "png", [png(frame) for frame in value.frames])
+            return _captioned(stem, value, _numbered(stem, "png", [png(frame) for frame in value.frames]))
         case Video():
-            return _numbered(stem, "gif", [gif(frames, value.fps) for frames in value.frames])
+            videos = [gif(frames, value.fps) for frames in value.frames]
+            return _captioned(stem, value, _numbered(stem, "gif", videos))
         case Audio():
             return _numbered(stem, "wav", [wav(waves, value.rate) for waves in value.waves])
         case Table():
@@ -267,6 +269,14 @@ def _numbered(stem: str, ending: str, contents: list[bytes]) -> dict[str, bytes]
     if len(contents) == 1:
         return {f"{stem}.{ending}": contents[0]}
     return {f"{stem}-{index}.{ending}": content for index, content in enumerate(contents)}
+
+
+def _captioned(stem: str, value: Image | Video, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Adds a file with the captions by file name, if there are any."""
+    if not any(value.captions):
+        return files
+    captions = dict(zip(files, value.captions, strict=True))
+    return {f"{stem}.json": json.dumps({"captions": captions}).encode(), **files}
 
 
 def _table(stem: str, table: Table) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
 
     Each opening begins a new file, and so does ``purge``: its first record makes TensorBoard ignore older records after
     the step. Nothing on the disk is deleted. Several images of one name become ``name/0``, ``name/1`` and so on. A
-    video is a GIF among the images, and tables are texts.
+    video is a GIF among the images, and tables are texts. Captions are the text ``name/caption``.
 
     Start TensorBoard on the parent of the runs' folders, ``tensorboard --logdir runs``, because its hyperparameters tab
     shows last metrics only for runs that have a name.
@@ -103,22 +103,22 @@ class TensorBoardWriter(OneFile):
         message, summaries = self._message.Summary, self._summaries
         match value:
             case Text(markdown):
-                (text,) = summaries.text(name, markdown).value
-                text.tag = name  # the name as logged, without the suffix that tensorboardX adds
-                return [text]
+                return [self._text(name, markdown)]
             case Histogram():
                 return self._histogram(step, name, value)
             case Image():
                 frames = value.frames
-                return [
+                images = [
                     self._image(numbered(name, i, len(frames)), frame, png(frame)) for i, frame in enumerate(frames)
                 ]
+                return images + self._captions(name, value)
             case Video():
                 videos = value.frames
-                return [
+                images = [
                     self._image(numbered(name, i, len(videos)), frames[0], gif(frames, value.fps))
                     for i, frames in enumerate(videos)
                 ]
+                return images + self._captions(name, value)
             case Audio():
                 return [
                     message.Value(
@@ -147,6 +147,23 @@ class TensorBoardWriter(OneFile):
                 return [message.Value(tag=name, simple_value=float(value))]
             case _:
                 raise TypeError(f"expected a value that TensorBoard shows, got {describe(value)}.")
+
+    def _text(self, tag: str, markdown: str) -> Any:
+        (text,) = self._summaries.text(tag, markdown).value
+        text.tag = tag  # the name as logged, without the suffix that tensorboardX adds
+        return text
+
+    def _captions(self, name: str, value: Image | Video) -> list[Any]:
+        """Returns a text with the captions, because TensorBoard shows one description for all steps of an image."""
+        found = value.captions
+        if not any(found):
+            return []
+        if len(set(found)) == 1:
+            lines = [found[0]]
+        else:
+            lines = [f"{numbered(name, index, len(found))}: {caption}" for index, caption in enumerate(found)]
+        # A text in Markdown shows a line break only after two spaces.
+        return [self._text(f"{name}/caption", "\n".join(lines).replace("\n", "  \n"))]
 
     def _image(self, tag: str, frame: np.ndarray, encoded: bytes) -> Any:
         height, width, channels = frame.shape

@@ -27,7 +27,7 @@ from fxtrain.values import (
     Video,
 )
 from fxtrain.writers._backlog import PendingCall
-from fxtrain.writers._interface import numbered
+from fxtrain.writers._interface import numbered, with_captions
 from fxtrain.writers._media import gif, wav
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
@@ -175,11 +175,14 @@ def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str,
             page = f"<pre style='white-space: pre-wrap'>{escape_html(markdown)}</pre>"
             return {name: wandb.Html(page, inject=False)}
         case Image():
-            return _panels(name, [_image(frame) for frame in value.frames])
+            return _panels(name, [_image(frame, caption) for frame, caption in with_captions(value)])
         case Video():
             # Encoded here, because wandb's encoder needs two more packages.
-            videos = [io.BytesIO(gif(frames, value.fps)) for frames in value.frames]
-            return _panels(name, [wandb.Video(video, format="gif") for video in videos])
+            videos = [
+                wandb.Video(io.BytesIO(gif(frames, value.fps)), format="gif", caption=caption)
+                for frames, caption in with_captions(value)
+            ]
+            return _panels(name, videos)
         case Audio():
             # One per name, because wandb needs another package for a list of sounds.
             sounds = [_audio(waves, value.rate, files) for waves in value.waves]
@@ -207,11 +210,11 @@ def _panels(name: str, media: Sequence[object]) -> dict[str, Any]:
     return {numbered(name, index, len(begins)): media[begin : begin + _MAX_MEDIA] for index, begin in enumerate(begins)}
 
 
-def _image(frame: np.ndarray) -> Any:
+def _image(frame: np.ndarray, caption: str | None = None) -> Any:
     import PIL.Image
     import wandb
 
-    return wandb.Image(PIL.Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame))
+    return wandb.Image(PIL.Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame), caption=caption)
 
 
 def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
