@@ -346,7 +346,7 @@ class TestTap:
         }
         for name, value in wanted.items():
             torch.testing.assert_close(output.metrics[name], value.detach())
-        assert len(output.metrics) == 9
+        assert len(output.metrics) == 10  # the loss and the learning rate too
         assert not any(part._forward_hooks for part in module.modules())
 
     @pytest.mark.usefixtures("fresh_dynamo")

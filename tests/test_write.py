@@ -258,7 +258,7 @@ def test_chosen_prefixes_leave_the_history_unchanged():
         steps=2,
         observers=observers.write(recorder, prefixes={"train": "training"}),
     )
-    assert {name for _, name, _ in recorder.points} == {"training/loss", "training/mae"}
+    assert {name for _, name, _ in recorder.points} == {"training/loss", "training/mae", "training/learning_rate"}
     assert "train/loss" in result.history
 
 
