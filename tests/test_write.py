@@ -49,6 +49,30 @@ def test_interval_is_reduced_to_one_value(reduce, value):
     assert written(steps, every=3, reduce=reduce) == [(3, "train/loss", value)]
 
 
+def test_trigger_on_metrics_ends_the_interval_at_this_step():
+    spike = fx.every(4) | (lambda event: event.metrics["loss"] > 10)
+    steps = [end(step, 20.0 if step == 3 else 1.0) for step in range(1, 9)]
+    assert written(steps, every=spike, reduce="last") == [
+        (3, "train/loss", 20.0),
+        (4, "train/loss", 1.0),
+        (8, "train/loss", 1.0),
+    ]
+
+
+def test_callback_asks_for_a_point_at_this_step_by_logging_it():
+    def spike(state, event: fx.StepEnd):
+        loss = event.metrics["loss"]
+        return state, fx.Control(log={"spike/loss": fx.Logged(loss, when=torch.tensor(event.step == 3))})
+
+    recorder = Recorder()
+    history = problem.fit(steps=6, callbacks=spike, observers=observers.write(recorder, every=10)).history
+    assert [(step, name) for step, name, _ in recorder.points if "loss" in name] == [
+        (3, "spike/loss"),
+        (6, "train/loss"),
+    ]
+    assert recorder.points[0][2] == history["train/loss"].values[2]
+
+
 @pytest.mark.parametrize("reduce", ["mean", "min", "max"])
 def test_nan_within_an_interval_is_written(reduce):
     ((_, _, value),) = written([end(1, 1.0), end(2, math.nan), end(3, 2.0)], every=3, reduce=reduce)

@@ -62,10 +62,12 @@ def write(
     Args:
         writers: Writers from ``fxtrain.writers`` or clu.
         every: When a point of the step metrics ends: at multiples of a number of steps, or when a trigger holds. An
-            interval also ends before each save and at the end, so an interruption loses no step. A mapping sets it per
-            kind, with the names of ``fxtrain.values.KINDS``:
-            ``{"metrics": 10, "images": 500}``. Of values that steps log of such a kind, only the latest of each name is
-            kept, and written at the kind's next such step or at the end.
+            interval also ends before each save and at the end, so an interruption loses no step. A trigger may read the
+            metrics to end it at this step: ``fx.every(100) | (lambda event: event.metrics["loss"] > 10)``. What a
+            callback logs is written at its step whatever ``every`` is, so a callback asks for a point by logging it. A
+            mapping sets it per kind, with the names of ``fxtrain.values.KINDS``: ``{"metrics": 10, "images": 500}``. Of
+            values that steps log of such a kind, only the latest of each name is kept, and written at the kind's next
+            such step or at the end.
         eval_every: Which batches of an evaluation are written, besides its averages: every n-th batch, or those at
             whose ``EvalStep`` a trigger holds. ``eval_batch/loss/5`` is the loss of the fifth batch. Each batch has its
             own curve over the steps of training, so no two points share a name and a step.
