@@ -29,11 +29,34 @@ def test_value_of_another_callback_stops_the_run_in_either_order(callbacks):
     assert int(fit(callbacks=callbacks).state.step) == 3
 
 
-def test_value_logged_inside_the_step_stops_the_run():
-    def small(state, event: fx.Published):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_value_logged_inside_the_step_stops_the_run(lag):
+    def moves(state, event: fx.Published):
         return state, fx.Control(stop=event.log["grad_norm/total"] > 0.0, reason="it moves")
 
-    assert fit(callbacks=[small, fx.callbacks.grad_norms()]).reason == "it moves"
+    result = fit(callbacks=[moves, fx.callbacks.grad_norms(), summed], lag=lag)
+    assert result.reason == "it moves"
+    assert int(result.state.step) == 1
+
+
+def test_event_is_not_made_without_a_subscriber(monkeypatch):
+    monkeypatch.delattr("fxtrain.loop._emitter.published_after")
+    monkeypatch.delattr("fxtrain.loop._publisher.published_after")
+    assert int(fit(callbacks=squares, observers=recorder([]), steps=2).state.step) == 2
+
+
+def test_slot_written_after_a_rewind_survives_it():
+    def back(state, event: fx.StepEnd):
+        return state, fx.Control(rewind=1 if event.step == 3 else 0)
+
+    def at_rewind(state, event: fx.Rewound):
+        return state, fx.Control(stop=event.times > 1, log={"back": 1})
+
+    def count(state, event: fx.Published, rewinds):
+        return rewinds + ("back" in event.log), fx.Control()
+
+    callbacks = [fx.stateful("rewinds", lambda state: torch.tensor(0), count), back, at_rewind]
+    assert int(fit(callbacks=callbacks, snapshot_every=1).state.slots["rewinds"]) == 2
 
 
 def test_log_has_metrics_and_values_by_the_names_of_writers():
@@ -47,7 +70,7 @@ def test_log_has_metrics_and_values_by_the_names_of_writers():
         return state, fx.Control(log={"epochs": event.epochs_done})
 
     fit(callbacks=[keep, at_epoch_end], steps=3, eval_step=eval_step, eval_data=data(1))
-    steps = [("StepEnd", number, ["train/loss", "train/mae"]) for number in (1, 2, 3)]
+    steps = [("StepEnd", number, ["train/learning_rate", "train/loss", "train/mae"]) for number in (1, 2, 3)]
     assert seen == [*steps, ("EvalEnd", 3, ["eval/loss", "eval/mae"]), ("EpochEnd", 3, ["epochs"])]
 
 
@@ -72,7 +95,7 @@ def test_value_whose_flag_is_false_is_left_out():
 
     def keep(state, event: fx.Published):
         seen.append("odd" in event.log and event.log["odd"])
-        assert len(event.log) == 2 + event.step % 2
+        assert len(event.log) == 3 + event.step % 2
         return state, fx.Control()
 
     fit(callbacks=[keep, gated], steps=3)

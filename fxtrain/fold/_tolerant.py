@@ -24,7 +24,8 @@ def tolerant(callback: Callback) -> Handler | Composed:
     new count is logged under that name. The first error is also a warning, with the line that raised it. How often
     session events fire depends on interruptions, so errors there are a warning each and are not counted.
 
-    KeyboardInterrupt and other exceptions that are not an ``Exception`` pass.
+    KeyboardInterrupt and other exceptions that are not an ``Exception`` pass. A name that two callbacks log at one
+    event is an error of both, which still ends the run.
 
     Args:
         callback: ``(state, event) -> (state, control)``, or composed callbacks, each of which is made tolerant.
