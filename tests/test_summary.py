@@ -88,7 +88,7 @@ def test_summary_page_is_complete(monkeypatch):
         "data\n"
         "  epoch        1,500 batches\n"
         "training\n"
-        "  optimizer    ScaleByAdamState 144 B, ScaleByScheduleState 8 B\n"
+        "  opt_state    ScaleByAdamState 144 B, ScaleByScheduleState 8 B\n"
         "  callbacks    early_stopping 32 B\n"
         "distributed\n"
         "  processes    one\n"
@@ -352,3 +352,76 @@ def test_parameter_names_are_escaped_in_the_terminal(capsys):
     assert "a\\x1b[2J\\n\\u202e" in text
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+def fitted(step, data=None, **options):
+    file = io.StringIO()
+    state = fx.init(nn.Linear(1, 1), TX)
+    data = [torch.ones(4, 1)] if data is None else data
+    fx.fit(state, step, data, steps=1, observers=[observers.summary(file=file)], **options)
+    return file.getvalue()
+
+
+TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(fx.schedules.cosine(0.001, 900)))
+
+
+def loss_fn(model, batch):
+    return (model(batch) - 1).square().mean()
+
+
+def test_summary_shows_optimizer_learning_rate_batch_and_precision():
+    data = fx.data.batches(torch.ones(70, 1), 8)
+    page = fitted(fx.train_step(loss_fn, TX, accumulate=2, precision="bf16"), data)
+    found = facts(page, "training")
+    assert found["loss"] == "loss_fn"
+    assert found["optimizer"].startswith("chain(clip_by_global_norm(1.0), adamw(cosine(0.001, 900)")
+    assert found["lr"] == "cosine(0.001, 900)"
+    assert found["batch"] == "8 examples in 2 microbatches of 4"
+    assert found["precision"] == "bf16"
+    assert "ScaleByAdamState" in found["opt_state"]
+    assert "loop/" not in page
+    assert facts(page, "data") == {"epoch": "8 batches", "examples": "70"}
+
+
+def test_summary_shows_the_rate_of_each_group_and_the_settings_of_other_steps():
+    described = {"learning_rate/body": 0.1, "learning_rate/head": 0.5, "margin": 0.2}
+    page = printed(fx.init(nn.Linear(1, 1), TX), step_description={k: str(v) for k, v in described.items()})
+    found = facts(page, "training")
+    assert (found["lr"], found["margin"]) == ("body 0.1, head 0.5", "0.2")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "text"),
+    [
+        (8, "1", "8 examples"),
+        (None, "1", None),
+        (None, "2", "2 microbatches"),
+        (9, "2", "9 examples in 2 microbatches"),
+    ],
+)
+def test_summary_batch_leaves_unknown_sizes_out(batch_size, accumulate, text):
+    state = fx.init(nn.Linear(1, 1), TX)
+    page = printed(state, batch_size=batch_size, step_description={"accumulate": accumulate})
+    assert facts(page, "training").get("batch") == text
+
+
+def test_summary_shows_names_and_configuration_of_the_run():
+    config = {"model": {"width": 64}, "betas": [0.9, None], "a": "x\ny", "rest": {str(i): i for i in range(9)}}
+    run = fx.RunInfo(project="digits", name="baseline", tags=["a", "b"], description="Two\nlines.", config=config)
+    page = printed(fx.init(nn.Linear(1, 1), TX), rows=4, run=run)
+    assert page.startswith(
+        "run\n  project      digits\n  name         baseline\n  tags         a, b\n  description  Two lines.\n"
+    )
+    assert panels(page)["config"] == [
+        "model/width  64",
+        "betas        [0.9, None]",
+        "a            x y",
+        "rest/0       0",
+        "...          and 8 more",
+    ]
+
+
+def test_summary_aligns_long_keys_of_a_configuration():
+    run = fx.RunInfo(config={"optimizer": {"weight_decay": 0.1}, "lr": 1})
+    page = printed(fx.init(nn.Linear(1, 1), TX), run=run)
+    assert panels(page)["config"] == ["optimizer/weight_decay  0.1", "lr                      1"]

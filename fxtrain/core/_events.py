@@ -306,12 +306,20 @@ class FitBegin(LoopEvent):
         fires: The traced events that the step fires.
         resumed: Whether the state has already taken steps.
         num_shapes: Number of distinct batch shapes; None if it is unknown.
+        batch_size: Number of examples in a batch; None if it is unknown or varies.
+        num_examples: Number of examples in the training data; None if it is unknown.
+        num_tokens: Number of tokens in the training data; None if it is unknown.
+        step_description: The description of the step, such as its optimizer and precision, by name.
         run: The facts of the run given as ``fit(run=...)``, such as its name and configuration.
     """
 
     fires: frozenset[type[Any]] = frozenset()
     resumed: bool = False
     num_shapes: int | None = 1
+    batch_size: int | None = None
+    num_examples: int | None = None
+    num_tokens: int | None = None
+    step_description: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     run: RunInfo | None = None
 
 

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fxtrain.core import Batch, describe
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._data_loaders import from_loader
+from fxtrain.data._foreign_containers import count_examples
 from fxtrain.data._graphs import is_graph
 from fxtrain.data._hugging_face import as_torch, has_state
 from fxtrain.data._iterables import from_iterable
-from fxtrain.data._source import Source
+from fxtrain.data._source import Source, rows_of
 from fxtrain.data._stateful_loaders import from_stateful_loader
 from fxtrain.data._types import Batches, SourceLike
 
@@ -34,6 +35,8 @@ class ListBatches(Source):
         self.epoch_length = len(items)
         # Check all batches now, so that a mismatch raises before the run and not during it.
         self._batches = [super(ListBatches, self).__getitem__(position) for position in range(len(items))]
+        counts = [count_examples(batch) or rows_of(batch) for batch in self._batches]
+        self.batch_size, self.num_examples = max(counts) or None, sum(counts) or None
 
     def fetch(self, position: int) -> Batch:
         return self.items[position % self.epoch_length]

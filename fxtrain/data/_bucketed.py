@@ -153,6 +153,7 @@ class BucketedBatches(RaggedBatches):
         super().__init__(
             self._choose_items, examples, layout, lengths, sizes=shapes, epoch_length=epoch_length, seed=seed
         )
+        self.batch_size = rows[0] if len({*rows}) == 1 else None
 
     def _choose_items(self, epoch: int, index: int) -> BatchPlan:
         number = int(self._order.items(epoch, index, index + 1)[0])

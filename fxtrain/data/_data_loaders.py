@@ -43,12 +43,14 @@ def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = Fa
     if _can_jump(loader):
         return LoaderBatches(loader, seed=seed, dynamic=dynamic)
     read: list[int] = []
-    return IterableBatches(
+    data = IterableBatches(
         lambda epoch: _epoch(loader, epoch, seed, read),
         name=f"the {type(loader).__name__}",
         seed=seed,
         dynamic_dims=dynamic_dimensions(loader, dynamic),
     )
+    data.iterable = loader
+    return data
 
 
 class LoaderBatches(Source):

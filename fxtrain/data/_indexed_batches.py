@@ -30,6 +30,7 @@ class IndexedBatches(Source):
     """
 
     epoch_length: int
+    batch_size: int
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class IndexedBatches(Source):
                 'keep the short batch with drop_last=False or "pad".'
             )
         self.size, self.batch_size, self.drop_last = size, batch_size, drop_last
+        self.num_examples = size
         self.epoch_length = size // batch_size if drop_last is True else -(-size // batch_size)
         self._take = take
         self._order = Order(size, seed=seed, shuffle=shuffle)
@@ -147,4 +149,5 @@ def windows(
 
     what = f"{size} windows of length={length} from {total} tokens"
     data = IndexedBatches(take, size, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, what=what)
+    data.num_tokens = total
     return data

@@ -29,6 +29,9 @@ class IterableBatches(Source):
         dynamic_dims: Number of leading dimensions that may change size in any batch.
     """
 
+    iterable: object = None
+    """What the iterators come from, which may declare its sizes."""
+
     def __init__(
         self,
         begin: Callable[[int], Iterator[Batch]],
@@ -196,9 +199,11 @@ def from_iterable(
         return iter(source if isinstance(source, Iterable) else source())
 
     name = f"the {type(source).__name__}" if isinstance(source, Iterable) else getattr(source, "__name__", repr(source))
-    return IterableBatches(
+    data = IterableBatches(
         begin, name=name, seed=seed, once=isinstance(source, Iterator), dynamic_dims=ALL_DIMS if dynamic else 0
     )
+    data.iterable = source
+    return data
 
 
 def dynamic_dimensions(loader: object, dynamic: bool) -> int:

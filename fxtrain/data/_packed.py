@@ -95,6 +95,7 @@ class PackedBatches(Source):
     """Batches of packed rows. Use ``packed``."""
 
     epoch_length: int
+    batch_size: int
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class PackedBatches(Source):
             )
         self._layout, cut = layout, layout.cut(examples.by_column)
         self._whole = whole = next(iter(cut.values()))
+        self.num_examples, self.num_tokens = len(whole), int(whole.sum())
         pieces = -(-whole // length)
         # For each piece of a document: the document's index, and the position where the piece starts.
         self._item = np.repeat(np.arange(len(whole)), pieces)

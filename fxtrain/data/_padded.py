@@ -86,6 +86,7 @@ class RaggedBatches(Source):
         self.sizes = tuple(sizes)
         """Rows and length of each batch shape."""
         self.epoch_length, self._seed = epoch_length, seed
+        self.num_examples, self.num_tokens = examples.count, max(int(each.sum()) for each in lengths.values())
         # Make a batch of one example, so that unsuitable data raises now and not during a run.
         layout.batch([examples.first], {name: int(each[0]) for name, each in lengths.items()}, 1)
 
@@ -195,4 +196,6 @@ def padded(
         for length in np.unique(-(-ascending[real - 1 :] // multiple) * multiple)
     ]
     epoch_length = full + (rest > 0 and drop_last is not True)
-    return RaggedBatches(choose, examples, layout, cut, sizes=shapes, epoch_length=epoch_length, seed=seed)
+    data = RaggedBatches(choose, examples, layout, cut, sizes=shapes, epoch_length=epoch_length, seed=seed)
+    data.batch_size = batch_size
+    return data

@@ -65,6 +65,12 @@ class Source:
     """
 
     epoch_length: int | None
+    batch_size: int | None = None
+    """Examples per batch; None if it is unknown or varies. This and the next two are for summaries only."""
+    num_examples: int | None = None
+    """Examples per epoch; None if it is unknown."""
+    num_tokens: int | None = None
+    """Tokens of these examples; None if it is unknown."""
     interruptible: bool = True
     """Whether an exception during a read leaves the position unchanged."""
     random_access: bool = True
@@ -189,7 +195,7 @@ class Source:
         elif _ends_epoch(like_position, length):
             # The reference batch was the short last batch of an epoch, and this one has full size.
             self._set_like(batch, position)
-        elif self.epoch_length_may_change and like_length != length and _rows(batch) > _rows(like):
+        elif self.epoch_length_may_change and like_length != length and rows_of(batch) > rows_of(like):
             self._set_like(batch, position)  # the reference was short, in an epoch that ended early
         elif length is None or self.epoch_length_may_change:
             self._short = (position, length)
@@ -231,7 +237,8 @@ class MappedBatches(Source):
         return self.function(batch, position) if self.with_position else self.function(batch)
 
 
-def _rows(batch: Batch) -> int:
+def rows_of(batch: Batch) -> int:
+    """Returns the size of the first dimension, or 0 if no tensor has one."""
     return next((len(leaf) for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 

@@ -63,6 +63,8 @@ class Batches(Protocol):
     ``Exhausted`` and corrects ``epoch_length``. If the epoch exceeds the expected length, ``epoch_length`` is None
     until it ends, and positions count from its start.
 
+    For summaries, a source may define ``batch_size``, ``num_examples`` and ``num_tokens`` (of an epoch).
+
     Example:
         >>> import torch
         >>> class Countdown:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from fxtrain.checkpoint import Restoration
 from fxtrain.core import Control, EpochEnd, FitBegin, FitEnd, Interrupted, Restored, StepFn, TrainState
 from fxtrain.data import Source, SourceLike, as_source
+from fxtrain.data._sizes import data_sizes
 from fxtrain.fold import Handler, as_composed, attach, compose, on
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
@@ -198,6 +199,8 @@ class Run:
             fires=frozenset(self._step.fires),
             resumed=now.step > 0,
             num_shapes=self._data.num_shapes,
+            **data_sizes(self._data)._asdict(),
+            step_description=getattr(self._step, "description", {}),
             run=self._plan.run,
         )
         # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.

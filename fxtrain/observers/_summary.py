@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from fxtrain import tree
 from fxtrain.core import (
+    LOOP,
     TRACED,
     Control,
     FitBegin,
@@ -30,18 +32,24 @@ from fxtrain.disk import make_folder, replace_file
 from fxtrain.observers._summary_model import leaves_of, model_facts, module_rows, modules_of, table, tensor_rows
 from fxtrain.observers._wrapped import rank
 from fxtrain.optim import PerParameter
+from fxtrain.values import HParams
 
 _LINE_WIDTH = 96  # characters per line outside tables
+_LABEL_WIDTH, _MAX_LABEL_WIDTH = 11, 40  # characters
+
+_RATE = re.compile(r"learning_rate(/.*)?")
 
 Facts = dict[str, str]
 """Facts by label. Unknown ones are empty."""
 
 
 def summary(*, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | TextIO | None = None) -> Observer:
-    """Prints a page about the run when a session begins: length, model, data, optimizer, processes and device.
+    """Prints a page about the run when a session begins: model, data, training, processes, device and configuration.
 
-    It ends with a table of modules. Shared parameters are counted once, under the first of their names. Facts that
-    neither the state nor the event contains are left out. With several processes, only rank 0 prints.
+    The names, tags and configuration are those of ``fit(run=...)``. The optimizer, learning rate, precision and
+    microbatches come from the description of the step, and the batch size and number of examples from the data source.
+    The page ends with a table of modules. Shared parameters are counted once, under the first of their names. Unknown
+    facts are left out. With several processes, only rank 0 prints.
 
     If there are more than ``rows`` modules, similar ones that differ only in their index are merged into one row. If
     that is not enough, the deepest modules are left out. A model with at most ``rows`` tensors, or without submodules,
@@ -69,7 +77,7 @@ def summary(*, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | Te
           dtype        float32
           state        150 B: params 32 B, opt_state 80 B, other 38 B
         training
-          optimizer    ScaleByAdamState 80 B
+          opt_state    ScaleByAdamState 80 B
         distributed
           processes    one
         device
@@ -131,7 +139,8 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
         "run": _run_facts(state, event),
         "model": model_facts(state, leaves, tied),
         "data": _data_facts(event),
-        "training": _training_facts(state),
+        "training": _step_facts(event) | _memory_facts(state),
+        "config": _config_facts(event, rows),
         "distributed": _process_facts(),
         "device": _device_facts(state.step.device),
     }
@@ -140,17 +149,21 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
         "modules": table(by_module),
         "tensors": table(tensor_rows(leaves, rows)) if len(leaves) <= rows or len(by_module) < 2 else "",
     }
-    panels = {
-        title: "\n".join(_line(label, text) for label, text in known.items() if text) for title, known in facts.items()
-    }
+    panels = {title: _lines(known) for title, known in facts.items()}
     return {title: text for title, text in (panels | tables).items() if text}
 
 
-def _line(label: str, text: str) -> str:
+def _lines(facts: Facts) -> str:
+    known = {printable(label): printable(" ".join(text.split())) for label, text in facts.items() if text}
+    width = min(max(map(len, ["", *known])), _MAX_LABEL_WIDTH)
+    return "\n".join(_line(label, text, max(width, _LABEL_WIDTH)) for label, text in known.items())
+
+
+def _line(label: str, text: str, width: int) -> str:
     return textwrap.fill(
-        f"{printable(label):<11}  {printable(text)}",
+        f"{label:<{width}}  {text}",
         _LINE_WIDTH,
-        subsequent_indent=" " * 13,
+        subsequent_indent=" " * (width + 2),
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -163,7 +176,8 @@ def _run_facts(state: TrainState, event: FitBegin) -> Facts:
         if total is not None
     ]
     fires = [kind.__name__ for kind in TRACED if kind in event.fires]
-    return {
+    about = {} if event.run is None else event.run.texts()
+    return about | {
         "length": " or ".join(limits) + (", whichever comes first" if len(limits) > 1 else ""),
         "begins": f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
         "seed": str(int(state.seed)),
@@ -178,12 +192,44 @@ def _data_facts(event: FitBegin) -> Facts:
     within = within % event.epoch_length if event.epoch_length else within
     return {
         "epoch": pluralize(event.epoch_length, "batch", "batches") if event.epoch_length is not None else "",
+        "examples": f"{event.num_examples:,}" if event.num_examples is not None else "",
+        "tokens": f"{event.num_tokens:,}" if event.num_tokens is not None else "",
         "sizes": sizes if (event.num_shapes or 1) > 1 else "",
         "position": f"after {pluralize(within, 'batch', 'batches')}{at}" if event.position else "",
     }
 
 
-def _training_facts(state: TrainState) -> Facts:
+def _step_facts(event: FitBegin) -> Facts:
+    described = dict(event.step_description)
+    rates = {name.partition("/")[2]: described.pop(name) for name in event.step_description if _RATE.fullmatch(name)}
+    described.pop("donation", None)
+    return {
+        "loss": described.pop("loss", ""),
+        "optimizer": described.pop("optimizer", ""),
+        "lr": ", ".join(f"{group} {rate}".strip() for group, rate in rates.items()),
+        "batch": _batch_text(event.batch_size, described.pop("accumulate", "1")),
+        **described,
+    }
+
+
+def _batch_text(batch_size: int | None, accumulate: str) -> str:
+    whole = pluralize(batch_size, "example") if batch_size is not None else ""
+    if not accumulate.isdecimal() or int(accumulate) == 1:
+        return whole
+    number = int(accumulate)
+    parts = pluralize(number, "microbatch", "microbatches")
+    if batch_size is None:
+        return parts
+    return f"{whole} in {parts}" + (f" of {batch_size // number:,}" if batch_size % number == 0 else "")
+
+
+def _config_facts(event: FitBegin, rows: int) -> Facts:
+    config = {} if event.run is None else HParams(event.run.config).scalars()
+    shown = {name: str(value) for name, value in list(config.items())[:rows]}
+    return shown | ({"...": f"and {len(config) - rows} more"} if len(config) > rows else {})
+
+
+def _memory_facts(state: TrainState) -> Facts:
     kinds: Counter[str] = Counter()
     accessors = tree.accessors(state.opt_state)
     for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
@@ -191,8 +237,12 @@ def _training_facts(state: TrainState) -> Facts:
         named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
         kinds[named[-1] if named else "tensors"] += leaf.nbytes
     return {
-        "optimizer": ", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
-        "callbacks": ", ".join(f"{name} {format_bytes(tree.nbytes(slot))}" for name, slot in state.slots.items()),
+        "opt_state": ", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
+        "callbacks": ", ".join(
+            f"{name} {format_bytes(tree.nbytes(slot))}"
+            for name, slot in state.slots.items()
+            if not name.startswith(LOOP)
+        ),
     }
 
 
