@@ -276,7 +276,8 @@ def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     records = writers.read_jsonl(path)
     for record in records:
-        record.pop("time", None)
+        for clock in ("time", "timestamp"):
+            record.pop(clock, None)
         # As text, because NaN equals nothing.
         record["metrics"] = {name: str(value) for name, value in _of_run(record.get("metrics", {})).items()}
     return [record for record in records if record["metrics"]]
