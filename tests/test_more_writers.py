@@ -56,6 +56,17 @@ def test_csv_has_one_row_per_call_and_one_column_per_name(tmp_path):
     writer.close()
 
 
+def test_csv_header_is_written_with_the_first_row(tmp_path):
+    path = tmp_path / "a.csv"
+    first, other = csv(path), csv(path)  # other ranks also create the writer, and never use it
+    assert path.read_bytes() == b""
+    first.write_scalars(1, {"time": 2.0})
+    first.write_scalars(2, {"loss": 0.25})
+    for writer in (first, other):
+        writer.close()
+    assert path.read_text() == "step,epoch,time,loss\n1,,2.0,\n2,,,0.25\n"
+
+
 def test_csv_round_trips_non_finite_and_large_scalars(tmp_path):
     values = {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1e-300, "e": 2**70, "f": 0.1 + 0.2}
     writer = csv(tmp_path / "a.csv")

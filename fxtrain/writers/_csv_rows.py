@@ -64,13 +64,13 @@ class CsvWriter(RunLog):
     def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         if "step" in values:
             raise ValueError(f"expected names other than 'step', the step column of {self._path}. Rename the value.")
-        self._opened()
+        file = self._opened()
         row: dict[str, str] = {}
         if event is not None:
             row = {"time": _cell(event.time), **({} if event.epoch is None else {"epoch": _cell(event.epoch)})}
         row |= {name: _cell(value) for name, value in values.items() if isinstance(value, bool | int | float)}
         added = [name for name in row if name not in self._columns]
-        if added:
+        if added or not file.size:
             self._add_columns(added)
         self._append(step, _line(_in_columns({"step": str(step), **row}, self._columns)))
 
@@ -90,7 +90,7 @@ class CsvWriter(RunLog):
         self._opened()
 
     def _open(self) -> Appendable:
-        """Opens the file at the end of its complete rows. Reads its columns, or writes them."""
+        """Opens the file at the end of its complete rows, and reads its columns."""
         content = self._path.read_bytes() if self._path.exists() else b""
         is_zeros = b"\0" in content and not content.strip(b"\0\r\n")
         rows = 0 if is_zeros else _end_of_header(content)
@@ -107,12 +107,9 @@ class CsvWriter(RunLog):
         if unfinished and content:
             set_aside(self._path, "ended in the middle of a row")
         mend(self._path, "row")
-        file = Appendable(self._path)
-        if not rows:
-            header = list(_FIRST)
-            file.append(first)
-        self._columns = header
-        return file
+        # The header is written with the first row, because another process may create the file at the same time.
+        self._columns = header if rows else list(_FIRST)
+        return Appendable(self._path)
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
