@@ -174,8 +174,8 @@ class TestReport:
     def test_all_panels_marks_and_images_are_shown(self, browser, report):
         browser.open(report)
         titles = browser.value("[...document.querySelectorAll('.chart h3')].map(title => title.textContent)")
-        assert titles[:3] == ["loss", "accuracy", "curves"]  # the most important ones first
-        assert {"learning_rate", "grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
+        assert titles[:4] == ["loss", "accuracy", "learning_rate", "curves"]  # the most important ones first
+        assert {"grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
         assert {"nan_guard/skipped", "throughput/samples_per_second", "histograms/weights/out.weight"} < set(titles)
         assert browser.value("document.querySelectorAll('.chart svg').length") == len(titles)
         assert browser.value("document.querySelectorAll('.chart path, .chart image').length") > len(titles)

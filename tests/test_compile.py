@@ -86,7 +86,7 @@ class TestEqualsEager:
             updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
             params = fx.optim.apply_updates(state.params, updates)
             new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, buffers=found.buffers)
-            return new, fx.StepOutput(found.metrics)
+            return new, fx.StepOutput({**found.metrics, **fx.optim.learning_rates(tx, state)})
 
         state, batch = fx.init(problem.module(), tx), problem.data()[0]
         wanted = fx.train_step(problem.loss_fn, tx)(state, batch)
