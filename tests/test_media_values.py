@@ -155,7 +155,7 @@ def test_table_columns_have_equal_length_and_displayable_cells():
     table = Table({"x": Image(torch.zeros(2, 4, 4, 1)), "name": ["a|b", None], "score": torch.tensor([0.5, 2.0])})
     assert len(table) == 2
     assert table.markdown().splitlines()[2] == "| (image) | a&#124;b | 0.5 |"
-    assert table.cells()["x"].shape == (2, 4, 4, 1)
+    assert [cell.frames.shape for cell in table.cells()["x"]] == [(1, 4, 4, 1)] * 2
     with pytest.raises(ValueError, match=r"equal length, got .*'a': 1, 'b': 2"):
         Table({"a": [1], "b": [1, 2]})
     with pytest.raises(TypeError, match="in column 'a', got an object"):
@@ -165,6 +165,38 @@ def test_table_columns_have_equal_length_and_displayable_cells():
     with pytest.raises(ValueError, match="several images"):
         Table({"a": Image(torch.zeros(4, 4, 1))})
     assert Table({"a": list(range(60))}).markdown().endswith("and 10 more rows")
+
+
+def test_table_cells_may_be_texts_and_media():
+    sounds = Audio(torch.linspace(-1, 1, 40).view(2, 10, 2), 8000)
+    videos = Video(torch.rand(2, 3, 4, 4, 1), fps=5, caption=["one", "two"])
+    cells = [Image(torch.rand(4, 4, 3), caption="a"), Image(torch.rand(3, 6, 6), "CHW")]
+    table = Table({"sound": sounds, "video": videos, "image": cells, "text": [fx.values.Text("*a*"), None]})
+    assert table.markdown().splitlines()[2] == "| (audio) | (video) | (image) | *a* |"
+    found = table.cells()
+    assert (found["sound"][1].waves[0] == sounds.waves[1]).all()
+    assert (found["video"][1].frames[0] == videos.frames[1]).all()
+    assert (found["video"][1].fps, found["video"][1].captions) == (5, ("two",))
+    assert found["image"] == cells
+    assert found["text"] == ["*a*", None]
+    with pytest.raises(ValueError, match="expected one image in each cell of column 'x', got Image 2 of 4 x 4, gray"):
+        Table({"x": [Image(torch.zeros(2, 4, 4, 1))]})
+    with pytest.raises(ValueError, match=r"expected column 'x' to be several sounds \[N, T, C\], got Audio"):
+        Table({"x": Audio(torch.zeros(10), 8000)})
+
+
+def test_table_rows_have_one_cell_for_each_column():
+    image = Image(torch.rand(4, 4, 3))
+    rows = [(image, "cat", torch.tensor(0.5)), (image, "dog", np.float32(0.25))]
+    table = Table.from_rows(["image", "truth", "confidence"], iter(rows))
+    assert table.columns == {"image": [image, image], "truth": ["cat", "dog"], "confidence": [0.5, 0.25]}
+    with pytest.raises(ValueError, match=r"expected rows of 2 cells \(a, b\), got .* as row 1"):
+        Table.from_rows(["a", "b"], [(1, 2), (1, 2, 3)])
+    for columns in (["a", "a"], "ab"):
+        with pytest.raises(ValueError, match="expected columns to be a sequence of distinct names"):
+            Table.from_rows(columns, [(1, 2)])
+    with pytest.raises(TypeError, match="images, videos and sounds in column 'a', got a float32 tensor"):
+        Table.from_rows(["a"], [(torch.zeros(2),)])
 
 
 def test_figure_is_rendered_on_construction():

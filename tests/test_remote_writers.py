@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -189,6 +190,25 @@ def test_wandb_shows_captions_grids_and_videos(tmp_path):
     assert row["pair"]["captions"] == ["cat", "dog"]
     assert (row["grid"]["count"], row["grid"]["captions"]) == (1, ["cat | dog"])
     assert [video["caption"] for video in row["video"]["videos"]] == ["one", "two"]
+
+
+def test_wandb_tables_have_media_in_cells(tmp_path):
+    image = Image(PIXELS[0], caption="cat")
+    sound, video = Audio(torch.zeros(100), 8000), Video(torch.rand(3, 8, 8, 3))
+    writer = wandb(tmp_path)
+    rows_given = [(image, video, sound, Text("*a*")), (image, video, sound, None)]
+    writer.write(1, {"table": Table.from_rows(["image", "video", "sound", "text"], rows_given)})
+    writer.close()
+    (session,) = records(tmp_path)
+    (kept,) = (r.artifact for r in session if r.artifact.name.endswith("-table"))
+    (path,) = (e.local_path for e in kept.manifest.contents if e.path.endswith(".table.json"))
+    table = json.loads(pathlib.Path(path).read_text())
+    first, second = table["data"]
+    assert [cell["_type"] for cell in first[:3]] == ["image-file", "video-file", "audio-file"]
+    assert (first[0]["caption"], first[3], second[3]) == ("cat", "*a*", None)
+    types = table["column_types"]["params"]["type_map"]
+    for name, kind in (("image", "image-file"), ("video", "video-file"), ("sound", "audio-file"), ("text", "any")):
+        assert f'"{kind}"' in json.dumps(types[name])
 
 
 def test_wandb_run_has_project_name_group_and_tags(tmp_path):

@@ -360,6 +360,17 @@ def test_media_are_embedded_in_the_page(tmp_path):
     assert '<td class=dark style="--share:0.750">3</td>' in html
 
 
+def test_tables_show_videos_and_sounds_in_cells(tmp_path):
+    row = Image(torch.rand(8, 8, 3), caption="cat"), Video(torch.rand(3, 8, 8, 3)), Audio(torch.zeros(80), 8000)
+    table = Table.from_rows(["image", "video", "sound"], [row, row])
+    run = media_of(tmp_path, {"table": table, "texts": Table({"said": [Text("<b>"), None]})})
+    assert not run.media
+    shown = page(run)
+    assert shown.count('src="data:image/png') == shown.count('src="data:audio/wav') == 2
+    assert shown.count('src="data:image/gif') + shown.count('src="data:video/mp4') == 2
+    assert "<td>&lt;b&gt;</td>" in shown
+
+
 def test_captions_are_shown_below_images(tmp_path):
     pixels = torch.rand(2, 8, 8, 3)
     values = {"pair": Image(pixels, caption=["<cat>", ""]), "grid": Image(pixels, caption=["a", "b"], grid=1)}

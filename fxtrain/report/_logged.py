@@ -222,7 +222,7 @@ class Logged:
             beside / cell
             for cells in columns.values()
             for cell in cells
-            if beside is not None and validation.is_image_of_table(cell)
+            if beside is not None and validation.is_file_of_table(cell)
         }
         if name not in self.tables and len(self.tables) >= _MAX_TABLES:
             raise ValueError(f"expected at most {_MAX_TABLES} tables, got more")
@@ -264,6 +264,6 @@ def shortened_text(text: str) -> str:
 
 
 def _cell(value: object, beside: PurePosixPath | None) -> Cell:
-    if beside is not None and validation.is_image_of_table(value):
+    if beside is not None and validation.is_file_of_table(value):
         return beside / value
     return value if isinstance(value, float) else truncate(validation.words(value), _MAX_CELL)

@@ -23,6 +23,7 @@ _MAX_NAMES = 500
 _MAX_IMAGE = 2**18  # bytes of an image in a table; larger images are not embedded
 _MAX_CLASSES = 32  # confusion matrices with more classes are drawn as images
 _MAX_PAIRS = 20  # most confused pairs of classes
+_PLACEHOLDERS = {".png": "(image)", ".wav": "(audio)"}
 _TYPES = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 _GIF, _GIF_END = (b"GIF87a", b"GIF89a"), b"\x3b"
@@ -140,7 +141,7 @@ def tables(run: Run, embedded: Embedded) -> str:
 
     def cell(value: object) -> str:
         if isinstance(value, PurePosixPath):
-            return embedded.html(value, _MAX_IMAGE) or "(image)"
+            return embedded.html(value, _MAX_IMAGE) or _PLACEHOLDERS.get(value.suffix, "(video)")
         return cell_text(value)
 
     parts: list[str] = []

@@ -18,7 +18,7 @@ from fxtrain.core import truncate
 MAX_STEP = 2**50
 """The largest step, which leaves room for exact ticks between steps in float64."""
 
-_IMAGE_OF_TABLE = re.compile(r"\d{8,}(?:\.r\d+)?-\d+\.png", re.ASCII)  # in the folder of the table
+_FILE_OF_TABLE = re.compile(r"\d{8,}(?:\.r\d+)?-\d+\.(?:png|gif|mp4|wav)", re.ASCII)  # in the folder of the table
 _MAX_NUMBER = 40  # characters of a number written as a string
 _MAX_NAME = 1000  # characters
 MAX_WORDS = 1000  # characters of a value in a table
@@ -143,9 +143,9 @@ def _between(value: object, low: float, high: float, what: str) -> np.ndarray:
     return found
 
 
-def is_image_of_table(cell: object) -> TypeGuard[str]:
-    """Returns whether a cell is the name of an image file in the folder of its table."""
-    return isinstance(cell, str) and len(cell) < 256 and _IMAGE_OF_TABLE.fullmatch(cell) is not None
+def is_file_of_table(cell: object) -> TypeGuard[str]:
+    """Returns whether a cell is the name of an image, video or sound in the folder of its table."""
+    return isinstance(cell, str) and len(cell) < 256 and _FILE_OF_TABLE.fullmatch(cell) is not None
 
 
 def words(value: object) -> str:

@@ -72,9 +72,14 @@ class Pixels:
         return tuple(self.caption)
 
     @property
+    def is_single(self) -> bool:
+        """Whether the pixels have no axis N."""
+        return "N" not in self._order(self.layout)
+
+    @property
     def count(self) -> int:
         """The number N of images or videos."""
-        return self.size("N") if "N" in self._order(self.layout) else 1
+        return self.size("N")
 
     def size(self, axis: str) -> int:
         """Returns the length of an axis: N, T, H, W or C. An axis that the pixels lack has length 1."""
@@ -121,7 +126,7 @@ class Pixels:
         return np.ascontiguousarray(found.astype(np.uint8))
 
     def __repr__(self) -> str:
-        count = f"{self.count} of " if "N" in self._order(self.layout) else "of "
+        count = "of " if self.is_single else f"{self.count} of "
         return f"{type(self).__name__} {count}{self.size('H')} x {self.size('W')}, {_CHANNELS[self.size('C')]}"
 
 

@@ -149,5 +149,5 @@ def _size(value: Value | Column) -> int:
     if isinstance(value, Table):
         return sum(map(_size, value.columns.values()))
     if isinstance(value, list):
-        return _SCALAR_BYTES * len(value)
+        return _SCALAR_BYTES * len(value) + sum(leaf.nbytes for leaf in tree.leaves(value) if isinstance(leaf, Tensor))
     return _SCALAR_BYTES + sum(leaf.nbytes for leaf in tree.leaves(value) if isinstance(leaf, Tensor | np.ndarray))

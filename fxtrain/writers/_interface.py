@@ -156,7 +156,7 @@ def _convert(value: Value) -> list[str]:
         ValueError: The value is out of range.
     """
     notes: list[str] = []
-    for part in value.columns.values() if isinstance(value, Table) else (value,):
+    for part in _parts(value):
         match part:
             case Image() | Video():
                 _ = part.frames
@@ -169,6 +169,13 @@ def _convert(value: Value) -> list[str]:
         if (clipped := note_of_clipping(part)) is not None:
             notes.append(clipped)
     return notes
+
+
+def _parts(value: Value) -> Iterable[object]:
+    """Returns the columns of a table, or the cells of those that are lists. Other values have one part."""
+    if not isinstance(value, Table):
+        return [value]
+    return [part for column in value.columns.values() for part in (column if isinstance(column, list) else [column])]
 
 
 class Backend:

@@ -11,7 +11,6 @@ from typing import Any
 from fxtrain.core import EvalStep, LoopEvent, RunInfo, WallClock, timestamp, utc_now
 from fxtrain.disk import Appendable, mend
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
-from fxtrain.values._table import Cell
 from fxtrain.writers._append_only import REWOUND, Rewinds, RunLog
 
 _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams", "run")
@@ -85,7 +84,7 @@ class JsonLinesWriter(RunLog):
                     counts, edges = value.buckets()
                     kinds.setdefault("histograms", {})[name] = {"counts": counts.tolist(), "edges": edges.tolist()}
                 case Table():
-                    kinds.setdefault("tables", {})[name] = _columns(value)
+                    kinds.setdefault("tables", {})[name] = value.texts()
                 case ConfusionMatrix():
                     counts = value.counts.tolist()
                     kinds.setdefault("confusion", {})[name] = {"labels": list(value.labels), "counts": counts}
@@ -167,9 +166,3 @@ def _read(line: bytes) -> dict[str, Any] | None:
         return None
     is_record = isinstance(record, dict) and all(isinstance(record.get(key, 0), int) for key in ("step", REWOUND))
     return record if is_record else None
-
-
-def _columns(table: Table) -> dict[str, list[Cell]]:
-    """Returns the columns, with a placeholder for each image."""
-    cells = table.cells()
-    return {name: cell if isinstance(cell, list) else ["(image)"] * len(cell) for name, cell in cells.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import append_lines, make_folder, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Value, Video, jsonable
+from fxtrain.values._table import Cell, Media
 from fxtrain.writers._append_only import REWOUND, Rewinds
 from fxtrain.writers._interface import Backend, explain_failure
 
@@ -34,7 +35,7 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
     Characters that file systems reject are percent-encoded, such as ``%3F`` for ``?``.
 
     Images are PNG, videos GIF, sounds WAV and texts Markdown. Tables and confusion matrices are JSON, and point clouds
-    PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are images in a table,
+    PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are those in a table,
     which contains their file names. Captions are in a JSON file beside the images or videos, by file name. Non-finite
     floats are strings in JSON, such as ``"NaN"``.
 
@@ -280,16 +281,18 @@ def _captioned(stem: str, value: Image | Video, files: dict[str, bytes]) -> dict
 
 
 def _table(stem: str, table: Table) -> dict[str, bytes]:
-    images: dict[str, bytes] = {}
-    columns: dict[str, object] = {}
-    for name, cells in table.cells().items():
-        if isinstance(cells, list):
-            columns[name] = jsonable(cells)
-            continue
-        files = [f"{stem}-{len(images) + index}.png" for index in range(len(cells))]
-        images |= dict(zip(files, map(png, cells), strict=True))
-        columns[name] = files
-    return {f"{stem}.json": json.dumps({"columns": columns}, allow_nan=False).encode(), **images}
+    files: dict[str, bytes] = {}
+
+    def stored(cell: Cell | Media) -> Cell | Media:
+        """Returns the name of a new file for an image, video or sound."""
+        if not isinstance(cell, Media):
+            return cell
+        encoded = {name: data for name, data in _files(f"{stem}-{len(files)}", cell).items() if ".json" not in name}
+        files.update(encoded)
+        return next(iter(encoded))
+
+    columns = {name: jsonable([stored(cell) for cell in cells]) for name, cells in table.cells().items()}
+    return {f"{stem}.json": json.dumps({"columns": columns}, allow_nan=False).encode(), **files}
 
 
 def _ply(cloud: PointCloud) -> bytes:

@@ -175,14 +175,9 @@ def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str,
             page = f"<pre style='white-space: pre-wrap'>{escape_html(markdown)}</pre>"
             return {name: wandb.Html(page, inject=False)}
         case Image():
-            return _panels(name, [_image(frame, caption) for frame, caption in with_captions(value)])
+            return _panels(name, _images(value))
         case Video():
-            # Encoded here, because wandb's encoder needs two more packages.
-            videos = [
-                wandb.Video(io.BytesIO(gif(frames, value.fps)), format="gif", caption=caption)
-                for frames, caption in with_captions(value)
-            ]
-            return _panels(name, videos)
+            return _panels(name, _videos(value))
         case Audio():
             # One per name, because wandb needs another package for a list of sounds.
             sounds = [_audio(waves, value.rate, files) for waves in value.waves]
@@ -190,9 +185,9 @@ def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str,
         case Histogram():
             return {name: wandb.Histogram(np_histogram=_merge_buckets(*value.buckets()))}
         case Table():
-            return {name: _table(value)}
+            return {name: _table(value, files)}
         case ConfusionMatrix():
-            return {name: _table(value.table())}
+            return {name: _table(value.table(), files)}
         case PointCloud():
             points = value.points.double().cpu()
             if value.colors is not None:
@@ -210,11 +205,24 @@ def _panels(name: str, media: Sequence[object]) -> dict[str, Any]:
     return {numbered(name, index, len(begins)): media[begin : begin + _MAX_MEDIA] for index, begin in enumerate(begins)}
 
 
-def _image(frame: np.ndarray, caption: str | None = None) -> Any:
+def _images(value: Image) -> list[Any]:
     import PIL.Image
     import wandb
 
-    return wandb.Image(PIL.Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame), caption=caption)
+    return [
+        wandb.Image(PIL.Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame), caption=caption)
+        for frame, caption in with_captions(value)
+    ]
+
+
+def _videos(value: Video) -> list[Any]:
+    import wandb
+
+    # Encoded here, because wandb's encoder needs two more packages.
+    return [
+        wandb.Video(io.BytesIO(gif(frames, value.fps)), format="gif", caption=caption)
+        for frames, caption in with_captions(value)
+    ]
 
 
 def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
@@ -227,14 +235,28 @@ def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
     return wandb.Audio(file.name)
 
 
-def _table(table: Table) -> Any:
+def _table(table: Table, files: contextlib.ExitStack) -> Any:
     import wandb
+    from wandb.sdk.data_types._dtypes import AnyType
 
-    columns = [
-        cells if isinstance(cells, list) else [_image(frame) for frame in cells] for cells in table.cells().values()
-    ]
+    def shown(cell: object) -> object:
+        match cell:
+            case Image():
+                return _images(cell)[0]
+            case Video():
+                return _videos(cell)[0]
+            case Audio():
+                return _audio(cell.waves[0], cell.rate, files)
+            case _:
+                return cell
+
+    columns = [map(shown, cells) for cells in table.cells().values()]
     rows: list[Any] = [list(row) for row in zip(*columns, strict=True)]
-    return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+    # Images, videos and sounds are shown only in columns of their type. Other columns may be mixed.
+    shown_as = {Image: wandb.Image, Video: wandb.Video, Audio: wandb.Audio}
+    kinds = [{shown_as.get(type(cell)) for cell in cells if cell is not None} for cells in table.cells().values()]
+    types: list[Any] = [next(iter(kind)) if len(kind) == 1 and None not in kind else AnyType for kind in kinds]
+    return wandb.Table(columns=list(table.columns), data=rows, dtype=types)
 
 
 def _merge_buckets(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
