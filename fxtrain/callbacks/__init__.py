@@ -8,6 +8,7 @@ from fxtrain.callbacks._classification import confusion_matrix, curves, predicti
 from fxtrain.callbacks._early_stopping import early_stopping, stop_on_overfitting
 from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
+from fxtrain.callbacks._model_size import model_size
 from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
 from fxtrain.callbacks._progress import durations, epoch_mean, throughput
@@ -30,6 +31,7 @@ __all__ = [
     "grad_flow",
     "grad_norms",
     "histograms",
+    "model_size",
     "monitor",
     "nan_guard",
     "predictions",

@@ -27,6 +27,7 @@ from fxtrain.core import (
     try_all,
 )
 from fxtrain.fold import When, as_trigger
+from fxtrain.model._size import model_sizes
 from fxtrain.observers._wrapped import rank
 from fxtrain.observers._write_options import Options, checked_prefixes, checked_reductions, reduced, renamed
 from fxtrain.values import KINDS, HParams, Kind, Value, kind_of, published
@@ -78,8 +79,8 @@ def write(
             "val"}``. An empty string removes the prefix. Those of ``train``, ``eval`` and ``eval_batch`` can be chosen,
             and logged values with these prefixes follow. ``Result.history``, checkpoints and callbacks keep the
             defaults. Reports recognize metrics by the defaults too.
-        hparams: The configuration, as in ``RunInfo``, written when a session begins. Defaults to that of
-            ``fit(run=...)``.
+        hparams: The configuration, as in ``RunInfo``, written when a session begins, with the sizes of
+            ``callbacks.model_size``. Defaults to that of ``fit(run=...)``.
         flush_seconds: Time between flushes. Writers are also flushed at each evaluation, before each save, and at the
             end.
         every_rank: Whether every process writes. Give each its own writers then.
@@ -169,7 +170,7 @@ class Write:
             case FitBegin():
                 self._batch_time = self._flush_time = event.time
                 self._truncate_after(event.step)
-                control = control | Control(log=self._run_values(event))
+                control = control | Control(log=self._run_values(state, event))
             case Rewound():
                 self._truncate_after(event.to_step)
                 event = dataclasses.replace(event, step=event.to_step)  # where the curves continue
@@ -277,13 +278,17 @@ class Write:
             event, entry = latest.pop(name)
             self._submit(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
 
-    def _run_values(self, event: FitBegin) -> dict[str, Value]:
-        """Returns the facts and the configuration of the run."""
+    def _run_values(self, state: TrainState | None, event: FitBegin) -> dict[str, Value]:
+        """Returns the facts and the configuration of the run, with the sizes of its model."""
         run, hparams = event.run, self._options.hparams
         found: dict[str, Value] = {"run": run} if run is not None and run.given() else {}
         if hparams is None and run is not None and run.config:
             hparams = HParams(run.config)
-        return found if hparams is None else found | {"hparams": hparams}
+        if hparams is None:
+            return found
+        given, sizes = hparams.flat(), {} if state is None else model_sizes(state)
+        others = {name: size for name, size in sizes.items() if name not in given}
+        return found | {"hparams": HParams({**hparams.values, **others})}
 
     def _submit(self, event: LoopEvent, control: Control) -> None:
         values = renamed(self._values(event, control), self._options.prefixes)
