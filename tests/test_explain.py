@@ -262,7 +262,7 @@ class TestPurity:
         testing.assert_equal(copied(state, BATCH)[0], step(state, BATCH)[0], "the state")
 
     def test_missing_slots_are_attached(self):
-        step = problem.step(callbacks=fx.callbacks.epoch_mean("loss"))
+        step = problem.step(callbacks=fx.callbacks.ema(0.9))
         found = explain(step, problem.start(), problem.data()[0], calls=0)
         assert found.state_bytes["slots"] > 0
 
