@@ -40,7 +40,8 @@ class DescribedSchedule:
 
 
 def _described(schedule: Schedule, call: Call) -> Schedule:
-    return DescribedSchedule(schedule, call)
+    # A schedule that another function of this package made is described by the outer call only.
+    return DescribedSchedule(schedule.function if isinstance(schedule, DescribedSchedule) else schedule, call)
 
 
 described = records_call(_described)
