@@ -10,6 +10,7 @@ from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
 from fxtrain.callbacks._model_size import model_size
 from fxtrain.callbacks._monitor import monitor
+from fxtrain.callbacks._per_model import per_model
 from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
 from fxtrain.callbacks._progress import durations, epoch_mean, throughput
 from fxtrain.callbacks._requests import evaluate, save, stop_at, stop_on_divergence, time_limit
@@ -34,6 +35,7 @@ __all__ = [
     "model_size",
     "monitor",
     "nan_guard",
+    "per_model",
     "predictions",
     "reduce_on_plateau",
     "restore_best",

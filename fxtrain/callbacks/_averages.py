@@ -35,6 +35,7 @@ def ema(
     every: When = 1,
     start: int = 0,
     buffers: bool = False,
+    model: str | None = None,
     name: str = "ema",
 ) -> Handler:
     """Keeps an exponential moving average of the parameters, updated at each step that is not skipped.
@@ -54,10 +55,11 @@ def ema(
         start: Up to and including this step, the average equals the parameters.
         buffers: Whether to average floating buffers too, such as batch norm statistics. If not, ``averaged`` uses the
             live ones.
+        model: In a step of several models, the one at whose updates to average. All parameters are averaged.
         name: The slot.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range. When it runs, if ``model`` is None and an update names one.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -86,10 +88,10 @@ def ema(
             return share / weight, weight
         return share, slot.weight
 
-    return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=0.0 if debias else 1.0)
+    return _averaging(name, mean, every=every, start=start, buffers=buffers, model=model, weight=0.0 if debias else 1.0)
 
 
-def swa(*, start: int, every: When = 1, buffers: bool = False, name: str = "swa") -> Handler:
+def swa(*, start: int, every: When = 1, buffers: bool = False, model: str | None = None, name: str = "swa") -> Handler:
     """Keeps the equal-weight mean of the parameters at the steps of ``every`` after ``start``.
 
         average = average + (params - average) / (n + 1)
@@ -103,10 +105,11 @@ def swa(*, start: int, every: When = 1, buffers: bool = False, name: str = "swa"
         start: Up to and including this step, the average equals the parameters.
         every: When to average: a number of steps, or a trigger, evaluated inside the step.
         buffers: As for ``ema``.
+        model: In a step of several models, the one at whose updates to average. All parameters are averaged.
         name: The slot.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range. When it runs, if ``model`` is None and an update names one.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -126,7 +129,7 @@ def swa(*, start: int, every: When = 1, buffers: bool = False, name: str = "swa"
     def mean(slot: AveragedState) -> tuple[Scalar, Tensor]:
         return 1 / (slot.count.to(slot.weight.dtype) + 1), slot.weight
 
-    return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=1.0)
+    return _averaging(name, mean, every=every, start=start, buffers=buffers, model=model, weight=1.0)
 
 
 def averaged(state: TrainState, name: str = "ema") -> TrainState:
@@ -158,7 +161,9 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
     return state.replace(params=params, **({} if buffers == () else {"buffers": buffers}))
 
 
-def _averaging(name: str, mean: _Mean, *, every: When, start: int, buffers: bool, weight: float) -> Handler:
+def _averaging(
+    name: str, mean: _Mean, *, every: When, start: int, buffers: bool, model: str | None, weight: float
+) -> Handler:
     """Returns a callback that averages the parameters.
 
     Args:
@@ -167,6 +172,7 @@ def _averaging(name: str, mean: _Mean, *, every: When, start: int, buffers: bool
         every: When to average: a number of steps, or a trigger, evaluated inside the step.
         start: Average after this step.
         buffers: Whether to average buffers.
+        model: The model at whose updates to average.
         weight: Initial weight.
     """
     due = as_trigger(every)
@@ -179,6 +185,13 @@ def _averaging(name: str, mean: _Mean, *, every: When, start: int, buffers: bool
         return AveragedState(average, first, zero)
 
     def update(state: TrainState, event: Updated, slot: AveragedState) -> tuple[AveragedState, Control]:
+        if event.model != model:
+            if None in (model, event.model):
+                raise ValueError(
+                    f"expected an update of {_named(model)} for {name}, got one of {_named(event.model)}. Choose the "
+                    f"model at whose updates to average: model={event.model!r}."
+                )
+            return slot, Control()
         now = (state.params, state.buffers if buffers else ())
         counts = ~event.skipped & (event.step > start) & due(event)
         before = ~event.skipped & (event.step <= start)
@@ -196,6 +209,10 @@ def _averaging(name: str, mean: _Mean, *, every: When, start: int, buffers: bool
         return AveragedState(average, torch.where(counts, new_weight, slot.weight), slot.count + counts), Control()
 
     return stateful(name, init, update)
+
+
+def _named(model: str | None) -> str:
+    return "all models" if model is None else f"the model {model!r}"
 
 
 def _wide(leaf: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.callbacks._per_model import per_model
 from fxtrain.callbacks._watched_metric import Better, Metric, called, direction, measured, needing, sign_of
 from fxtrain.core import (
     Control,
@@ -220,4 +221,4 @@ def stop_on_overfitting(
         )
         return slot, Control(stop=slot.grown >= patience, reason=reason)
 
-    return needing(stateful(name, init, update), metric)
+    return needing(per_model(stateful(name, init, update)), metric)

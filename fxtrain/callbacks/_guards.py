@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks._monitor import trainable
+from fxtrain.callbacks._per_model import per_model
 from fxtrain.core import (
     Control,
     Gradients,
@@ -24,6 +25,7 @@ from fxtrain.core import (
     wide_dtype,
 )
 from fxtrain.fold import Handler, on, slotted
+from fxtrain.model import model_of
 from fxtrain.precision import finite_leaves
 from fxtrain.tree import as_code, leaf_paths
 
@@ -88,7 +90,7 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         stop_reason = f"loss or gradients were not finite {patience} times in a row"
         return state.with_slot(name, slot), skip | Control(stop=slot.in_a_row >= patience, reason=stop_reason)
 
-    return slotted(name, init, on(Gradients | StepEnd, update))
+    return per_model(slotted(name, init, on(Gradients | StepEnd, update)))
 
 
 def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
@@ -110,11 +112,16 @@ def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
         >>> first_not_finite(state), first_not_finite(guard(state, event)[0])
         ('', "grads['w'] at step 7")
     """
-    slot: NanGuardState = state.slots[name]
-    step, place = int(slot.step), int(slot.first)
+    slot: NanGuardState | dict[str, NanGuardState] = state.slots[name]
+    if isinstance(slot, dict):
+        model, content = max(slot.items(), key=lambda item: int(item[1].step))
+        params, prefix = model_of(state).split(state.params, model), f"[{model!r}]"
+    else:
+        content, params, prefix = slot, trainable(state), ""
+    step, place = int(content.step), int(content.first)
     if step < 0:
         return ""
-    what = "the loss" if place < 0 else f"grads{as_code(leaf_paths(trainable(state))[place])}"
+    what = f"grads{prefix}{as_code(leaf_paths(params)[place])}" if place >= 0 else f"the loss{prefix}"
     return f"{what} at step {step}"
 
 
@@ -224,7 +231,7 @@ def spike_guard(
         log = {f"{name}/spikes": slot.spikes, f"{name}/limit": Logged(limit, when=limit.isfinite())}
         return state.with_slot(name, slot), control | Control(log=log)
 
-    return slotted(name, init, on(Gradients | StepEnd | Rewound if rewind else Gradients, update))
+    return per_model(slotted(name, init, on(Gradients | StepEnd | Rewound if rewind else Gradients, update)))
 
 
 def _limit(window: Tensor, count: Tensor, deviations: float) -> Tensor:

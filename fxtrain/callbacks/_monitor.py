@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_recorded
+from fxtrain.callbacks._per_model import per_model
 from fxtrain.core import Control, Logged, StepEnd, TrainState, Tree, Updated
 from fxtrain.fold import Handler, When, as_trigger, on, slotted
 from fxtrain.tree import as_name, leaf_paths
@@ -102,7 +103,7 @@ def monitor(
         log = {f"{name}/{key}": Logged(value, when=is_of_this_step) for key, value in shown.items()}
         return state, Control(log=log)
 
-    return slotted(name, init, on(Updated | StepEnd, update))
+    return per_model(slotted(name, init, on(Updated | StepEnd, update)))
 
 
 def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _Seen, otherwise: _Values) -> _Values:

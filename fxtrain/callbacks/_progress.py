@@ -164,9 +164,10 @@ def epoch_mean(*names: str) -> Handler:
         found = {metric: event.metrics[metric] for metric in watched if metric in event.metrics}
         if isinstance(event, EpochEnd):
             return state, Control(log={f"epoch/{metric}": value for metric, value in found.items()})
-        # While the step is traced, names are checked, which adds nothing to its graph.
+        # While the step is traced, names are checked, which adds nothing to its graph. The metrics of one of several
+        # models are only some of the step's.
         for metric in watched:
-            if metric not in found:
+            if metric not in found and event.model is None:
                 there = ", ".join(map(repr, event.metrics))
                 raise KeyError(
                     f"expected the step metric {metric!r} for epoch_mean, got {there}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -183,6 +183,18 @@ class Control:
     def with_log(self, log: Mapping[str, Logged]) -> Control:
         """Returns the same requests with ``log`` as their log."""
         return _control_of(self.requests, log)
+
+    def renamed(self, *, reason: Callable[[str], str], log: Callable[[str], str]) -> Control:
+        """Returns the same requests under other reasons and logged names.
+
+        Args:
+            reason: Maps a reason to another.
+            log: Maps a logged name to another.
+        """
+        requests = {
+            kind: {reason(each): flag for each, flag in reasons.items()} for kind, reasons in self.requests.items()
+        }
+        return _control_of(requests, {log(name): entry for name, entry in self.log.items()})
 
     def any(self, kind: str) -> Flag:
         """Whether any reason of this kind holds: a bool, or a bool tensor of shape [] if one of the flags is."""

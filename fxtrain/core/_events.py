@@ -27,11 +27,15 @@ class _TracedEvent:
     metrics: Metrics
     grads: Tree
     weight: Tensor | None = None
+    model: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Microbatch(_TracedEvent):
     """Traced event: fires after the backward pass of each microbatch.
+
+    Forward and backward pass are one function of the graph, so no event fires between them. A loss function sees all
+    values of the forward pass: it returns them as metrics, as outputs, or through ``fxtrain.tap``.
 
     Args:
         step: int64 []. Number of the step being taken; the first is 1.
@@ -40,6 +44,7 @@ class Microbatch(_TracedEvent):
         metrics: 0-d tensors or ``fxtrain.metrics`` values by name, including ``"loss"``.
         grads: Pytree like the trainable parameters: gradients of this microbatch.
         weight: float64 []. Weight of the microbatch in means, from ``fxtrain.weighted``; None if it is not used.
+        model: Key of the model that is trained, in a step that trains several; None in a step with one optimizer.
     """
 
     index: int
@@ -55,6 +60,7 @@ class Gradients(_TracedEvent):
         metrics: As at ``Microbatch``, averaged or merged over the microbatches.
         grads: Pytree like the trainable parameters: averaged, unscaled, before clipping.
         weight: float64 []. Weight of the batch in means, from ``fxtrain.weighted``; None if it is not used.
+        model: As at ``Microbatch``.
     """
 
 
@@ -70,6 +76,7 @@ class Updated(_TracedEvent):
         updates: Pytree like the trainable parameters: the updates, which were added to them unless skipped.
         skipped: bool []. Whether the update was skipped: parameters, optimizer state and buffers are unchanged.
         weight: As at ``Gradients``.
+        model: As at ``Microbatch``.
     """
 
     updates: Tree

@@ -8,7 +8,7 @@ nothing short-circuits. The returned controls are joined by ``|``, so no request
 from fxtrain.fold._compose import Composed, as_composed, attach, compose
 from fxtrain.fold._handler import Handler, Needs, needs, on, slotted, stateful
 from fxtrain.fold._tolerant import tolerant
-from fxtrain.fold._triggers import Trigger, When, after, as_trigger, at, every, when
+from fxtrain.fold._triggers import Trigger, When, after, as_trigger, at, every, of_model, when
 
 __all__ = [
     "Composed",
@@ -19,6 +19,7 @@ __all__ = [
     "compose",
     "every",
     "needs",
+    "of_model",
     "on",
     "slotted",
     "stateful",

@@ -161,6 +161,28 @@ def after(steps: int | None = None, *, seconds: float | None = None, epochs: flo
     return Trigger(f"after(epochs={period})", lambda event: _epoch(event)[0] > period)
 
 
+def of_model(*names: str) -> Trigger:
+    """Holds at the traced events of the given models, in a step that trains several, and at all other events.
+
+    Args:
+        names: Keys of the dict of modules given to ``init``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> fx.when(of_model("generator"), fx.callbacks.nan_guard())
+        <callback nan_guard when of_model('generator') on Gradients, StepEnd, slot 'nan_guard'>
+    """
+    if not names:
+        raise ValueError("of_model: expected the name of at least one model, got none.")
+    for name in names:
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"of_model: expected the names of models, got {describe(name)}.")
+    return Trigger(
+        f"of_model({', '.join(map(repr, names))})",
+        lambda event: not isinstance(event, TRACED) or event.model in names,
+    )
+
+
 def as_trigger(when: When, argument: str = "every") -> Predicate:
     """Returns a trigger for an argument such as ``every=``: the trigger itself, or ``every(n)`` for an int n.
 

@@ -6,7 +6,8 @@ from fxtrain.step._loss_results import Weighted, weighted
 from fxtrain.step._microbatches import mean_gradient, microbatches
 from fxtrain.step._step import ManySteps, Step, take_steps
 from fxtrain.step._tap import tap
-from fxtrain.step._train_step import apply_gradients, train_step
+from fxtrain.step._train_step import train_step
+from fxtrain.step._update import apply_gradients, update
 from fxtrain.step._wrap_step import WrappedStep, wrap_step
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "gradients",
     "tap",
     "train_step",
+    "update",
     "weighted",
     "wrap_step",
 ]

@@ -1,25 +1,20 @@
-"""The step of supervised training, and the update of the parameters by an optimizer."""
+"""The step of supervised training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from fxtrain import optim, tree
+from fxtrain import optim
 from fxtrain.core import (
     TRACED,
     Batch,
     Callback,
     Control,
-    Gradients,
     Microbatch,
     StepOutput,
     TrainState,
     Tree,
-    Updated,
     argument_text,
     check_choice,
     check_positive_int,
@@ -28,9 +23,7 @@ from fxtrain.core import (
 )
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
-from fxtrain.model import model_of
 from fxtrain.optim._hyperparams import learning_rates_by_name
-from fxtrain.optim._partial_update import accumulates
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate
@@ -38,6 +31,7 @@ from fxtrain.step._gradients import gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches
 from fxtrain.step._step import Step
 from fxtrain.step._transform_batch import TransformBatch, seeded_transform
+from fxtrain.step._update import merged, update
 
 
 def train_step(
@@ -159,82 +153,15 @@ def train_step(
                 before = part.carried(before)
                 measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
                 state, requests = folded(state, Microbatch(step=number, index=index, **measured))
-                control = _merged(control, requests)
+                control = merged(control, requests)
                 found = part if found is None else joined(found, part)
                 extra.append(part.outputs)
             assert found is not None
             found = averaged(found, extra)
-            measured = {"loss": found.loss, "metrics": found.metrics, "grads": found.grads, "weight": found.weight}
-            state, requests = folded(state, Gradients(step=number, **measured))
-            control = _merged(control, requests)
-
-            used = found.used if unused == "keep" else None
-            carried = state.replace(params=before.params, buffers=before.buffers)
-            moved, updates = apply_gradients(carried, found.grads, tx, used=used)
-            # The metrics of the loss function come first, and win if a name occurs twice.
-            metrics = {**found.metrics, **optim.learning_rates(tx, carried), **found.metrics}
-            measured["metrics"] = metrics
-            skip = control.any("skip_update")
-            # Not torch.tensor(...), which would become an input of the graph even if it is unused.
-            skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
-            state = tree.where(skipped, state, moved) if "skip_update" in control.kinds else moved
-            state, requests = folded(state, Updated(step=number, updates=updates, skipped=skipped, **measured))
-            return state, StepOutput(metrics, _merged(control, requests), found.outputs, found.weight)
+            return update(state, found, tx, folded, control=control, unused=unused)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
         step.__doc__ = loss_fn.__doc__
         return Step(step, callbacks=folded, fires=TRACED, rebuild=build, settings=settings, description=description)
 
     return build(folded)
-
-
-def apply_gradients(
-    state: TrainState,
-    grads: Tree,
-    tx: optim.GradientTransformation,
-    *,
-    wrt: str | None = None,
-    used: Tree | None = None,
-) -> tuple[TrainState, Tree]:
-    """Updates the parameters and the optimizer state, the second part of a step.
-
-    Unused parameters keep their values and their optimizer state, see ``fxtrain.optim.update_used``.
-
-    Args:
-        state: Any state with a model.
-        grads: Gradients from ``gradients``.
-        tx: The transformation given to ``init``. With ``wrt``, that of the entry.
-        wrt: Key of a dict of modules, as given to ``gradients``.
-        used: Pytree of bools like ``grads``: which parameters got a gradient. None for all.
-
-    Returns:
-        The new state, and the updates that were added to the parameters.
-
-    Example:
-        >>> import torch, fxtrain as fx
-        >>> tx = {"a": fx.optim.sgd(0.1), "b": fx.optim.adam(0.1)}
-        >>> state = fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx)
-        >>> found = fx.gradients(lambda model, batch: model["a"] * model["b"], wrt="a")(state, None)
-        >>> state, updates = fx.step.apply_gradients(state, found.grads, tx["a"], wrt="a")
-        >>> float(updates), float(state.params["a"])
-        (-0.10000000149011612, 0.8999999761581421)
-    """
-    model = model_of(state)
-    trainable = model.split(state.params, wrt)
-    tx_state = state.opt_state if wrt is None else state.opt_state[wrt]
-    updates, tx_state = optim.update_used(tx, grads, tx_state, trainable, used)
-    moved = optim.apply_updates(trainable, updates)
-    if not all(tree.leaves(used)) and not accumulates(tx_state):
-        moved = tree.map(lambda use, old, new: new if use else old, used, trainable, moved)
-    params = model.merge(state.params, moved, wrt)
-    opt_state = tx_state if wrt is None else {**state.opt_state, wrt: tx_state}
-    return state.replace(params=params, opt_state=opt_state), updates
-
-
-def _merged(control: Control, requests: Control) -> Control:
-    """Merges the requests of two successive events. If a callback logs a name twice, the later value is kept."""
-    again = {
-        name for name, entry in requests.log.items() if name in control.log and control.log[name].owner == entry.owner
-    }
-    kept = {name: entry for name, entry in control.log.items() if name not in again}
-    return control.with_log(kept) | requests
