@@ -170,11 +170,11 @@ class _Job:
                     fx.writers.jsonl(self.folder / "metrics.jsonl"),
                     fx.writers.tensorboard(self.folder),
                     every=10,
-                    hparams={name: value for name, value in _as_json(options).items() if value is not None},
                 ),
-                fx.observers.record_run(self.folder, _as_json(options)),
+                fx.observers.record_run(self.folder),
                 fx.observers.summary(file=self.folder / "summary.txt"),
             ],
+            run=fx.RunInfo(project="fxtrain lm", name=self.folder.name, config=_as_json(options)),
         )
         if not result.exit_code:
             self._report(result.state, eval_step)
