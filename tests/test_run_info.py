@@ -193,3 +193,13 @@ def test_simplified_run_is_a_text():
     assert values.simplified(fx.RunInfo(name="x", tags=["a"]), {values.Text}) == values.Text(
         "**name**: x  \n**tags**: a"
     )
+
+
+def test_report_shows_the_run_and_its_configuration(tmp_path):
+    from fxtrain import report
+
+    fit(observers.record_run(tmp_path), observers.write(writers.jsonl(tmp_path / "metrics.jsonl")))
+    run = report.read_run(tmp_path)
+    assert (run.about["name"], run.about["tags"], run.config) == ("first", ["a", "b"], PLAIN)
+    assert run.folder.problems.lines() == []
+    assert "Without *decay*." in report.page(run)

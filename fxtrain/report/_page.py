@@ -158,6 +158,7 @@ def _summary(run: Run) -> str:
         ]
         text += f"<h3>Sessions</h3>{table(heads, rows, 'sessions')}"
     facts = {
+        "Run": run.about,
         "Environment": run.sessions[-1].get("environment", {}) if run.sessions else {},
         "Configuration": run.config,
         "Result": run.result,

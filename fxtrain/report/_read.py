@@ -89,6 +89,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         result=result,
         counts=events.counts() | ({"improved": num_improved} if num_improved else {}),
         folder=found,
+        about=_field(found, facts, "run", validation.mapping) or {},
     )
     if not (run.curves or run.texts or run.histograms or run.tables or run.confusion or run.media or run.sessions):
         raise RunFolderError(_why_nothing(found))

@@ -112,6 +112,7 @@ class Run:
         counts: The number of marks by kind, where ``marks`` is incomplete.
         captions: The captions of images and videos, by path.
         folder: Opens the files, and lists those that could not be read.
+        about: The project, name, tags and description of the run.
 
     Example:
         >>> import fxtrain.report as report
@@ -135,3 +136,4 @@ class Run:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     captions: dict[PurePosixPath, str] = dataclasses.field(default_factory=dict)
     folder: Folder | None = None
+    about: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
