@@ -47,7 +47,7 @@ try:
         when,
     )
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
-    from fxtrain.loop import History, Result, Series, evaluate, fit, steps
+    from fxtrain.loop import Result, evaluate, fit, steps
     from fxtrain.model import (
         LoadReport,
         View,
@@ -75,12 +75,10 @@ __all__ = [
     "Composed",
     "Explanation",
     "GraphBreakError",
-    "History",
     "LoadReport",
     "Policy",
     "RecompileError",
     "Result",
-    "Series",
     "Step",
     "Trigger",
     "View",

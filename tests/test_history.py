@@ -12,17 +12,26 @@ import problem
 import pytest
 
 import fxtrain as fx
+from fxtrain.loop._history import HistoryRecorder
 
 mpl.use("agg")
 
 
+class Recorded(fx.History):
+    """A history with its recorder."""
+
+    def __init__(self):
+        self.recorder = HistoryRecorder()
+        super().__init__(self.recorder.points)
+
+
 @pytest.fixture
 def history():
-    made = fx.History()
+    made = Recorded()
     for step in range(1, 101):
-        made.add(step, {"train/loss": 1 / step, "train/accuracy": 0.5, "lr": 0.1})
+        made.recorder.add(step, {"train/loss": 1 / step, "train/accuracy": 0.5, "lr": 0.1})
         if step % 20 == 0:
-            made.add(step, {"eval/loss": 2 / step, "eval/auc": 0.9})
+            made.recorder.add(step, {"eval/loss": 2 / step, "eval/auc": 0.9})
     return made
 
 
@@ -40,7 +49,7 @@ def png(figure):
 
 
 def test_history_records_only_scalars(history):
-    history.add(101, {"train/loss": 7, "ok": True, "text": fx.values.Text("hello")})
+    history.recorder.add(101, {"train/loss": 7, "ok": True, "text": fx.values.Text("hello")})
     assert history["train/loss"].steps.tolist() == list(range(1, 102))
     assert history["train/loss"].values.dtype == np.float64
     assert history["eval/loss"].steps.tolist() == [20, 40, 60, 80, 100]
@@ -50,19 +59,22 @@ def test_history_records_only_scalars(history):
 
 
 def test_later_value_replaces_point_of_same_step():
-    history = fx.History()
+    history = Recorded()
     for step, value in [(1, 1.0), (3, 3.0), (3, 4.0), (2, 2.0), (1, 0.5)]:
-        history.add(step, {"eval/loss": value})
+        history.recorder.add(step, {"eval/loss": value})
     assert history["eval/loss"].steps.tolist() == [1, 2, 3]
     assert history["eval/loss"].values.tolist() == [0.5, 2.0, 4.0]
 
 
 def test_rewind_removes_abandoned_points(history):
-    history.forget_after(30)
+    history.recorder.forget_after(30)
     assert history["train/loss"].steps[-1] == 30
     assert history["eval/loss"].steps.tolist() == [20]
-    history.add(31, {"train/loss": 9.0})
+    history.recorder.add(31, {"train/loss": 9.0})
     assert (history["train/loss"].steps[-1], history["train/loss"].values[-1]) == (31, 9.0)
+    history.recorder.forget_after(10)
+    assert "eval/loss" not in history
+    assert "eval/loss" not in repr(history)
 
 
 def test_error_for_missing_curve_lists_published_names(history):
@@ -113,9 +125,9 @@ def test_error_for_unmatched_pattern_lists_published_names(history):
 
 
 def test_non_finite_values_are_gaps():
-    history = fx.History()
+    history = Recorded()
     for step, value in enumerate([1.0, math.nan, 2.0, math.inf, 3.0, -math.inf]):
-        history.add(step, {"loss": value, "lost": math.nan})
+        history.recorder.add(step, {"loss": value, "lost": math.nan})
     figure = history.plot()
     drawn = figure.axes[0].get_lines()[0].get_ydata()
     assert np.array_equal(drawn, [1, np.nan, 2, np.nan, 3, np.nan], equal_nan=True)
@@ -125,9 +137,9 @@ def test_non_finite_values_are_gaps():
 
 
 def test_many_panels_use_three_columns_in_natural_order():
-    history = fx.History()
+    history = Recorded()
     for number in range(20):
-        history.add(1, {f"norm/layer.{number}.weight": 1.0})
+        history.recorder.add(1, {f"norm/layer.{number}.weight": 1.0})
     figure = history.plot()
     assert titles(figure) == [f"norm/layer.{number}.weight" for number in range(20)]
     assert figure.get_size_inches().tolist() == pytest.approx([13.5, 2.8 * 7])
@@ -137,8 +149,8 @@ def test_many_panels_use_three_columns_in_natural_order():
 
 
 def test_long_names_are_shortened_in_the_middle():
-    history = fx.History()
-    history.add(1, {"gradients/" + "a" * 50 + ".weight": 1.0})
+    history = Recorded()
+    history.recorder.add(1, {"gradients/" + "a" * 50 + ".weight": 1.0})
     (title,) = titles(history.plot())
     assert title.startswith("gradients/aaa")
     assert title.endswith("aaa.weight")
@@ -146,8 +158,8 @@ def test_long_names_are_shortened_in_the_middle():
 
 
 def test_single_point_has_visible_marker():
-    history = fx.History()
-    history.add(1, {"train/loss": 1.0})
+    history = Recorded()
+    history.recorder.add(1, {"train/loss": 1.0})
     assert history.plot().axes[0].get_lines()[0].get_marker() == "."
 
 
@@ -211,8 +223,8 @@ def test_notebook_shows_figure_once_and_progress_in_its_cell(tmp_path):
 
 
 def test_repr_escapes_control_characters():
-    history = fx.History()
-    history.add(1, {"a\x1b[2J\n\u202e": 1.0})
+    history = Recorded()
+    history.recorder.add(1, {"a\x1b[2J\n\u202e": 1.0})
     assert repr(history).splitlines() == ["History of 1 curves", "  a\\x1b[2J\\n\\u202e: 1 points, last 1"]
 
 
@@ -231,3 +243,121 @@ def test_history_has_every_step_with_and_without_observers():
         assert run.history["train/loss"].steps.tolist() == list(range(1, 151))
         assert run.history["train/loss"].values.tolist() == runs[0].history["train/loss"].values.tolist()
     assert runs[2].history["half"].values.tolist() == [step / 2 for step in range(1, 151, 2)]
+
+
+# In events
+
+
+def live(kinds, notes, read):
+    """Returns an observer that reads the history of FitBegin at events of the given types."""
+    kept = []
+
+    def observe(state, event, control):
+        if isinstance(event, fx.FitBegin):
+            kept.append(event.history)
+        if isinstance(event, kinds):
+            notes.append(read(kept[0]))
+
+    return fx.observers.required(observe)
+
+
+def test_observer_reads_history_during_the_run():
+    seen = []
+
+    def read(history):
+        return len(history["train/loss"].steps), history["train/loss"].values[-1]
+
+    result = problem.fit(observers=[live(fx.StepEnd, seen, read)])
+    assert [count for count, _ in seen] == list(range(1, 7))
+    assert [value for _, value in seen] == result.history["train/loss"].values.tolist()
+
+
+def test_callback_reads_history_up_to_the_event_before():
+    kept, seen = [], []
+
+    def note(state, event: fx.FitBegin | fx.StepEnd):
+        if isinstance(event, fx.FitBegin):
+            kept.append(event.history)
+        else:
+            seen.append(len(kept[0]["train/loss"].steps) if "train/loss" in kept[0] else 0)
+        return state, fx.Control()
+
+    problem.fit(callbacks=note)
+    assert seen == list(range(6))
+
+
+def test_history_of_events_is_read_only():
+    history = []
+    problem.fit(observers=[fx.observers.required(lambda state, event, control: history.append(event))])
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        history[0].history["train/loss"] = 1
+    assert not hasattr(history[0].history, "add")
+
+
+def test_rewind_removes_points_from_live_history():
+    def go_back(state, event: fx.StepEnd):
+        is_due = event.step == 5 and "loop/rewinds" not in state.slots
+        return state, fx.Control(rewind=2 if is_due else 0, reason="once")
+
+    seen = []
+    observer = live(fx.StepEnd | fx.Rewound, seen, lambda history: history["train/loss"].steps.tolist()[-1])
+    problem.fit(callbacks=go_back, observers=[observer], snapshot_every=1)
+    assert seen == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+
+
+def test_callback_logs_loss_curve_at_the_end_of_the_run():
+    figures = []
+
+    def curve(state, event: fx.FitEnd):
+        return state, fx.Control(log={"curves": fx.values.Figure(event.history.plot("*/loss"))})
+
+    def observe(state, event: fx.FitEnd, control):
+        figures.append(control.log["curves"].value)
+
+    options = {"eval_step": problem.eval_step, "eval_data": problem.data(2)}
+    problem.fit(callbacks=curve, observers=[fx.observers.required(observe)], **options)
+    assert figures[0].pixels.ndim == 3
+
+
+def test_fit_end_carries_the_facts_of_the_session(tmp_path):
+    ends = []
+
+    def observe(state, event: fx.FitEnd, control):
+        ends.append(event)
+
+    options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True, "observers": [observe]}
+    options |= {"eval_step": problem.eval_step, "eval_data": problem.data(2)}
+    problem.fit(steps=2, **options)
+    result = problem.fit(steps=6, **options)
+    assert [end.steps_taken for end in ends] == [2, 4]
+    assert ends[1].evaluation["loss"] == result.history["eval/loss"].values[-1]
+    assert list(ends[1].history) == list(result.history)
+    assert ends[1].duration == ends[1].time > 0
+    again = []
+    problem.fit(observers=[lambda state, event, control: again.append(event)], steps=1)
+    assert again[-1].evaluation is None
+
+
+def test_after_an_exception_observers_close_without_fit_end(tmp_path):
+    told = []
+
+    class Observe:
+        required = True
+
+        def __call__(self, state, event, control):
+            if isinstance(event, fx.Interrupted | fx.Saved | fx.FitEnd):
+                told.append((type(event).__name__, event.step))
+            if isinstance(event, fx.Interrupted):
+                told.append(len(event.history["train/loss"].steps))
+
+        def close(self):
+            told.append("close")
+
+    def fail(state, event: fx.StepEnd):
+        if event.step == 4:
+            raise RuntimeError("a bug")
+        return state, fx.Control()
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        problem.fit(callbacks=fail, observers=[Observe()], checkpointer=fx.checkpointer(tmp_path))
+    assert told == [("Interrupted", 3), 3, ("Saved", 3), "close"]

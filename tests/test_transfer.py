@@ -81,8 +81,8 @@ def test_invalid_metric_raises_only_when_read():
 
 
 def test_points_of_many_steps_use_one_transfer(transfers):
-    recorder, history = Recorder(), fx.History()
-    publish = Publisher([observers.write(recorder, every=10)], history, torch.device("cuda"))
+    recorder = Recorder()
+    publish = Publisher([observers.write(recorder, every=10)], torch.device("cuda"))
     for step in range(1, 21):
         # Like a scalar on a device, an average is read later.
         mean = fx.metrics.Average.from_model_output(values=torch.tensor([float(step)]))
@@ -90,7 +90,7 @@ def test_points_of_many_steps_use_one_transfer(transfers):
     assert transfers == []
     publish.close()
     assert [step for step, name, _ in recorder.points if name == "train/mean"] == [10, 20]
-    assert history["train/mean"].values.tolist() == list(range(1, 21))
+    assert publish.history["train/mean"].values.tolist() == list(range(1, 21))
     assert transfers == [20 * 2]  # two scalars per step, shared by the writer and the history
 
 

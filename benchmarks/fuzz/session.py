@@ -237,7 +237,7 @@ def _recorder(found: Session, all_events: bool) -> Any:
 
 def _told(event: Any, control: fx.Control) -> Told:
     fields = {name: value for name, value in event.__dict__.items() if name not in _CLOCK}
-    for name in ("path", "fires", "resumed", "missing", "extra", "environment_changes"):
+    for name in ("path", "fires", "resumed", "missing", "extra", "environment_changes", "history", "steps_taken"):
         fields.pop(name, None)
     asked = {kind: tuple(control.reasons(kind)) for kind in control.kinds}
     return Told(

@@ -32,7 +32,6 @@ from fxtrain.core._events import (
     FitEnd,
     Gradients,
     Interrupted,
-    LoopEvent,
     Microbatch,
     Published,
     Restored,
@@ -41,7 +40,6 @@ from fxtrain.core._events import (
     StepBegin,
     StepEnd,
     Updated,
-    event_of,
 )
 from fxtrain.core._formats import (
     device_name,
@@ -61,6 +59,8 @@ from fxtrain.core._formats import (
     truncate,
     truncate_middle,
 )
+from fxtrain.core._history import History, Series
+from fxtrain.core._loop_event import LoopEvent, event_of
 from fxtrain.core._patterns import by_number, matching
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
 from fxtrain.core._pytrees import NAMESPACE, NODES, ops, register_node
@@ -98,6 +98,7 @@ __all__ = [
     "FitBegin",
     "FitEnd",
     "Gradients",
+    "History",
     "Interrupted",
     "Logged",
     "LoopEvent",
@@ -109,6 +110,7 @@ __all__ = [
     "Rewound",
     "RunInfo",
     "Saved",
+    "Series",
     "StepBegin",
     "StepEnd",
     "StepFn",

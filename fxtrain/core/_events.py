@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fxtrain.core._history import History
+from fxtrain.core._loop_event import LoopEvent
 from fxtrain.core._run_info import RunInfo
 from fxtrain.core._types import Batch, Metrics, Tree
 
@@ -81,59 +83,6 @@ class Updated(_TracedEvent):
 
     updates: Tree
     skipped: Tensor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopEvent:
-    """Base class of all events outside the step. Callbacks take the time from here and never read a clock.
-
-    Args:
-        step: Number of the step being taken or, between steps, of the last step taken.
-        position: Data position: number of batches consumed, including this step's batch at its end.
-        epochs_done: Number of completed epochs.
-        epoch_start: Data position at which the current epoch began.
-        epoch_length: Number of batches in an epoch; None while it is unknown, and for endless data.
-        total_steps: Number of steps in the run, or None.
-        total_epochs: Number of epochs in the run, or None.
-        time: Seconds since this session of the loop began.
-        previous_time: ``time`` of the previous event of this type, or 0.
-        data_wait: Seconds that the loop waited for the latest batch.
-    """
-
-    step: int
-    position: int = 0
-    epochs_done: int = 0
-    epoch_start: int = 0
-    epoch_length: int | None = None
-    total_steps: int | None = None
-    total_epochs: int | None = None
-    time: float = 0.0
-    previous_time: float = 0.0
-    data_wait: float = 0.0
-
-    @property
-    def epoch(self) -> float | None:
-        """Epochs done, as a fraction; None while the length of an epoch is unknown."""
-        if self.epoch_length is None:
-            return None
-        return self.epochs_done + (self.position - self.epoch_start) / self.epoch_length
-
-    @property
-    def epoch_index(self) -> int:
-        """Index of the epoch, from 0: at ``EpochEnd`` of the one that has ended, between two epochs of the next."""
-        return self.epochs_done
-
-
-def event_of(kind: type[LoopEvent], fields: Mapping[str, object]) -> Any:
-    """Creates an event without ``__init__``, which is slow in frozen dataclasses because it sets each field by a call.
-
-    Args:
-        kind: The event's type.
-        fields: Values by field name. A field that is left out takes the default of its class, if it has one.
-    """
-    event = object.__new__(kind)
-    event.__dict__.update(fields)
-    return event
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,6 +267,9 @@ class FitBegin(LoopEvent):
         num_tokens: Number of tokens in the training data; None if it is unknown.
         step_description: The description of the step, such as its optimizer and precision, by name.
         run: The facts of the run given as ``fit(run=...)``, such as its name and configuration.
+        history: All scalars published in this session, as a live, read-only mapping. Observers may keep it and read
+            ``history["train/loss"].values[-1]`` at any event. A callback that decides by it does not resume exactly,
+            because the history of earlier sessions is not part of the state.
     """
 
     fires: frozenset[type[Any]] = frozenset()
@@ -328,6 +280,7 @@ class FitBegin(LoopEvent):
     num_tokens: int | None = None
     step_description: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     run: RunInfo | None = None
+    history: History = dataclasses.field(default_factory=History)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -366,25 +319,43 @@ class Saved(LoopEvent):
 class Interrupted(LoopEvent):
     """Session event: fires when a signal or an exception ends the session early.
 
+    After a signal, the final save and ``FitEnd`` follow. After an exception, the state is that before the failing
+    event, the final save follows, observers are closed, and ``fit`` raises the exception: ``FitEnd`` does not fire.
+    Release resources in ``close()`` of an observer, which is called in each case.
+
     Args:
         cause: The name of the signal, or of the exception with its message.
+        history: As at ``FitBegin``.
     """
 
     cause: str
+    history: History = dataclasses.field(default_factory=History)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitEnd(LoopEvent):
-    """Session event: fires when the session has ended, after the final save.
+    """Session event: fires when the session has ended, after the final save, unless an exception ended it.
 
     Callbacks may change the state here, for example to restore the best weights. It becomes ``result.state`` and is not
     saved. A run continues from ``result.continue_from``, the state before this event.
 
     Args:
         reason: Why the run ended.
+        steps_taken: Number of steps by which this session advanced the run.
+        evaluation: Metrics of the last evaluation, of this step or of an earlier one; None if there was none.
+        history: All scalars published in this session, to log curves at the end:
+            ``Control(log={"curves": values.Figure(event.history.plot())})``.
     """
 
     reason: str
+    steps_taken: int = 0
+    evaluation: Metrics | None = None
+    history: History = dataclasses.field(default_factory=History)
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the session."""
+        return self.time
 
 
 Event = (

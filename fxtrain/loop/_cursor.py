@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import SNAPSHOTS, Control, Donated, Due, Epoch, TrainState, Tree
+from fxtrain.core import EVALUATED, SNAPSHOTS, Control, Donated, Due, Epoch, TrainState, Tree
 from fxtrain.core._state import FIELDS
 from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._transfer import start_copy_of_flags
@@ -130,6 +130,11 @@ class Cursor:
         """Sets the current epoch."""
         if epoch != Epoch.from_state(self.state):
             self.epoch, self.state = epoch, epoch.written_to(self.state)
+
+    def last_evaluation(self) -> dict[str, Tensor] | None:
+        """Returns a copy of the metrics of the last evaluation, sorted by name, or None before the first."""
+        last = self.state.slots.get(EVALUATED)
+        return None if last is None else {name: value.clone() for name, value in sorted(last["metrics"].items())}
 
     def list_snapshots(self, steps: Sequence[int], count: int) -> None:
         """Sets the steps of the retained snapshots: int64 [count] in the state, padded with -1."""

@@ -63,7 +63,8 @@ class EpochMetrics:
         means = {name: torch.tensor(total / count, dtype=dtype) for name, (total, count) in self._sums.items()}
         for name, metric in self._merged.items():
             means |= metric.values if isinstance(metric, _Stored) else metrics.compute({name: metric})
-        return {name: value.to(device) for name, value in means.items()}
+        # Sorted, because a checkpoint does not store the order.
+        return {name: means[name].to(device) for name in sorted(means)}
 
     def added_to(self, state: TrainState) -> TrainState:
         """Returns the state with the sums in a slot, unless there are none. Waits for the device."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fxtrain import tree
-from fxtrain.core import EVALUATED, Epoch, EpochEnd, TrainState
+from fxtrain.core import Epoch, EpochEnd, TrainState
 from fxtrain.data import Source
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epoch_metrics import EpochMetrics
@@ -95,10 +94,9 @@ class Epochs:
         measured, now.metrics = now.metrics, EpochMetrics()
         emitter = self._emitter
         if emitter.is_seen(EpochEnd):
-            last = now.state.slots.get(EVALUATED)
             yield from emitter.emit(
                 EpochEnd,
                 metrics=measured.compute(now.state.step.device),
-                evaluation=None if last is None else tree.clone(last["metrics"]),
+                evaluation=now.last_evaluation(),
                 duration=emitter.time() - emitter.epoch_began,
             )

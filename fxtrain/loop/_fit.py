@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from fxtrain.core import StepFn, TrainState
+from fxtrain.core import History, StepFn, TrainState
 from fxtrain.data import SourceLike
-from fxtrain.loop._history import History
 from fxtrain.loop._plan import Plan, with_options
 from fxtrain.loop._run import Run
 from fxtrain.loop._types import EventRecord

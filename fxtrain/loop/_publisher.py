@@ -17,6 +17,7 @@ from fxtrain.core import (
     Control,
     EvalEnd,
     Event,
+    History,
     LoopEvent,
     Metrics,
     Observer,
@@ -35,7 +36,7 @@ from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import subscription, takes
 from fxtrain.fold._watched import Outcome, Watched
-from fxtrain.loop._history import History
+from fxtrain.loop._history import HistoryRecorder
 from fxtrain.loop._published import published_after
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
 from fxtrain.values import METRIC_PREFIXES, Kind, named_after, published
@@ -59,19 +60,19 @@ class Publisher:
             sees any event at which something was logged. If an observer has ``flush()``, it is called before each save.
             If it has ``close()``, it is called at the end. If it has ``callback_ran(name, event, before, outcome)``, it
             is called after each callback. An attribute ``keeps`` is the set of kinds of logged values that it keeps.
-        history: Records all published scalars.
         device: Device of the run's state.
 
     Raises:
         TypeError: If one of ``observers`` is a callback.
     """
 
-    def __init__(self, observers: Observer | Iterable[Observer], history: History, device: torch.device) -> None:
+    def __init__(self, observers: Observer | Iterable[Observer], device: torch.device) -> None:
         given = list(observers) if isinstance(observers, Iterable) else [observers]
         for observer in given:
             _check_observer(observer)
         self._use(given)
-        self._history = history
+        self.recorder = HistoryRecorder()
+        self.history = History(self.recorder.points, refresh=self._read)  # live
         self._on_host = device.type == "cpu"
         # Both for the history.
         self._unread: list[_Published] = []
@@ -182,7 +183,7 @@ class Publisher:
         if type(event) is Rewound:
             self._read()
             step = event.to_step
-            self._history.forget_after(step)
+            self.recorder.forget_after(step)
         elif type(event) is StepEnd or type(event) is EvalEnd:
             measured = event.metrics
         logged = type(control.log) is LazyMetrics or len(control.log) > 0
@@ -214,9 +215,9 @@ class Publisher:
             values = host_scalars(measured)
             if control.log:
                 event = event_of(kind, {"metrics": values})
-                self._history.add(step, published(event, self._transfer.control(control)))
+                self.recorder.add(step, published(event, self._transfer.control(control)))
             else:
-                self._history.add(step, named_after(kind, values))
+                self.recorder.add(step, named_after(kind, values))
 
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):

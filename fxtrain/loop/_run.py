@@ -13,7 +13,17 @@ import warnings
 from typing import Any, cast
 
 from fxtrain.checkpoint import Restoration
-from fxtrain.core import Control, EpochEnd, FitBegin, FitEnd, Interrupted, Restored, StepFn, TrainState
+from fxtrain.core import (
+    Control,
+    EpochEnd,
+    FitBegin,
+    FitEnd,
+    History,
+    Interrupted,
+    Restored,
+    StepFn,
+    TrainState,
+)
 from fxtrain.data import Source, SourceLike, as_source
 from fxtrain.data._sizes import data_sizes
 from fxtrain.fold import Handler, as_composed, attach, compose, on
@@ -25,7 +35,6 @@ from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._epochs import Epochs, begin_epochs
 from fxtrain.loop._evaluation import Evaluations, declare_shapes, evaluation_requests
-from fxtrain.loop._history import History
 from fxtrain.loop._interrupts import Interrupts, Waits
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
@@ -57,9 +66,11 @@ class Run:
         given, callbacks = shared(declared, compose(as_composed(plan.callbacks), *evaluation_requests(plan)))
         # The loop owns its state, so a compiled step may donate it.
         self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
-        self._plan, self._callbacks, self.history = plan, callbacks, History()
+        self._plan, self._callbacks = plan, callbacks
         self._interrupts = Interrupts(lambda: self._checkpoints.under_way)
-        self._publish = Publisher(plan.observers, self.history, state.step.device)
+        self._publish = Publisher(plan.observers, state.step.device)
+        # Not the live history of events, which references the observers.
+        self.history = History(self._publish.recorder.points)
 
         self._checkpoints = Checkpoints(plan.checkpointer, self._step)
         self._restored = self._checkpoints.restored(self._attached(state)) if plan.resume else None
@@ -132,7 +143,7 @@ class Run:
             if self._interrupts.cause is not None:
                 now.read_flags()
                 self.reason = f"interrupted by {self._interrupts.cause}"
-                yield from self._emit(Interrupted, cause=self._interrupts.cause)
+                yield from self._emit(Interrupted, cause=self._interrupts.cause, history=self._publish.history)
                 return
             if self._is_over():
                 return
@@ -194,6 +205,7 @@ class Run:
 
     def _begin(self) -> Events[None]:
         now, pending = self.now, self.now.due["save"]
+        self._first_step = now.step
         yield from self._emit(
             FitBegin,
             fires=frozenset(self._step.fires),
@@ -201,6 +213,7 @@ class Run:
             num_shapes=self._data.num_shapes,
             **data_sizes(self._data)._asdict(),
             step_description=getattr(self._step, "description", {}),
+            history=self._publish.history,
             run=self._plan.run,
         )
         # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.
@@ -226,7 +239,13 @@ class Run:
         now.set(stop=False, skip_final_save=False)
         now.state = now.metrics.added_to(now.state)
         self.continue_from = now.state
-        yield from self._emit(FitEnd, reason=self.reason)
+        yield from self._emit(
+            FitEnd,
+            reason=self.reason,
+            steps_taken=now.step - self._first_step,
+            evaluation=now.last_evaluation(),
+            history=self._publish.history,
+        )
 
     def _after_error(self, error: Exception) -> Events[None]:
         now = self.now
@@ -240,7 +259,8 @@ class Run:
             now.roll_back(now.marked)
         try:
             now.read_flags()
-            yield from self._emit(Interrupted, cause=f"{type(error).__name__}: {error}")
+            cause = f"{type(error).__name__}: {error}"
+            yield from self._emit(Interrupted, cause=cause, history=self._publish.history)
             if not taken:
                 yield from self._saves.save_last()
         except Exception as error:  # the first error is the one to raise
