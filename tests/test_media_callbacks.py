@@ -275,7 +275,102 @@ def test_predictions_table_has_first_examples():
     named = {0: "cat", 1: "dog", 2: 2, 3: 3}
     assert table.columns["truth"] == [named[int(each)] for each in truth[:3]]
     assert table.columns["prediction"] == [named[int(each)] for each in logits[:3].argmax(-1)]
-    assert torch.equal(table.columns["confidence"], logits[:3].softmax(-1).amax(-1))
+    assert table.columns["confidence"] == logits[:3].softmax(-1).amax(-1).tolist()
+
+
+def numbered_batches(sizes, **more):
+    """Batches whose examples are numbered through, with the number as input."""
+    numbers = torch.arange(sum(sizes)).split(sizes)
+    return [(torch.eye(CLASSES)[n % CLASSES], n % CLASSES, {"n": n, **more}) for n in numbers]
+
+
+def shown(batches, **options):
+    _, log = evaluated(cb.predictions(lambda batch: batch["n"], **options), batches)
+    return log["predictions"].columns["input"] if log else None
+
+
+def test_predictions_are_taken_from_as_many_batches_as_it_takes():
+    batches = numbered_batches([2, 2, 2, 2])
+    assert shown(batches, limit=5) == [0, 1, 2, 3, 4]
+    assert shown(batches, limit=100) == list(range(8))
+    assert shown(batches, limit=100, batch=2) == [4, 5]
+    assert shown([]) is None
+
+
+@pytest.mark.parametrize("sample", ["first", "random"])
+def test_predictions_leave_out_padding(sample):
+    batches = numbered_batches([4, 4], mask=torch.tensor([True, False, True, False]))
+    assert shown(batches, limit=100, sample=sample) == [0, 2, 4, 6]
+
+
+def test_random_predictions_are_a_uniform_subset_in_the_order_of_the_evaluation():
+    batches, drawn = numbered_batches([7, 7, 6]), []
+    callback = fx.compose(cb.predictions(lambda batch: batch["n"], limit=4, sample="random"))
+    state = fx.attach(fx.init(nn.Linear(1, 1)), callback)
+    for step in range(300):
+        for index, (logits, truth, more) in enumerate(batches):
+            batch = {"y": truth, **more}
+            event = fx.EvalStep(step=step, index=index, batch=batch, metrics={}, outputs=logits)
+            state, _ = callback(state, event)
+        state, control = callback(state, fx.EvalEnd(step=step, metrics={}))
+        table = control.log["predictions"].value
+        assert table.columns["truth"] == [n % CLASSES for n in table.columns["input"]]
+        drawn.append(table.columns["input"])
+        state, _ = callback(state, fx.EvalBegin(step=step + 1))
+    assert all(len(set(each)) == 4 and each == sorted(each) for each in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=20)
+    assert 300 * 4 / 20 * 0.6 < counts.min() <= counts.max() < 300 * 4 / 20 * 1.4
+
+
+def test_predictions_show_inputs_of_every_kind():
+    images = torch.rand(2, 3, 40, 40)
+    for given, expected in [
+        (["déjà " * 100, "b"], [("déjà " * 100).encode()[:64].decode(errors="ignore"), "b"]),
+        ([1, None], [1, None]),
+        ([True, 2.5], [True, 2.5]),
+        (torch.tensor([0.1, float("nan")]), [pytest.approx(0.1), pytest.approx(float("nan"), nan_ok=True)]),
+        (torch.tensor([True, False]), [True, False]),
+    ]:
+        callback = cb.predictions(lambda batch, given=given: given, input_bytes=64)
+        _, log = evaluated(callback, numbered_batches([2]))
+        assert log["predictions"].columns["input"] == expected
+    callback = cb.predictions(lambda batch: Image(images, "CHW"))
+    _, log = evaluated(callback, numbered_batches([2]))
+    frames = [cell.frames[0] for cell in log["predictions"].columns["input"]]
+    assert (np.stack(frames) == Image(images, "CHW").frames).all()
+    callback = cb.predictions(lambda batch: Image(images, "CHW"), input_bytes=40 * 40)
+    _, log = evaluated(callback, numbered_batches([2]))
+    small = log["predictions"].columns["input"][1].frames[0]
+    averaged = nn.functional.avg_pool2d(Image(images, "CHW").bytes_tensor().movedim(-1, 1).float(), 2)
+    assert (small == averaged[1].movedim(0, -1).round().numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("show", "error", "says"),
+    [
+        (lambda batch: [1], ValueError, "expected show to return 2 inputs, one for each example, got 1"),
+        (lambda batch: Video(torch.zeros(2, 3, 4, 4, 1)), TypeError, "expected show to return strings, scalars or one"),
+        (
+            lambda batch: [Image(torch.zeros(4, 4))] * 2,
+            TypeError,
+            "got Image of 4 x 4, gray in a list. Return one Image",
+        ),
+    ],
+)
+def test_unsupported_inputs_of_predictions_are_refused(show, error, says):
+    with pytest.raises(error, match=says):
+        evaluated(cb.predictions(show), numbered_batches([2]))
+
+
+def test_invalid_options_of_predictions_are_refused():
+    for options, says in [
+        ({"sample": "all"}, "expected sample to be one of 'first', 'random', got 'all'"),
+        ({"limit": 0}, "expected limit to be"),
+        ({"batch": -1}, "expected batch to be"),
+        ({"input_bytes": 10}, "expected input_bytes to be an int of at least 64, got 10"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            cb.predictions(lambda batch: batch["n"], **options)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +412,19 @@ def events_of_an_evaluation():
     return [fx.EvalBegin(step=7), *steps, fx.EvalEnd(step=7, metrics={})]
 
 
-def test_confusion_matrix_obeys_callback_laws():
+def random_predictions():
+    return cb.predictions(lambda batch: batch["x"][:, 0], limit=5, sample="random")
+
+
+def test_classifier_callbacks_obey_the_laws():
     testing.check_laws(cb.confusion_matrix(CLASSES), fx.init(nn.Linear(1, 1)), events_of_an_evaluation())
+    *without_a_table, _ = events_of_an_evaluation()
+    testing.check_laws(random_predictions(), fx.init(nn.Linear(1, 1)), without_a_table)
 
 
 @pytest.mark.parametrize("cut", range(6))
 def test_evaluation_resumes_from_a_save_in_its_middle(cut, tmp_path):
-    composed = fx.compose(cb.confusion_matrix(CLASSES), cb.curves(CLASSES))
+    composed = fx.compose(cb.confusion_matrix(CLASSES), cb.curves(CLASSES), random_predictions())
     start = fx.attach(fx.init(nn.Linear(1, 1)), composed)
     events = events_of_an_evaluation()
     whole = start

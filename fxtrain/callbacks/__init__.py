@@ -4,7 +4,7 @@ Each is a pure function of ``(state, event)``. Callback state lives in ``state.s
 """
 
 from fxtrain.callbacks._averages import averaged, ema, swa
-from fxtrain.callbacks._classification import confusion_matrix, curves, predictions
+from fxtrain.callbacks._classification import confusion_matrix, curves
 from fxtrain.callbacks._early_stopping import early_stopping, stop_on_overfitting
 from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
@@ -12,6 +12,7 @@ from fxtrain.callbacks._model_size import model_size
 from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._per_model import per_model
 from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
+from fxtrain.callbacks._predictions import predictions
 from fxtrain.callbacks._progress import durations, epoch_mean, throughput
 from fxtrain.callbacks._requests import evaluate, save, stop_at, stop_on_divergence, time_limit
 from fxtrain.callbacks._restore_best import restore_best

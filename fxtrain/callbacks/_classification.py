@@ -1,14 +1,12 @@
-"""Predictions, confusion matrices and ROC and precision-recall curves of a classifier."""
+"""Confusion matrices and ROC and precision-recall curves of a classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain import tree
 from fxtrain.core import (
     Batch,
     Control,
@@ -18,89 +16,12 @@ from fxtrain.core import (
     TrainState,
     Tree,
     check_int,
-    check_positive_int,
     describe,
 )
 from fxtrain.fold import Handler, stateful
-from fxtrain.values import ConfusionMatrix, Figure, Image, Table
+from fxtrain.values import ConfusionMatrix, Figure
 
 Logits = Callable[[Tree], Tensor]
-
-
-def predictions(
-    show: Callable[[Batch], Sequence[object] | Tensor | Image],
-    *,
-    truth: str = "y",
-    logits: Logits | None = None,
-    labels: Sequence[str] = (),
-    limit: int = 16,
-    batch: int = 0,
-    name: str = "predictions",
-) -> Handler:
-    """Logs a table of examples at each evaluation, with input, prediction, truth and confidence.
-
-        prediction = argmax(logits), confidence = max(softmax(logits))
-
-    The evaluation step must return the logits as its outputs: ``fx.eval_step(measure, outputs=True)``.
-
-    Args:
-        show: Maps a batch of at most ``limit`` examples to the input column: strings, scalars, or
-            ``fxtrain.values.Image``.
-        truth: Key of the true classes in the batch, int64 [N].
-        logits: Maps the evaluation step's outputs to logits [N, C]. By default the outputs are the logits, or a dict
-            with the key ``"logits"``.
-        labels: Class names; class indices by default.
-        limit: Maximum number of examples, 1 or more.
-        batch: Index of the evaluation batch to show, from 0.
-        name: Name of the logged table.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        TypeError: At run time, if the outputs have no logits.
-
-    Example:
-        >>> import torch, fxtrain as fx
-        >>> callback = predictions(lambda batch: batch["x"][:, 0], labels=("cat", "dog"))
-        >>> batch = {"x": torch.tensor([[1.0], [2.0]]), "y": torch.tensor([0, 1])}
-        >>> event = fx.EvalStep(step=10, index=0, batch=batch, metrics={}, outputs=torch.tensor([[0.0, 9], [0, 9]]))
-        >>> _, control = callback(fx.init(torch.nn.Linear(1, 1)), event)
-        >>> print(control.log["predictions"].value.markdown())
-        | input | prediction | truth | confidence |
-        | --- | --- | --- | --- |
-        | 1 | dog | cat | 0.9999 |
-        | 2 | dog | dog | 0.9999 |
-    """
-    check_positive_int("limit", limit)
-    check_int("batch", batch, minimum=0)
-
-    def callback(state: TrainState, event: EvalStep) -> tuple[TrainState, Control]:
-        if event.index != batch:
-            return state, Control()
-        scores = class_scores(name, event.outputs, logits)[:limit]
-        few = _rows(event.batch, limit)
-        confidence, predicted = scores.max(-1)
-        columns = {
-            "input": show(few),
-            "prediction": _named(predicted, labels),
-            "truth": _named(few[truth], labels),
-            "confidence": confidence,
-        }
-        return state, Control(log={name: Table(columns)})
-
-    return Handler(name, callback, frozenset({EvalStep}))
-
-
-def _rows(batch: Batch, limit: int) -> Batch:
-    """Returns the first rows of a batch. Lists without tensors, such as texts, are columns too."""
-
-    def is_column(part: object) -> bool:
-        return isinstance(part, list | tuple) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
-
-    def cut(part: Tree) -> Tree:
-        is_cut = is_column(part) or (isinstance(part, Tensor | np.ndarray) and part.ndim > 0)
-        return part[:limit] if is_cut else part
-
-    return tree.map(cut, batch, is_leaf=is_column)
 
 
 def class_scores(name: str, outputs: Tree, logits: Logits | None) -> Tensor:
@@ -121,11 +42,6 @@ def class_scores(name: str, outputs: Tree, logits: Logits | None) -> Tensor:
             "(loss, logits) from the function of fx.eval_step(measure, outputs=True), or select them with logits=."
         )
     return found.detach().float().softmax(-1)
-
-
-def _named(classes: Tensor, labels: Sequence[str]) -> list[str | int]:
-    indices: list[int] = classes.tolist()
-    return [labels[index] if 0 <= index < len(labels) else index for index in indices]
 
 
 Seen = EvalBegin | EvalStep | EvalEnd
@@ -177,7 +93,7 @@ def confusion_matrix(
         if isinstance(event, EvalEnd):
             return slot, Control(log={name: ConfusionMatrix(slot, tuple(labels))})
         predicted = class_scores(name, event.outputs, logits).argmax(-1)
-        true, taken = _one_hot(_truth(name, event.batch, truth, classes), classes), _one_hot(predicted, classes)
+        true, taken = _one_hot(true_classes(name, event.batch, truth), classes), _one_hot(predicted, classes)
         # A matmul of zeros and ones in float64 is exact up to 2**53 examples, so the result is the same on any device.
         counts = (true.double() * _row_weights(event.batch)[:, None]).T @ taken.double()
         return slot + counts.to(torch.int64), Control()
@@ -246,7 +162,7 @@ def curves(
             return slot, Control(log=_figures(name, slot.cpu(), labels or [str(i) for i in range(classes)]))
         scores = class_scores(name, event.outputs, logits)
         bucket = (scores * bins).long().clamp(max=bins - 1)
-        true = _one_hot(_truth(name, event.batch, truth, classes), classes)
+        true = _one_hot(true_classes(name, event.batch, truth), classes)
         row_weights = _row_weights(event.batch).to(torch.int64)[:, None].expand_as(bucket)
         place = (true.long() * classes + torch.arange(classes, device=bucket.device)) * bins + bucket
         counts = torch.zeros(slot.numel(), dtype=torch.int64, device=slot.device)
@@ -303,7 +219,17 @@ def _one_hot(classes: Tensor, count: int) -> Tensor:
     return classes[:, None] == torch.arange(count, device=classes.device)
 
 
-def _truth(name: str, batch: Batch, truth: str, classes: int) -> Tensor:
+def true_classes(name: str, batch: Batch, truth: str) -> Tensor:
+    """Returns the true classes in a batch, int64 [N].
+
+    Args:
+        name: The callback's name, for errors.
+        batch: The batch.
+        truth: Their key.
+
+    Raises:
+        TypeError: If the batch has no such classes.
+    """
     found = batch.get(truth) if isinstance(batch, Mapping) else None
     if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point():
         raise TypeError(
@@ -313,10 +239,16 @@ def _truth(name: str, batch: Batch, truth: str, classes: int) -> Tensor:
     return found
 
 
+def mask_of(batch: Batch) -> Tensor | None:
+    """Returns the mask of a batch, bool [N], or None if it has none."""
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1 else None
+
+
 def _row_weights(batch: Batch) -> Tensor:
     """Returns the weight of each row, float64 [N]: the mask, or 1 without one."""
-    mask = batch.get("mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:
+    mask = mask_of(batch)
+    if mask is not None:
         return mask.double()
     first = next(leaf for leaf in batch.values() if isinstance(leaf, Tensor))
     return torch.ones(len(first), dtype=torch.float64, device=first.device)

@@ -112,18 +112,31 @@ class Pixels:
         Raises:
             ValueError: A pixel is not finite, or outside the limits by more than a quarter of their range.
         """
-        order, pixels = self._order(self.layout), self.pixels
-        missing = [axis for axis in self.axes if axis not in order]
-        whole: Tensor = pixels[(None,) * len(missing)]
-        full = "".join(missing) + order
-        found = on_host(whole.permute([full.index(axis) for axis in self.axes]))
-        if pixels.is_floating_point():
+        found = on_host(self._permuted())
+        if self.pixels.is_floating_point():
             low, high = self.limits
             found = within(self, found, low, high, "pixels")
             found = np.round((found - low) / (high - low) * 255)
-        elif pixels.dtype == torch.bool:
+        elif self.pixels.dtype == torch.bool:
             found = found * 255
         return np.ascontiguousarray(found.astype(np.uint8))
+
+    def bytes_tensor(self) -> Tensor:
+        """Returns the pixels on their device, uint8 with the axes of the class. They are clipped to their limits."""
+        found = self._permuted()
+        if self.pixels.is_floating_point():
+            low, high = self.limits
+            found = ((found.float() - low) / (high - low)).nan_to_num().clamp(0, 1).mul(255).round()
+        elif self.pixels.dtype == torch.bool:
+            found = found * 255
+        return found.to(torch.uint8).contiguous()
+
+    def _permuted(self) -> Tensor:
+        """Returns the pixels with the axes of the class."""
+        order = self._order(self.layout)
+        missing = [axis for axis in self.axes if axis not in order]
+        full = "".join(missing) + order
+        return self.pixels[(None,) * len(missing)].permute([full.index(axis) for axis in self.axes])
 
     def __repr__(self) -> str:
         count = "of " if self.is_single else f"{self.count} of "
