@@ -100,6 +100,8 @@ class Evaluations:
     def __init__(self, emitter: Emitter, data: Source | None, interrupts: Interrupts) -> None:
         self._plan, self._now, self._emit, self._time = emitter.plan, emitter.now, emitter.emit, emitter.time
         self._data, self._interrupts = data, interrupts
+        # Read once, because data of unknown length has one after an evaluation, which a resumed run would not know.
+        self._num_batches = None if data is None else data.epoch_length
 
     def handle(self) -> Events[None]:
         """Evaluates the current state, as a callback requested."""
@@ -112,7 +114,7 @@ class Evaluations:
         # An interrupted evaluation is rolled back and stays due.
         mark, began = now.mark(), self._time()
         now.set(evaluate=False)
-        yield from self._emit(EvalBegin, num_batches=data.epoch_length)
+        yield from self._emit(EvalBegin, num_batches=self._num_batches)
         total: _Total = {}
         seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
         eval_step = leaving_compilation(eval_step)
