@@ -47,6 +47,7 @@ def test_writers_and_history_have_the_same_names():
         lambda name: fx.callbacks.stop_on_divergence(name),
         lambda name: fx.callbacks.stop_on_overfitting(name, patience=1),
         fx.callbacks.restore_best,
+        fx.callbacks.save_best,
         fx.callbacks.reduce_on_plateau,
     ],
 )

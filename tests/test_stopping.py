@@ -11,6 +11,7 @@ from fxtrain import testing
 from fxtrain.callbacks import (
     early_stopping,
     restore_best,
+    save_best,
     stop_at,
     stop_on_divergence,
     stop_on_overfitting,
@@ -329,6 +330,44 @@ class TestOverfitting:
         assert memory.gap.isfinite()
 
 
+class TestSaveBest:
+    step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), fx.optim.sgd(0.75))
+
+    def saved(self, folder, steps, **options):
+        """Trains with an evaluation at each step and returns the steps of all checkpoints."""
+        # w: 1.5, 0.75, 1.125, 0.9375, 1.03125
+        checkpointer = fx.checkpointer(folder, keep=None, best="far", mode=options.get("mode", "min"))
+        fx.fit(
+            fx.init({"w": torch.tensor(0.0)}, fx.optim.sgd(0.75)),
+            self.step,
+            [torch.tensor(1.0)],
+            steps=steps,
+            callbacks=save_best("far", **options),
+            eval_step=fx.eval_step(lambda model, batch: {"far": (model["w"] - batch).abs()}),
+            eval_data=[torch.tensor(1.0)],
+            checkpointer=checkpointer,
+            resume=True,
+        )
+        return checkpointer.steps(), checkpointer.best()
+
+    def test_each_improvement_is_saved(self, tmp_path):
+        assert self.saved(tmp_path, 5) == ([1, 2, 3, 4, 5], 5)
+
+    def test_evaluations_without_improvement_are_not_saved(self, tmp_path):
+        assert self.saved(tmp_path, 5, mode="max") == ([1, 5], 1)  # the last is the session's own
+
+    def test_margin_is_compared_with_the_saved_value(self, tmp_path):
+        assert self.saved(tmp_path, 4, min_delta=0.3) == ([1, 3, 4], 3)  # far: 0.5, 0.25, 0.125, 0.0625
+
+    def test_resumed_run_remembers_the_best(self, tmp_path):
+        self.saved(tmp_path, 3, mode="max")
+        assert self.saved(tmp_path, 5, mode="max") == ([1, 3, 5], 1)
+
+    def test_unknown_mode_is_refused(self):
+        with pytest.raises(ValueError, match="expected mode to be 'min', 'max' or a function"):
+            save_best("far", mode="lowest")
+
+
 class TestRestoreBest:
     # The metric is best after the first step, because the learning rate overshoots the minimum.
     tx = fx.optim.sgd(0.75)
@@ -552,6 +591,7 @@ def test_each_stop_has_its_reason():
     ("callback", "events"),
     [
         (restore_best("loss"), [*evaluations([3.0, 2.0, NAN, 2.5, 1.0]), fx.FitEnd(step=50, reason="")]),
+        (save_best("loss", min_delta=0.6), evaluations([3.0, 2.5, NAN, 2.0, 1.0])),
         (early_stopping("loss", patience=2), evaluations([3.0, 2.0, NAN, 2.5, 1.0])),
         (early_stopping("loss", patience=15, unit="steps"), evaluations([3.0, 2.0, 2.5, 1.0, 1.5, 1.5])),
         (

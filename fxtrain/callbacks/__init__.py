@@ -14,7 +14,7 @@ from fxtrain.callbacks._per_model import per_model
 from fxtrain.callbacks._plateau import reduce_on_plateau, schedule_hyperparam
 from fxtrain.callbacks._predictions import predictions
 from fxtrain.callbacks._progress import durations, epoch_mean, throughput
-from fxtrain.callbacks._requests import evaluate, save, stop_at, stop_on_divergence, time_limit
+from fxtrain.callbacks._requests import evaluate, save, save_best, stop_at, stop_on_divergence, time_limit
 from fxtrain.callbacks._restore_best import restore_best
 from fxtrain.callbacks._samples import samples, textgen
 from fxtrain.callbacks._statistics import activation_stats, grad_flow, grad_norms, update_ratios, weight_stats
@@ -42,6 +42,7 @@ __all__ = [
     "restore_best",
     "samples",
     "save",
+    "save_best",
     "schedule_hyperparam",
     "spike_guard",
     "stop_at",

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks._per_model import per_model
-from fxtrain.callbacks._watched_metric import Better, Metric, called, direction, measured, needing, sign_of
+from fxtrain.callbacks._watched_metric import (
+    Best,
+    Better,
+    Metric,
+    called,
+    direction,
+    improve,
+    measured,
+    needing,
+    no_best,
+    sign_of,
+)
 from fxtrain.core import (
     Control,
     EvalEnd,
@@ -95,9 +106,10 @@ def early_stopping(
     )
 
     def init(state: TrainState) -> EarlyStoppingState:
+        best = no_best(state, first)
         return EarlyStoppingState(
-            best=torch.tensor(first, dtype=wide_dtype(state.step.device), device=state.step.device),
-            best_step=torch.full_like(state.step, -1),
+            best=best.best,
+            best_step=best.step,
             evaluations=torch.zeros_like(state.step),
             since=_start_of_wait(state, unit),
         )
@@ -106,15 +118,17 @@ def early_stopping(
         before, value = slot.best, measured(event, metric, name, slot.best.device)
         now, passed = _time_in(event, slot, unit)
         watching = passed >= start_from - slack
-        improved = better(value, before)
-        if callable(mode) and baseline is not None:
-            # The first value is the best so far, even if it does not beat the baseline.
-            improved = improved | (slot.best_step < 0)
-        improved = watching & improved & ~value.isnan()
+
+        def improves(value: Tensor, best: Tensor) -> Tensor:
+            # With a function and a baseline, the first value is the best so far, even if it does not beat the baseline.
+            first = slot.best_step < 0 if callable(mode) and baseline is not None else False
+            return better(value, best) | first
+
+        best, improved = improve(Best(before, slot.best_step), value, state.step, improves, unless=~watching)
         beats = improved if baseline is None else improved & better(value, torch.full_like(before, baseline))
         slot = EarlyStoppingState(
-            best=torch.where(improved, value.to(before.dtype), before),
-            best_step=torch.where(improved, state.step, slot.best_step),
+            best=best.best,
+            best_step=best.step,
             evaluations=slot.evaluations + 1,
             since=torch.where(beats | ~watching, now, slot.since),
         )

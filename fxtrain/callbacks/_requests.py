@@ -8,7 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._watched_metric import Metric, called, measured, needing, sign_of
+from fxtrain.callbacks._watched_metric import (
+    Best,
+    Better,
+    Metric,
+    called,
+    direction,
+    improve,
+    measured,
+    needing,
+    no_best,
+    sign_of,
+)
 from fxtrain.core import Callback, Control, EvalEnd, StepEnd, TrainState, describe
 from fxtrain.fold import Handler, When, as_trigger, stateful, when
 
@@ -150,6 +161,53 @@ def save(every: When = 1) -> Callback:
         (<callback save when every(1000) on StepEnd>, <callback save on EvalEnd>)
     """
     return _requesting("save", Control(save=True, reason="a save is due"), every)
+
+
+def save_best(
+    metric: Metric,
+    *,
+    mode: str | Better = "min",
+    min_delta: float = 0.0,
+    relative: bool = False,
+    name: str = "save_best",
+) -> Handler:
+    """Requests a checkpoint at each evaluation that improves a metric.
+
+    ``fxtrain.checkpointer(folder, best=metric)`` keeps the best checkpoint when newer ones displace it, and its
+    ``best()`` returns the step.
+
+    Args:
+        metric: Metric name at ``EvalEnd``, or a function of all metrics there.
+        mode: ``"min"`` if lower is better, or ``"max"``. Or a function ``(value, best) -> improved`` of tensors of
+            shape []. Its ``best`` is nan before the first evaluation.
+        min_delta: Margin of an improvement, in the metric's units, 0 or more.
+        relative: Whether ``min_delta`` is a fraction of the best value instead.
+        name: The slot.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        KeyError: At run time, if the evaluation has no such metric.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(save_best("loss"))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> for step, loss in enumerate([3.0, 2.0, 2.5]):
+        ...     event = fx.EvalEnd(step=step, metrics={"loss": torch.tensor(loss)})
+        ...     state, control = callback(state, event)
+        ...     print(control.reasons("save"))
+        ['loss improved']
+        ['loss improved']
+        []
+    """
+    better, worst = direction(mode, min_delta=min_delta, relative=relative)
+    reason = f"{called(metric)} improved"
+
+    def update(state: TrainState, event: EvalEnd, slot: Best) -> tuple[Best, Control]:
+        slot, improved = improve(slot, measured(event, metric, name, slot.best.device), state.step, better)
+        return slot, Control(save=improved, reason=reason)
+
+    return needing(stateful(name, lambda state: no_best(state, worst), update), metric)
 
 
 def evaluate(every: When = 1) -> Callback:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._watched_metric import Better, Metric, called, direction, measured, needing
-from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, Tree, describe, wide_dtype
+from fxtrain.callbacks._watched_metric import (
+    Best,
+    Better,
+    Metric,
+    called,
+    direction,
+    improve,
+    measured,
+    needing,
+    no_best,
+)
+from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, Tree, describe
 from fxtrain.fold import Handler, slotted
 
 
@@ -69,21 +78,17 @@ def restore_best(
     what = called(metric)
 
     def init(state: TrainState) -> RestoreBestState:
-        best = torch.tensor(worst, dtype=wide_dtype(state.step.device), device=state.step.device)
         kept = (state.params, state.buffers) if checkpointer is None else ()
-        return RestoreBestState(best, torch.full_like(state.step, -1), kept)
+        return RestoreBestState(*no_best(state, worst), kept)
 
     def update(state: TrainState, event: EvalEnd | FitEnd) -> tuple[TrainState, Control]:
         slot: RestoreBestState = state.slots[name]
         if isinstance(event, FitEnd):
             return _with_best(state, slot, checkpointer, what), Control()
         value = measured(event, metric, name, slot.best.device)
-        improved = better(value, slot.best) & ~value.isnan()
-        slot = RestoreBestState(
-            best=torch.where(improved, value.to(slot.best.dtype), slot.best),
-            step=torch.where(improved, state.step, slot.step),
-            kept=tree.where(improved, (state.params, state.buffers), slot.kept) if checkpointer is None else (),
-        )
+        best, improved = improve(Best(slot.best, slot.step), value, state.step, better)
+        kept = tree.where(improved, (state.params, state.buffers), slot.kept) if checkpointer is None else ()
+        slot = RestoreBestState(*best, kept)
         saves = Control() if checkpointer is None else Control(save=improved, reason=f"{what} improved")
         return state.with_slot(name, slot), saves
 

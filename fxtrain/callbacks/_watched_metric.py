@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import EvalEnd, Metrics, StepEnd, Updated, check_choice, describe, did_you_mean, wide_dtype
+from fxtrain.core import (
+    EvalEnd,
+    Metrics,
+    StepEnd,
+    TrainState,
+    Updated,
+    check_choice,
+    describe,
+    did_you_mean,
+    wide_dtype,
+)
 from fxtrain.fold import Handler, needs
 
 Metric = str | Callable[[Metrics], Tensor | float]
@@ -118,3 +129,35 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
         return sign * value < torch.where(best.isfinite(), sign * best - margin, sign * best)
 
     return better, sign * math.inf
+
+
+class Best(NamedTuple):
+    """The best value of a metric so far. Also the state of ``save_best``."""
+
+    best: Tensor  # float64 []: before the first, the worst value (nan if mode is a function)
+    step: Tensor  # int64 []: its step; -1 before the first
+
+
+def no_best(state: TrainState, worst: float) -> Best:
+    """Returns the best value before the first, for a callback's initial state."""
+    best = torch.tensor(worst, dtype=wide_dtype(state.step.device), device=state.step.device)
+    return Best(best, torch.full_like(state.step, -1))
+
+
+def improve(
+    best: Best, value: Tensor, step: Tensor, better: Better, *, unless: Tensor | None = None
+) -> tuple[Best, Tensor]:
+    """Returns the best value after an evaluation, and whether it improved, bool [].
+
+    Args:
+        best: The best value before.
+        value: The value of the evaluation, of shape []. NaN is never an improvement.
+        step: int64 []. Its step.
+        better: From ``direction``.
+        unless: bool []. Evaluations that are ignored.
+    """
+    improved = better(value, best.best) & ~value.isnan()
+    if unless is not None:
+        improved = improved & ~unless
+    kept = torch.where(improved, value.to(best.best.dtype), best.best)
+    return Best(kept, torch.where(improved, step, best.step)), improved
