@@ -324,6 +324,19 @@ def test_resumed_run_matches_uninterrupted_run(compiled, tmp_path):
         testing.assert_equal(again, whole, f"cut after {cut}")
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_step_with_conditional_monitors_is_one_dynamo_graph():
+    monitors = [fx.callbacks.grad_norms(every=2), fx.callbacks.histograms(every=2)]
+    step, batch = problem.step(callbacks=monitors), problem.data()[0]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    wanted = got = fx.attach(problem.start(), step)
+    for _ in range(2):
+        wanted, got = step(wanted, batch)[0], compiled(got, batch)[0]
+    assert int(got.slots["grad_norm"].step) == 2
+    torch.testing.assert_close(got.slots["grad_norm"].values.layers, wanted.slots["grad_norm"].values.layers)
+    torch.testing.assert_close(got.slots["histograms/grads"].values.seen, wanted.slots["histograms/grads"].values.seen)
+
+
 class TestTap:
     @pytest.mark.parametrize("compiled", [False, True])
     def test_activation_stats_have_exact_values(self, compiled):

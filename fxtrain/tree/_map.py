@@ -157,4 +157,6 @@ def structure(tree: Tree) -> PyTreeSpec:
         >>> structure({"x": 1}) == structure({"x": 2}), structure({"x": 1}) == structure({"y": 1})
         (True, False)
     """
+    if torch.compiler.is_dynamo_compiling():
+        return flatten(tree)[1]  # what `unflatten` expects there
     return ops.tree_structure(tree, namespace=NAMESPACE)
