@@ -425,3 +425,25 @@ def test_summary_aligns_long_keys_of_a_configuration():
     run = fx.RunInfo(config={"optimizer": {"weight_decay": 0.1}, "lr": 1})
     page = printed(fx.init(nn.Linear(1, 1), TX), run=run)
     assert panels(page)["config"] == ["optimizer/weight_decay  0.1", "lr                      1"]
+
+
+@pytest.mark.parametrize(
+    ("k", "text"),
+    [
+        (1, "4 examples"),
+        (3, "4 examples, 12 in 3 steps per update"),
+        (lambda count: 2, "4 examples, variable steps per update"),
+    ],
+)
+def test_summary_shows_the_effective_batch_of_accumulating_optimizers(k, text):
+    tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.every_k(k=k, tx=fx.optim.sgd(0.1)))
+    file = io.StringIO()
+    run = {"steps": 1, "observers": [observers.summary(file=file)]}
+    fx.fit(fx.init(nn.Linear(1, 1), tx), fx.train_step(loss_fn, tx), [torch.ones(4, 1)], **run)
+    assert facts(file.getvalue(), "training")["batch"] == text
+
+
+def test_summary_counts_steps_of_unknown_batches():
+    described = {"accumulate": "2", "steps_per_update": "3"}
+    page = printed(fx.init(nn.Linear(1, 1), TX), step_description=described)
+    assert facts(page, "training")["batch"] == "2 microbatches, 3 steps per update"

@@ -207,20 +207,23 @@ def _step_facts(event: FitBegin) -> Facts:
         "loss": described.pop("loss", ""),
         "optimizer": described.pop("optimizer", ""),
         "lr": ", ".join(f"{group} {rate}".strip() for group, rate in rates.items()),
-        "batch": _batch_text(event.batch_size, described.pop("accumulate", "1")),
+        "batch": _batch_text(
+            event.batch_size, described.pop("accumulate", "1"), described.pop("steps_per_update", "1")
+        ),
         **described,
     }
 
 
-def _batch_text(batch_size: int | None, accumulate: str) -> str:
-    whole = pluralize(batch_size, "example") if batch_size is not None else ""
-    if not accumulate.isdecimal() or int(accumulate) == 1:
-        return whole
-    number = int(accumulate)
-    parts = pluralize(number, "microbatch", "microbatches")
-    if batch_size is None:
-        return parts
-    return f"{whole} in {parts}" + (f" of {batch_size // number:,}" if batch_size % number == 0 else "")
+def _batch_text(batch_size: int | None, accumulate: str, steps: str) -> str:
+    texts = [pluralize(batch_size, "example")] if batch_size is not None else []
+    if accumulate.isdecimal() and (number := int(accumulate)) > 1:
+        of = f" of {batch_size // number:,}" if batch_size is not None and batch_size % number == 0 else ""
+        texts.append(f"{pluralize(number, 'microbatch', 'microbatches')}{of}")
+    text = " in ".join(texts)
+    if steps == "1":
+        return text
+    whole = f"{batch_size * int(steps):,} in " if batch_size is not None and steps.isdecimal() else ""
+    return f"{text}{', ' if text else ''}{whole}{steps} steps per update"
 
 
 def _config_facts(event: FitBegin, rows: int) -> Facts:

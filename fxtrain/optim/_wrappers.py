@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Scalar, Tree, check_positive_int
+from fxtrain.core import Scalar, Tree, check_positive_int, name_of
 from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._learning_rates import inner_state_of, inside
 from fxtrain.optim._state import PerParameter, clones, start_count, start_counts, where_each, zeros
@@ -93,6 +94,24 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], int | Tensor
         )
 
     return GradientTransformation(init, update, inside(tx.learning_rates, inner_state_of, follows_step=False))
+
+
+def steps_per_update(tx: GradientTransformation) -> int | None:
+    """Returns the number of steps whose gradients ``every_k`` averages for an update, or None if it is a schedule.
+
+    Example:
+        >>> from fxtrain import optim
+        >>> steps_per_update(optim.chain(optim.clip_by_global_norm(1.0), every_k(optim.sgd(0.1), 4)))
+        4
+    """
+    if tx.call is None:
+        return 1
+    given = (*tx.call.args, *tx.call.kwargs.values())
+    counts = [steps_per_update(part) for part in given if isinstance(part, GradientTransformation)]
+    if name_of(tx.call.function) == every_k.__name__:
+        number = tx.call.kwargs["k"] if "k" in tx.call.kwargs else tx.call.args[1]
+        counts.append(number if isinstance(number, int) else None)
+    return None if None in counts else math.prod(count for count in counts if count is not None)
 
 
 class ApplyIfFiniteState(NamedTuple):

@@ -113,8 +113,8 @@ class Step:
         """The description and the settings of the step as text by name, for summaries and logs.
 
         That of ``train_step`` has ``loss``, ``optimizer``, ``learning_rate`` or ``learning_rate/<group>``,
-        ``accumulate``, ``precision`` and ``unused``, if they are set. That of a compiled step also has ``compiled`` and
-        ``donation``.
+        ``accumulate``, ``steps_per_update``, ``precision`` and ``unused``, if they are set. A compiled step also has
+        ``compiled`` and ``donation``.
         """
         described = {name: str(value) for name, value in self._description.items()}
         return {**described, **self.settings, **described}

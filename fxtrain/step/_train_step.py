@@ -24,6 +24,7 @@ from fxtrain.core import (
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
 from fxtrain.optim._hyperparams import learning_rates_by_name
+from fxtrain.optim._wrappers import steps_per_update
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate
@@ -137,6 +138,9 @@ def train_step(
         **{name: argument_text(rate.given) for name, rate in learning_rates_by_name(tx).items()},
         "precision": policy.described if isinstance(precision, Policy) else precision or "that of the parameters",
     }
+
+    if (steps := steps_per_update(tx)) != 1:
+        description["steps_per_update"] = steps or "variable"
 
     def build(folded: Composed) -> Step:
         visible = folded.traced_slots
