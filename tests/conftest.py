@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests. One thread, because bitwise equality holds for a fixed number of threads."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -51,3 +52,9 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def without_pyav(monkeypatch):
+    """Makes the import of PyAV fail, so that videos are GIFs wherever the tests run."""
+    monkeypatch.setitem(sys.modules, "av", None)

@@ -22,6 +22,9 @@ from fxtrain.disk import replace_file
 from fxtrain.values import Audio, ConfusionMatrix, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import console, csv, media, read_csv, read_media
 
+pytestmark = pytest.mark.usefixtures("without_pyav")  # videos are GIFs
+
+
 # CSV
 
 

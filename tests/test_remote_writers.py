@@ -21,6 +21,8 @@ from fxtrain.core import Control, FitBegin, RunInfo, StepEnd
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import mlflow
 
+pytestmark = pytest.mark.usefixtures("without_pyav")  # videos are GIFs
+
 
 @pytest.fixture(autouse=True)
 def at_home(tmp_path, monkeypatch):

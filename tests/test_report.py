@@ -16,6 +16,8 @@ from fxtrain.report import RunFolderError, page, read_run
 from fxtrain.report._downsampling import BoundedSeries, Items, Points, evenly, thinned
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, Table, Text, Video
 
+pytestmark = pytest.mark.usefixtures("without_pyav")  # videos are GIFs
+
 
 def data(html):
     """The data embedded for the page's script."""

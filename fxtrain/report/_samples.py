@@ -13,7 +13,7 @@ from fxtrain.report._folder import Folder
 from fxtrain.report._html import card, cell_text, grid, left_out, section, steps, table, titled
 from fxtrain.report._markdown import as_html
 from fxtrain.report._run import Confusion, Run
-from fxtrain.writers._media import png
+from fxtrain.writers._encoders import png
 
 _MAX_STEPS = 8  # per name, evenly spaced
 _MAX_BYTES = 24 * 2**20  # of media per page
@@ -24,7 +24,7 @@ _MAX_IMAGE = 2**18  # bytes of an image in a table; larger images are not embedd
 _MAX_CLASSES = 32  # confusion matrices with more classes are drawn as images
 _MAX_PAIRS = 20  # most confused pairs of classes
 _PLACEHOLDERS = {".png": "(image)", ".wav": "(audio)"}
-_TYPES = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
+_TYPES = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4", ".wav": "audio/wav"}
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 _GIF, _GIF_END = (b"GIF87a", b"GIF89a"), b"\x3b"
 
@@ -64,6 +64,8 @@ class Embedded:
         source = f"data:{_TYPES[path.suffix]};base64,{base64.b64encode(content).decode()}"
         if path.suffix == ".wav":
             return f'<audio controls src="{source}"></audio>'
+        if path.suffix == ".mp4":
+            return f'<video controls loop muted src="{source}"></video>'
         return f'<img alt="{html.escape(path.parent.name)}" src="{source}">'
 
 
@@ -76,6 +78,8 @@ def _problem(suffix: str, content: bytes) -> str:
     elif suffix == ".gif":
         whole = content.startswith(_GIF) and content.endswith(_GIF_END)
         size = int.from_bytes(content[6:8], "little"), int.from_bytes(content[8:10], "little")
+    elif suffix == ".mp4":
+        whole = content[4:8] == b"ftyp" and _has_whole_boxes(content)
     else:
         riff = content[:4] == b"RIFF" and content[8:12] == b"WAVE"
         whole = riff and int.from_bytes(content[4:8], "little") + 8 <= len(content)
@@ -84,6 +88,17 @@ def _problem(suffix: str, content: bytes) -> str:
     if size[0] * size[1] > _MAX_PIXELS:
         return f"expected at most {_MAX_PIXELS:,} pixels, got {size[0]:,} x {size[1]:,}"
     return ""
+
+
+def _has_whole_boxes(content: bytes) -> bool:
+    """Returns whether an MP4 file ends where its last box does."""
+    place = 0
+    while place + 8 <= len(content):
+        size = int.from_bytes(content[place : place + 4], "big")
+        if size < 8:
+            return False
+        place += size
+    return place == len(content)
 
 
 def media(run: Run, embedded: Embedded) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -19,9 +18,10 @@ from fxtrain.disk import append_lines, make_folder, replace_file, sync_file, syn
 from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Value, Video, jsonable
 from fxtrain.values._table import Cell, Media
 from fxtrain.writers._append_only import REWOUND, Rewinds
+from fxtrain.writers._encoders import png, video, wav
 from fxtrain.writers._interface import Backend, explain_failure
 
-_FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|wav|json|ply)", re.ASCII)
+_FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|mp4|wav|json|ply)", re.ASCII)
 REWINDS = "rewinds.jsonl"
 """The file in the folder of the media with one line for each rewind."""
 _UNSAFE = re.compile(r"^[. ]+|[. ]+$|[^\w .()=-]")  # would leave the folder, be hidden, or be rejected by a file system
@@ -34,10 +34,11 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
 
     Characters that file systems reject are percent-encoded, such as ``%3F`` for ``?``.
 
-    Images are PNG, videos GIF, sounds WAV and texts Markdown. Tables and confusion matrices are JSON, and point clouds
-    PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are those in a table,
-    which contains their file names. Captions are in a JSON file beside the images or videos, by file name. Non-finite
-    floats are strings in JSON, such as ``"NaN"``.
+    Images are PNG, sounds WAV and texts Markdown. Videos are MP4 if PyAV is installed (``pip install
+    'fxtrain[video]'``), and GIF otherwise or with an alpha channel. Tables and confusion matrices are JSON, and point
+    clouds PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are those in a
+    table, which contains their file names. Captions are in a JSON file beside the images or videos, by file name.
+    Non-finite floats are strings in JSON, such as ``"NaN"``.
 
     Files are neither moved nor deleted. After a rewind, or a resume from an earlier step, ``purge`` adds a line to
     ``<folder>/rewinds.jsonl``, and files are named after the number of lines, as in ``00000100.r1.png``. Files of later
@@ -190,55 +191,6 @@ def read_media(folder: str | os.PathLike[str]) -> dict[str, dict[int, list[Path]
     return {name: files for name, files in found.items() if files}
 
 
-def png(frame: np.ndarray) -> bytes:
-    """Encodes an image, uint8 [H, W, C] with 1, 3 or 4 channels, as a PNG.
-
-    Example:
-        >>> png(np.zeros((8, 8, 3), np.uint8))[:4]
-        b'\\x89PNG'
-    """
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def gif(frames: np.ndarray, fps: float) -> bytes:
-    """Encodes a video, uint8 [T, H, W, C], as a GIF that loops forever. ``fps`` is in frames per second.
-
-    Example:
-        >>> gif(np.zeros((4, 8, 8, 1), np.uint8), fps=2)[:6]
-        b'GIF89a'
-    """
-    from PIL import Image
-
-    first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
-    buffer = io.BytesIO()
-    # GIF durations are in hundredths of a second, and browsers slow down durations below two of them.
-    milliseconds = max(round(1000 / fps), 20)
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
-    return buffer.getvalue()
-
-
-def wav(samples: np.ndarray, rate: int) -> bytes:
-    """Encodes a sound, int16 [T, C], as a WAV file. ``rate`` is in Hz.
-
-    Example:
-        >>> wav(np.zeros((100, 1), np.int16), 8000)[:4]
-        b'RIFF'
-    """
-    import wave
-
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(samples.shape[1])
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(samples.astype("<i2").tobytes())
-    return buffer.getvalue()
-
-
 def _rewinds_in(folder: Path) -> bytes:
     path = folder / REWINDS
     return path.read_bytes() if path.exists() else b""
@@ -251,8 +203,8 @@ def _files(stem: str, value: Value) -> dict[str, bytes]:
         case Image():
             return _captioned(stem, value, _numbered(stem, "png", [png(frame) for frame in value.frames]))
         case Video():
-            videos = [gif(frames, value.fps) for frames in value.frames]
-            return _captioned(stem, value, _numbered(stem, "gif", videos))
+            endings, videos = zip(*(video(frames, value.fps) for frames in value.frames), strict=True)
+            return _captioned(stem, value, _numbered(stem, endings[0], videos))
         case Audio():
             return _numbered(stem, "wav", [wav(waves, value.rate) for waves in value.waves])
         case Table():
@@ -266,7 +218,7 @@ def _files(stem: str, value: Value) -> dict[str, bytes]:
             raise TypeError(f"expected a value that media stores as a file, got {describe(value)}.")
 
 
-def _numbered(stem: str, ending: str, contents: list[bytes]) -> dict[str, bytes]:
+def _numbered(stem: str, ending: str, contents: Sequence[bytes]) -> dict[str, bytes]:
     if len(contents) == 1:
         return {f"{stem}.{ending}": contents[0]}
     return {f"{stem}-{index}.{ending}": content for index, content in enumerate(contents)}

@@ -26,8 +26,8 @@ from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import Appendable, make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
 from fxtrain.writers._append_only import OneFile
+from fxtrain.writers._encoders import gif, png, wav
 from fxtrain.writers._interface import explain_failure, numbered
-from fxtrain.writers._media import gif, png, wav
 
 _LENGTH_BYTES = 8  # at the beginning of a record, never all zero
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")

@@ -27,8 +27,8 @@ from fxtrain.values import (
     Video,
 )
 from fxtrain.writers._backlog import PendingCall
+from fxtrain.writers._encoders import video, wav
 from fxtrain.writers._interface import numbered, with_captions
-from fxtrain.writers._media import gif, wav
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
 
@@ -219,10 +219,11 @@ def _videos(value: Video) -> list[Any]:
     import wandb
 
     # Encoded here, because wandb's encoder needs two more packages.
-    return [
-        wandb.Video(io.BytesIO(gif(frames, value.fps)), format="gif", caption=caption)
-        for frames, caption in with_captions(value)
-    ]
+    found: list[Any] = []
+    for frames, caption in with_captions(value):
+        ending, content = video(frames, value.fps)
+        found.append(wandb.Video(io.BytesIO(content), format=ending, caption=caption))
+    return found
 
 
 def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
