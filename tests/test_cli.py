@@ -135,7 +135,7 @@ SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--
 @pytest.mark.slow
 def test_training_continues_after_pipe_closes(tmp_path):
     (tmp_path / "text.py").write_text(TEXT)
-    command = fxtrain("lm", "--text", "text.py", "--steps", 3, *SMALL)
+    command = fxtrain("lm", "--dataset", "text.py", "--steps", 3, *SMALL)
     done = shell(f"cd {tmp_path} && {{ {command}; echo $? > code; }} | head -1")
     assert done.stdout.startswith("corpus")
     assert (tmp_path / "code").read_text() == "0\n"
@@ -147,7 +147,7 @@ def test_training_continues_after_pipe_closes(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_sets_exit_code(tmp_path, number, code):
     (tmp_path / "text.py").write_text(TEXT)
-    command = [*FXTRAIN, "lm", "--text", "text.py", "--steps", "100000", *SMALL]
+    command = [*FXTRAIN, "lm", "--dataset", "text.py", "--steps", "100000", *SMALL]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step"):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import struct
+import sys
 
 import pytest
 import torch
@@ -182,7 +183,8 @@ def make_folder_of_binaries(path):
     [
         (
             make_nothing,
-            "expected a file, a folder or a glob, got '{path}', which does not exist. Check the path, or omit --text.",
+            "expected a file, a folder, a glob or the name of a data set (stdlib, sklearn, wikitext or datasets:NAME), "
+            "got '{path}', which does not exist. Check the path or the name.",
         ),
         (make_empty_file, "expected a file of text, got {path}, which is empty or binary. Give another file."),
         (make_binary, "expected a file of text, got {path}, which is empty or binary. Give another file."),
@@ -205,7 +207,7 @@ def test_missing_text_is_reported(tmp_path, make, wanted):
 
 @pytest.mark.parametrize("text", ["", "a" * 5000, "a\0b", "~nobody-of-this-name/text"])
 def test_invalid_path_is_reported_as_missing(text):
-    with pytest.raises(CorpusError, match=r"^expected a file, a folder or a glob, got '.*', which does not exist\. "):
+    with pytest.raises(CorpusError, match=r"^expected a file, .*, got '.*', which does not exist\. "):
         read_corpus(text)
 
 
@@ -235,7 +237,7 @@ def test_unreadable_file_is_reported(tmp_path, monkeypatch):
 def test_missing_standard_library_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(
-        CorpusError, match=r"^expected the source of the Python 3\.\d+ standard library on this machine, got none\. "
+        CorpusError, match=r"^expected the files of the Python 3\.\d+ standard library on this machine, got none\. "
     ):
         read_corpus()
 
@@ -280,3 +282,90 @@ def test_short_text_is_reported(tmp_path, train, validation, wanted):
         with pytest.raises(CorpusError) as caught:
             check_fits(corpus, batch_size=8, length=8)
         assert str(caught.value) == wanted
+
+
+ROWS = ["", " = Title = \n", "", " A sentence . \n", " Another one , without a line end ."]
+
+
+@pytest.fixture
+def wikitext(tmp_path, monkeypatch):
+    """A folder in the layout of WikiText's, which ``datasets`` prefers to a download."""
+    pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root = tmp_path / "Salesforce" / "wikitext"
+    configurations = []
+    for name in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
+        (root / name).mkdir(parents=True)
+        files = ""
+        for split, rows in (("test", ["test"]), ("train", ROWS * 100), ("validation", ROWS)):
+            mark = [name] if split == "train" else []
+            parquet.write_table(arrow.table({"text": mark + rows}), root / name / f"{split}-00000-of-00001.parquet")
+            files += f"  - split: {split}\n    path: {name}/{split}-*\n"
+        configurations.append(f"- config_name: {name}\n  data_files:\n{files}")
+    (root / "README.md").write_text("---\nconfigs:\n" + "".join(configurations) + "---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("dataset", "configuration"),
+    [
+        ("wikitext", "wikitext-2-raw-v1"),
+        ("wikitext:wikitext-103-raw-v1", "wikitext-103-raw-v1"),
+        ("datasets:Salesforce/wikitext:wikitext-103-raw-v1", "wikitext-103-raw-v1"),
+    ],
+)
+def test_wikitext_is_read_with_its_splits(wikitext, dataset, configuration):
+    corpus = read_corpus(dataset)
+    page = b"\n = Title = \n\n A sentence . \n Another one , without a line end .\n"
+    assert text_of(corpus.train) == configuration.encode() + b"\n" + page * 100
+    assert text_of(corpus.validation) == page
+    assert corpus.names == ("train", "validation")
+    assert corpus.sizes == (len(corpus.train), len(corpus.validation))
+    assert corpus.description.startswith(f"Salesforce/wikitext ({configuration}), ")
+    assert corpus.description.endswith(f"validation has {len(page)} bytes: its validation split")
+
+
+def test_data_set_without_validation_is_cut_near_its_end(wikitext):
+    (wikitext / "README.md").unlink()
+    for path in [*wikitext.rglob("validation-*"), *wikitext.rglob("test-*")]:
+        path.unlink()
+    corpus = read_corpus(f"datasets:{wikitext}")
+    assert corpus.names == ("train",)
+    assert corpus.description.endswith("the end of its training split")
+    assert len(corpus.train) + len(corpus.validation) == corpus.sizes[0]
+    assert 0.85 < len(corpus.train) / corpus.sizes[0] < 0.96
+    assert text_of(corpus.train).endswith(b"\n")
+
+
+def test_unreadable_data_set_is_reported(wikitext):
+    with pytest.raises(CorpusError, match=r"expected a data set that .* reads, got Salesforce/wikitext \(wikitext-3\)"):
+        read_corpus("wikitext:wikitext-3")
+
+
+def test_data_set_without_text_is_reported(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n" * 20)
+    with pytest.raises(CorpusError, match=r"expected a data set with a column of strings named text, .* columns a, b"):
+        read_corpus(f"datasets:{tmp_path}")
+
+
+def test_missing_package_for_data_sets_is_reported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CorpusError, match=r"expected the package datasets to read Salesforce/wikitext .* pip install"):
+        read_corpus("wikitext")
+
+
+def test_descriptions_of_scikit_learn_are_read():
+    corpus = read_corpus("sklearn")
+    assert "iris.rst" in corpus.names
+    assert b"Fisher" in text_of(corpus.train) + text_of(corpus.validation)
+    assert corpus.description.startswith("scikit-learn's descriptions of data sets, ")
+
+
+def test_name_of_standard_library_is_the_default():
+    assert read_corpus("stdlib").digest == read_corpus().digest

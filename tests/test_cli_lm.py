@@ -16,6 +16,7 @@ import pytest
 from fxtrain import writers
 from fxtrain.cli import _lm as lm
 from fxtrain.cli import main
+from fxtrain.cli._arguments import parse
 from fxtrain.cli._run_folder import make_folder
 
 SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]
@@ -59,7 +60,7 @@ def only_run(folder):
 
 @pytest.mark.slow
 def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
-    options = ["--text", str(text), "--steps", "60", "--no-compile", "--dropout", "0.1", *SMALL]
+    options = ["--dataset", str(text), "--steps", "60", "--no-compile", "--dropout", "0.1", *SMALL]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
 
@@ -97,7 +98,7 @@ def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--text", "/not/there"], "expected a file, a folder or a glob, got '/not/there'"),
+        (["--dataset", "/not/there"], "got '/not/there', which does not exist"),
         (["--steps", "0"], "expected --steps to be at least 1, got 0"),
         (["--lr", "-1"], "expected --lr to be above 0, got -1.0"),
         (["--width", "30"], "expected width to be a multiple of 8"),
@@ -107,6 +108,7 @@ def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
         (["--min-delta", "nan"], "expected --min-delta to be finite and at least 0, got nan"),
         (["--seed", str(2**64)], "expected --seed to fit in a signed 64-bit integer"),
         (["--steps", str(10**30)], "expected --steps to be at most 2147483648"),
+        (["--keep", "0"], "expected --keep to be at least 1, got 0"),
         (["--patience", str(10**30)], "expected --patience to be at most 2147483648"),
         (["--resume", "nowhere"], "expected the folder of a run for --resume, got nowhere (No such file or directory)"),
     ],
@@ -120,10 +122,34 @@ def test_invalid_arguments_are_rejected_before_start(tmp_path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
+def test_earlier_spellings_are_accepted_on_the_command_line():
+    given = parse(
+        lm.Options, "lm", ["--text", "a.txt", "--early_stop_patience", "3", "--early-stop-min-delta", "0.001"]
+    )
+    assert (given.dataset, given.patience, given.min_delta) == ("a.txt", 3, 0.001)
+
+
+@pytest.mark.slow
+def test_patience_in_epochs_and_monitors_at_epochs(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    stopping = ["--early-stopping", "--min-delta", "9", "--patience", "2", "--patience-unit", "epochs", "--keep", "3"]
+    shape = [*SHAPE, "--eval-interval", "10", "--snapshot-interval", "10", "--no-compile"]
+    monitor = ["--gradient-monitor", "--monitor-at-epochs"]
+    assert main(["lm", "--dataset", "text.py", "--epochs", "9", *stopping, *monitor, *shape]) == 0
+    assert "loss has not improved for 2 epochs" in capsys.readouterr().out
+    folder = only_run(tmp_path)
+    lines = writers.read_jsonl(folder / "metrics.jsonl")
+    logged = [line["step"] for line in lines if "grad_norm/total" in line.get("metrics", {})]
+    epoch = next(line["step"] for line in lines if line.get("epoch") == 1.0)
+    assert epoch in logged
+    assert epoch % 10
+    assert 3 <= len(list((folder / "checkpoints").glob("[0-9]*"))) <= 4
+
+
 def test_text_shorter_than_batch_is_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("hello\n" * 20)
-    assert main(["lm", "--text", "short.txt"]) == 2
+    assert main(["lm", "--dataset", "short.txt"]) == 2
     assert "bytes of training text, for one batch of 16 sequences of 128, got " in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -131,7 +157,7 @@ def test_text_shorter_than_batch_is_rejected(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_resume_rejects_changed_options_and_text(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
-    assert main(["lm", "--text", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
+    assert main(["lm", "--dataset", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
     folder = only_run(tmp_path)
     assert main(["lm", "--resume", str(folder), "--lr", "0.5"]) == 2
     assert "expected --lr 0.003, with which the run to resume was started, got 0.5" in capsys.readouterr().err
@@ -146,7 +172,7 @@ def test_early_stopping_and_gradient_monitor_are_logged(tmp_path, monkeypatch, c
     stopping = ["--early_stopping", "--min-delta", "9", "--patience", "1"]  # no evaluation improves by 9 nats
     monitor = ["--gradient_monitor", "--gradient_monitor_interval", "15"]
     shape = [*SHAPE, "--eval-interval", "10", "--snapshot_interval", "10", "--no-compile"]
-    assert main(["lm", "--text", "text.py", "--epochs", "9", *stopping, *monitor, *shape]) == 0
+    assert main(["lm", "--dataset", "text.py", "--epochs", "9", *stopping, *monitor, *shape]) == 0
     assert "loss has not improved for 1 evaluation" in capsys.readouterr().out
     folder = only_run(tmp_path)
     logged = writers.read_jsonl(folder / "metrics.jsonl")
@@ -200,7 +226,7 @@ def test_unwritable_runs_folder_is_rejected(tmp_path, monkeypatch, capsys, text)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for runs in ("file", "file/runs", "/proc/runs", "a" * 5000):
-        said = refused(capsys, 1, "--text", "text.py", "--runs", runs, *SMALL)
+        said = refused(capsys, 1, "--dataset", "text.py", "--runs", runs, *SMALL)
         assert "expected a writable folder for runs" in said
         assert "Choose another one with --runs." in said
 
@@ -209,7 +235,7 @@ def test_unwritable_runs_folder_is_rejected(tmp_path, monkeypatch, capsys, text)
 def started(tmp_path, monkeypatch, text):
     """The folder of a run without a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    options = {**dataclasses.asdict(lm.Options()), "text": "text.py", "steps": 1, "compile": False, "runs": "runs"}
+    options = {**dataclasses.asdict(lm.Options()), "dataset": "text.py", "steps": 1, "compile": False, "runs": "runs"}
     options |= {"layers": 1, "width": 16, "heads": 2, "length": 16, "batch_size": 4}
     del options["resume"]
     corpus = lm.read_corpus("text.py")

@@ -1,10 +1,11 @@
-"""The text to train on, read from files and split into training and validation."""
+"""The text to train on, read from files or a named data set and split into training and validation."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
 import hashlib
+import importlib.util
 import itertools
 import os
 import struct
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,10 @@ _TESTS_AND_TABLES = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
+_NAMES = "stdlib, sklearn, wikitext or datasets:NAME"
+_WIKITEXT = "Salesforce/wikitext", "wikitext-2-raw-v1"  # its folder, and the configuration that is read by default
+
+
 class CorpusError(Exception):
     """There is no usable text to train on. The message is one line with the reason and a remedy."""
 
@@ -41,8 +47,8 @@ class Corpus:
     Args:
         train: uint8 [bytes].
         validation: uint8 [bytes]. Whole files that are not in ``train``, or the end of each file.
-        names: Paths of the files relative to the folder that was read, in order.
-        sizes: Sizes of the files in bytes.
+        names: Paths of the files relative to the folder that was read, in order, or names of the splits.
+        sizes: Sizes of the files or splits in bytes.
         description: The source and the split, in one line.
         digest: SHA-256 of the two parts in hexadecimal, which detects a resume on a different text.
     """
@@ -55,50 +61,64 @@ class Corpus:
     digest: str
 
 
-def read_corpus(text: str | None = None) -> Corpus:
+def read_corpus(dataset: str | None = None) -> Corpus:
     """Reads a text and splits it into training and validation. The split is deterministic.
 
     Validation consists of whole files, selected by a hash of their relative paths, so a new file moves few others. They
     have about a twentieth of the bytes, and no file has more than half of that. If this is impossible, as with a single
-    file or a few large ones, validation is the end of each file instead, from the beginning of a line.
+    file or a few large ones, validation is the end of each file instead, from the beginning of a line. A data set of
+    the ``datasets`` package that has a validation split keeps it.
 
     Args:
-        text: A file, a folder including its subfolders, or a glob, in which ``**`` matches nested folders. Hidden,
-            unreadable and binary files (with a zero byte near the beginning) of a folder or glob are left out. None
-            reads the source of this machine's Python standard library, without tests and generated tables.
+        dataset: One of
+
+            - ``"stdlib"`` or None: the source of this machine's Python standard library, without tests and tables;
+            - ``"sklearn"``: scikit-learn's descriptions of the data sets that it ships;
+            - ``"wikitext"`` or ``"wikitext:CONFIG"``: read by the ``datasets`` package, configuration
+              ``wikitext-2-raw-v1`` by default;
+            - ``"datasets:NAME"`` or ``"datasets:NAME:CONFIG"``: any text data set that ``datasets.load_dataset`` reads,
+              by its name or the folder of a local copy;
+            - a file, a folder including its subfolders, or a glob, in which ``**`` matches nested folders. Hidden,
+              unreadable and binary files (with a zero byte near the beginning) of a folder or glob are left out.
 
     Raises:
-        CorpusError: There is no file, none of the files is text, or they are too large.
+        CorpusError: There is no such data set or file, none of the files is text, or they are too large.
     """
-    origin, found, is_single_file = _find(text)
+    library, _, rest = (dataset or "").partition(":")
+    if library == "wikitext":
+        return _read_library(_WIKITEXT[0], rest or _WIKITEXT[1])
+    if library == "datasets" and rest:
+        name, _, configuration = rest.partition(":")
+        return _read_library(name, configuration or None)
+    origin, found, is_single_file = _find(dataset)
     files, left_out = _read(found, is_single_file)
     if not files:
         if is_single_file:
             raise CorpusError(f"expected a file of text, got {origin}, which is empty or binary. Give another file.")
-        if text is None:
-            raise CorpusError(
-                f"expected the source of {origin} on this machine, got none. Give a text with --text PATH."
-            )
+        if dataset in (None, "stdlib", "sklearn"):
+            raise CorpusError(f"expected the files of {origin} on this machine, got none. Give a text: --dataset PATH.")
         got = f"{pluralize(left_out, 'file')} that cannot be read or used as text" if left_out else "no files"
         raise CorpusError(f"expected files of text in {origin}, got {got}. Give a file, a folder or a glob of text.")
-    size = sum(len(content) for _, content in files)
     held_out = _held_out({name: len(content) for name, content in files})
     if held_out:
         train = bytearray().join(content for name, content in files if name not in held_out)
         validation = bytearray().join(content for name, content in files if name in held_out)
         how = f"{pluralize(len(held_out), 'file')} selected by their paths"
     else:
-        cuts = [_split_offset(content) for _, content in files]
-        train = bytearray().join(content[:cut] for (_, content), cut in zip(files, cuts, strict=True))
-        validation = bytearray().join(content[cut:] for (_, content), cut in zip(files, cuts, strict=True))
+        train, validation = _cut([content for _, content in files])
         how = "the end of each file" if len(files) > 1 else "the end of the file"
-    parts = f"{_megabytes(size)}, of which validation has {_megabytes(len(validation))}: {how}"
+    origin = origin if is_single_file else f"{origin}, {pluralize(len(files), 'file')}"
+    return _corpus(origin, train, validation, how, {name: len(content) for name, content in files})
+
+
+def _corpus(origin: str, train: bytearray, validation: bytearray, how: str, sizes: dict[str, int]) -> Corpus:
+    size = _megabytes(len(train) + len(validation))
     return Corpus(
         train=_tensor(train),
         validation=_tensor(validation),
-        names=tuple(name for name, _ in files),
-        sizes=tuple(len(content) for _, content in files),
-        description=f"{origin}, {parts}" if is_single_file else f"{origin}, {pluralize(len(files), 'file')}, {parts}",
+        names=tuple(sizes),
+        sizes=tuple(sizes.values()),
+        description=f"{origin}, {size}, of which validation has {_megabytes(len(validation))}: {how}",
         digest=_digest(train, validation),
     )
 
@@ -129,13 +149,80 @@ def check_fits(corpus: Corpus, *, batch_size: int, length: int) -> None:
         )
 
 
+def _read_library(name: str, configuration: str | None) -> Corpus:
+    """Reads a text data set with the ``datasets`` package."""
+    origin = name if configuration is None else f"{name} ({configuration})"
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise CorpusError(
+            f"expected the package datasets to read {origin}, got none. Install it: pip install datasets."
+        ) from None
+    try:
+        splits = datasets.load_dataset(name, configuration)
+    except Exception as error:  # of many types: no network, no such name, no such configuration, damaged files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CorpusError(
+            f"expected a data set that datasets.load_dataset reads, got {origin}: {reason[0]} Check the name, or give "
+            "the folder of a local copy: --dataset datasets:FOLDER."
+        ) from error
+    if "train" not in splits:
+        raise CorpusError(f"expected a data set with a split train, got {origin} with {', '.join(splits)}.")
+    train = _text_of(splits["train"], origin)
+    sizes = {"train": len(train)}
+    if "validation" in splits:
+        validation = _text_of(splits["validation"], origin)
+        sizes["validation"] = len(validation)
+        how = "its validation split"
+    else:
+        train, validation = _cut([bytes(train)])
+        how = "the end of its training split"
+    return _corpus(origin, train, validation, how, sizes)
+
+
+def _text_of(split: Any, origin: str) -> bytearray:
+    """Returns the text of a split: its rows in order, each with a line end."""
+    texts = [name for name, feature in split.features.items() if getattr(feature, "dtype", None) == "string"]
+    column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+    if column is None:
+        raise CorpusError(
+            f"expected a data set with a column of strings named text, got {origin} with the columns "
+            f"{', '.join(split.features)}. Write its text to a file, and give that."
+        )
+    text = bytearray()
+    for batch in split.select_columns(column).iter(1000):
+        for row in batch[column]:
+            text += row.encode(errors="surrogateescape")
+            if not row.endswith("\n"):
+                text += b"\n"
+        if len(text) > LARGEST:
+            raise CorpusError(f"expected at most {_megabytes(LARGEST)} of text, got more in {origin}.")
+    return text
+
+
+def _cut(files: list[bytes]) -> tuple[bytearray, bytearray]:
+    """Splits each file near its end into training and validation."""
+    cuts = [_split_offset(content) for content in files]
+    train = bytearray().join(content[:cut] for content, cut in zip(files, cuts, strict=True))
+    return train, bytearray().join(content[cut:] for content, cut in zip(files, cuts, strict=True))
+
+
 def _find(text: str | None) -> tuple[str, Iterable[tuple[str, Path]], bool]:
     """Returns a name for the text, its files with their names, and whether the user named a single file."""
-    if text is None:
+    if text in (None, "stdlib"):
         version = ".".join(map(str, sys.version_info[:2]))
         root = Path(sysconfig.get_path("stdlib"))
         sources = ((n, p) for n, p in _walk(root, skip=_TESTS_AND_TABLES | _NOT_STANDARD) if n.endswith(".py"))
         return f"the Python {version} standard library", sources, False
+    if text == "sklearn":
+        found = importlib.util.find_spec("sklearn")  # found without importing it
+        if found is None or found.origin is None:
+            raise CorpusError(
+                "expected scikit-learn for the data set sklearn, got none. Install it: pip install scikit-learn."
+            )
+        root = Path(found.origin).parent / "datasets" / "descr"
+        sources = ((n, p) for n, p in _walk(root, skip=_NOT_STANDARD) if n.endswith(".rst"))
+        return "scikit-learn's descriptions of data sets", sources, False
     # os.path returns False where pathlib raises, for inaccessible paths and invalid names.
     path = os.path.expanduser(text)
     if os.path.isdir(path):
@@ -148,7 +235,8 @@ def _find(text: str | None) -> tuple[str, Iterable[tuple[str, Path]], bool]:
         )
     if not glob.has_magic(path):
         raise CorpusError(
-            f"expected a file, a folder or a glob, got {text!r}, which does not exist. Check the path, or omit --text."
+            f"expected a file, a folder, a glob or the name of a data set ({_NAMES}), got {text!r}, which does not "
+            "exist. Check the path or the name."
         )
     matches = {Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match)}
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))

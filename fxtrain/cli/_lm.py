@@ -9,9 +9,11 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 import fxtrain as fx
@@ -36,8 +38,10 @@ _MAX_OPTION = 2**31  # for integers; a product of two fits into 64 bits
 class Options:
     """Trains a small byte-level transformer on real text, from scratch."""
 
-    text: str | None = None
-    """A file, a folder or a glob. Defaults to the source of the Python standard library."""
+    dataset: Annotated[str | None, tyro.conf.arg(aliases=["--text"])] = None
+    """A file, a folder, a glob, or a name: stdlib (the source of the Python standard library, the default), sklearn
+    (scikit-learn's descriptions of its data sets), wikitext[:CONFIG], or datasets:NAME[:CONFIG]. The last two are read
+    by the package datasets."""
     steps: int | None = None
     """Total number of steps. Defaults to 1000 without --epochs. If both are given, the shorter applies."""
     epochs: int | None = None
@@ -62,11 +66,15 @@ class Options:
     """Steps between evaluations, each on a part of the validation text."""
     snapshot_interval: int = 200
     """Steps between checkpoints."""
+    keep: int = 2
+    """Number of checkpoints kept: the newest ones. The one with the lowest validation loss is kept as well."""
     early_stopping: bool = False
     """Stop when the validation loss stops improving."""
-    patience: int = 5
-    """With --early-stopping, number of evaluations without improvement before the run stops."""
-    min_delta: float = 0.0
+    patience: Annotated[int, tyro.conf.arg(aliases=["--early-stop-patience"])] = 5
+    """With --early-stopping, how long without improvement before the run stops, in units of --patience-unit."""
+    patience_unit: Literal["evaluations", "steps", "epochs"] = "evaluations"
+    """The unit of --patience."""
+    min_delta: Annotated[float, tyro.conf.arg(aliases=["--early-stop-min-delta"])] = 0.0
     """With --early-stopping, minimum decrease of the validation loss, in nats per byte, that is an improvement."""
     restore_best: bool = True
     """With --early-stopping, end with the best weights instead of the last."""
@@ -74,6 +82,8 @@ class Options:
     """Log gradient norms and gradient flow per layer at each checkpoint."""
     gradient_monitor_interval: int | None = None
     """With --gradient-monitor, also log them at this interval of steps."""
+    monitor_at_epochs: bool = False
+    """With --gradient-monitor, also log them at the end of each epoch."""
     compile: bool = True
     """Compile each step into one graph. This takes up to a minute and makes steps faster."""
     device: str = "auto"
@@ -123,12 +133,12 @@ class _Job:
         self.options = options
         _validate(options)
         self.device = _device(options.device)
-        self.corpus = read_corpus(options.text)
+        self.corpus = read_corpus(options.dataset)
         check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
         self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
         self.steps = _steps(options, self.data.epoch_length)
         self.folder = self._start_folder()
-        self.checkpoints = fx.checkpointer(self.folder / "checkpoints", keep=2, best="loss")
+        self.checkpoints = fx.checkpointer(self.folder / "checkpoints", keep=options.keep, best="loss")
         if options.resume is not None and not self.checkpoints.steps():
             print(f"{self.folder} has no checkpoint yet, so the run starts at its first step.", file=sys.stderr)
 
@@ -148,7 +158,9 @@ class _Job:
             fx.callbacks.save(every=options.snapshot_interval),
         ]
         if options.early_stopping:
-            stopping = fx.callbacks.early_stopping("loss", patience=options.patience, min_delta=options.min_delta)
+            stopping = fx.callbacks.early_stopping(
+                "loss", patience=options.patience, unit=options.patience_unit, min_delta=options.min_delta
+            )
             callbacks += [fx.callbacks.stop_on_divergence("loss"), stopping]
             if options.restore_best:
                 callbacks.append(fx.callbacks.restore_best("loss"))
@@ -212,6 +224,8 @@ class _Job:
         due = fx.every(options.snapshot_interval)
         if options.gradient_monitor_interval is not None:
             due = due | fx.every(options.gradient_monitor_interval)
+        if options.monitor_at_epochs:
+            due = due | fx.every(epochs=1)
         return fx.compose(fx.callbacks.grad_norms(layer="*", publish=due), fx.callbacks.grad_flow(publish=due))
 
     def _validation(self) -> Source:
@@ -301,7 +315,7 @@ def _loss(model: Callable[[Tensor], Tensor], batch: dict[str, Tensor]) -> Tensor
 
 
 def _validate(options: Options) -> None:
-    whole = ("steps", "epochs", "batch_size", "length", "eval_interval", "snapshot_interval", "patience")
+    whole = ("steps", "epochs", "batch_size", "length", "eval_interval", "snapshot_interval", "keep", "patience")
     for name in (*whole, "gradient_monitor_interval"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -129,6 +129,6 @@ def _as_type(name: str, value: object, kind: object) -> object:
             return pathlib.Path(value)
         if each is float and type(value) is int:
             return float(value)
-        if type(value) is each:
+        if type(value) is each or (isinstance(each, str) and value == each):  # strings are choices
             return value
     raise FolderError(f"expected a value of the option {name} in {_CONFIG}, got {validation.named(value)}. {_REMEDY}")
