@@ -559,7 +559,7 @@ def test_console_escapes_characters_outside_the_file_encoding():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console(file).write_texts(1, {"a": "wörld"})
     file.flush()
-    assert file.buffer.getvalue() == b"step 1 | a:\n  w\\xf6rld\n"
+    assert file.buffer.getvalue() == b"step 1 | a: w\\xf6rld\n"
 
 
 # Disk

@@ -18,6 +18,7 @@ from fxtrain.callbacks._requests import evaluate, save, save_best, stop_at, stop
 from fxtrain.callbacks._restore_best import restore_best
 from fxtrain.callbacks._samples import samples, textgen
 from fxtrain.callbacks._statistics import activation_stats, grad_flow, grad_norms, update_ratios, weight_stats
+from fxtrain.callbacks._track_best import track_best
 
 __all__ = [
     "activation_stats",
@@ -52,6 +53,7 @@ __all__ = [
     "textgen",
     "throughput",
     "time_limit",
+    "track_best",
     "update_ratios",
     "watch",
     "weight_stats",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import metrics, tree
 from fxtrain.core import Control, Logged, Metrics
-from fxtrain.values import kind_of
+from fxtrain.values import Kind, Text, kind_of
 
 _SCALARS = (float, int, bool)
 _MAX_UNREAD = 256  # unread mappings, beyond which dead references are removed
@@ -52,7 +52,7 @@ class LazyMetrics(_Lazy):
         transfer: Makes the transfer.
         parts: Returns the values to copy to the host.
         made: Makes the mapping from the copied values.
-        only_numbers: Whether all values are scalars. Reading this flag does not wait for the device.
+        kinds: The kinds of the values. Reading them does not wait for the device.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class LazyMetrics(_Lazy):
         parts: Callable[[], list[object]],
         made: Callable[[list[object]], dict[str, object]],
         *,
-        only_numbers: bool = True,
+        kinds: Collection[Kind] = (float,),
     ) -> None:
-        self.only_numbers = only_numbers
+        self.kinds = frozenset(kinds)
         self._transfer = transfer
         # At most one is set. Each is cleared after use, to release its references to device memory.
         self._parts: Callable[[], list[object]] | None = parts
@@ -160,17 +160,23 @@ class HostTransfer:
     def log(self, log: Mapping[str, Logged]) -> LazyMetrics:
         """Returns logged values as lazy Python scalars, without those whose flag is false."""
         entries = list(log.values())
+        # The numbers of texts are copied with the other scalars.
+        texts = {i: tree.flatten(entry.value) for i, entry in enumerate(entries) if type(entry.value) is Text}
 
         def made(scalars: Sequence[object]) -> dict[str, Any]:
-            values, flags = scalars[: len(entries)], scalars[len(entries) :]
+            values, flags = list(scalars[: len(entries)]), scalars[len(entries) : 2 * len(entries)]
+            numbers = iter(scalars[2 * len(entries) :])
+            for index, (leaves, structure) in texts.items():
+                values[index] = tree.unflatten(structure, [next(numbers) for _ in leaves])
             named = zip(log, entries, values, flags, strict=True)
             return {name: Logged(value, True, entry.owner) for name, entry, value, flag in named if flag}
 
         def parts() -> list[object]:
-            return [*(entry.value for entry in entries), *(entry.when for entry in entries)]
+            numbers = [leaf for leaves, _ in texts.values() for leaf in leaves]
+            return [*(entry.value for entry in entries), *(entry.when for entry in entries), *numbers]
 
-        only_numbers = all(kind_of(entry.value) is float for entry in entries)
-        return self._register(LazyMetrics(self, parts, made, only_numbers=only_numbers))
+        kinds = {kind_of(entry.value) for entry in entries}
+        return self._register(LazyMetrics(self, parts, made, kinds=kinds))
 
     def _register(self, late: LazyMetrics) -> LazyMetrics:
         if len(self._waiting) > _MAX_UNREAD:

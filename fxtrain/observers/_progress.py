@@ -18,6 +18,7 @@ from fxtrain.core import (
     FitBegin,
     FitEnd,
     Interrupted,
+    Logged,
     LoopEvent,
     Restored,
     Rewound,
@@ -37,8 +38,11 @@ from fxtrain.observers._display import Column, EpochFrame, EvaluationFrame, Fram
 from fxtrain.observers._machine import check_memory_is_known, device_memory, host_memory
 from fxtrain.observers._running_averages import RunningAverages
 from fxtrain.observers._wrapped import rank
+from fxtrain.values import Text
+from fxtrain.values._kinds import kinds_logged
 
 _AVERAGING_SECONDS = 10.0  # for throughput and metrics
+_TEXTS_SECONDS = 1.0  # by the loop's clock, until texts of steps on a device are shown
 
 Derived = Callable[[Mapping[str, float]], float]
 Seen = FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
@@ -61,7 +65,8 @@ def progress(
 
     On a terminal and in a notebook, a few lines are redrawn in place, with a bar each for the run, the current epoch
     and the current evaluation. Other outputs get a line every ``seconds``. With several processes, only rank 0 shows
-    progress, and the others copy no metrics to the host.
+    progress, and the others copy no metrics to the host. Texts of one line that callbacks log, such as those of
+    ``callbacks.track_best``, are shown too.
 
     Throughput is averaged over about the last ten seconds. Metrics are averaged over the same time, or over the last 20
     steps if those took less. Evaluations and saves do not lower the throughput, but the remaining time includes them.
@@ -143,12 +148,13 @@ class Progress:
         self._device = torch.device("cpu")
         self._last: tuple[int, Mapping[str, float]] | None = None  # step and metrics of the last evaluation
         self._best: tuple[float, int] | None = None  # best value and its step
+        self._logs: list[tuple[LoopEvent, Mapping[str, Logged]]] = []  # with texts that are not shown yet
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         if isinstance(event, FitBegin) and state is not None:
             self._device = state.step.device
         try:
-            self._show(event)
+            self._show(event, control)
         except BaseException:
             self.close()  # the loop drops a failing observer, which must restore the terminal
             raise
@@ -159,7 +165,7 @@ class Progress:
             self._display.close()
             self._display = None
 
-    def _show(self, event: Seen) -> None:
+    def _show(self, event: Seen, control: Control) -> None:
         if isinstance(event, FitBegin):
             self.close()
             self._reset()
@@ -180,6 +186,7 @@ class Progress:
                     self._check(event)
                 self._averages.step(event)
                 shown.step(event, lambda: self._frame(event))
+                self._note_texts(shown, event, control)
             case EvalBegin():
                 is_first = self._batch_count is None
                 self._evaluating, self._batches_done = event.time, 0
@@ -195,6 +202,7 @@ class Progress:
             case EvalEnd():
                 self._evaluated(event)
                 shown.evaluated(event, self._frame(event))
+                self._note_texts(shown, event, control)
             case Saved():
                 self._averages.pause(event.time - self._previous_time)
             case Rewound():
@@ -205,9 +213,24 @@ class Progress:
             case Interrupted():
                 shown.note(event, f"interrupted at step {event.step}: {event.cause}")
             case FitEnd():
+                self._note_texts(shown, event, control)
                 shown.end(event, self._frame(event), f"{event.reason}, in {format_duration(event.time)}")
                 self.close()
         self._previous_time = event.time
+
+    def _note_texts(self, shown: Lines | Panel, event: StepEnd | EvalEnd | FitEnd, control: Control) -> None:
+        """Shows logged texts of one line. Those of steps on a device wait, because a read would synchronize with it."""
+        if Text in kinds_logged(control.log):
+            self._logs.append((event, control.log))
+        waits = isinstance(event, StepEnd) and type(control.log) is not dict
+        if not self._logs or (waits and event.time - self._logs[0][0].time < _TEXTS_SECONDS):
+            return
+        logs, self._logs = self._logs, []
+        for logged_at, log in logs:
+            for entry in log.values():
+                if type(entry.value) is Text and "\n" not in entry.value.markdown.strip():
+                    at = f"step {logged_at.step}: " if isinstance(logged_at, StepEnd) else ""
+                    shown.note(event, at + entry.value.markdown.strip())
 
     def _evaluated(self, event: EvalEnd) -> None:
         if self._evaluating is not None:

@@ -30,7 +30,8 @@ from fxtrain.fold import When, as_trigger
 from fxtrain.model._size import model_sizes
 from fxtrain.observers._wrapped import rank
 from fxtrain.observers._write_options import Options, checked_prefixes, checked_reductions, reduced, renamed
-from fxtrain.values import KINDS, HParams, Kind, Value, kind_of, published
+from fxtrain.values import KINDS, HParams, Kind, Text, Value, kind_of, published
+from fxtrain.values._kinds import kinds_logged
 from fxtrain.writers import Writer
 from fxtrain.writers._multi import MultiWriter
 
@@ -213,7 +214,7 @@ class Write:
             self._interval = []
         elif not silent:
             self._points.append((event, [], control))
-        if not silent and not _only_scalars(log):
+        if not silent and not _is_small(log):
             self._write_points()  # media may be large
         elif self._points and (
             len(self._points) >= _MAX_HELD_POINTS or event.time - self._batch_time >= _MAX_HELD_SECONDS
@@ -343,7 +344,5 @@ class WriteBatches(Write):
         return values
 
 
-def _only_scalars(log: Mapping[str, Logged]) -> bool:
-    if type(log) is dict:
-        return all(kind_of(entry.value) is float for entry in log.values())
-    return getattr(log, "only_numbers", False)
+def _is_small(log: Mapping[str, Logged]) -> bool:
+    return kinds_logged(log) <= {float, Text}

@@ -52,6 +52,12 @@ def kind_of(value: object) -> Kind:
     return type(value) if type(value) in KINDS else float
 
 
+def kinds_logged(log: Mapping[str, Logged]) -> frozenset[Kind]:
+    """Returns the kinds of the values in a log. A lazy log on a device has them as ``kinds``, and is not read."""
+    kinds: frozenset[Kind] | None = getattr(log, "kinds", None)
+    return frozenset(kind_of(entry.value) for entry in log.values()) if kinds is None else kinds
+
+
 def plain_number(value: Value) -> Scalar | Wrapped:
     """Converts scalars of NumPy and torch to Python scalars."""
     if type(value) is float or type(value) is int or isinstance(value, bool | Wrapped):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from fxtrain.core import Json, describe, plain_config
+from torch import Tensor
+
+from fxtrain.core import Json, describe, plain_config, register_node
 
 Scalar = bool | int | float
 
@@ -27,6 +30,47 @@ class Text:
     def __post_init__(self) -> None:
         if not isinstance(self.markdown, str):
             raise TypeError(f"expected markdown to be a string, got {describe(self.markdown)}. Convert it with str.")
+
+    @classmethod
+    def written(cls, write: Callable[..., str], *values: Tensor) -> Text:
+        """Returns a text of numbers that may be on a device, which are read only if the text is published.
+
+        Args:
+            write: ``write(*numbers)`` returns the Markdown.
+            values: Tensors of shape [], passed to ``write`` as Python scalars.
+
+        Example:
+            >>> import torch
+            >>> Text.written("loss {:.2f} at step {}".format, torch.tensor(0.5), torch.tensor(7))
+            Text(markdown='loss 0.50 at step 7')
+        """
+        return _unflattened((write,), values)
+
+    def __getattr__(self, name: str) -> str:
+        # Called only while the field is not set, as the text is not written yet.
+        if name != "markdown" or "_write" not in vars(self):
+            raise AttributeError(f"expected an attribute of Text, got {name!r}. Its text is .markdown.")
+        numbers = [value.item() if isinstance(value, Tensor) else value for value in vars(self)["_values"]]
+        object.__setattr__(self, "markdown", vars(self)["_write"](*numbers))
+        return self.markdown
+
+
+def _flattened(text: Text) -> tuple[tuple[Any, ...], tuple[object]]:
+    """Returns the numbers of a text, and the function that writes it or the text itself."""
+    known = vars(text)
+    return (known["_values"], (known["_write"],)) if "_write" in known else ((), (text.markdown,))
+
+
+def _unflattened(context: Any, values: Any) -> Text:
+    if isinstance(context[0], str):
+        return Text(context[0])
+    text = object.__new__(Text)
+    object.__setattr__(text, "_write", context[0])
+    object.__setattr__(text, "_values", tuple(values))
+    return text
+
+
+register_node(Text, _flattened, _unflattened)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,11 @@ class ConsoleWriter(Backend):
         lines = [_line(step, scalars)] if scalars else []
         for name, value in values.items():
             if isinstance(value, Text):
-                lines.append(f"step {step} | {printable(name)}:")
-                lines += [f"  {line}" for line in printable_lines(value.markdown)]
+                texts = printable_lines(value.markdown)
+                if len(texts) == 1:
+                    lines.append(f"step {step} | {printable(name)}: {texts[0]}")
+                else:
+                    lines += [f"step {step} | {printable(name)}:", *(f"  {line}" for line in texts)]
             elif isinstance(value, RunInfo):
                 lines.append(" | ".join([printable(name), *(f"{k} {printable(v)}" for k, v in value.texts().items())]))
             elif isinstance(value, HParams):
