@@ -30,7 +30,7 @@ _MAX_MATRICES = 20
 _MAX_CLASSES = 2000
 _OVERHEAD = 100  # memory cost of a text in addition to its characters
 _NO_METRICS = ("epoch", "time")  # CSV columns that are not metrics
-_MEDIA = (".png", ".gif", ".mp4", ".wav")
+_MEDIA = (".png", ".gif", ".mp4", ".wav", ".html")
 
 Files = dict[str, dict[int, list[PurePosixPath]]]
 """Files by name and step, ordered by step and number."""

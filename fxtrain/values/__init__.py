@@ -5,6 +5,7 @@ kind and immediately check its shape and dtype. Tensors stay on their device unt
 is checked then.
 """
 
+from fxtrain.values._figure import Figure
 from fxtrain.values._histogram import Histogram
 from fxtrain.values._kinds import (
     KINDS,
@@ -21,7 +22,7 @@ from fxtrain.values._kinds import (
     published,
     simplified,
 )
-from fxtrain.values._media import Audio, Figure, PointCloud
+from fxtrain.values._media import Audio, PointCloud
 from fxtrain.values._pixels import Image, Video
 from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text

@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import Control, EvalEnd, Json, Logged, LoopEvent, RunInfo, StepEnd, describe
+from fxtrain.values._figure import Figure, WandbChart
 from fxtrain.values._histogram import Histogram
-from fxtrain.values._media import Audio, Figure, PointCloud
+from fxtrain.values._media import Audio, PointCloud
 from fxtrain.values._pixels import Image, Video
 from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
@@ -79,7 +80,9 @@ def simplified(value: Value, kinds: Collection[Kind]) -> Value | None:
     if kind_of(value) in kinds:
         return value
     match value:
-        case Figure() if Image in kinds:
+        case Figure() if value.kind in kinds:
+            return value
+        case Figure() if Image in kinds and value.kind is not WandbChart:
             return value.image()
         case ConfusionMatrix() if Image in kinds:
             return value.image()

@@ -120,7 +120,11 @@ class Selection:
             if kind is float and float in self.kinds:  # most values; they need no conversion
                 kept[name] = value
                 continue
-            simpler = simplified(value, self.kinds)
+            try:
+                simpler = simplified(value, self.kinds)
+            except ValueError as error:  # a figure that cannot be drawn
+                self._warn_once(kind, f"{name!r} of step {step} and similar values are not written: {error}")
+                continue
             if simpler is None and kind is RunInfo:
                 continue  # a run is described to all writers
             if simpler is None:

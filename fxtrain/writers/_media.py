@@ -15,13 +15,14 @@ import numpy as np
 
 from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import append_lines, make_folder, replace_file, sync_file, sync_folder
-from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Value, Video, jsonable
+from fxtrain.values import Audio, ConfusionMatrix, Figure, Image, PointCloud, Table, Text, Value, Video, jsonable
+from fxtrain.values._figure import PlotlyFigure
 from fxtrain.values._table import Cell, Media
 from fxtrain.writers._append_only import REWOUND, Rewinds
 from fxtrain.writers._encoders import png, video, wav
 from fxtrain.writers._interface import Backend, explain_failure
 
-_FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|mp4|wav|json|ply)", re.ASCII)
+_FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|mp4|wav|json|ply|html)", re.ASCII)
 REWINDS = "rewinds.jsonl"
 """The file in the folder of the media with one line for each rewind."""
 _UNSAFE = re.compile(r"^[. ]+|[. ]+$|[^\w .()=-]")  # would leave the folder, be hidden, or be rejected by a file system
@@ -35,10 +36,10 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
     Characters that file systems reject are percent-encoded, such as ``%3F`` for ``?``.
 
     Images are PNG, sounds WAV and texts Markdown. Videos are MP4 if PyAV is installed (``pip install
-    'fxtrain[video]'``), and GIF otherwise or with an alpha channel. Tables and confusion matrices are JSON, and point
-    clouds PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are those in a
-    table, which contains their file names. Captions are in a JSON file beside the images or videos, by file name.
-    Non-finite floats are strings in JSON, such as ``"NaN"``.
+    'fxtrain[video]'``), and GIF otherwise or with an alpha channel. Tables and confusion matrices are JSON, point
+    clouds PLY, and plotly figures HTML. Several images, videos or sounds of one name are numbered, as in
+    ``00000100-3.png``. So are those in a table, which contains their file names. Captions are in a JSON file beside the
+    images or videos, by file name. Non-finite floats are strings in JSON, such as ``"NaN"``.
 
     Files are neither moved nor deleted. After a rewind, or a resume from an earlier step, ``purge`` adds a line to
     ``<folder>/rewinds.jsonl``, and files are named after the number of lines, as in ``00000100.r1.png``. Files of later
@@ -63,7 +64,7 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
 class MediaWriter(Backend):
     """Writes files. Created by ``media``."""
 
-    kinds = frozenset((Text, Image, Video, Audio, Table, ConfusionMatrix, PointCloud))
+    kinds = frozenset((Text, Image, Video, Audio, Table, ConfusionMatrix, PointCloud, PlotlyFigure))
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -209,6 +210,8 @@ def _files(stem: str, value: Value) -> dict[str, bytes]:
             return _numbered(stem, "wav", [wav(waves, value.rate) for waves in value.waves])
         case Table():
             return _table(stem, value)
+        case Figure():
+            return {f"{stem}.html": value.html().encode()}
         case ConfusionMatrix():
             content = {"labels": value.labels, "counts": value.counts.tolist()}
             return {f"{stem}.json": json.dumps(content).encode()}

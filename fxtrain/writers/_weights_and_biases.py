@@ -17,6 +17,7 @@ from fxtrain.core import RunInfo, escape_html
 from fxtrain.values import (
     Audio,
     ConfusionMatrix,
+    Figure,
     Histogram,
     HParams,
     Image,
@@ -26,6 +27,7 @@ from fxtrain.values import (
     Value,
     Video,
 )
+from fxtrain.values._figure import PlotlyFigure, WandbChart
 from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._encoders import video, wav
 from fxtrain.writers._interface import numbered, with_captions
@@ -92,7 +94,7 @@ class WandbWriter(RemoteWriter):
     service, file = "Weights & Biases", "wandb-run.json"
     kinds = frozenset(
         (float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams, RunInfo)
-    )
+    ) | {PlotlyFigure, WandbChart}
 
     def __init__(self, folder: Path, options: dict[str, object]) -> None:
         super().__init__(folder)
@@ -186,6 +188,8 @@ def _as_wandb(name: str, value: Value, files: contextlib.ExitStack) -> dict[str,
             return {name: wandb.Histogram(np_histogram=_merge_buckets(*value.buckets()))}
         case Table():
             return {name: _table(value, files)}
+        case Figure():
+            return {name: wandb.Plotly(value.plotly()) if value.kind is PlotlyFigure else value.source}
         case ConfusionMatrix():
             return {name: _table(value.table(), files)}
         case PointCloud():

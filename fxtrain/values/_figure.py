@@ -1,0 +1,114 @@
+"""Figures of Matplotlib and plotly, and charts of Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+
+from fxtrain.core import describe
+from fxtrain.values._pixels import Image
+
+
+class PlotlyFigure:
+    """The kind of a ``Figure`` of plotly."""
+
+
+class WandbChart:
+    """The kind of a ``Figure`` with an object of Weights & Biases."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Figure:
+    """A figure of Matplotlib or plotly, or a chart of Weights & Biases.
+
+    A Matplotlib figure is rendered on construction, and a plotly figure is copied, so they may be changed afterwards.
+    Weights & Biases, MLflow and media files keep plotly figures interactive. Writers of images, such as TensorBoard,
+    get a picture, which needs the package kaleido and Chrome. The pages load plotly's script from the internet.
+
+    Args:
+        figure: A ``matplotlib.figure.Figure``, a ``plotly.graph_objects.Figure``, or an object that ``wandb.log``
+            accepts, such as ``wandb.plot.line(...)``, which only the writer of Weights & Biases shows.
+        dpi: Dots per inch of a Matplotlib figure. Defaults to the figure's own.
+
+    Raises:
+        TypeError: ``figure`` is not a figure.
+
+    Example:
+        >>> from matplotlib.figure import Figure as Canvas
+        >>> canvas = Canvas(figsize=(2, 1))
+        >>> _ = canvas.subplots().plot([1, 4, 9])
+        >>> Figure(canvas, dpi=100)
+        Figure of 100 x 200
+    """
+
+    figure: dataclasses.InitVar[Any]
+    dpi: dataclasses.InitVar[float | None] = None
+    pixels: np.ndarray = dataclasses.field(init=False)  # uint8 [H, W, 4], empty unless of Matplotlib
+    kind: type[object] = dataclasses.field(init=False)
+    source: Any = dataclasses.field(init=False, default=None)  # plotly's JSON, or the object of Weights & Biases
+
+    def __post_init__(self, figure: Any, dpi: float | None) -> None:
+        if hasattr(figure, "to_plotly_json") and hasattr(figure, "to_json"):
+            kind, pixels, source = PlotlyFigure, np.zeros((0, 0, 4), np.uint8), figure.to_json()
+        elif type(figure).__module__.partition(".")[0] == "wandb":
+            kind, pixels, source = WandbChart, np.zeros((0, 0, 4), np.uint8), figure
+        elif hasattr(figure, "savefig") and hasattr(figure, "dpi"):
+            kind, pixels, source = Figure, _rendered(figure, dpi), None
+        else:
+            remedy = " Use its .figure." if hasattr(figure, "figure") else ""
+            raise TypeError(f"expected a figure of Matplotlib or plotly, got {describe(figure)}.{remedy}")
+        for name, value in (("kind", kind), ("pixels", pixels), ("source", source)):
+            object.__setattr__(self, name, value)
+
+    def plotly(self) -> Any:
+        """Returns the copy of a plotly figure."""
+        import plotly.io  # pyright: ignore[reportMissingImports] -- optional
+
+        return plotly.io.from_json(self.source)
+
+    def html(self) -> str:
+        """Returns a page with the plotly figure, which loads plotly's script from the internet."""
+        return self.plotly().to_html(include_plotlyjs="cdn", div_id="figure")
+
+    def image(self) -> Image:
+        """Returns the figure as a picture.
+
+        Raises:
+            ValueError: A plotly figure cannot be drawn, because kaleido or Chrome is missing.
+        """
+        if self.kind is not PlotlyFigure:
+            return Image(self.pixels)
+        import PIL.Image
+
+        try:
+            content = self.plotly().to_image("png")
+        except Exception as error:  # kaleido has several, also for a missing browser
+            raise ValueError(
+                f"expected kaleido and Chrome, which draw a plotly figure as a picture, got {describe(error)}. Install "
+                "them with pip install 'fxtrain[plotly]' and plotly_get_chrome, or add "
+                "fxtrain.writers.media or another writer of interactive figures."
+            ) from error
+        return Image(np.array(PIL.Image.open(io.BytesIO(content)).convert("RGBA")))
+
+    def __repr__(self) -> str:
+        if self.kind is Figure:
+            return f"Figure of {self.pixels.shape[0]} x {self.pixels.shape[1]}"
+        return "Figure of plotly" if self.kind is PlotlyFigure else f"Figure of {type(self.source).__name__}"
+
+
+def _rendered(figure: Any, dpi: float | None) -> np.ndarray:
+    """Returns the pixels of a Matplotlib figure, uint8 [H, W, 4]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    before, canvas = figure.dpi, figure.canvas
+    try:
+        figure.set_dpi(dpi or before)
+        drawn = FigureCanvasAgg(figure)
+        drawn.draw()
+        return np.array(drawn.buffer_rgba())
+    finally:
+        figure.set_dpi(before)
+        figure.set_canvas(canvas)
