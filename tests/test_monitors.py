@@ -226,6 +226,65 @@ def everything(every=1):
     )
 
 
+class TestBlocks:
+    """The name of a block selects its parameters as one vector."""
+
+    def measured(self, *monitors):
+        module = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), nn.Linear(2, 1))
+        tx, callback = fx.optim.sgd(0.1), fx.compose(*monitors)
+        step = fx.train_step(lambda model, batch: model(batch).square().sum(), tx, callbacks=callback)
+        state = fx.attach(fx.init(module, tx), callback)
+        before, batch = state, torch.tensor([[1.0, 2.0]])
+        grads = fx.gradients(lambda model, batch: model(batch).square().sum())(state, batch).grads
+        state, _ = step(state, batch)
+        return before, {k: v for k, v in grads.items() if k.startswith("0.")}, state, published(callback, state)
+
+    @pytest.mark.parametrize(
+        ("norm", "of"),
+        [
+            ("l2", torch.linalg.vector_norm),
+            ("l1", lambda v: v.abs().sum()),
+            ("linf", lambda v: v.abs().max()),
+            ("mean", lambda v: v.abs().mean()),
+        ],
+    )
+    def test_norm_of_a_block_is_that_of_all_its_gradients(self, norm, of):
+        _, grads, _, log = self.measured(grad_norms(norm=norm, layer=["0", "0.*"]))
+        torch.testing.assert_close(log["grad_norm/0"], of(torch.cat([g.flatten() for g in grads.values()])))
+        assert {"grad_norm/0.0", "grad_norm/0.1"} <= set(log)
+        assert "grad_norm/1" not in log
+
+    def test_statistics_of_a_block_are_those_of_all_its_parameters(self):
+        before, grads, state, log = self.measured(
+            weight_stats(parameter="0"), update_ratios(parameter="0"), histograms("weights", every=1, parameter="0")
+        )
+        whole = torch.cat([state.params[name].flatten() for name in grads])
+        wanted = {"norm": whole.norm(), "mean": whole.mean(), "std": whole.std(correction=0), "max": whole.abs().max()}
+        for statistic, value in wanted.items():
+            torch.testing.assert_close(log[f"weights/0/{statistic}"], value)
+        moved = whole - torch.cat([before.params[name].flatten() for name in grads])
+        torch.testing.assert_close(log["update_ratio/0"], moved.norm() / whole.norm())
+        assert int(log["histograms/weights/0"].counts.sum()) == whole.numel()
+
+    def test_gain_of_a_block_is_the_product_of_its_gains(self):
+        *_, log = self.measured(grad_flow(layer=["0", "0.*"]))
+        torch.testing.assert_close(log["grad_flow/gain/0"], log["grad_flow/gain/0.0"] * log["grad_flow/gain/0.1"])
+
+    def test_pattern_selects_blocks_where_no_layer_matches(self):
+        *_, log = self.measured(grad_norms(layer="[0]"))
+        assert "grad_norm/0" in log
+
+    def test_compiled_step_measures_blocks(self):
+        monitors = fx.compose(update_ratios(parameter="0"), histograms(every=2, parameter="0"))
+        tx = fx.optim.sgd(0.1)
+        module = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), nn.Linear(2, 1))
+        step = fx.train_step(lambda model, batch: model(batch).square().sum(), tx, callbacks=monitors)
+        state, batch = fx.attach(fx.init(module, tx), monitors), torch.ones(1, 2)
+        wanted, _ = step(state, batch)
+        found, _ = fx.compile(step, backend="eager")(state.copy(), batch)
+        testing.assert_equal(found.slots, wanted.slots, "compiled")
+
+
 class TestPublication:
     def test_stale_measurements_are_not_published(self):
         monitor = grad_norms(every=2, publish=fx.every(1))

@@ -73,7 +73,7 @@ def test_grad_norms_are_published_for_each_model(compiled):
 
 
 def test_all_monitors_publish_under_the_model_name():
-    monitors = [cb.grad_norms(), cb.weight_stats(), cb.update_ratios(), cb.watch("weights", every=1), cb.nan_guard()]
+    monitors = [cb.grad_norms(), cb.weight_stats(), cb.update_ratios(), cb.watch("parameters", every=1), cb.nan_guard()]
     logged = set()
 
     def look(state, event: fx.StepEnd, control):

@@ -47,5 +47,21 @@ def test_watch_selects_kinds_and_parameters(tmp_path):
     found = watched(tmp_path, fx.callbacks.watch("updates", every=2, parameter="4.*", sample=3), steps=2)
     assert set(found) == {"histograms/updates/4.bias", "histograms/updates/4.weight"}
     assert sum(found["histograms/updates/4.weight"][2]["counts"]) == 3
-    with pytest.raises(ValueError, match=r"expected of to be one of .*, got 'biases'"):
+    with pytest.raises(ValueError, match=r"expected log to be one of 'gradients', .*, got 'biases'"):
         fx.callbacks.watch("biases")
+    with pytest.raises(ValueError, match="expected log to name what to watch, got nothing"):
+        fx.callbacks.watch(())
+
+
+@pytest.mark.parametrize(
+    ("log", "slots"),
+    [
+        ("gradients", ["grads"]),
+        ("parameters", ["weights"]),
+        ("all", ["weights", "grads"]),
+        (("all", "updates", "gradients"), ["weights", "grads", "updates"]),
+    ],
+)
+def test_watch_has_the_words_of_other_trainers(log, slots):
+    callback = fx.callbacks.watch(log)
+    assert [handler.slot for handler in callback.handlers] == [f"histograms/{slot}" for slot in slots]

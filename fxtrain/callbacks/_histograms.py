@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks._monitor import KINDS, UpdateStats, leaf_names, monitor
-from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching
+from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching_blocks
 from fxtrain.fold import Composed, Handler, When, compose
 from fxtrain.values import Histogram
 
@@ -45,7 +45,8 @@ def histograms(
 
     Args:
         of: ``"grads"``, ``"weights"`` or ``"updates"``.
-        parameter: Patterns of the parameters to include.
+        parameter: Patterns of the parameters to include. The name of a block, such as ``"blocks.0"``, includes one
+            histogram of all its parameters.
         sample: Elements per parameter, 1 or more.
         smallest: The positive edge next to zero.
         largest: The outermost edge, above ``smallest``.
@@ -84,7 +85,10 @@ def histograms(
 
     def measure(state: TrainState, stats: UpdateStats, before: Histograms | None) -> Histograms:
         leaves = tree.leaves(getattr(stats, of))
-        samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter, "parameter")]
+        samples = [
+            torch.cat([_sample(leaves[part], sample) for part in parts])
+            for _, parts in matching_blocks(leaf_names(state), parameter, "parameter")
+        ]
         bounds = edges(samples[0].device)
         counts = torch.stack([_count(values, bounds) for values in samples])
         seen = torch.stack([counts.new_full((), values.shape[0]) for values in samples])
@@ -95,8 +99,8 @@ def histograms(
         ends = torch.tensor([10 * largest])
         bounds = torch.cat([-ends, edges(ends.device), ends])
         return {
-            names[i]: Histogram(counts=values.counts[row], edges=bounds)
-            for row, i in enumerate(matching(names, parameter, "parameter"))
+            chosen: Histogram(counts=values.counts[row], edges=bounds)
+            for row, (chosen, _) in enumerate(matching_blocks(names, parameter, "parameter"))
         }
 
     return monitor(name or f"histograms/{of}", measure, show, every=every, publish=publish)
@@ -117,26 +121,42 @@ def _count(values: Tensor, bounds: Tensor) -> Tensor:
     return beyond[:-1] - beyond[1:]
 
 
-def watch(*of: str, every: When = 100, parameter: str | Sequence[str] = "*", sample: int = 4096) -> Composed:
-    """Logs histograms of weights and gradients: several ``histograms``, composed.
+_WATCHED: dict[str, tuple[str, ...]] = {
+    "gradients": ("grads",),
+    "parameters": ("weights",),
+    "updates": ("updates",),
+    "all": ("weights", "grads"),
+}
+
+
+def watch(
+    log: str | Sequence[str] = "all", *, every: When = 100, parameter: str | Sequence[str] = "*", sample: int = 4096
+) -> Composed:
+    """Logs histograms of parameters and gradients: several ``histograms``, composed.
 
     Gradients exist only inside the compiled step, so this is a callback and not an observer.
 
     Args:
-        of: Any of ``"weights"``, ``"grads"`` and ``"updates"``; the first two by default.
+        log: ``"gradients"``, ``"parameters"``, or ``"all"`` for both, as in ``wandb.watch``; or ``"updates"``. Or
+            several of them.
         every: As for ``histograms``.
-        parameter: Patterns of the parameters to include.
+        parameter: Patterns of the parameters and blocks to include, as for ``histograms``.
         sample: Elements per parameter, 1 or more.
 
     Raises:
         ValueError: As for ``histograms``.
 
     Example:
-        >>> watch("grads", every=50)
+        >>> watch("gradients", every=50)
         1 callback
           Updated    histograms/grads
           StepEnd    histograms/grads
           slots: 'histograms/grads'
     """
-    chosen = of or ("weights", "grads")
-    return compose(*(histograms(each, every=every, parameter=parameter, sample=sample) for each in chosen))
+    words = [log] if isinstance(log, str) else list(log)
+    if not words:
+        raise ValueError("expected log to name what to watch, got nothing. Pass 'all'.")
+    for word in words:
+        check_choice("log", word, tuple(_WATCHED))
+    kinds = dict.fromkeys(kind for word in words for kind in _WATCHED[word])
+    return compose(*(histograms(kind, every=every, parameter=parameter, sample=sample) for kind in kinds))

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._monitor import NORMS, UpdateStats, layers, leaf_names, monitor
-from fxtrain.core import TrainState, check_choice, check_int, check_non_negative, check_positive_int, describe, matching
+from fxtrain.callbacks._monitor import NORMS, UpdateStats, layers, leaf_names, monitor, trainable
+from fxtrain.core import (
+    TrainState,
+    check_choice,
+    check_int,
+    check_non_negative,
+    check_positive_int,
+    describe,
+    matching_blocks,
+)
 from fxtrain.fold import Handler, When
 from fxtrain.values import Text
 
@@ -39,7 +47,8 @@ def grad_norms(
 
     Args:
         norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
-        layer: Patterns of the layers to publish individually, such as ``"blocks.0.*"``; none by default.
+        layer: Patterns of the layers to publish individually, such as ``"blocks.0.*"``; none by default. The name of a
+            block, such as ``"blocks.0"``, publishes the norm of all its layers as one vector.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
         name: The slot, and the prefix of the logged names: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
@@ -67,9 +76,22 @@ def grad_norms(
     def show(state: TrainState, values: GradNorms) -> dict[str, Tensor]:
         names, (total, norms) = list(layers(state)), values
         shown = {"total": total, "max": norms.max(), "min": norms.min(), "mean": norms.mean()}
-        return shown | {names[i]: norms[i] for i in matching(names, layer, "layer")}
+        whole = {"l2": lambda part: part.norm(), "l1": torch.sum, "linf": torch.amax}
+        for chosen, parts in matching_blocks(names, layer, "layer"):
+            if norm == "mean":
+                sizes = _sizes(state, parts, norms)
+                shown[chosen] = (norms[parts] * sizes).sum() / sizes.sum()
+            else:
+                shown[chosen] = whole[norm](norms[parts])
+        return shown
 
     return monitor(name, measure, show, every=every, publish=publish)
+
+
+def _sizes(state: TrainState, parts: Sequence[int], like: Tensor) -> Tensor:
+    """Returns the number of elements of some layers, float32 [parts]."""
+    leaves, groups = tree.leaves(trainable(state)), list(layers(state).values())
+    return like.new_tensor([float(sum(leaves[index].numel() for index in groups[part])) for part in parts])
 
 
 class GradFlow(NamedTuple):
@@ -103,7 +125,8 @@ def grad_flow(
         healthy: Smallest and largest healthy gain.
         vanishing: Norm below which a layer is vanishing.
         exploding: Norm above which a layer is exploding.
-        layer: Patterns of the layers whose gain is published, such as ``"blocks.*"``; none by default.
+        layer: Patterns of the layers whose gain is published, such as ``"blocks.*"``; none by default. The gain of a
+            block, such as ``"blocks.0"``, is the product of its layers' gains.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published. With the
             trigger of the saves, each checkpoint has published values of its own step.
@@ -152,10 +175,15 @@ def grad_flow(
             "amplifying": (gains > most).sum(),
             "vanishing": (norms < vanishing).sum(),
             "exploding": (~(norms <= exploding)).sum(),
-            **{f"gain/{names[i]}": gains[i] for i in matching(names, layer, "layer")},
+            **{f"gain/{chosen}": _block_gain(norms, parts) for chosen, parts in matching_blocks(names, layer, "layer")},
         }
 
     return monitor(name, measure, show, every=every, publish=publish)
+
+
+def _block_gain(norms: Tensor, parts: Sequence[int]) -> Tensor:
+    """Returns the norm of consecutive layers' first one / norm of the layer after the last: the product of gains."""
+    return norms[parts[0]] / norms[parts[-1] + 1]
 
 
 class WeightStats(NamedTuple):
@@ -175,7 +203,8 @@ def weight_stats(
     It runs inside the compiled step.
 
     Args:
-        parameter: Patterns of the parameters to publish individually, such as ``"*.weight"``; none by default.
+        parameter: Patterns of the parameters to publish individually, such as ``"*.weight"``; none by default. The name
+            of a block, such as ``"blocks.0"``, publishes statistics of all its parameters as one vector.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
         name: The slot, and the prefix of the logged names: ``<name>/norm`` of all parameters as one vector, ``/max``
@@ -202,12 +231,15 @@ def weight_stats(
         return WeightStats(squares.sqrt(), mean, variance.sqrt(), stats.sums("weights", "max"))
 
     def show(state: TrainState, values: WeightStats) -> dict[str, Tensor]:
-        names = leaf_names(state)
-        chosen = {
-            f"{names[i]}/{statistic}": column[i]
-            for i in matching(names, parameter, "parameter")
-            for statistic, column in values._asdict().items()
-        }
+        names, leaves = leaf_names(state), tree.leaves(trainable(state))
+        chosen: dict[str, Tensor] = {}
+        for group, parts in matching_blocks(names, parameter, "parameter"):
+            sizes = values.mean.new_tensor([float(leaves[part].numel()) for part in parts])
+            shares = sizes / sizes.sum()
+            mean = (values.mean[parts] * shares).sum()
+            variance = ((values.std[parts].square() + (values.mean[parts] - mean).square()) * shares).sum()
+            whole = (values.norm[parts].norm(), mean, variance.sqrt(), values.max[parts].amax())
+            chosen |= {f"{group}/{field}": value for field, value in zip(values._fields, whole, strict=True)}
         return {"norm": values.norm.square().sum().sqrt(), "max": values.max.amax(), **chosen}
 
     return monitor(name, measure, show, every=every, publish=publish)
@@ -218,6 +250,7 @@ class UpdateRatios(NamedTuple):
 
     ratios: Tensor  # float32 [parameters]: ||update|| / ||parameter||
     still: Tensor  # int64 [parameters]: consecutive measured steps without movement
+    chosen: Tensor  # float32 [chosen]: ratio of each parameter or block that is published individually
 
 
 def update_ratios(
@@ -240,7 +273,8 @@ def update_ratios(
     It runs inside the compiled step.
 
     Args:
-        parameter: Patterns of the parameters to publish individually; none by default.
+        parameter: Patterns of the parameters to publish individually; none by default. The name of a block, such as
+            ``"blocks.0"``, publishes the ratio of all its parameters as one vector.
         frozen_below: Largest ratio that counts as no movement, 0 or more.
         patience: Measured steps without movement, 1 or more.
         worst: Number of largest ratios to list as text. The list is made on the host, so publish it rarely on an
@@ -268,19 +302,22 @@ def update_ratios(
     check_int("worst", worst, minimum=0)
 
     def measure(state: TrainState, stats: UpdateStats, before: UpdateRatios | None) -> UpdateRatios:
-        sizes = stats.sums("weights", "squares").sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        ratios = stats.sums("updates", "squares").sqrt() / sizes
+        names = leaf_names(state)
+        ratios = _ratios(stats, [[index] for index in range(len(names))])
+        chosen = _ratios(stats, [parts for _, parts in matching_blocks(names, parameter, "parameter")])
         still = torch.zeros_like(ratios, dtype=torch.int64) if before is None else before.still
         return UpdateRatios(
             torch.where(stats.skipped, 0.0, ratios),
             torch.where(stats.skipped, still, torch.where(ratios > frozen_below, 0, still + 1)),
+            torch.where(stats.skipped, 0.0, chosen),
         )
 
     def show(state: TrainState, values: UpdateRatios) -> dict[str, Tensor | Text]:
-        names, (ratios, still) = leaf_names(state), values
+        names, (ratios, still, chosen) = leaf_names(state), values
         shown: dict[str, Tensor | Text] = {"mean": ratios.mean(), "max": ratios.max(), "min": ratios.min()}
         shown["frozen"] = (still >= patience).sum()
-        shown |= {names[i]: ratios[i] for i in matching(names, parameter, "parameter")}
+        groups = matching_blocks(names, parameter, "parameter")
+        shown |= {group: ratio for (group, _), ratio in zip(groups, chosen.unbind(), strict=True)}
         if worst:
             largest = ratios.topk(min(worst, len(names)))
             pairs = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
@@ -288,6 +325,14 @@ def update_ratios(
         return shown
 
     return monitor(name, measure, show, every=every, publish=publish)
+
+
+def _ratios(stats: UpdateStats, groups: list[list[int]]) -> Tensor:
+    """Returns the ratio of update norm to parameter norm of each group of parameters, float32 [groups]."""
+    if not groups:
+        return stats.sums("updates", "squares")[:0]
+    sizes = stats.norms("weights", "l2", groups).clamp(min=torch.finfo(torch.float32).tiny)
+    return stats.norms("updates", "l2", groups) / sizes
 
 
 def activation_stats(output: Tensor) -> dict[str, Tensor]:

@@ -42,6 +42,47 @@ def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: s
     return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)]
 
 
+@constant_in_dynamo
+def matching_blocks(
+    names: Sequence[str], patterns: str | Sequence[str] | None, what: str
+) -> list[tuple[str, list[int]]]:
+    """Returns the chosen names, each with the indices of the names that it stands for.
+
+    A pattern selects the names that match it, each by itself. A name without wildcards that is a block, a prefix of
+    names at a dot, selects the block as a whole, and so does a pattern that matches blocks only.
+
+    Args:
+        names: The names to select from.
+        patterns: One shell pattern, several, or None.
+        what: A noun for the named things, for errors.
+
+    Raises:
+        ValueError: If a pattern matches neither.
+
+    Example:
+        >>> names = ["layers.0.attn", "layers.0.mlp", "layers.1.mlp"]
+        >>> matching_blocks(names, "layers.0.*", "layer")
+        [('layers.0.attn', [0]), ('layers.0.mlp', [1])]
+        >>> matching_blocks(names, ["layers.0", "layers.?"], "layer")
+        [('layers.0', [0, 1]), ('layers.1', [2])]
+    """
+    blocks: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            blocks.setdefault(".".join(parts[:end]), []).append(index)
+    chosen: dict[str, list[int]] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else list(patterns or ()):
+        if pattern in blocks:
+            chosen[pattern] = blocks[pattern]
+        elif fnmatch.filter(names, pattern):
+            chosen |= {names[i]: [i] for i in matching(names, pattern, what) if names[i] not in chosen}
+        else:
+            found = fnmatch.filter(blocks, pattern) or matching(names, pattern, what)  # which raises
+            chosen |= {str(name): blocks[str(name)] for name in found}
+    return list(chosen.items())
+
+
 def by_number(name: str) -> list[tuple[int, str]]:
     """Returns a sort key that puts layer 2 before layer 10.
 
