@@ -5,6 +5,7 @@ kind and immediately check its shape and dtype. Tensors stay on their device unt
 is checked then.
 """
 
+from fxtrain.values._artifact import Artifact
 from fxtrain.values._figure import Figure
 from fxtrain.values._histogram import Histogram
 from fxtrain.values._kinds import (
@@ -28,6 +29,7 @@ from fxtrain.values._table import ConfusionMatrix, Table
 from fxtrain.values._text import HParams, Scalar, Text
 
 __all__ = [
+    "Artifact",
     "Audio",
     "ConfusionMatrix",
     "Figure",

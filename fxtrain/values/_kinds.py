@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import Control, EvalEnd, Json, Logged, LoopEvent, RunInfo, StepEnd, describe
+from fxtrain.values._artifact import Artifact
 from fxtrain.values._figure import Figure, WandbChart
 from fxtrain.values._histogram import Histogram
 from fxtrain.values._media import Audio, PointCloud
@@ -20,7 +21,20 @@ from fxtrain.values._text import HParams, Scalar, Text
 
 _Metric = TypeVar("_Metric")
 
-Wrapped = Text | Image | Video | Audio | Histogram | Table | Figure | ConfusionMatrix | PointCloud | HParams | RunInfo
+Wrapped = (
+    Text
+    | Image
+    | Video
+    | Audio
+    | Histogram
+    | Table
+    | Figure
+    | ConfusionMatrix
+    | PointCloud
+    | HParams
+    | RunInfo
+    | Artifact
+)
 """A value of one of the classes of this package."""
 
 Value = Scalar | Tensor | np.ndarray | np.generic | Wrapped
@@ -41,6 +55,7 @@ KINDS: Mapping[Kind, str] = {
     PointCloud: "point clouds",
     HParams: "hyper-parameters",
     RunInfo: "facts of a run",
+    Artifact: "artifacts",
 }
 """The kinds of values besides scalars, and their names in messages."""
 

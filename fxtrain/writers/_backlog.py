@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import LoopEvent, RunInfo
-from fxtrain.values import HParams, Table, Text, Value
+from fxtrain.values import Artifact, HParams, Table, Text, Value
 from fxtrain.values._table import Column
 
 MOST_POINTS = 10_000
@@ -133,7 +133,7 @@ def on_host_copy(value: Value) -> Value:
             return Table({name: tree.map(_leaf_on_host, column) for name, column in value.columns.items()})
         case HParams():
             return HParams(value.flat())
-        case bool() | int() | float() | RunInfo():
+        case bool() | int() | float() | RunInfo() | Artifact():
             return value
         case _:
             return tree.map(_leaf_on_host, value)

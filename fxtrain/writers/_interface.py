@@ -18,6 +18,7 @@ import torch
 from fxtrain.core import LoopEvent, RunInfo
 from fxtrain.values import (
     KINDS,
+    Artifact,
     Audio,
     Histogram,
     HParams,
@@ -125,8 +126,8 @@ class Selection:
             except ValueError as error:  # a figure that cannot be drawn
                 self._warn_once(kind, f"{name!r} of step {step} and similar values are not written: {error}")
                 continue
-            if simpler is None and kind is RunInfo:
-                continue  # a run is described to all writers
+            if simpler is None and kind in (RunInfo, Artifact):
+                continue  # observers pass these to all writers
             if simpler is None:
                 self._warn_once(
                     kind,

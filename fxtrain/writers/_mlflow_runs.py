@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxtrain.core import RunInfo
-from fxtrain.values import HParams
+from fxtrain.values import Artifact, HParams
 from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._media import MediaWriter
 from fxtrain.writers._remote import RemoteWriter
@@ -43,6 +44,9 @@ def mlflow(
     ``writers.media``. MLflow cannot delete points: if a session returns to a step before the last one written, the
     points in between are duplicated, with a warning. It cannot change parameters either. Characters that it rejects in
     names become ``_``.
+
+    ``values.Artifact`` is uploaded as ``<name>/step-<step>``, and the tag ``<name>.<alias>`` of the run is the place
+    of the version with this alias, such as ``latest``.
 
     Args:
         folder: The folder of the run's identity, ``mlflow-run.json``.
@@ -81,7 +85,7 @@ class MlflowWriter(RemoteWriter):
     """Writes to MLflow. Created by ``mlflow``. The run is created or continued at the first value."""
 
     service, file = "MLflow", "mlflow-run.json"
-    kinds = frozenset((float, HParams, RunInfo)) | MediaWriter.kinds
+    kinds = frozenset((float, HParams, RunInfo, Artifact)) | MediaWriter.kinds
 
     def __init__(self, folder: Path, client: MlflowClient, experiment: str | None, name: str | None) -> None:
         super().__init__(folder)
@@ -109,6 +113,7 @@ class MlflowSession:
         metrics: list[Any] = []
         config: dict[str, Any] = {}
         media: list[tuple[int, dict[str, Any]]] = []
+        artifacts: list[tuple[int, str, Artifact]] = []
         for call in calls:
             shown: dict[str, Any] = {}
             for name, value in (call.values or {}).items():
@@ -118,6 +123,8 @@ class MlflowSession:
                     config |= value.flat()
                 elif isinstance(value, RunInfo):
                     self._tag(value)
+                elif isinstance(value, Artifact):
+                    artifacts.append((call.step, name, value))
                 else:
                     shown[name] = value
             media += [(call.step, shown)] if shown else []
@@ -131,6 +138,8 @@ class MlflowSession:
                 for step, named in media:
                     MediaWriter(Path(files)).put(step, named, None)
                 self._client.log_artifacts(self._run, files, "media")
+        for step, name, artifact in artifacts:
+            self._writer.upload(name, artifact, functools.partial(self._upload, step, _accepted_name(name), artifact))
         self._writer.reached(self, calls)
 
     def end(self) -> None:
@@ -142,6 +151,13 @@ class MlflowSession:
         if isinstance(error, MlflowException):
             return error.get_http_status_code() in (400, 404, 409, 413, 422)
         return not isinstance(error, OSError)
+
+    def _upload(self, step: int, name: str, artifact: Artifact, path: Path) -> None:
+        place = f"{name}/step-{step:09d}"
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        log(self._run, str(path), place)
+        for alias in ("latest", *artifact.aliases):
+            self._client.set_tag(self._run, _accepted_name(f"{name}.{alias}"), place)
 
     def _new_parameters(self, config: Mapping[str, object]) -> dict[str, str]:
         """Returns the parameters that the run does not have yet. Warns about changed ones, which MLflow rejects."""

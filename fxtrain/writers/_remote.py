@@ -7,16 +7,17 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from fxtrain.core import LoopEvent, RunInfo
 from fxtrain.disk import make_folder, replace_file, set_aside
-from fxtrain.values import Value, plain_number
+from fxtrain.values import Artifact, Value, plain_number
 from fxtrain.writers._backlog import PendingCall, pending_call
 from fxtrain.writers._interface import Backend, explain_failure
 from fxtrain.writers._outbox import Outbox, Session
+from fxtrain.writers._staging import Staging
 
 
 class RemoteWriter(Backend):
@@ -37,6 +38,8 @@ class RemoteWriter(Backend):
         """The service's identifier of the run, or None if there is no run yet, and the last step written."""
         self.run = RunInfo()
         """The facts of the run, with which a session begins."""
+        self._staging = Staging(folder / ".artifacts")
+        self._uploaded = set[str | os.PathLike[str]]()
         self._record: BinaryIO | None = None  # open during a session
         self._outbox: Outbox | None = None
         self._current: Session | None = None  # an abandoned session may still run in its thread, and is ignored
@@ -50,7 +53,7 @@ class RemoteWriter(Backend):
 
     def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         """Queues values for the thread. Never waits for the service."""
-        kept = self.selection.select(step, values)
+        kept = self._staged(self.selection.select(step, values))
         if not kept:
             return
         self.check(kept)
@@ -87,6 +90,7 @@ class RemoteWriter(Backend):
         atexit.unregister(self.close)
         outbox.close()
         self._outbox = self._current = None
+        self._staging.close()
         self._sync_record()
         if self._record is not None:
             self._record.close()
@@ -96,6 +100,20 @@ class RemoteWriter(Backend):
     def take_failure(self) -> Exception | None:
         """Returns the first error of an outage or a refusal, once, for runs that require the writer."""
         return None if self._outbox is None else self._outbox.take_failure()
+
+    def _staged(self, values: dict[str, Value]) -> dict[str, Value]:
+        """Returns values with artifacts copied, without those that cannot be."""
+        staged: dict[str, Value] = {}
+        for name, value in values.items():
+            try:
+                staged[name] = self._staging.add(value) if isinstance(value, Artifact) else value
+            except OSError as error:
+                warnings.warn(
+                    f"{self.service} does not get the artifact {name!r}, because it cannot be copied: {error}.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return staged
 
     def _opened(self) -> Outbox:
         if self._outbox is None:
@@ -110,6 +128,17 @@ class RemoteWriter(Backend):
             warnings.warn(note, RuntimeWarning, stacklevel=3)
 
     # Called by the thread.
+
+    def upload(self, name: str, artifact: Artifact, upload: Callable[[Path], None]) -> None:
+        """Uploads an artifact that waited, and deletes its copy."""
+        if artifact.path in self._uploaded:  # a batch is sent again if a part of it fails
+            return
+        if not os.path.exists(artifact.path):
+            self.tell(f"{self.service} was too slow for a version of the artifact {name!r}, which newer ones replace.")
+            return
+        upload(Path(artifact.path))
+        self._uploaded.add(artifact.path)
+        self._staging.discard(artifact)
 
     def tell(self, note: str) -> None:
         """Makes the next call of a method warn."""

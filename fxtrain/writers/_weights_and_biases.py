@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from fxtrain.core import RunInfo, escape_html
 from fxtrain.values import (
+    Artifact,
     Audio,
     ConfusionMatrix,
     Figure,
@@ -36,6 +39,7 @@ from fxtrain.writers._remote import RemoteWriter
 
 _MAX_BUCKETS = 512  # wandb raises beyond this
 _MAX_MEDIA = 108  # wandb drops the rest of a name beyond this
+_REJECTED = re.compile(r"[^\w.-]")  # in the name of an artifact
 _LIMITS = {"init_timeout": 10.0, "finish_timeout": CLOSE_SECONDS}
 
 
@@ -61,6 +65,8 @@ def wandb(
 
     Offline, each session has its own files, and one ``wandb sync`` uploads all of them in order. Until then, tables are
     stored in ``WANDB_DATA_DIR``, so sync on the same machine.
+
+    ``values.Artifact`` becomes a version of the artifact ``<name>-<id of the run>``.
 
     Args:
         folder: The folder of wandb's files, and of the run's identity, ``wandb-run.json``.
@@ -93,7 +99,7 @@ class WandbWriter(RemoteWriter):
 
     service, file = "Weights & Biases", "wandb-run.json"
     kinds = frozenset(
-        (float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams, RunInfo)
+        (float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams, RunInfo, Artifact)
     ) | {PlotlyFigure, WandbChart}
 
     def __init__(self, folder: Path, options: dict[str, object]) -> None:
@@ -145,9 +151,23 @@ class WandbSession:
         with contextlib.ExitStack() as files:
             shown: dict[str, Any] = {}
             for name, value in values.items():
+                if isinstance(value, Artifact):
+                    self._writer.upload(name, value, functools.partial(self._upload, step, name, value))
+                    continue
                 shown |= _as_wandb(name, value, files)
             if shown:
                 self._run.log({"step": step, **shown})
+
+    def _upload(self, step: int, name: str, artifact: Artifact, path: Path) -> None:
+        import wandb
+
+        # Names are shared by all runs of a project.
+        made = wandb.Artifact(f"{_REJECTED.sub('-', name)}-{self._run.id}", artifact.kind, metadata={"step": step})
+        if path.is_dir():
+            made.add_dir(str(path))
+        else:
+            made.add_file(str(path))
+        self._run.log_artifact(made, aliases=list(dict.fromkeys(("latest", *artifact.aliases))))
 
     def end(self) -> None:
         run, self._run = self._run, None
