@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -194,3 +195,34 @@ def set_aside(path: Path, what: str, begin: int = 0) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Replaces a folder by another one whose files are synced, with two renames.
+
+    A crash between the two leaves the old folder beside, and ``restore_replaced`` puts it back.
+
+    Args:
+        new: The new folder, in the same parent folder.
+        path: The folder. It may not exist yet.
+    """
+    old = _replaced(path)
+    restore_replaced(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(path: Path) -> None:
+    """Puts back a folder that a crash in ``replace_folder`` left without its name."""
+    old = _replaced(path)
+    if old.exists() and not path.exists():
+        old.rename(path)
+        sync_folder(path.parent)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".replaced-{path.name}")

@@ -21,9 +21,11 @@ LAYERS = [
     {"fold", "metrics", "rng", "optim", "writers"},
     {"precision", "data"},
     {"model"},
-    {"step", "callbacks", "observers", "checkpoint"},
+    {"step", "callbacks", "checkpoint"},
+    {"interop"},
+    {"observers"},
     {"compiler", "loop"},
-    {"diagnostics", "finders", "report", "interop"},
+    {"diagnostics", "finders", "report"},
     {"testing", "cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

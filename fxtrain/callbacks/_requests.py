@@ -174,7 +174,7 @@ def save_best(
     """Requests a checkpoint at each evaluation that improves a metric.
 
     ``fxtrain.checkpointer(folder, best=metric)`` keeps the best checkpoint when newer ones displace it, and its
-    ``best()`` returns the step.
+    ``best()`` returns the step. ``observers.export(folder)`` writes the best weights for other programs.
 
     Args:
         metric: Metric name at ``EvalEnd``, or a function of all metrics there.

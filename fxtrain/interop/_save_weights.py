@@ -6,7 +6,7 @@ import copy
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,25 @@ from fxtrain import tree
 from fxtrain._torch_internals.modules import own_parameters
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._temporary_folder import clear_abandoned, unfinished_folder
-from fxtrain.core import TrainState, describe
+from fxtrain.core import TrainState, check_choice, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
 from fxtrain.model import model_of, refuse_in_place_writes, versions
 from fxtrain.model._named_tensors import NamedTensors
+from fxtrain.model._tensor_access import copies
 from fxtrain.model._types import Modules
 
+Format = Literal["auto", "safetensors", "state_dict", "save_pretrained"]
+
 _FILE = "model.safetensors"
+_STATE_DICT = "pytorch_model.bin"
 
 
 def save_weights(
-    path: str | os.PathLike[str], state: TrainState, *, convert: Callable[[Any], Modules] | None = None
+    path: str | os.PathLike[str],
+    state: TrainState,
+    *,
+    convert: Callable[[Any], Modules] | None = None,
+    format: Format = "auto",  # noqa: A002 -- the word of the field
 ) -> pathlib.Path:
     """Writes the weights of ``state`` to a folder with ``model.safetensors``, which appears atomically.
 
@@ -38,13 +46,17 @@ def save_weights(
         state: From ``init``. For a tree of modules, names start with the path of the module.
         convert: Maps a copy of the module, with the weights of the state, to the module that is written: ``lambda
             model: model.merge_and_unload()`` for merged peft weights, ``lambda model: model.encoder`` for a submodule.
+        format: ``"safetensors"``, or ``"state_dict"`` for ``pytorch_model.bin``, written by ``torch.save``. Neither
+            calls ``save_pretrained``. ``"save_pretrained"`` requires it, and ``"auto"`` calls it if the module has it.
 
     Returns:
         The folder's path.
 
     Raises:
         CheckpointError: If the folder exists or cannot be written, or safetensors cannot store a value.
-        TypeError: If ``convert`` does not return a module.
+        TypeError: If ``convert`` does not return a module, or ``format`` is ``"save_pretrained"`` and the module has no
+            such method.
+        ValueError: If ``format`` is unknown.
 
     Example:
         Averaged weights are saved through a view: ``fx.save_weights(path, fx.callbacks.averaged(state, "ema"))``.
@@ -57,19 +69,22 @@ def save_weights(
         >>> bool((loaded.params["weight"] == state.params["weight"]).all())
         True
     """
+    check_choice("format", format, get_args(Format))
     folder = pathlib.Path(path)
     if folder.exists():
         raise CheckpointError(f"expected a new folder, got {folder}, which exists. Choose another name.")
     model, before = model_of(state), versions(state.params)
     try:
         make_folder(folder.parent)
-        clear_abandoned(folder.parent, [_FILE])
+        clear_abandoned(folder.parent, [_FILE, _STATE_DICT])
         with unfinished_folder(folder) as unfinished:
             if convert is None:
-                model.call(state.params, state.buffers, lambda modules: _write(modules, unfinished), train=False)
+                model.call(
+                    state.params, state.buffers, lambda modules: _write(modules, unfinished, format), train=False
+                )
             else:
                 copied = model.call(state.params, state.buffers, copy.deepcopy, train=False).output
-                _write(_converted(convert, tree.map(_with_parameters, copied)), unfinished)
+                _write(_converted(convert, tree.map(_with_parameters, copied)), unfinished, format)
             refuse_in_place_writes("save_pretrained", state.params, before, "state.params")
             for file in unfinished.rglob("*"):
                 if file.is_dir():
@@ -107,13 +122,22 @@ def _with_parameters(part: object) -> object:
     return part
 
 
-def _write(modules: Modules, folder: pathlib.Path) -> None:
-    if isinstance(modules, nn.Module) and hasattr(modules, "save_pretrained"):
+def _write(modules: Modules, folder: pathlib.Path, form: Format) -> None:
+    has_method = isinstance(modules, nn.Module) and hasattr(modules, "save_pretrained")
+    if form == "save_pretrained" and not has_method:
+        raise TypeError(
+            f"expected a module with save_pretrained, got {describe(modules)}. Pass format='safetensors', or a "
+            "model of transformers, diffusers or peft."
+        )
+    if has_method and form in ("auto", "save_pretrained"):
         cast(Any, modules).save_pretrained(str(folder))
+        return
+    named = NamedTensors(modules)
+    if form == "state_dict":
+        torch.save({name: copies(value) for name, value in named.tensors.items()}, folder / _STATE_DICT)
         return
     from safetensors.torch import save_file
 
-    named = NamedTensors(modules)
     metadata = {"format": "pt"}
     for first, *others in named.ties:
         metadata.update(dict.fromkeys(others, first))

@@ -1,6 +1,8 @@
 """Observers: functions ``(state, event, control)`` with side effects. They cannot influence training."""
 
+from fxtrain.observers._artifacts import write_checkpoints
 from fxtrain.observers._debug import debug
+from fxtrain.observers._export import export
 from fxtrain.observers._machine import memory, system
 from fxtrain.observers._profile import profile
 from fxtrain.observers._progress import progress
@@ -12,6 +14,7 @@ from fxtrain.observers._write import write
 
 __all__ = [
     "debug",
+    "export",
     "memory",
     "profile",
     "progress",
@@ -22,4 +25,5 @@ __all__ = [
     "summary",
     "system",
     "write",
+    "write_checkpoints",
 ]

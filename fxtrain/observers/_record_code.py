@@ -7,11 +7,15 @@ import json
 import os
 import subprocess
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from fxtrain.core import Control, FitBegin, Observer, TrainState
 from fxtrain.disk import append_lines, make_folder, sync_file, sync_folder
+from fxtrain.observers._artifacts import ArtifactLog
 from fxtrain.observers._wrapped import rank
+from fxtrain.values import Artifact
+from fxtrain.writers import Writer
 
 _MAX_FILE_BYTES = 2**20  # bytes; larger files are unlikely to be source
 _EXTENSIONS = frozenset(
@@ -20,7 +24,9 @@ _EXTENSIONS = frozenset(
 _MODIFICATION_TIME = (1980, 1, 1, 0, 0, 0)  # of every file, so that archives compare equal
 
 
-def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".") -> Observer:
+def record_code(
+    folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".", writers: Sequence[Writer] = ()
+) -> Observer:
     """Archives the source code in ``<folder>/code`` when a session begins.
 
     ``<digest>.zip`` contains the files. ``sessions.jsonl`` has a line for each session with its step and archive and,
@@ -36,6 +42,7 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
     Args:
         folder: The folder of the run.
         source: The folder to archive.
+        writers: Writers that get the archive as the artifact ``code``.
 
     Raises:
         NotADirectoryError: ``source`` is not a folder.
@@ -48,6 +55,7 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         >>> sorted(path.suffix for path in (run / "code").iterdir())
         ['.jsonl', '.zip']
     """
+    log = ArtifactLog("record_code", writers)
     root, run = Path(source).resolve(), Path(folder)
     target = run / "code"
     if not root.is_dir():
@@ -69,7 +77,10 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         line = {"step": event.step, "archive": path.name, **_commit(root, own)}
         append_lines(target / "sessions.jsonl", json.dumps(line).encode() + b"\n")
         sync_folder(target)
+        log.begin(event)
+        log.add(event, event.step, "code", Artifact(path, "code"))
 
+    record_code.take_failure, record_code.flush, record_code.close = log.take_failure, log.flush, log.close
     return record_code
 
 
