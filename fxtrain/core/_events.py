@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain.core._history import History
-from fxtrain.core._loop_event import LoopEvent
+from fxtrain.core._loop_event import EventMethods, LoopEvent
 from fxtrain.core._run_info import RunInfo
 from fxtrain.core._types import Batch, Metrics, Tree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TracedEvent:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _TracedEvent(EventMethods):
     """The fields that all traced events have."""
 
     step: Tensor
@@ -32,7 +32,7 @@ class _TracedEvent:
     model: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Microbatch(_TracedEvent):
     """Traced event: fires after the backward pass of each microbatch.
 
@@ -52,7 +52,7 @@ class Microbatch(_TracedEvent):
     index: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Gradients(_TracedEvent):
     """Traced event: fires when the gradients are computed, before the optimizer.
 
@@ -66,7 +66,7 @@ class Gradients(_TracedEvent):
     """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Updated(_TracedEvent):
     """Traced event: fires after the update, with the new state.
 
@@ -85,12 +85,12 @@ class Updated(_TracedEvent):
     skipped: Tensor
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EpochBegin(LoopEvent):
     """Trajectory event: fires when an epoch begins."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StepBegin(LoopEvent):
     """Trajectory event: fires before a step, with its batch. ``skip_batch`` can be requested here.
 
@@ -106,7 +106,7 @@ class StepBegin(LoopEvent):
         return self.position - self.epoch_start
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StepEnd(LoopEvent):
     """Trajectory event: fires after a step.
 
@@ -127,7 +127,7 @@ class StepEnd(LoopEvent):
         return self.position - self.epoch_start - 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EvalBegin(LoopEvent):
     """Trajectory event: fires when an evaluation begins.
 
@@ -138,7 +138,7 @@ class EvalBegin(LoopEvent):
     num_batches: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EvalStepBegin(LoopEvent):
     """Trajectory event: fires before each batch of an evaluation.
 
@@ -151,7 +151,7 @@ class EvalStepBegin(LoopEvent):
     batch: Batch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EvalStep(LoopEvent):
     """Trajectory event: fires after each batch of an evaluation.
 
@@ -168,7 +168,7 @@ class EvalStep(LoopEvent):
     outputs: Tree | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EvalEnd(LoopEvent):
     """Trajectory event: fires when an evaluation ends.
 
@@ -181,7 +181,7 @@ class EvalEnd(LoopEvent):
     duration: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EpochEnd(LoopEvent):
     """Trajectory event: fires when an epoch ends, at its last batch or by an ``end_epoch`` request.
 
@@ -203,7 +203,7 @@ class EpochEnd(LoopEvent):
         return self.epochs_done - 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Rewound(LoopEvent):
     """Trajectory event: fires when the run rewinds, with the state that is about to be abandoned.
 
@@ -222,7 +222,7 @@ class Rewound(LoopEvent):
     times: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Published(LoopEvent):
     """Fires after the fold of an event that published values: the metrics of the step or evaluation, or a log.
 
@@ -254,7 +254,7 @@ class Published(LoopEvent):
         return self.event.epoch_index
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FitBegin(LoopEvent):
     """Session event: fires when a session of the loop begins.
 
@@ -283,7 +283,7 @@ class FitBegin(LoopEvent):
     history: History = dataclasses.field(default_factory=History)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Restored(LoopEvent):
     """Session event: fires when the state was restored from a checkpoint.
 
@@ -300,7 +300,7 @@ class Restored(LoopEvent):
     environment_changes: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Saved(LoopEvent):
     """Session event: fires when a checkpoint is committed.
 
@@ -315,7 +315,7 @@ class Saved(LoopEvent):
     metrics: Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Interrupted(LoopEvent):
     """Session event: fires when a signal or an exception ends the session early.
 
@@ -332,7 +332,7 @@ class Interrupted(LoopEvent):
     history: History = dataclasses.field(default_factory=History)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FitEnd(LoopEvent):
     """Session event: fires when the session has ended, after the final save, unless an exception ended it.
 
