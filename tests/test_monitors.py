@@ -1,5 +1,6 @@
 """Monitors inside the step: exact values, publication, gating, callback laws, and resume."""
 
+import io
 import math
 import re
 
@@ -224,6 +225,54 @@ def everything(every=1):
         update_ratios(every=every),
         *[histograms(of, every=every, sample=16) for of in ("grads", "weights", "updates")],
     )
+
+
+class TestWarnings:
+    """Texts that name the layers with a norm out of range."""
+
+    def test_large_gradients_are_named(self):
+        monitor = grad_norms(warn_above=4.9)
+        log = published(monitor, after_a_step(monitor))
+        assert log["grad_norm/large"].markdown == "large gradient in second: 10, first: 5"
+        above = grad_norms(warn_above=10.0)
+        assert "grad_norm/large" not in published(above, after_a_step(above))
+
+    def test_gradient_that_is_not_a_number_is_named(self):
+        monitor = grad_norms(warn_above=20.0)
+        log = published(monitor, after_a_step(monitor, scale=math.nan))
+        assert log["grad_norm/large"].markdown == "large gradient in second: nan"
+
+    def test_vanishing_and_exploding_layers_are_named(self):
+        monitor = grad_flow(exploding=9.0, warn=True)
+        log = published(monitor, after_a_step(monitor))
+        assert log["grad_flow/vanishing_in"].markdown == "vanishing gradient in third: 0"
+        assert log["grad_flow/exploding_in"].markdown == "exploding gradient in second: 10"
+        assert not any(name.endswith("_in") for name in published(grad_flow(exploding=9.0), after_a_step(monitor)))
+
+    def test_number_of_names_is_bounded(self):
+        monitor, tx = grad_norms(warn_above=0.5), fx.optim.sgd(0.1)
+        step = fx.train_step(lambda model, batch: sum(i * model[f"w{i}"] for i in range(1, 8)), tx, callbacks=monitor)
+        state = fx.attach(fx.init({f"w{i}": torch.tensor(1.0) for i in range(1, 8)}, tx), monitor)
+        log = published(monitor, step(state, torch.zeros(1))[0])
+        assert log["grad_norm/large"].markdown == "large gradient in w7: 7, w6: 6, w5: 5, w4: 4, w3: 3 and 2 more"
+
+    def test_warning_is_shown_by_the_progress_at_its_step(self):
+        file, monitor = io.StringIO(), grad_norms(warn_above=1e-6)
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(lambda model, batch: model["w"].sum() * batch.sum(), tx, callbacks=monitor)
+        shown = fx.observers.required(fx.observers.progress(file=file))
+        state = fx.init({"w": torch.ones(1)}, tx)
+        fx.fit(state, step, [torch.tensor([12.3])], steps=1, callbacks=[monitor], observers=[shown])
+        assert "step 1: large gradient in w: 12.3" in file.getvalue().splitlines()
+
+    def test_warnings_obey_the_callback_laws(self):
+        monitor = fx.compose(grad_norms(warn_above=1.0), grad_flow(warn=True))
+        events = [updated(1, [3.0, 4.0]), fx.StepEnd(step=1, metrics={})]
+        testing.check_laws(monitor, fx.init({"w": torch.ones(2)}), events)
+
+    def test_threshold_below_zero_is_rejected(self):
+        with pytest.raises(ValueError, match=r"expected warn_above to be .*, got -1\.0"):
+            grad_norms(warn_above=-1.0)
 
 
 class TestBlocks:

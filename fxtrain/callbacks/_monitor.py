@@ -53,7 +53,8 @@ def monitor(
         measure: ``measure(state, stats, before)`` returns a pytree of tensors. Only the structure and shapes of
             ``state`` may be used. ``stats`` has the weights, gradients and updates of the step. ``before`` is the
             previous measurement, or None when the slot is initialized.
-        show: ``show(state, values)`` returns the values to log, by name without the prefix.
+        show: ``show(state, values)`` returns the values to log, by name without the prefix. ``fx.Logged`` publishes one
+            only if its flag holds.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step. Unless it is 1, the
             measurement is in a conditional branch of the graph.
         publish: When to publish, evaluated at ``StepEnd``; ``every`` by default. Only values measured at that same step
@@ -100,7 +101,10 @@ def monitor(
             return state, Control()
         is_of_this_step = slot.step == event.step
         shown = show(state, slot.values)
-        log = {f"{name}/{key}": Logged(value, when=is_of_this_step) for key, value in shown.items()}
+        log: dict[str, Logged] = {}
+        for key, value in shown.items():
+            flagged = value if isinstance(value, Logged) else Logged(value)
+            log[f"{name}/{key}"] = dataclasses.replace(flagged, when=is_of_this_step & flagged.when)
         return state, Control(log=log)
 
     return per_model(slotted(name, init, on(Updated | StepEnd, update)))

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.callbacks._layer_warnings import layer_warning
 from fxtrain.callbacks._monitor import NORMS, UpdateStats, layers, leaf_names, monitor, trainable
 from fxtrain.core import (
+    Logged,
     TrainState,
     check_choice,
     check_int,
     check_non_negative,
+    check_positive,
     check_positive_int,
     describe,
     matching_blocks,
@@ -28,12 +31,14 @@ class GradNorms(NamedTuple):
 
     total: Tensor  # float32 []: norm of all gradients as one vector
     layers: Tensor  # float32 [layers]: norm of each layer
+    parameters: Tensor  # float32 [parameters]: norm of each parameter; [0] without warn_above
 
 
 def grad_norms(
     *,
     norm: str = "l2",
     layer: str | Sequence[str] | None = None,
+    warn_above: float | None = None,
     every: When = 1,
     publish: When | None = None,
     name: str = "grad_norm",
@@ -49,10 +54,12 @@ def grad_norms(
         norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
         layer: Patterns of the layers to publish individually, such as ``"blocks.0.*"``; none by default. The name of a
             block, such as ``"blocks.0"``, publishes the norm of all its layers as one vector.
+        warn_above: Norm of a parameter's gradient above which a published step has a text such as
+            ``"large gradient in blocks.0.attn.weight: 12.3"``, which names the five largest. None for no warnings.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
         name: The slot, and the prefix of the logged names: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
-            layers, and ``/<layer>``.
+            layers, ``/<layer>``, and the text ``/large``.
 
     Raises:
         ValueError: If an argument is out of range, or, at run time, if a pattern matches no layer.
@@ -64,18 +71,27 @@ def grad_norms(
         >>> state = fx.attach(fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx), norms)
         >>> state, _ = step(state, torch.zeros(1))
         >>> state.slots["grad_norm"].values
-        GradNorms(total=tensor(5.), layers=tensor([3., 4.]))
+        GradNorms(total=tensor(5.), layers=tensor([3., 4.]), parameters=tensor([]))
     """
     check_choice("norm", norm, NORMS)
+    if warn_above is not None:
+        check_positive(warn_above=warn_above)
 
     def measure(state: TrainState, stats: UpdateStats, before: GradNorms | None) -> GradNorms:
         groups = list(layers(state).values())
         everything = [[index for group in groups for index in group]]
-        return GradNorms(stats.norms("grads", norm, everything)[0], stats.norms("grads", norm, groups))
+        total, norms = stats.norms("grads", norm, everything)[0], stats.norms("grads", norm, groups)
+        each = norms.new_zeros(0) if warn_above is None else stats.norms("grads", norm, [[i] for i in everything[0]])
+        return GradNorms(total, norms, each)
 
-    def show(state: TrainState, values: GradNorms) -> dict[str, Tensor]:
-        names, (total, norms) = list(layers(state)), values
-        shown = {"total": total, "max": norms.max(), "min": norms.min(), "mean": norms.mean()}
+    def show(state: TrainState, values: GradNorms) -> dict[str, Tensor | Logged]:
+        names, (total, norms, parameters) = list(layers(state)), values
+        shown: dict[str, Tensor | Logged] = {
+            "total": total,
+            "max": norms.max(),
+            "min": norms.min(),
+            "mean": norms.mean(),
+        }
         whole = {"l2": lambda part: part.norm(), "l1": torch.sum, "linf": torch.amax}
         for chosen, parts in matching_blocks(names, layer, "layer"):
             if norm == "mean":
@@ -83,6 +99,10 @@ def grad_norms(
                 shown[chosen] = (norms[parts] * sizes).sum() / sizes.sum()
             else:
                 shown[chosen] = whole[norm](norms[parts])
+        if warn_above is not None:
+            leaves = leaf_names(state)
+            ordered = [leaves[index] for group in layers(state).values() for index in group]
+            shown["large"] = layer_warning("large gradient", ordered, parameters, ~(parameters <= warn_above))
         return shown
 
     return monitor(name, measure, show, every=every, publish=publish)
@@ -107,6 +127,7 @@ def grad_flow(
     vanishing: float = 1e-7,
     exploding: float = 1e3,
     layer: str | Sequence[str] | None = None,
+    warn: bool = False,
     every: When = 1,
     publish: When | None = None,
     name: str = "grad_flow",
@@ -127,11 +148,13 @@ def grad_flow(
         exploding: Norm above which a layer is exploding.
         layer: Patterns of the layers whose gain is published, such as ``"blocks.*"``; none by default. The gain of a
             block, such as ``"blocks.0"``, is the product of its layers' gains.
+        warn: Whether a published step with vanishing or exploding layers has a text that names the five worst.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published. With the
             trigger of the saves, each checkpoint has published values of its own step.
         name: The slot, and the prefix of the logged names: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the
-            counts ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, and ``/gain/<layer>``.
+            counts ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, ``/gain/<layer>``,
+            and the texts ``/vanishing_in`` and ``/exploding_in``.
 
     Raises:
         ValueError: If an argument is out of range, or, at run time, if a pattern matches no layer.
@@ -161,7 +184,13 @@ def grad_flow(
         norms = stats.norms("grads", "l2", list(layers(state).values()))
         return GradFlow(norms, norms[:-1] / norms[1:])
 
-    def show(state: TrainState, values: GradFlow) -> dict[str, Tensor]:
+    def show(state: TrainState, values: GradFlow) -> dict[str, Tensor | Logged]:
+        warnings: dict[str, Logged] = {}
+        if warn:
+            low, high = values.norms < vanishing, ~(values.norms <= exploding)
+            every_layer = list(layers(state))
+            warnings["vanishing_in"] = layer_warning("vanishing gradient", every_layer, values.norms, low, sign=-1.0)
+            warnings["exploding_in"] = layer_warning("exploding gradient", every_layer, values.norms, high)
         names, (norms, gains) = list(layers(state))[:-1], values
         # A gain is not finite where the next layer has no gradient.
         known = gains.isfinite()
@@ -176,6 +205,7 @@ def grad_flow(
             "vanishing": (norms < vanishing).sum(),
             "exploding": (~(norms <= exploding)).sum(),
             **{f"gain/{chosen}": _block_gain(norms, parts) for chosen, parts in matching_blocks(names, layer, "layer")},
+            **warnings,
         }
 
     return monitor(name, measure, show, every=every, publish=publish)
