@@ -185,6 +185,7 @@ def test_backlog_is_bounded_in_bytes(monkeypatch):
     with pytest.warns(RuntimeWarning):
         for step in range(1, 21):
             observer(None, *ended(step, note=Text("x" * 1000)))
+            observer.flush()
         broken.error = None
         observer.close()
     assert 5 <= len([name for _, name in broken.points if name == "note"]) <= 10
