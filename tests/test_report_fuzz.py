@@ -24,7 +24,7 @@ SECONDS = 20  # for one page; a hang is a failure
 STEPS = 6
 TAGS = {"html", "head", "meta", "title", "style", "script", "body", "header", "main", "section", "div", "p", "small"}
 TAGS |= {"h1", "h2", "h3", "h4", "dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "ul", "ol", "li"}
-TAGS |= {"figure", "figcaption", "img", "audio", "pre", "code", "em", "strong", "br", "hr", "blockquote"}
+TAGS |= {"figure", "figcaption", "img", "audio", "video", "pre", "code", "em", "strong", "br", "hr", "blockquote"}
 
 
 def record(folder):
@@ -102,7 +102,7 @@ class Page(html.parser.HTMLParser):
         self.tags.add(tag)
         self.scripts += tag == "script"
         for name, value in attributes:
-            if name.startswith("on") or (name in ("src", "href") and not re.match(r"data:(image|audio)/", value)):
+            if name.startswith("on") or (name in ("src", "href") and not re.match(r"data:(image|audio|video)/", value)):
                 self.suspicious.append((tag, name, value[:80]))
 
 
