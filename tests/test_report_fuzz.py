@@ -34,6 +34,7 @@ def record(folder):
         made = {
             "samples/image": values.Image(torch.rand(2, 4, 4, 1)),
             "samples/film": values.Video(torch.rand(2, 4, 4, 3)),
+            "samples/glass": values.Video(torch.rand(2, 4, 4, 4)),  # with transparency, which only GIF has
             "samples/tone": values.Audio(torch.zeros(50), 8000),
             "samples/text": values.Text(f"# Step\n\n- **{event.step}**\n"),
             "samples/table": values.Table({"picture": values.Image(torch.rand(2, 4, 4, 1)), "name": ["a", "b"]}),
@@ -172,7 +173,7 @@ def test_undamaged_run_lists_no_problems(run, capsys):
 # Damaged files and folders
 
 FILES = ("metrics.jsonl", "metrics.csv", "events.jsonl", "run.json", "summary.txt", "result.json")
-MEDIA = ("00000003-0.png", "00000003.gif", "00000003.wav", "00000003.md", "00000003.json")
+MEDIA = ("00000003-0.png", "00000003.mp4", "00000003.gif", "00000003.wav", "00000003.md", "00000003.json")
 FOLDERS = ("media", "media/samples", "checkpoints", "code")
 
 
