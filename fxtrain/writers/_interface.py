@@ -129,10 +129,11 @@ class Selection:
             if simpler is None and kind in (RunInfo, Artifact):
                 continue  # observers pass these to all writers
             if simpler is None:
+                other = "jsonl" if kind is float else "media"
                 self._warn_once(
                     kind,
                     f"{self._writer} does not store {KINDS.get(kind, 'scalars')} and skips {name!r} and similar "
-                    "values. Add a writer that does, such as fxtrain.writers.tensorboard or fxtrain.writers.media.",
+                    f"values. Add a writer that does, such as fxtrain.writers.tensorboard or fxtrain.writers.{other}.",
                 )
                 continue
             try:
