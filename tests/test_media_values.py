@@ -219,13 +219,26 @@ def test_confusion_matrix_is_square_with_true_classes_as_rows():
     matrix = ConfusionMatrix(torch.tensor([[3, 1], [0, 4]]), ("cat", "dog"))
     assert matrix.table().columns["dog"] == [1, 4]
     pixels = matrix.image().frames[0]
-    assert pixels[2, 2].sum() > pixels[26, 26].sum()  # a share of 3/4 is lighter than a share of 4/4
+    right, below = -6 - 160, 6 + 80  # where the matrix begins, and the second row
+    assert pixels[10, right + 4].sum() > pixels[below + 4, right + 84].sum()  # 3/4 is lighter than 4/4
     for counts, labels, says in [
         (torch.zeros(2, 3), (), r"got \[2, 3\]"),
         (torch.zeros(2, 2), ("a",), "expected 2 labels, one per class, got 1"),
     ]:
         with pytest.raises(ValueError, match=says):
             ConfusionMatrix(counts, labels)
+
+
+def test_picture_of_a_confusion_matrix_has_labels_and_counts_and_a_bounded_size():
+    def drawn(counts, *labels):
+        return ConfusionMatrix(counts, labels).image().frames[0]
+
+    one = drawn(torch.eye(2), "cat", "dog")
+    assert (one != drawn(torch.eye(2), "dog", "cat")).any()
+    assert (one != drawn(7 * torch.eye(2), "cat", "dog")).any()  # of equal shares
+    assert drawn(torch.eye(2), "a long name " * 9, "ü\n\0").shape[1] < 500
+    assert drawn(1e6 * torch.ones(50, 50)).shape[0] < 2500
+    assert drawn(torch.eye(1500)).shape == (1500, 1500, 3)
 
 
 def test_point_cloud_shapes_and_color_dtype_are_checked():

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import describe, escape_html
+from fxtrain.values._confusion_image import draw_confusion_matrix
 from fxtrain.values._media import Audio
 from fxtrain.values._nodes import on_host, register_value, set_tensor
 from fxtrain.values._pixels import Image, Pixels, Video
@@ -18,8 +19,6 @@ from fxtrain.values._text import Text
 Media = Image | Video | Audio
 Cell = str | bool | int | float | None
 Column = Sequence[Cell | Text | Media] | Tensor | np.ndarray | Media
-_CELL = 24  # pixels
-_LIGHT, _DARK = np.array([247, 251, 255.0]), np.array([8, 48, 107.0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,13 +158,8 @@ class ConfusionMatrix:
         return Table({"truth": list(self.labels), **dict(zip(self.labels, columns, strict=True))})
 
     def image(self) -> Image:
-        """Returns an image with one square per pair of classes, darker for a larger share of its row."""
-        counts = on_host(self.counts).astype(np.float64)
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
-        squares = _LIGHT + shares[..., None] * (_DARK - _LIGHT)
-        pixels = np.round(squares).astype(np.uint8).repeat(_CELL, 0).repeat(_CELL, 1)
-        pixels[_CELL - 1 :: _CELL] = pixels[:, _CELL - 1 :: _CELL] = 200  # grid lines
-        return Image(pixels)
+        """Returns a picture with labels and counts. Cells are darker for a larger share of their row."""
+        return Image(draw_confusion_matrix(on_host(self.counts).astype(np.float64), self.labels))
 
     def __repr__(self) -> str:
         return f"ConfusionMatrix of {len(self.labels)} classes"
