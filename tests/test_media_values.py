@@ -215,6 +215,32 @@ def test_figure_is_rendered_on_construction():
         Figure(axes)
 
 
+def test_figure_is_drawn_once_of_its_values_when_it_is_read():
+    from matplotlib.figure import Figure as Canvas
+
+    calls = []
+
+    def draw(heights):
+        calls.append(heights.tolist())
+        canvas = Canvas(figsize=(2, 1), dpi=50)
+        canvas.subplots().plot(heights)
+        return canvas
+
+    values = torch.tensor([1.0, 2.0])
+    figure = Figure.drawn(draw, values)
+    moved = tree.map(lambda leaf: leaf + 1, figure)
+    values.zero_()
+    assert repr(figure) == "Figure by draw"
+    assert calls == []
+    assert moved.image().frames.shape == moved.image().frames.shape == (1, 50, 100, 4)
+    assert repr(moved) == "Figure of 50 x 100"
+    assert calls == [[2.0, 3.0]]
+    whole = Figure(Canvas(figsize=(2, 1)))
+    assert tree.map(lambda leaf: leaf + 1, whole) is whole
+    with pytest.raises(AttributeError, match=r"expected an attribute of Figure, got 'data'. Its picture is .image"):
+        _ = figure.data
+
+
 def test_confusion_matrix_is_square_with_true_classes_as_rows():
     matrix = ConfusionMatrix(torch.tensor([[3, 1], [0, 4]]), ("cat", "dog"))
     assert matrix.table().columns["dog"] == [1, 4]

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import sys
 
 import problem
 import pytest
@@ -10,8 +11,16 @@ import torch
 from torch import nn
 
 import fxtrain as fx
-from fxtrain import testing, tree
-from fxtrain.callbacks import activation_stats, grad_flow, grad_norms, histograms, update_ratios, weight_stats
+from fxtrain import testing, tree, writers
+from fxtrain.callbacks import (
+    activation_stats,
+    grad_flow,
+    grad_norms,
+    grad_profile,
+    histograms,
+    update_ratios,
+    weight_stats,
+)
 
 START = {"first": torch.tensor([1.0, 2.0]), "second": torch.tensor([4.0]), "third": torch.tensor([3.0])}
 RATE = 0.5
@@ -223,6 +232,7 @@ def everything(every=1):
         grad_flow(every=every),
         weight_stats(every=every),
         update_ratios(every=every),
+        grad_profile(every=every),
         *[histograms(of, every=every, sample=16) for of in ("grads", "weights", "updates")],
     )
 
@@ -334,6 +344,43 @@ class TestBlocks:
         testing.assert_equal(found.slots, wanted.slots, "compiled")
 
 
+class TestGradProfile:
+    """The picture of the gradients over depth."""
+
+    def test_mean_and_max_of_layers_and_blocks_have_exact_values(self):
+        values = after_a_step(grad_profile(every=1)).slots["grad_profile"].values
+        assert [value.tolist() for value in values] == [[3.5, 10.0, 0.0], [4.0, 10.0, 0.0]]
+        values = after_a_step(grad_profile(every=1, layer=["third", "f*"])).slots["grad_profile"].values
+        assert values.max.tolist() == [4.0, 0.0]  # in order of depth
+
+    def test_picture_is_published_and_drawn_at_its_trigger_only(self, tmp_path):
+        monitor, drawn = grad_profile(every=2), []
+        step = problem.step(callbacks=monitor)
+        write = fx.observers.write(writers.media(tmp_path))
+
+        def watch(state, event: fx.StepEnd, control):
+            drawn.extend((event.step, "pixels" in vars(entry.value)) for entry in control.log.values())
+
+        fx.fit(problem.start(), step, problem.data(), steps=5, callbacks=monitor, observers=[watch, write])
+        assert drawn == [(2, False), (4, False)]
+        assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["00000002.png", "00000004.png"]
+
+    @pytest.mark.parametrize(
+        ("layer", "scale", "is_marked"),
+        [("second", 10.0, False), ("s*", 0.0, True), ("*", 10.0, True), ("*", math.nan, True), ("*", math.inf, True)],
+    )
+    def test_layers_without_finite_gradient_are_marked(self, layer, scale, is_marked):
+        monitor = grad_profile(every=1, layer=layer)
+        figure = published(monitor, after_a_step(monitor, scale))["grad_profile"]
+        red = (figure.image().frames[0, :, :, :3] == (214, 39, 40)).all(-1)
+        assert red.any() == is_marked
+
+    def test_missing_matplotlib_names_the_package(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ImportError, match=r"grad_profile requires matplotlib. Install it: pip install 'fxtrain"):
+            grad_profile(every=10)
+
+
 class TestPublication:
     def test_stale_measurements_are_not_published(self):
         monitor = grad_norms(every=2, publish=fx.every(1))
@@ -407,6 +454,7 @@ class TestPublication:
         grad_flow,
         lambda: weight_stats(parameter="w"),
         update_ratios,
+        lambda: grad_profile(every=2),
         lambda: histograms(every=1, sample=2),
         lambda: histograms("updates", every=2),
     ],

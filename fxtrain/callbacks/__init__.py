@@ -6,6 +6,7 @@ Each is a pure function of ``(state, event)``. Callback state lives in ``state.s
 from fxtrain.callbacks._averages import averaged, ema, swa
 from fxtrain.callbacks._classification import confusion_matrix, curves
 from fxtrain.callbacks._early_stopping import early_stopping, stop_on_overfitting
+from fxtrain.callbacks._grad_profile import grad_profile
 from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
 from fxtrain.callbacks._model_size import model_size
@@ -33,6 +34,7 @@ __all__ = [
     "first_not_finite",
     "grad_flow",
     "grad_norms",
+    "grad_profile",
     "histograms",
     "model_size",
     "monitor",

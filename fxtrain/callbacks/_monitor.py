@@ -53,8 +53,8 @@ def monitor(
         measure: ``measure(state, stats, before)`` returns a pytree of tensors. Only the structure and shapes of
             ``state`` may be used. ``stats`` has the weights, gradients and updates of the step. ``before`` is the
             previous measurement, or None when the slot is initialized.
-        show: ``show(state, values)`` returns the values to log, by name without the prefix. ``fx.Logged`` publishes one
-            only if its flag holds.
+        show: ``show(state, values)`` returns the values to log, by name without the prefix. An empty name logs one
+            under the name of the slot. ``fx.Logged`` publishes one only if its flag holds.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step. Unless it is 1, the
             measurement is in a conditional branch of the graph.
         publish: When to publish, evaluated at ``StepEnd``; ``every`` by default. Only values measured at that same step
@@ -104,7 +104,7 @@ def monitor(
         log: dict[str, Logged] = {}
         for key, value in shown.items():
             flagged = value if isinstance(value, Logged) else Logged(value)
-            log[f"{name}/{key}"] = dataclasses.replace(flagged, when=is_of_this_step & flagged.when)
+            log[f"{name}/{key}" if key else name] = dataclasses.replace(flagged, when=is_of_this_step & flagged.when)
         return state, Control(log=log)
 
     return per_model(slotted(name, init, on(Updated | StepEnd, update)))

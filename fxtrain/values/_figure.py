@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from fxtrain.core import describe
+from fxtrain.core import describe, name_of, register_node
 from fxtrain.values._pixels import Image
 
 
@@ -63,6 +65,38 @@ class Figure:
         for name, value in (("kind", kind), ("pixels", pixels), ("source", source)):
             object.__setattr__(self, name, value)
 
+    @classmethod
+    def drawn(cls, draw: Callable[..., Any], *values: Tensor) -> Figure:
+        """Returns a Matplotlib figure of values that may be on a device, which is drawn only if a writer takes it.
+
+        Args:
+            draw: ``draw(*arrays)`` returns the figure. It may run in the thread of a writer, so it makes its own
+                ``matplotlib.figure.Figure`` instead of using ``pyplot``.
+            values: Tensors, passed to ``draw`` as NumPy arrays. They must not be tensors of the state itself, whose
+                buffers may be reused before the figure is drawn.
+
+        Example:
+            >>> import torch
+            >>> from matplotlib.figure import Figure as Canvas
+            >>> def draw(losses):
+            ...     canvas = Canvas(figsize=(2, 1), dpi=100)
+            ...     canvas.subplots().plot(losses)
+            ...     return canvas
+            >>> Figure.drawn(draw, torch.tensor([1.0, 4.0, 9.0])).image()
+            Image of 100 x 200, RGBA
+        """
+        return _unflattened((draw,), values)
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        # Called only while the field is not set, as the figure is not drawn yet.
+        if name != "pixels" or "_draw" not in vars(self):
+            raise AttributeError(f"expected an attribute of Figure, got {name!r}. Its picture is .image().")
+        arrays = [
+            value.detach().cpu().numpy() if isinstance(value, Tensor) else value for value in vars(self)["_values"]
+        ]
+        object.__setattr__(self, "pixels", _rendered(vars(self)["_draw"](*arrays), None))
+        return self.pixels
+
     def plotly(self) -> Any:
         """Returns the copy of a plotly figure."""
         import plotly.io  # pyright: ignore[reportMissingImports] -- optional
@@ -94,6 +128,8 @@ class Figure:
         return Image(np.array(PIL.Image.open(io.BytesIO(content)).convert("RGBA")))
 
     def __repr__(self) -> str:
+        if "pixels" not in vars(self):
+            return f"Figure by {name_of(vars(self)['_draw'])}"
         if self.kind is Figure:
             return f"Figure of {self.pixels.shape[0]} x {self.pixels.shape[1]}"
         return "Figure of plotly" if self.kind is PlotlyFigure else f"Figure of {type(self.source).__name__}"
@@ -112,3 +148,22 @@ def _rendered(figure: Any, dpi: float | None) -> np.ndarray:
     finally:
         figure.set_dpi(before)
         figure.set_canvas(canvas)
+
+
+def _flattened(figure: Figure) -> tuple[tuple[Any, ...], tuple[object]]:
+    """Returns the values of a figure, and the function that draws it or the figure itself."""
+    known = vars(figure)
+    return (known["_values"], (known["_draw"],)) if "_draw" in known else ((), (figure,))
+
+
+def _unflattened(context: Any, values: Any) -> Figure:
+    if isinstance(context[0], Figure):
+        return context[0]
+    figure = object.__new__(Figure)
+    fields = {"kind": Figure, "source": None, "_draw": context[0], "_values": tuple(values)}
+    for name, value in fields.items():
+        object.__setattr__(figure, name, value)
+    return figure
+
+
+register_node(Figure, _flattened, _unflattened)
