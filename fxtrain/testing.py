@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint import restore, save
-from fxtrain.core import KINDS, Callback, Control, Event, TrainState, Tree
+from fxtrain.core import KINDS, Callback, Control, Event, TrainState, Tree, same_bits
 from fxtrain.fold import attach, compose
 
 __all__ = [
@@ -272,14 +272,7 @@ def assert_equal(got: Tree, expected: Tree, what: str) -> None:
 
 
 def _are_same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if a.is_complex():
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    # 0.0 == -0.0, and nan != nan.
-    return bool(torch.where(a.isnan(), b.isnan(), (a == b) & (a.signbit() == b.signbit())).all())
+    return a.dtype == b.dtype and a.shape == b.shape and bool(same_bits(a, b).all())
 
 
 def _tensors(event: Event) -> dict[str, Tree]:

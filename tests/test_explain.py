@@ -275,7 +275,7 @@ class TestDisplay:
         assert "\n  route       inductor, traced: the step as one graph\n  graphs      1, no breaks\n" in text
         assert "\n  FLOPs       384: addmm 192, mm 192\n" in text
         assert "\n              batch['x']: float32[8, 4] on cpu" in text
-        assert found._repr_html_().startswith("<table><caption>Explanation of &lt;step train_step(square)")
+        assert "<b>Explanation of &lt;step train_step(square)" in found._repr_html_()
         assert "<td>384: addmm 192, mm 192</td>" in found._repr_html_()
 
     def test_explanation_is_frozen(self):

@@ -331,4 +331,5 @@ class TestLearningRate:
         assert repr(found) == (
             f"LearningRates: suggestion {found.suggestion:.2g}; 20 learning rates from 1e-06 to 0.01, until the highest"
         )
-        assert found._repr_html_().startswith("<table><caption>LearningRates</caption>")
+        assert "<b>LearningRates</b>" in found._repr_html_()
+        assert f"suggestion {found.suggestion:.2g}" in found._repr_html_()

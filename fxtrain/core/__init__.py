@@ -60,6 +60,7 @@ from fxtrain.core._formats import (
     truncate_middle,
 )
 from fxtrain.core._history import History, Series
+from fxtrain.core._leaf_values import is_freed, leaf_values
 from fxtrain.core._loop_event import LoopEvent, event_of
 from fxtrain.core._patterns import by_number, matching, matching_blocks
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
@@ -80,6 +81,7 @@ from fxtrain.core._slots import (
     fractional_epoch,
 )
 from fxtrain.core._state import Donated, DonatedError, Due, TrainState, invalidate
+from fxtrain.core._state_diff import LeafDiff, StateDiff, same_bits
 from fxtrain.core._timestamps import WallClock, timestamp, utc_now
 from fxtrain.core._types import Batch, Metrics, Scalar, Tree, wide_dtype
 
@@ -100,6 +102,7 @@ __all__ = [
     "Gradients",
     "History",
     "Interrupted",
+    "LeafDiff",
     "Logged",
     "LoopEvent",
     "Metrics",
@@ -111,6 +114,7 @@ __all__ = [
     "RunInfo",
     "Saved",
     "Series",
+    "StateDiff",
     "StepBegin",
     "StepEnd",
     "StepFn",

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from fxtrain.core._checks import describe, did_you_mean
-from fxtrain.core._formats import dtype_name, escape_html, format_bytes
+from fxtrain.core._formats import dtype_name, format_bytes
+from fxtrain.core._html import html_view, view
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
+from fxtrain.core._state_diff import StateDiff, state_diff
+from fxtrain.core._state_view import state_view
 from fxtrain.core._types import Tree
 
 S = TypeVar("S")
@@ -116,6 +119,40 @@ class TrainState:
         """Returns a copy of the state in which every leaf is cloned."""
         return ops.tree_map(torch.clone, self, namespace=NAMESPACE)
 
+    def diff(self, other: TrainState) -> StateDiff:
+        """Returns the leaves that differ from those of another state, such as one restored from a checkpoint.
+
+        Values are compared bitwise, except that every NaN equals every other: 0.0 differs from -0.0. The devices of the
+        leaves may differ.
+
+        Args:
+            other: The other state.
+
+        Returns:
+            The differences in structure, shape, dtype and value, false if there are none. They are shown as a table.
+
+        Raises:
+            TypeError: If ``other`` is not a state.
+            ValueError: If a leaf has no values, because it is on the meta device or its memory was freed.
+            DonatedError: If one of the states was donated.
+
+        Example:
+            >>> import torch, fxtrain as fx
+            >>> state = fx.init(torch.nn.Linear(2, 1))
+            >>> state.diff(state.replace(step=torch.tensor(5), params={"bias": state.params["bias"]}))
+            2 of 12 leaves differ
+              state.step              0                 5        by 5
+              state.params['weight']  float32 [1, 2]    missing  structure
+            >>> bool(state.diff(state.copy()))
+            False
+        """
+        if not isinstance(other, TrainState):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected another TrainState to compare with, got {describe(other)}. Pass a state, such as "
+                "result.state."
+            )
+        return state_diff(self, other)
+
     def __repr__(self) -> str:
         rows, total = _table(self)
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -125,11 +162,9 @@ class TrainState:
         ]
         return "\n".join([f"TrainState, {total}", *lines])
 
+    @html_view
     def _repr_html_(self) -> str:
-        rows, total = _table(self)
-        body = "".join("<tr>" + "".join(f"<td>{escape_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        head = "".join(f"<th>{name}</th>" for name in ("path", "shape", "dtype", "size"))
-        return f"<table><caption>TrainState, {escape_html(total)}</caption><tr>{head}</tr>{body}</table>"
+        return state_view(self)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "model")
@@ -202,15 +237,16 @@ class Donated(TrainState):
     """A state that was donated to a step compiled with ``donate=True``. Reading any attribute raises."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith(("__", "_repr_", "_ipython_")):  # the latter two are read by notebooks
             return object.__getattribute__(self, name)
         return _refuse_donated(self)
 
     def __repr__(self) -> str:
         return f"TrainState, donated to {self.__dict__['taker']}"
 
+    @html_view
     def _repr_html_(self) -> str:
-        return repr(self)
+        return view("TrainState", note=f"donated to {self.__dict__['taker']}, which reused its memory")
 
 
 def invalidate(state: TrainState, taker: str) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from fxtrain.compiler.lowering._graph_breaks import Break
-from fxtrain.core import escape_html, first_lines, format_bytes, format_scaled, pluralize
+from fxtrain.core import first_lines, format_bytes, format_scaled, pluralize
+from fxtrain.core._html import facts, html_view, join, view
 
 _MAX_SHOWN_LINES = 6
 
@@ -79,12 +80,9 @@ class Explanation:
         rows = [line for label, texts in _rows(self) for line in _lines(label, texts)]
         return "\n".join([f"Explanation of {self.step}", *rows])
 
+    @html_view
     def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th>{escape_html(label)}</th><td>{'<br>'.join(map(escape_html, texts))}</td></tr>"
-            for label, texts in _rows(self)
-        )
-        return f"<table><caption>Explanation of {escape_html(self.step)}</caption>{body}</table>"
+        return view(f"Explanation of {self.step}", facts((label, join(texts, "<br>")) for label, texts in _rows(self)))
 
 
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:

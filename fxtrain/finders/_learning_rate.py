@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean, escape_html
+from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean
+from fxtrain.core._html import facts, html_view, view
 from fxtrain.data import Exhausted, SourceLike, as_source, to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
@@ -42,9 +43,9 @@ class LearningRates:
     def __repr__(self) -> str:
         return f"LearningRates: {'; '.join(text for _, text in _rows(self))}"
 
+    @html_view
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{label}</th><td>{escape_html(text)}</td></tr>" for label, text in _rows(self))
-        return f"<table><caption>LearningRates</caption>{rows}</table>"
+        return view("LearningRates", facts(_rows(self)))
 
 
 def find_learning_rate(
