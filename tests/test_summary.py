@@ -88,7 +88,7 @@ def test_summary_page_is_complete(monkeypatch):
         "data\n"
         "  epoch        1,500 batches\n"
         "training\n"
-        "  opt_state    ScaleByAdamState 144 B, ScaleByScheduleState 8 B\n"
+        "  opt_state    scale_by_adam 144 B, scale_by_schedule 8 B\n"
         "  callbacks    early_stopping 32 B\n"
         "distributed\n"
         "  processes    one\n"
@@ -378,9 +378,19 @@ def test_summary_shows_optimizer_learning_rate_batch_and_precision():
     assert found["lr"] == "cosine(0.001, 900)"
     assert found["batch"] == "8 examples in 2 microbatches of 4"
     assert found["precision"] == "bf16"
-    assert "ScaleByAdamState" in found["opt_state"]
+    assert found["opt_state"].startswith("scale_by_adam ")
     assert "loop/" not in page
     assert facts(page, "data") == {"epoch": "8 batches", "examples": "70"}
+
+
+def test_summary_names_functions_for_readers():
+    def _squares(model, batch):
+        return model(batch).square().mean()
+
+    data = [torch.ones(4, 1)]
+    assert facts(fitted(fx.train_step(_squares, TX), data), "training")["loss"] == "squares"
+    page = fitted(fx.train_step(lambda model, batch: _squares(model, batch), TX), data)
+    assert "loss" not in facts(page, "training")
 
 
 def test_summary_shows_the_rate_of_each_group_and_the_settings_of_other_steps():
@@ -406,14 +416,22 @@ def test_summary_batch_leaves_unknown_sizes_out(batch_size, accumulate, text):
 
 
 def test_summary_shows_names_and_configuration_of_the_run():
-    config = {"model": {"width": 64}, "betas": [0.9, None], "a": "x\ny", "rest": {str(i): i for i in range(9)}}
+    config = {
+        "model": {"width": 64},
+        "decay": None,
+        "lr": 3e-3 / 20,
+        "betas": [0.9, None],
+        "a": "x\ny",
+        "rest": {str(i): i for i in range(9)},
+    }
     run = fx.RunInfo(project="digits", name="baseline", tags=["a", "b"], description="Two\nlines.", config=config)
-    page = printed(fx.init(nn.Linear(1, 1), TX), rows=4, run=run)
+    page = printed(fx.init(nn.Linear(1, 1), TX), rows=5, run=run)
     assert page.startswith(
         "run\n  project      digits\n  name         baseline\n  tags         a, b\n  description  Two lines.\n"
     )
     assert panels(page)["config"] == [
         "model/width  64",
+        "lr           0.00015",
         "betas        [0.9, None]",
         "a            x y",
         "rest/0       0",

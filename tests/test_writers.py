@@ -122,13 +122,14 @@ def test_tensorboard_histograms_hold_every_finite_value(tmp_path):
 
 def test_tensorboard_hparams_are_read_back(tmp_path):
     writer = tensorboard(tmp_path)
-    writer.write_hparams({"lr": 0.5, "name": "adamw", "nesterov": True})
+    writer.write_hparams({"lr": 0.5, "name": "adamw", "nesterov": True, "decay": None})
     writer.close()
     ((_, value),) = shown(tmp_path)
     session = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
     assert session.hparams["lr"].number_value == 0.5
     assert session.hparams["name"].string_value == "adamw"
     assert session.hparams["nesterov"].bool_value is True
+    assert "decay" not in session.hparams
 
 
 def test_tensorboard_flush_writes_all_points(tmp_path):

@@ -147,7 +147,7 @@ class _Job:
         self._print_header()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
-        step, eval_step = fx.train_step(_loss, tx), fx.eval_step(_loss)
+        step, eval_step = fx.train_step(_cross_entropy, tx), fx.eval_step(_cross_entropy)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
         tokens = options.batch_size * options.length
@@ -211,7 +211,7 @@ class _Job:
         return fx.optim.muon(
             schedule(MUON_LR_RATIO * self.options.lr),
             weight_decay=0.1,
-            muon_mask=lambda path, leaf: leaf.ndim == 2 and "blocks" in path,
+            muon_mask=_is_block_matrix,
             adam_learning_rate=schedule(self.options.lr),
             adam_b2=0.95,
         )
@@ -309,9 +309,13 @@ class Bytes:
         return bytes(tokens).decode(errors="replace")
 
 
-def _loss(model: Callable[[Tensor], Tensor], batch: dict[str, Tensor]) -> Tensor:
+def _cross_entropy(model: Callable[[Tensor], Tensor], batch: dict[str, Tensor]) -> Tensor:
     """Returns the cross entropy in nats per byte."""
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+
+def _is_block_matrix(path: Sequence[object], leaf: Tensor) -> bool:
+    return leaf.ndim == 2 and "blocks" in path
 
 
 def _validate(options: Options) -> None:

@@ -42,6 +42,7 @@ from fxtrain.core._events import (
     Updated,
 )
 from fxtrain.core._formats import (
+    decimal_text,
     device_name,
     dtype_name,
     encodable,
@@ -56,6 +57,7 @@ from fxtrain.core._formats import (
     pluralize,
     printable,
     printable_lines,
+    public_name,
     truncate,
     truncate_middle,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core._checks import describe
-from fxtrain.core._formats import name_of
+from fxtrain.core._formats import decimal_text, name_of, public_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -91,8 +91,8 @@ def argument_text(value: object) -> str:
     """Returns an argument as it reads in a call, with long values shortened.
 
     Example:
-        >>> argument_text([1e-3, torch.bfloat16, torch.nn.Linear, torch.zeros(2), {"a": None}])
-        "[0.001, torch.bfloat16, Linear, <a float32 tensor of shape [2]>, {'a': None}]"
+        >>> argument_text([3e-3 / 20, torch.bfloat16, torch.nn.Linear, torch.zeros(2), {"a": None}])
+        "[0.00015, torch.bfloat16, Linear, <a float32 tensor of shape [2]>, {'a': None}]"
     """
     if isinstance(value, Tensor):
         return repr(value) if value.ndim == 0 else f"<{describe(value)}>"
@@ -104,8 +104,8 @@ def argument_text(value: object) -> str:
         return f"[{parts}]" if isinstance(value, list) else f"({parts})"
     # Plain functions and classes are named. Other callable objects may describe themselves.
     if isinstance(value, type) or inspect.isroutine(value) or isinstance(value, functools.partial):
-        return name_of(cast(object, value))
-    return repr(value)
+        return public_name(cast(object, value))
+    return decimal_text(value) if type(value) is float else repr(value)
 
 
 def _listed(texts: Iterable[str]) -> str:

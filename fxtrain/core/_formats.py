@@ -29,6 +29,16 @@ def format_number(value: float) -> str:
     return f"{value:.{4 if size < 10 else 3 if size < 100 else 2 if size < 1000 else 0}f}"
 
 
+def decimal_text(value: float) -> str:
+    """Formats a float as it was written, without the rounding error of an operation such as a division.
+
+    Example:
+        >>> [decimal_text(value) for value in (3e-3 / 20, 0.1 + 0.2, 1e-3, 2.0, 1e-12)]
+        ['0.00015', '0.3', '0.001', '2.0', '1e-12']
+    """
+    return repr(float(f"{value:.12g}"))
+
+
 def format_scaled(value: float) -> str:
     """Formats a value with three significant digits and an SI prefix.
 
@@ -167,6 +177,18 @@ def name_of(function: object) -> str:
     while isinstance(function, functools.partial):
         function = cast(Any, function.func)
     return getattr(function, "__name__", None) or type(function).__name__
+
+
+def public_name(function: object) -> str:
+    """Returns the name of a function without leading underscores, for readers who do not know the code.
+
+    Example:
+        >>> def _next_token_loss(): ...
+        >>> public_name(_next_token_loss), public_name(lambda: None)
+        ('next_token_loss', '<lambda>')
+    """
+    name = name_of(function)
+    return name.lstrip("_") or name
 
 
 # Control characters, lone surrogates, line and paragraph separators, and invisible formatting such as the marks that

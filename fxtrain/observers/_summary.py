@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from fxtrain import tree
+from fxtrain import optim, tree
 from fxtrain.core import (
     LOOP,
     TRACED,
@@ -23,6 +23,7 @@ from fxtrain.core import (
     Observer,
     TrainState,
     check_positive_int,
+    decimal_text,
     device_name,
     format_bytes,
     pluralize,
@@ -77,7 +78,7 @@ def summary(*, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | Te
           dtype        float32
           state        150 B: params 32 B, opt_state 80 B, other 38 B
         training
-          opt_state    ScaleByAdamState 80 B
+          opt_state    scale_by_adam 80 B
         distributed
           processes    one
         device
@@ -204,7 +205,7 @@ def _step_facts(event: FitBegin) -> Facts:
     rates = {name.partition("/")[2]: described.pop(name) for name in event.step_description if _RATE.fullmatch(name)}
     described.pop("donation", None)
     return {
-        "loss": described.pop("loss", ""),
+        "loss": described.pop("loss", "").replace("<lambda>", ""),  # which says nothing
         "optimizer": described.pop("optimizer", ""),
         "lr": ", ".join(f"{group} {rate}".strip() for group, rate in rates.items()),
         "batch": _batch_text(
@@ -227,8 +228,12 @@ def _batch_text(batch_size: int | None, accumulate: str, steps: str) -> str:
 
 
 def _config_facts(event: FitBegin, rows: int) -> Facts:
-    config = {} if event.run is None else HParams(event.run.config).scalars()
-    shown = {name: str(value) for name, value in list(config.items())[:rows]}
+    given = {} if event.run is None else HParams(event.run.config).flat()
+    config = {name: value for name, value in given.items() if value is not None}
+    shown = {
+        name: decimal_text(value) if isinstance(value, float) else str(value)
+        for name, value in list(config.items())[:rows]
+    }
     return shown | ({"...": f"and {len(config) - rows} more"} if len(config) > rows else {})
 
 
@@ -237,8 +242,8 @@ def _memory_facts(state: TrainState) -> Facts:
     accessors = tree.accessors(state.opt_state)
     for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
         # The innermost node of a named type tells which transformation owns the leaf.
-        named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
-        kinds[named[-1] if named else "tensors"] += leaf.nbytes
+        named = [entry.type for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
+        kinds[_transformation(named[-1]) if named else "tensors"] += leaf.nbytes
     return {
         "opt_state": ", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
         "callbacks": ", ".join(
@@ -247,6 +252,12 @@ def _memory_facts(state: TrainState) -> Facts:
             if not name.startswith(LOOP)
         ),
     }
+
+
+def _transformation(state_type: type[object]) -> str:
+    """Returns the function whose state has a type, as in ``ScaleByAdamState``, or the name of the type."""
+    functions = {name.replace("_", ""): name for name in optim.__all__}
+    return functions.get(state_type.__name__.removesuffix("State").lower(), state_type.__name__)
 
 
 def _process_facts() -> Facts:

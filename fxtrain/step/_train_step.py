@@ -20,6 +20,7 @@ from fxtrain.core import (
     check_positive_int,
     describe,
     name_of,
+    public_name,
 )
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
@@ -133,7 +134,7 @@ def train_step(
     if transform_batch is not None:
         settings["transform_batch"] = name_of(transform_batch)
     description = {
-        "loss": name_of(loss_fn),
+        "loss": public_name(loss_fn),
         "optimizer": tx,
         **{name: argument_text(rate.given) for name, rate in learning_rates_by_name(tx).items()},
         "precision": policy.described if isinstance(precision, Policy) else precision or "that of the parameters",

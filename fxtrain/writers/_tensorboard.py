@@ -140,7 +140,10 @@ class TensorBoardWriter(OneFile):
                 # Only the session is written. Without an experiment summary, TensorBoard collects the columns from all
                 # runs, with the last value of every scalar as a metric. With one, it would show the columns of the
                 # first run that it finds, as they were when that run began.
-                _, session, _ = summaries.hparams(value.scalars(), {})
+                # Without values that are None, which would turn a column of numbers into one of texts.
+                flat = value.flat()
+                given = {key: scalar for key, scalar in value.scalars().items() if flat[key] is not None}
+                _, session, _ = summaries.hparams(given, {})
                 return session.value
             case bool() | int() | float():
                 # Stored as float32, which is all that TensorBoard reads.
