@@ -48,7 +48,7 @@ def test_tensorboard_gets_a_picture_or_a_warning_of_what_to_install(tmp_path, dr
     monkeypatch.setattr(type(drawn), "to_image", fails)
     with pytest.warns(RuntimeWarning, match="'line' of step 1 and similar values are not written: expected kaleido"):
         writers.tensorboard(tmp_path).write(1, {"line": Figure(drawn)})
-    from fxtrain.writers._encoders import png
+    from fxtrain.values._encoders import png
 
     monkeypatch.setattr(type(drawn), "to_image", lambda *args, **options: png(Image(torch.ones(4, 6, 3)).frames[0]))
     assert Figure(drawn).image().frames.shape == (1, 4, 6, 4)

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from fxtrain.report._markdown import as_html
 from fxtrain.values import Table
+from fxtrain.values._markdown import as_html
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from fxtrain.core._formats import escape_html, printable, truncate
+from fxtrain.core._formats import escape_html, printable_lines, truncate
 
 T = TypeVar("T")
 
@@ -34,11 +34,16 @@ border-bottom:1px solid var(--line);white-space:pre-line;overflow-wrap:anywhere;
 .fxtrain.fxtrain th{color:var(--dim);font-weight:500;white-space:nowrap}
 .fxtrain.fxtrain td.number,.fxtrain.fxtrain th.number{text-align:right;white-space:nowrap;\
 font-variant-numeric:tabular-nums}
+.fxtrain.fxtrain .confusion th,.fxtrain.fxtrain .confusion td{text-align:center;padding:.15em .45em}
+.fxtrain.fxtrain .confusion td{border:1px solid var(--line);font-variant-numeric:tabular-nums;\
+background:color-mix(in srgb,var(--accent) calc(var(--share)*60%),transparent)}
 .fxtrain details{margin-left:1.1em}
 .fxtrain>details{margin-left:0}
 .fxtrain summary{cursor:pointer;margin-left:0}
 .fxtrain details>table,.fxtrain details>p{margin-left:1.1em!important}
-.fxtrain svg{color:var(--accent);vertical-align:middle;max-width:100%}
+.fxtrain svg{vertical-align:middle;max-width:100%}
+.fxtrain svg rect{fill:var(--accent)}
+.fxtrain svg polyline{stroke:var(--accent)}
 .fxtrain svg text{fill:var(--dim);font-size:10px}
 .fxtrain img,.fxtrain video{max-width:100%;vertical-align:top}
 .fxtrain figure{display:inline-block;margin:0 .5em .5em 0;vertical-align:top;max-width:100%}
@@ -51,7 +56,7 @@ class Html(str):
 
 
 def as_html(value: object, most: int = _MAX_CHARACTERS) -> Html:
-    """Returns a value as HTML: ``Html`` as it is, and anything else as escaped text on one line.
+    """Returns a value as HTML: ``Html`` as it is, and anything else as escaped text, with its line breaks.
 
     Args:
         value: The value. Floats are shortened, and None is empty.
@@ -64,7 +69,7 @@ def as_html(value: object, most: int = _MAX_CHARACTERS) -> Html:
     if isinstance(value, Html):
         return value
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return Html(escape_html(printable(truncate(text, most))))
+    return Html(escape_html("\n".join(printable_lines(truncate(text, most)))))
 
 
 def join(parts: Iterable[object], between: str = "") -> Html:

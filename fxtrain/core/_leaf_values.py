@@ -41,7 +41,8 @@ def leaf_values(leaves: Sequence[Any]) -> list[str]:
             groups.setdefault((leaf.device, leaf.dtype), []).append(index)
     for members in groups.values():
         try:
-            values: list[Any] = torch.cat([leaves[index].detach().reshape(-1) for index in members]).tolist()
+            joined: Any = torch.cat([leaves[index].detach().reshape(-1) for index in members])
+            values: list[Any] = joined.tolist()
         except Exception:  # a tensor of a transform, of another thread's mode, or of a broken device
             continue
         for index in members:

@@ -12,9 +12,9 @@ import numpy as np
 from fxtrain.report._downsampling import evenly
 from fxtrain.report._folder import Folder
 from fxtrain.report._html import card, cell_text, grid, left_out, section, steps, table, titled
-from fxtrain.report._markdown import as_html
 from fxtrain.report._run import Confusion, Run
-from fxtrain.writers._encoders import png
+from fxtrain.values._encoders import png
+from fxtrain.values._markdown import as_html
 
 _MAX_STEPS = 8  # per name, evenly spaced
 _MAX_BYTES = 24 * 2**20  # of media per page

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import describe, name_of, register_node
+from fxtrain.core._html import html_view
 from fxtrain.values._pixels import Image
 
 
@@ -133,6 +134,12 @@ class Figure:
         if self.kind is Figure:
             return f"Figure of {self.pixels.shape[0]} x {self.pixels.shape[1]}"
         return "Figure of plotly" if self.kind is PlotlyFigure else f"Figure of {type(self.source).__name__}"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import figure_view
+
+        return figure_view(self)
 
 
 def _rendered(figure: Any, dpi: float | None) -> np.ndarray:

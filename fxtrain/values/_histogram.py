@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import describe
+from fxtrain.core._html import html_view
 from fxtrain.values._nodes import on_host, register_value
 
 
@@ -98,6 +99,12 @@ class Histogram:
         if self.values is not None:
             return f"Histogram of values of shape {list(self.values.shape)}"
         return f"Histogram of {len(self.counts) if self.counts is not None else 0} buckets"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import histogram_view
+
+        return histogram_view(self)
 
 
 _HISTOGRAM = ("values", "counts", "edges")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fxtrain.core import check_positive_int
+from fxtrain.core._html import html_view
 from fxtrain.values._nodes import on_host, register_value, set_tensor, within
 
 
@@ -58,6 +59,12 @@ class Audio:
 
     def __repr__(self) -> str:
         return f"Audio of {self.samples.shape[0 if self.samples.ndim < 3 else 1] / self.rate:.1f} s"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import audio_view
+
+        return audio_view(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

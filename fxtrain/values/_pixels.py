@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive, check_positive_int, describe
+from fxtrain.core._html import html_view
 from fxtrain.values._nodes import on_host, register_value, set_tensor, within
 
 ImageLayout = Literal["HWC", "CHW", "NHWC", "NCHW"]
@@ -219,6 +220,12 @@ class Image(Pixels):
         rows = [found[begin : begin + self.columns] for begin in range(0, len(found), self.columns)]
         return ("\n".join(map(" | ".join, rows)),)
 
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import image_view
+
+        return image_view(self)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Video(Pixels):
@@ -262,6 +269,12 @@ class Video(Pixels):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, {self.size('T')} frames"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import video_view
+
+        return video_view(self)
 
 
 def _joined(images: np.ndarray, columns: int) -> np.ndarray:

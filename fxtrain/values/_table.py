@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import describe, escape_html
+from fxtrain.core._html import html_view
 from fxtrain.values._confusion_image import draw_confusion_matrix
 from fxtrain.values._media import Audio
 from fxtrain.values._nodes import on_host, register_value, set_tensor
@@ -115,6 +116,12 @@ class Table:
     def __repr__(self) -> str:
         return f"Table of {len(self)} rows: {', '.join(self.columns)}"
 
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import table_view
+
+        return table_view(self)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConfusionMatrix:
@@ -163,6 +170,12 @@ class ConfusionMatrix:
 
     def __repr__(self) -> str:
         return f"ConfusionMatrix of {len(self.labels)} classes"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import confusion_view
+
+        return confusion_view(self)
 
 
 def _column(name: str, column: object) -> Column:

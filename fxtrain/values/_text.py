@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain.core import Json, describe, plain_config, register_node
+from fxtrain.core._html import html_view
 
 Scalar = bool | int | float
 
@@ -53,6 +54,12 @@ class Text:
         numbers = [value.item() if isinstance(value, Tensor) else value for value in vars(self)["_values"]]
         object.__setattr__(self, "markdown", vars(self)["_write"](*numbers))
         return self.markdown
+
+    @html_view
+    def _repr_html_(self) -> str:
+        from fxtrain.values._views import text_view
+
+        return text_view(self)
 
 
 def _flattened(text: Text) -> tuple[tuple[Any, ...], tuple[object]]:

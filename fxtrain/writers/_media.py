@@ -16,10 +16,10 @@ import numpy as np
 from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import append_lines, make_folder, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Image, PointCloud, Table, Text, Value, Video, jsonable
+from fxtrain.values._encoders import png, video, wav
 from fxtrain.values._figure import PlotlyFigure
 from fxtrain.values._table import Cell, Media
 from fxtrain.writers._append_only import REWOUND, Rewinds
-from fxtrain.writers._encoders import png, video, wav
 from fxtrain.writers._interface import Backend, explain_failure
 
 _FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|mp4|wav|json|ply|html)", re.ASCII)

@@ -25,8 +25,8 @@ import numpy as np
 from fxtrain.core import LoopEvent, describe
 from fxtrain.disk import Appendable, make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
+from fxtrain.values._encoders import gif, png, wav
 from fxtrain.writers._append_only import OneFile
-from fxtrain.writers._encoders import gif, png, wav
 from fxtrain.writers._interface import explain_failure, numbered
 
 _LENGTH_BYTES = 8  # at the beginning of a record, never all zero

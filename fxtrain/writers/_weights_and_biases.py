@@ -30,9 +30,9 @@ from fxtrain.values import (
     Value,
     Video,
 )
+from fxtrain.values._encoders import video, wav
 from fxtrain.values._figure import PlotlyFigure, WandbChart
 from fxtrain.writers._backlog import PendingCall
-from fxtrain.writers._encoders import video, wav
 from fxtrain.writers._interface import numbered, with_captions
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
