@@ -191,6 +191,9 @@ def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback])
         state: The training state.
         callbacks: A callback, several in an iterable, or a step that folds callbacks.
 
+    Raises:
+        TypeError: If the initial content of a slot is not a pytree of tensors.
+
     Example:
         >>> import torch, fxtrain as fx
         >>> state = fx.init(torch.nn.Linear(1, 1), fx.optim.sgd(0.1))
@@ -199,7 +202,8 @@ def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback])
     """
     for name, handler in as_composed(callbacks).slots.items():
         if name not in state.slots and (init := handler.inits[name]) is not None:
+            state = state.with_slot(name, init(state))
             # Cloned, because an initial content is often a view of the parameters, and no two leaves of a state may
             # share storage.
-            state = state.with_slot(name, tree.clone(init(state)))
+            state = state.with_slot(name, tree.clone(state.slots[name]))
     return state
