@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import warnings
 
 import problem
 import pytest
@@ -220,3 +221,20 @@ def test_resume_with_different_step_options_warns(tmp_path, change, warned):
     fit(step=problem.step(accumulate=2), steps=2, **options)
     with pytest.warns(UserWarning, match=warned):
         fit(step=problem.step(**{"accumulate": 2, **change}), steps=3, **options)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_error_of_a_callback_at_save_begin_loses_no_save(tmp_path, steps):
+    def fails(state, event: fx.SaveBegin):
+        raise RuntimeError("no values for this save")
+
+    checkpointer = fx.checkpointer(tmp_path)
+    run = {
+        "callbacks": fx.compose(fails, fx.when(3, fx.callbacks.save())),
+        "checkpointer": checkpointer,
+        "steps": steps,
+    }
+    warnings.simplefilter("ignore", RuntimeWarning)  # the callback fails again at the final save
+    with pytest.raises(RuntimeError, match="no values for this save"):
+        fx.fit(problem.start(), problem.step(), problem.data(), **run)
+    assert checkpointer.latest() == min(steps, 3)

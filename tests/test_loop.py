@@ -55,8 +55,8 @@ class TestOrder:
         evaluation = ["EvalBegin", *2 * ("EvalStepBegin", "EvalStep"), "EvalEnd"]
         assert fired == [
             "FitBegin",
-            *("EpochBegin", *step, *step, *evaluation, *step, "EpochEnd", "Saved"),
-            *("EpochBegin", *step, *evaluation, *step, *step, *evaluation, "EpochEnd", "Saved"),
+            *("EpochBegin", *step, *step, *evaluation, *step, "EpochEnd", "SaveBegin", "Saved"),
+            *("EpochBegin", *step, *evaluation, *step, *step, *evaluation, "EpochEnd", "SaveBegin", "Saved"),
             "FitEnd",
         ]
         assert result.reason == "loss has not improved for 2 evaluations"

@@ -1,8 +1,10 @@
 """Monitors inside the step: exact values, publication, gating, callback laws, and resume."""
 
+import contextlib
 import io
 import math
 import re
+import signal
 import sys
 
 import problem
@@ -415,6 +417,49 @@ class TestPublication:
         assert logged.steps.tolist() == [2, 4, 6]
         for number in (2, 4, 6):
             assert int(folder.restore(result.state, step=number).slots["grad_flow"].step) == number
+
+    @pytest.mark.parametrize("asker", ["callback", "stop", "end", "signal", "error"])
+    @pytest.mark.parametrize("make", [grad_norms, grad_flow, grad_profile, weight_stats, update_ratios, histograms])
+    def test_save_publishes_measurements_of_its_step_whoever_asked(self, tmp_path, make, asker):
+        def ask(state, event: fx.StepEnd):
+            if event.step != 3:
+                return state, fx.Control()
+            if asker == "signal":
+                signal.raise_signal(signal.SIGTERM)
+            if asker == "error":
+                raise RuntimeError("the disk of the data is gone")
+            requests = {"callback": {"save": True, "reason": "wanted"}, "stop": {"stop": True, "reason": "enough"}}
+            return state, fx.Control(**requests.get(asker, {}))
+
+        monitor, seen = make(every=1, publish=lambda event: False, at_saves=True), {}
+
+        def observe(state, event: fx.SaveBegin, control):
+            seen[event.step, event.role] = len(control.log)
+
+        step, folder = problem.step(callbacks=monitor), fx.checkpointer(tmp_path)
+        raises = pytest.raises(RuntimeError, match="data is gone") if asker == "error" else contextlib.nullcontext()
+        with raises:
+            fx.fit(
+                problem.start(), step, problem.data(), steps=4, callbacks=ask, checkpointer=folder, observers=observe
+            )
+        saves = {
+            "callback": [(3, "trajectory"), (4, "session")],
+            "end": [(4, "session")],
+            "error": [(2, "session")],
+        }
+        assert list(seen) == saves.get(asker, [(3, "session")])
+        assert min(seen.values()) > 0
+
+    def test_save_publishes_nothing_twice(self, tmp_path):
+        monitor = grad_norms(publish=fx.every(2), at_saves=True)
+        step, folder = problem.step(callbacks=monitor), fx.checkpointer(tmp_path, keep=10)
+        callbacks = fx.when(3, fx.callbacks.save())
+        result = fx.fit(problem.start(), step, problem.data(), steps=6, callbacks=callbacks, checkpointer=folder)
+        assert result.history["grad_norm/total"].steps.tolist() == [2, 3, 4, 6]
+        resumed = fx.fit(
+            problem.start(), step, problem.data(), steps=8, callbacks=callbacks, checkpointer=folder, resume=True
+        )
+        assert resumed.history["grad_norm/total"].steps.tolist() == [8]
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_gated_measurements_match_ungated_ones(self, compiled):

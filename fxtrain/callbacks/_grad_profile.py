@@ -29,7 +29,12 @@ class GradProfile(NamedTuple):
 
 
 def grad_profile(
-    *, every: When, layer: str | Sequence[str] = "*", publish: When | None = None, name: str = "grad_profile"
+    *,
+    every: When,
+    layer: str | Sequence[str] = "*",
+    publish: When | None = None,
+    at_saves: bool = False,
+    name: str = "grad_profile",
 ) -> Handler:
     """Logs a picture of the gradients over depth: their mean and largest absolute value in each layer.
 
@@ -44,6 +49,7 @@ def grad_profile(
         layer: Patterns of the layers to show; all by default. The name of a block, such as ``"blocks.0"``, shows its
             layers as one.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
+        at_saves: Whether to publish at each save of a measured step too.
         name: The slot, and the name of the logged figure.
 
     Raises:
@@ -81,7 +87,7 @@ def grad_profile(
         # Copied, because the slot's buffers may be donated before the picture is drawn.
         return {"": Figure.drawn(draw, values.mean.clone(), values.max.clone())}
 
-    return monitor(name, measure, show, every=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish, at_saves=at_saves)
 
 
 @dataclasses.dataclass(frozen=True)

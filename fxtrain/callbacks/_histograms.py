@@ -33,6 +33,7 @@ def histograms(
     per_decade: int = 2,
     every: When = 100,
     publish: When | None = None,
+    at_saves: bool = False,
     name: str = "",
 ) -> Handler:
     """Logs histograms of gradients, weights or updates over fixed buckets.
@@ -53,6 +54,7 @@ def histograms(
         per_decade: Buckets per power of ten, 1 or more.
         every: When to count: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every counted step is published.
+        at_saves: Whether to publish at each save of a measured step too.
         name: The slot, and the prefix of the logged names ``<name>/<parameter>``. By default ``histograms/<of>``.
 
     Raises:
@@ -103,7 +105,7 @@ def histograms(
             for row, (chosen, _) in enumerate(matching_blocks(names, parameter, "parameter"))
         }
 
-    return monitor(name or f"histograms/{of}", measure, show, every=every, publish=publish)
+    return monitor(name or f"histograms/{of}", measure, show, every=every, publish=publish, at_saves=at_saves)
 
 
 def _sample(leaf: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_recorded
 from fxtrain.callbacks._per_model import per_model
-from fxtrain.core import Control, Logged, StepEnd, TrainState, Tree, Updated
+from fxtrain.core import Control, Logged, SaveBegin, StepEnd, TrainState, Tree, Updated
 from fxtrain.fold import Handler, When, as_trigger, on, slotted
 from fxtrain.tree import as_name, leaf_paths
 
@@ -36,6 +36,7 @@ class MonitorState(NamedTuple):
 
     step: Tensor  # int64 []: the step measured last; -1 before the first
     values: Tree  # its measurements, a pytree of tensors
+    published: Tensor | tuple[()] = ()  # int64 []: the step published last at StepEnd; empty without at_saves
 
 
 def monitor(
@@ -45,6 +46,7 @@ def monitor(
     *,
     every: When = 1,
     publish: When | None = None,
+    at_saves: bool = False,
 ) -> Handler:
     """Returns a callback that measures a step from inside and publishes from the loop.
 
@@ -59,6 +61,8 @@ def monitor(
             measurement is in a conditional branch of the graph.
         publish: When to publish, evaluated at ``StepEnd``; ``every`` by default. Only values measured at that same step
             are published.
+        at_saves: Whether to publish at each save of a measured step too. With ``every=1``, each checkpoint
+            then has published values of its own step.
 
     Raises:
         TypeError: If ``every`` or ``publish`` is neither an int nor a trigger.
@@ -83,31 +87,38 @@ def monitor(
         weights = trainable(state)
         stats = UpdateStats(weights, weights, weights, torch.zeros_like(state.due.stop))
         blank = tree.map(torch.zeros_like, measure(state, stats, None))
-        return MonitorState(torch.full_like(state.step, -1), blank)
+        never = torch.full_like(state.step, -1)
+        return MonitorState(never, blank, never.clone() if at_saves else ())
 
-    def update(state: TrainState, event: Updated | StepEnd) -> tuple[TrainState, Control]:
+    def update(state: TrainState, event: Updated | StepEnd | SaveBegin) -> tuple[TrainState, Control]:
         slot: MonitorState = state.slots[name]
         if isinstance(event, Updated):
             stats = UpdateStats.at(state, event)
             if every == 1:
                 values = measure(state, stats, slot.values)
-                return state.with_slot(name, MonitorState(event.step.clone(), values)), Control()
+                return state.with_slot(name, slot._replace(step=event.step.clone(), values=values)), Control()
             flag = measures(event)
             now = flag if isinstance(flag, Tensor) else torch.full((), flag, device=event.step.device)
             seen = (stats.weights, stats.grads, stats.updates, stats.skipped)
             values = _where(now, lambda seen, old: measure(state, UpdateStats(*seen), old), seen, slot.values)
-            return state.with_slot(name, MonitorState(torch.where(now, event.step, slot.step), values)), Control()
-        if not due(event):
+            measured = slot._replace(step=torch.where(now, event.step, slot.step), values=values)
+            return state.with_slot(name, measured), Control()
+        if isinstance(event, StepEnd) and not due(event):
             return state, Control()
-        is_of_this_step = slot.step == event.step
+        is_new = slot.step == event.step
+        if isinstance(slot.published, Tensor):
+            is_new &= slot.published != event.step
+            if isinstance(event, StepEnd):
+                state = state.with_slot(name, slot._replace(published=slot.step.clone()))
         shown = show(state, slot.values)
         log: dict[str, Logged] = {}
         for key, value in shown.items():
             flagged = value if isinstance(value, Logged) else Logged(value)
-            log[f"{name}/{key}" if key else name] = dataclasses.replace(flagged, when=is_of_this_step & flagged.when)
+            log[f"{name}/{key}" if key else name] = dataclasses.replace(flagged, when=is_new & flagged.when)
         return state, Control(log=log)
 
-    return per_model(slotted(name, init, on(Updated | StepEnd, update)))
+    seen = Updated | StepEnd | SaveBegin if at_saves else Updated | StepEnd
+    return per_model(slotted(name, init, on(seen, update)))
 
 
 def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _Seen, otherwise: _Values) -> _Values:

@@ -41,6 +41,7 @@ def grad_norms(
     warn_above: float | None = None,
     every: When = 1,
     publish: When | None = None,
+    at_saves: bool = False,
     name: str = "grad_norm",
 ) -> Handler:
     """Measures the norm of the averaged gradients before clipping, in total and per layer.
@@ -58,6 +59,7 @@ def grad_norms(
             ``"large gradient in blocks.0.attn.weight: 12.3"``, which names the five largest. None for no warnings.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
+        at_saves: Whether to publish at each save of a measured step too.
         name: The slot, and the prefix of the logged names: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
             layers, ``/<layer>``, and the text ``/large``.
 
@@ -105,7 +107,7 @@ def grad_norms(
             shown["large"] = layer_warning("large gradient", ordered, parameters, ~(parameters <= warn_above))
         return shown
 
-    return monitor(name, measure, show, every=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish, at_saves=at_saves)
 
 
 def _sizes(state: TrainState, parts: Sequence[int], like: Tensor) -> Tensor:
@@ -130,6 +132,7 @@ def grad_flow(
     warn: bool = False,
     every: When = 1,
     publish: When | None = None,
+    at_saves: bool = False,
     name: str = "grad_flow",
 ) -> Handler:
     """Measures how the gradient norm changes from layer to layer in the backward pass.
@@ -150,8 +153,8 @@ def grad_flow(
             block, such as ``"blocks.0"``, is the product of its layers' gains.
         warn: Whether a published step with vanishing or exploding layers has a text that names the five worst.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
-        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published. With the
-            trigger of the saves, each checkpoint has published values of its own step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
+        at_saves: Whether to publish at each save of a measured step too.
         name: The slot, and the prefix of the logged names: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the
             counts ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, ``/gain/<layer>``,
             and the texts ``/vanishing_in`` and ``/exploding_in``.
@@ -208,7 +211,7 @@ def grad_flow(
             **warnings,
         }
 
-    return monitor(name, measure, show, every=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish, at_saves=at_saves)
 
 
 def _block_gain(norms: Tensor, parts: Sequence[int]) -> Tensor:
@@ -226,7 +229,12 @@ class WeightStats(NamedTuple):
 
 
 def weight_stats(
-    *, parameter: str | Sequence[str] | None = None, every: When = 1, publish: When | None = None, name: str = "weights"
+    *,
+    parameter: str | Sequence[str] | None = None,
+    every: When = 1,
+    publish: When | None = None,
+    at_saves: bool = False,
+    name: str = "weights",
 ) -> Handler:
     """Measures the norm, mean, standard deviation and largest absolute value of each trainable parameter.
 
@@ -237,6 +245,7 @@ def weight_stats(
             of a block, such as ``"blocks.0"``, publishes statistics of all its parameters as one vector.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
+        at_saves: Whether to publish at each save of a measured step too.
         name: The slot, and the prefix of the logged names: ``<name>/norm`` of all parameters as one vector, ``/max``
             over all, and ``/<parameter>/norm``, ``/mean``, ``/std`` and ``/max`` for each chosen parameter.
 
@@ -272,7 +281,7 @@ def weight_stats(
             chosen |= {f"{group}/{field}": value for field, value in zip(values._fields, whole, strict=True)}
         return {"norm": values.norm.square().sum().sqrt(), "max": values.max.amax(), **chosen}
 
-    return monitor(name, measure, show, every=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish, at_saves=at_saves)
 
 
 class UpdateRatios(NamedTuple):
@@ -291,6 +300,7 @@ def update_ratios(
     worst: int = 0,
     every: When = 1,
     publish: When | None = None,
+    at_saves: bool = False,
     name: str = "update_ratio",
 ) -> Handler:
     """Measures the ratio of update norm to parameter norm, and counts parameters that do not move.
@@ -311,6 +321,7 @@ def update_ratios(
             accelerator.
         every: When to measure: a number of steps, or a trigger, evaluated inside the step.
         publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
+        at_saves: Whether to publish at each save of a measured step too.
         name: The slot, and the prefix of the logged names: ``<name>/mean``, ``/max``, ``/min``, ``/frozen``,
             ``/<parameter>``, and the text ``/worst``.
 
@@ -354,7 +365,7 @@ def update_ratios(
             shown["worst"] = Text("\n".join(f"- `{names[index]}`: {ratio:.3g}" for index, ratio in pairs))
         return shown
 
-    return monitor(name, measure, show, every=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish, at_saves=at_saves)
 
 
 def _ratios(stats: UpdateStats, groups: list[list[int]]) -> Tensor:

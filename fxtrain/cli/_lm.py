@@ -221,12 +221,13 @@ class _Job:
         options = self.options
         if not options.gradient_monitor:
             return fx.compose()
-        due = fx.every(options.snapshot_interval)
-        if options.gradient_monitor_interval is not None:
-            due = due | fx.every(options.gradient_monitor_interval)
+        due = fx.every(options.gradient_monitor_interval or options.snapshot_interval)
         if options.monitor_at_epochs:
             due = due | fx.every(epochs=1)
-        return fx.compose(fx.callbacks.grad_norms(layer="*", publish=due), fx.callbacks.grad_flow(publish=due))
+        return fx.compose(
+            fx.callbacks.grad_norms(layer="*", publish=due, at_saves=True),
+            fx.callbacks.grad_flow(publish=due, at_saves=True),
+        )
 
     def _validation(self) -> Source:
         """Returns windows over the validation text, in order."""

@@ -301,6 +301,20 @@ class Restored(LoopEvent):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SaveBegin(LoopEvent):
+    """Session event: fires before the state is copied for a checkpoint.
+
+    Without a checkpointer nothing is saved, and it does not fire. What is logged here has the step of the checkpoint.
+
+    Args:
+        role: ``"trajectory"`` if a callback requested the save at a step, so that an uninterrupted run has it too.
+            ``"session"`` at the end of the session, after a signal or an exception, or on a request at ``FitBegin``.
+    """
+
+    role: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Saved(LoopEvent):
     """Session event: fires when a checkpoint is committed.
 
@@ -362,11 +376,11 @@ Event = (
     Microbatch | Gradients | Updated
     | EpochBegin | StepBegin | StepEnd | EvalBegin | EvalStepBegin | EvalStep | EvalEnd | EpochEnd | Rewound
     | Published
-    | FitBegin | Restored | Saved | Interrupted | FitEnd
+    | FitBegin | Restored | SaveBegin | Saved | Interrupted | FitEnd
 )  # fmt: skip
 """Any event."""
 
 TRACED = (Microbatch, Gradients, Updated)
 TRAJECTORY = (EpochBegin, StepBegin, StepEnd, EvalBegin, EvalStepBegin, EvalStep, EvalEnd, EpochEnd, Rewound)
-SESSION = (FitBegin, Restored, Saved, Interrupted, FitEnd)
+SESSION = (FitBegin, Restored, SaveBegin, Saved, Interrupted, FitEnd)
 EVENTS = (*TRACED, *TRAJECTORY, Published, *SESSION)

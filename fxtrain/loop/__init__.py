@@ -15,10 +15,10 @@ Events fire in this order (indented: only where they apply)::
                             EvalStepBegin, EvalStep         for each batch
                         EvalEnd
     the epoch is over   EpochEnd
-    a save is due                                           the state is copied, and written in the background
+    a save is due       SaveBegin                           then the state is copied, and written in the background
     a save is committed Saved                               before the next step, or at the end of the session
     session ends            Interrupted                     by a signal or an exception
-                            Saved                           the final save, unless the stop requests none
+                            SaveBegin, Saved                the final save, unless the stop requests none
                         FitEnd                              not after an exception
 
 Each event that publishes metrics or logged values is followed by ``Published``, if a callback or an observer names it.

@@ -219,7 +219,7 @@ class Run:
         # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.
         if now.due["save"] and not pending:
             now.set(save=False)
-            self._saves.save("session")
+            yield from self._saves.save("session")
         report, self._restored = self._restored, None
         if report is not None:
             yield from self._emit(

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 
 from fxtrain.checkpoint import Checkpointer, Committed, Restoration, Role, Save
-from fxtrain.core import Saved, TrainState
+from fxtrain.core import SaveBegin, Saved, TrainState
 from fxtrain.data import Source
 from fxtrain.data._batch_checks import checksum
 from fxtrain.loop._batches import LastBatch
@@ -134,7 +134,7 @@ class Saves:
     """Handles the requests to save.
 
     Args:
-        emitter: Emits ``Saved``, and has the observers, which are flushed before a save.
+        emitter: Emits ``SaveBegin`` and ``Saved``, and has the observers, which are flushed before a save.
         checkpoints: The checkpoints of the run.
         snapshots: The snapshots that are saved with a checkpoint.
         evaluations: The evaluations, whose metrics are saved.
@@ -150,10 +150,21 @@ class Saves:
     def handle(self) -> Events[None]:
         """Saves the current state, as a callback requested."""
         self._now.set(save=False)
-        self.save("trajectory")
+        yield from self.save("trajectory")
         yield from self.report()
 
-    def save(self, role: Role) -> None:
+    def save(self, role: Role) -> Events[None]:
+        """Emits ``SaveBegin``, and saves the current state."""
+        if self._checkpoints.checkpointer is not None:
+            try:
+                yield from self._emit(SaveBegin, role=role)
+            except Exception:
+                if role == "session":  # no other save follows
+                    self._start(role)
+                raise
+        self._start(role)
+
+    def _start(self, role: Role) -> None:
         """Saves the current state, after flushing the observers and saving the snapshots that it lists."""
         now = self._now
         self._publish.flush(now.step)
@@ -176,7 +187,7 @@ class Saves:
         yield from self.report(wait=True)
         if self._checkpoints.is_due_at_the_end(self._now.state) and not self._now.due["skip_final_save"]:
             # A pending save request, such as one that waits for an evaluation, stays due.
-            self.save("session")
+            yield from self.save("session")
             yield from self.report(wait=True)
 
     def report(self, *, wait: bool = False) -> Events[None]:
