@@ -23,15 +23,17 @@ Events fire in this order (indented: only where they apply)::
 
 Each event that publishes metrics or logged values is followed by ``Published``, if a callback or an observer names it.
 
-FitBegin accepts the requests ``stop`` and ``save``, and Restored accepts ``stop``. How often these events fire depends
-on interruptions, so they cannot request anything else. Request an evaluation before the first step at EpochBegin.
+``FitBegin`` accepts the requests ``stop`` and ``save``, and ``Restored`` accepts ``stop``. How often these events fire
+depends on interruptions, so they cannot request anything else. Request an evaluation before the first step at
+``EpochBegin``.
 
 After an exception of a callback, the step or the data, the run rolls back to the state before the failing event.
-Interrupted fires, that state is saved, observers are closed, and ``fit`` raises the exception without FitEnd. If the
-step has donated that state, it cannot be saved, and a resume continues from the last checkpoint.
+``Interrupted`` fires, that state is saved, observers are closed, and ``fit`` raises the exception without ``FitEnd``.
+If the step has donated that state, it cannot be saved, and a resume continues from the last checkpoint.
 
-The epoch hooks of other trainers map to one event each: EpochBegin is before the epoch and before its training, because
-no evaluation precedes the steps. EvalBegin is after the training of the epoch, and EpochEnd after its evaluation.
+The epoch hooks of other trainers map to one event each: ``EpochBegin`` is before the epoch and before its training,
+because no evaluation precedes the steps. ``EvalBegin`` is after the training of the epoch, and ``EpochEnd`` after its
+evaluation.
 
 With ``steps_per_call=k``, k steps are one dispatch: ``StepBegin`` fires k times, for observers only, then all traced
 events fire, and then ``StepEnd`` fires k times, with the state after all k steps.

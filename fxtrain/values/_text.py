@@ -12,6 +12,7 @@ from fxtrain.core import Json, describe, plain_config, register_node
 from fxtrain.core._html import html_view
 
 Scalar = bool | int | float
+"""A Python number."""
 
 
 @dataclasses.dataclass(frozen=True)
