@@ -1,0 +1,136 @@
+"""A Sphinx extension that reads docstrings as they are written, and links names in code to their documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
+from sphinx.util.inspect import signature, stringify_signature
+from typing_extensions import is_protocol
+
+from notebooks.website._names import ambiguous_names, packages, resolves
+
+_PATH = re.compile(r"(?:help\()?(?:fx|fxtrain)((?:\.[A-Za-z_]\w*)+)")
+_NAME = re.compile(r"[A-Za-z_]\w*(?=\(|$)")
+_SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):$")
+_log = logging.getLogger(__name__)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Adds the extension to a build."""
+    app.connect("autodoc-process-docstring", _mark_blocks, priority=400)  # before napoleon, which has 500
+    app.connect("autodoc-process-signature", _protocol_signature)
+    app.connect("autodoc-skip-member", _skip_fields)
+    app.add_transform(ShortenPaths)
+    app.add_post_transform(LinkNames)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _mark_blocks(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Marks indented blocks outside of sections as verbatim: formulas and code, as ``help()`` shows them."""
+    marked: list[str] = []
+    is_verbatim = in_section = False
+    for line in lines:
+        is_indented = line.startswith("    ")
+        if line and not is_indented:
+            in_section, is_verbatim = bool(_SECTION.match(line)), line.endswith("::")
+        elif is_indented and not (in_section or is_verbatim) and not marked[-1]:
+            is_verbatim = True
+            marked += ["::", ""]
+        marked.append(line)
+    lines[:] = marked
+
+
+def _protocol_signature(
+    app: Sphinx, what: str, name: str, value: object, options: object, arguments: str, returned: str
+) -> tuple[str, str | None] | None:
+    """Shows how an object that follows a protocol is called, because a protocol itself has no constructor."""
+    if not (isinstance(value, type) and is_protocol(value)):
+        return None
+    if "__call__" not in vars(value):
+        return "", None
+    call = signature(value.__call__, bound_method=True)
+    text = stringify_signature(call, unqualified_typehints=True, short_literals=True)
+    return text.partition(" -> ")[0], text.partition(" -> ")[2]
+
+
+def _skip_fields(app: Sphinx, what: str, name: str, value: object, skip: bool, options: object) -> bool | None:
+    """Skips what only repeats a name: the fields of named tuples, and what a class inherits from them."""
+    return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+class ShortenPaths(SphinxTransform):
+    """Shows ``fx.`` in place of ``fxtrain.`` before documented names, as in all examples."""
+
+    default_priority = 700
+
+    def apply(self, **kwargs: object) -> None:
+        for prefix in self.document.findall(addnodes.desc_addname):
+            for text in list(prefix.findall(nodes.Text)):
+                prefix.replace(text, nodes.Text(text.replace("fxtrain.", "fx.", 1)))
+
+
+class LinkNames(SphinxPostTransform):
+    """Turns code that begins with a public name into a link to its documentation.
+
+    A path from ``fx`` or ``fxtrain`` that does not exist is a warning. A bare name is a link in the documentation of
+    its package. Elsewhere it is one if fxtrain itself exports it, and no argument or attribute has the same name.
+    """
+
+    default_priority = 5  # before links are resolved
+
+    def run(self, **kwargs: object) -> None:
+        for code in list(self.document.findall(nodes.literal)):
+            if _is_plain(code) and (target := self._target(code)):
+                link = addnodes.pending_xref(
+                    "", code.deepcopy(), refdomain="py", reftype="obj", reftarget=target, refexplicit=True
+                )
+                link["refdoc"], link["refwarn"] = self.env.docname, True
+                code.replace_self(link)
+
+    def _target(self, code: nodes.literal) -> str | None:
+        text = code.astext()
+        if path := _PATH.match(text):
+            return self._documented(code, f"fxtrain{path[1]}")
+        name = _NAME.match(text)
+        if name is None or name[0] in _arguments(code):
+            return None
+        here = self.env.docname
+        for package in packages():
+            path = package.names.get(name[0])
+            if path and (package.page == here or (path.count(".") == 1 and name[0] not in ambiguous_names())):
+                return path
+        return None
+
+    def _documented(self, code: nodes.literal, path: str) -> str | None:
+        if not resolves(path):
+            _log.warning(
+                "expected a name of fxtrain in %r, got %s, which does not exist.", code.astext(), path, location=code
+            )
+            return None
+        documented = self.env.domains.python_domain.objects
+        while path not in documented and "." in path:
+            path = path.rpartition(".")[0]
+        return path if path != "fxtrain" else None
+
+
+def _is_plain(code: nodes.literal) -> bool:
+    return not any(isinstance(node, (nodes.reference, addnodes.pending_xref, nodes.title)) for node in _ancestors(code))
+
+
+def _arguments(code: nodes.literal) -> set[str]:
+    """Returns the names of the arguments of the functions whose documentation contains the code."""
+    signatures = [node[0] for node in _ancestors(code) if isinstance(node, addnodes.desc)]
+    parameters = [p for signature in signatures for p in signature.findall(addnodes.desc_parameter)]
+    return {parameter.astext().lstrip("*").partition(":")[0].partition("=")[0] for parameter in parameters}
+
+
+def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
+    while (node := node.parent) is not None:
+        yield node
