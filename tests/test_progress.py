@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Mapping
 
+import notebook
 import problem
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ import fxtrain as fx
 from fxtrain import observers
 from fxtrain.core import (
     Control,
+    EpochEnd,
     EvalBegin,
     EvalEnd,
     EvalStep,
@@ -77,7 +79,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "120")
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     return Terminal()
@@ -99,7 +101,7 @@ def run(*, evaluated=True, reason="reached 20 steps"):
     time = 30.0
 
     def at(kind, step, **fields):
-        epochs = (step - 1) // 10 if kind is StepEnd else step // 10
+        epochs = step // 10 if kind in (FitBegin, EpochEnd, FitEnd) else (step - 1) // 10
         fields |= {"epochs_done": epochs, "epoch_start": 10 * epochs, "epoch_length": 10}
         return kind(step=step, position=step, total_steps=20, total_epochs=2, time=time, **fields)
 
@@ -112,6 +114,8 @@ def run(*, evaluated=True, reason="reached 20 steps"):
                 time += 1
                 yield at(EvalStep, step, index=index, batch=None, metrics={})
             yield at(EvalEnd, step, metrics={"loss": step / 5, "accuracy": 0.25})
+        if step % 10 == 0:
+            yield at(EpochEnd, step, metrics={"loss": step / 4, "norm": 1.0}, duration=20.0 + 3 * evaluated)
         time += 2
     yield at(FitEnd, 20, reason=reason)
 
@@ -132,16 +136,15 @@ def test_plain_file_gets_lines():
         f"step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | {rate} | 0:20 per epoch | 0:36 elapsed | 0:32 left\n"
         f"step  6/20 | epoch 0.60/2 | loss 3.5931 | bits 5.1837 | {rate} | 0:20 per epoch | 0:40 elapsed | 0:28 left\n"
         f"step  8/20 | epoch 0.80/2 | loss 3.4493 | bits 4.9763 | {rate} | 0:20 per epoch | 0:44 elapsed | 0:24 left\n"
-        f"step 10/20 | epoch 1.00/2 | loss 3.2951 | bits 4.7539 | {rate} | 0:20 per epoch | 0:48 elapsed | 0:20 left\n"
         "step 10: compiling the evaluation\n"
-        "evaluation at step 10 | loss 2.0000 | bits 2.8854 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
+        "epoch 1/2 | loss 2.5000 | bits 3.6067 | eval loss 2.0000 | eval bits 2.8854 | eval accuracy 0.2500 | 0:23 | "
+        "best loss\n"
         f"step 12/20 | epoch 1.20/2 | loss 3.1319 | bits 4.5184 | {rate} | 0:23 per epoch | 0:55 elapsed | 0:18 left\n"
         f"step 14/20 | epoch 1.40/2 | loss 2.9610 | bits 4.2718 | {rate} | 0:22 per epoch | 0:59 elapsed | 0:13 left\n"
         f"step 16/20 | epoch 1.60/2 | loss 2.7837 | bits 4.0160 | {rate} | 0:22 per epoch | 1:03 elapsed | 8.8 s left\n"
         f"step 18/20 | epoch 1.80/2 | loss 2.6011 | bits 3.7526 | {rate} | 0:22 per epoch | 1:07 elapsed | 4.4 s left\n"
-        f"step 20/20 | epoch 2.00/2 | loss 2.4144 | bits 3.4832 | {rate} | 0:22 per epoch | 1:11 elapsed\n"
-        "evaluation at step 20 | loss 4.0000 | bits 5.7708 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
-        "ended: reached 20 steps, in 1:16\n"
+        "epoch 2/2 | loss 5.0000 | bits 7.2135 | eval loss 4.0000 | eval bits 5.7708 | eval accuracy 0.2500 | 0:23\n"
+        "ended: reached 20 steps, in 1:16; best loss 2.0000 at step 10\n"
     )
 
 
@@ -150,6 +153,15 @@ def test_lines_are_written_every_n_seconds():
     shown = observers.progress(seconds=3.0, file=file)
     see(shown, *(StepEnd(step=step, time=float(step), metrics={"loss": 1.0}) for step in range(1, 9)))
     assert re.findall(r"step (\d)", file.getvalue()) == ["1", "4", "7"]
+
+
+FIRST_EPOCH = (
+    "epoch 1/2   loss 2.5000   bits 3.6067   eval loss 2.0000   eval bits 2.8854   eval accuracy 0.2500   0:23   "
+    "best loss"
+)
+SECOND_EPOCH = (
+    "epoch 2/2   loss 5.0000   bits 7.2135   eval loss 4.0000   eval bits 5.7708   eval accuracy 0.2500   0:23"
+)
 
 
 def test_terminal_panel_updates_in_place(terminal):
@@ -180,18 +192,17 @@ def test_terminal_panel_updates_in_place(terminal):
         f"eval   {bar}  batch 2   1.00 batches/s",
     ]
     assert screens["EvalStep", 20, 1] == [
+        FIRST_EPOCH,
         f"train  {bar}  20/20   1:13 elapsed",
         f"epoch  {bar}    2/2   0:23 per epoch",
         "       loss 2.4144   bits 3.4832   500 tokens/s   data wait 25%",
         f"eval   {bar[:26]}╸{bar[:13]}  batch 2/3   1.00 batches/s   1.0 s left",
     ]
-    assert terminal.screen == [
-        f"train  {bar}  20/20   1:16 elapsed",
-        f"epoch  {bar}    2/2   0:24 per epoch",
-        "       loss 2.4144   bits 3.4832   500 tokens/s   data wait 25%",
-        "eval   at step 20   loss 4.0000   bits 5.7708   accuracy 0.2500   best loss 2.0000 at step 10",
-        "end    reached 20 steps, in 1:16",
-        "",
+    shown = [line for line in terminal.screen if line]
+    assert shown == [
+        FIRST_EPOCH,
+        SECOND_EPOCH,
+        "end  step 20/20: reached 20 steps, in 1:16; best loss 2.0000 at step 10",
     ]
     assert terminal.cursor_is_shown
 
@@ -206,10 +217,16 @@ def test_printed_text_appears_above_the_panel(terminal):
                 print("and an error", file=sys.stderr)
         shown.close()
         print("after the end")
-    assert terminal.screen[:4] == ["a message at step 3", "and an error", "a message at step 7", "and an error"]
-    assert terminal.screen[4].startswith("train  ━")
-    assert terminal.screen[-2:] == ["after the end", ""]
-    assert len(terminal.screen) == 10
+    assert [line for line in terminal.screen if line] == [
+        "a message at step 3",
+        "and an error",
+        "a message at step 7",
+        "and an error",
+        "epoch 1/2   loss 2.5000   0:20",
+        "epoch 2/2   loss 5.0000   0:20",
+        "end  step 20/20: reached 20 steps, in 1:10",
+        "after the end",
+    ]
 
 
 def test_redirected_output_is_not_captured(terminal):
@@ -284,23 +301,25 @@ def test_notebook_panel_updates_in_place_without_widgets(monkeypatch, capsys):
     first, second = cell.shown
     assert first == second
     assert 20 < cell.count < 100
-    assert [line.rstrip() for line in first["text/plain"].splitlines()] == [
-        f"train  {'━' * 40}  20/20   1:16 elapsed",
-        f"epoch  {'━' * 40}    2/2   0:24 per epoch",
-        "       loss 2.4144   0.50 steps/s   data wait 25%",
-        "eval   at step 20   loss 4.0000   accuracy 0.2500   best loss 2.0000 at step 10",
-        "end    reached 20 steps, in 1:16",
+    assert first["text/plain"].splitlines() == [
+        FIRST_EPOCH.replace("bits 3.6067   ", "").replace("eval bits 2.8854   ", ""),
+        SECOND_EPOCH.replace("bits 7.2135   ", "").replace("eval bits 5.7708   ", ""),
+        "end  step 20/20: reached 20 steps, in 1:16; best loss 2.0000 at step 10",
     ]
     assert first["text/html"].startswith("<pre style=")
     assert "reached 20 steps" in first["text/html"]
     assert capsys.readouterr().out == ""
 
 
-def test_notebook_prints_notes_and_file_gets_lines(monkeypatch, capsys):
+def test_notebook_shows_notes_and_file_gets_lines(monkeypatch, capsys):
     cell, file = Cell(monkeypatch), io.StringIO()
-    see(observers.progress(), FitBegin(step=0), ended(1), Interrupted(step=1, cause="ValueError: <b>"))
-    assert capsys.readouterr().out == "interrupted at step 1: ValueError: <b>\n"
-    assert "compiling" not in cell.shown[0]["text/plain"]
+    rewound = Rewound(step=3, from_step=3, to_step=1, abandoned=range(1, 3), times=1)
+    see(observers.progress(), FitBegin(step=0), ended(1), rewound, Interrupted(step=1, cause="ValueError: <b>"))
+    lines = cell.shown[0]["text/plain"].splitlines()
+    assert lines == ["rewound from step 3 to step 1", "end  interrupted at step 1: ValueError: <b>"]
+    assert "&lt;b&gt;" in cell.shown[0]["text/html"]
+    assert "<b>" not in cell.shown[0]["text/html"]
+    assert capsys.readouterr().out == ""
     see(observers.progress(file=file), *run(evaluated=False))
     assert file.getvalue().endswith("ended: reached 20 steps, in 1:10\n")
     assert len(cell.shown) == 1
@@ -401,10 +420,10 @@ def test_only_rank_0_shows_progress(monkeypatch):
         shown.close()
     assert file.getvalue() == ""
     see(observers.progress(file=file, every_rank=True), *run())
-    assert file.getvalue().count("\n") == 16
+    assert file.getvalue().count("\n") == 14
     monkeypatch.setenv("RANK", "0")
     see(made_before, *run())
-    assert file.getvalue().count("\n") == 32
+    assert file.getvalue().count("\n") == 28
 
 
 def test_rank_is_read_from_the_process_group(monkeypatch):
@@ -445,7 +464,7 @@ def test_only_rank_0_of_two_processes_writes(tmp_path, capsys):
         assert other.returncode == 0
     shown = capsys.readouterr().out
     assert "processes    2, this is rank 0; gloo\n" in shown
-    assert re.search(r"step 3/3 \| epoch 3.00 \| loss .*\nended: reached 3 steps", shown)
+    assert re.search(r"epoch 3 \| loss .*\nended: reached 3 steps", shown)
 
 
 def test_resume_rewind_and_interruption_are_shown():
@@ -466,9 +485,9 @@ def test_resume_rewind_and_interruption_are_shown():
         "resuming from step 7; compiling and running the first step\n"
         "slot 'ema' is initialized; slot 'old' belongs to no callback; results may differ in the last bits: "
         "threads: 2 at the save, 1 now; compiling and running the first step\n"
-        "evaluation at step 8 | loss 1.0000 | best loss 1.0000 at step 8\n"
+        "step 8 | eval loss 1.0000 | evaluated in 0.0 s | best loss\n"
         "rewound from step 8 to step 4\n"
-        "evaluation at step 5 | loss 2.0000 | best loss 2.0000 at step 5\n"
+        "step 5 | eval loss 2.0000 | evaluated in 0.0 s | best loss\n"
         "interrupted at step 5: ValueError: boom\n"
     )
 
@@ -480,7 +499,9 @@ def test_observer_is_reusable_for_another_run(terminal):
             see(shown, *run(reason="done"))
             shown.close()
         assert sys.stdout is terminal
-    assert [line for line in terminal.screen if line.startswith("end")] == ["end    done, in 1:16"] * 2
+    assert [line for line in terminal.screen if line.startswith("end")] == [
+        "end  step 20/20: done, in 1:16; best loss 2.0000 at step 10"
+    ] * 2
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", "0.2500 at step 3"), ("max", "0.9000 at step 2")])
@@ -488,7 +509,8 @@ def test_first_of_equal_best_values_is_shown(mode, best):
     file = io.StringIO()
     shown = observers.progress(metrics=(), best="score", mode=mode, file=file)
     see(shown, *(EvalEnd(step=i, metrics={"score": s}) for i, s in enumerate([0.5, math.nan, 0.9, 0.25, 0.9, 0.25])))
-    assert file.getvalue().splitlines()[-1].endswith(f"best score {best}")
+    see(shown, FitEnd(step=6, reason="done"))
+    assert file.getvalue().endswith(f"; best score {best}\n")
 
 
 def test_missing_metric_is_rejected_at_the_first_step():
@@ -579,3 +601,90 @@ def test_characters_outside_the_file_encoding_are_escaped():
     see(observers.progress(("wörld",), file=file), ended(1, wörld=1.0))
     file.flush()
     assert file.buffer.getvalue() == b"step 1 | w\\xf6rld 1.0000 | 1.0 s elapsed\n"
+
+
+@pytest.mark.slow
+def test_fit_shows_progress_in_a_notebook_unless_it_is_shown_already(tmp_path):
+    train = "result = fx.fit(state, step, [torch.ones(4, 1)] * 10, epochs=3, {})"
+    alone, again, switched_off, shown, required, by_hand, interrupted, continued = notebook.outputs(
+        tmp_path,
+        f"{notebook.MODEL}\n    {train.format('')}",
+        train.format(""),
+        train.format("progress=False"),
+        train.format("observers=fx.observers.progress()"),
+        train.format("observers=[fx.observers.required(fx.observers.progress())], progress=True"),
+        "for _ in fx.steps(state, step, [torch.ones(4, 1)] * 10, epochs=3): pass",
+        """
+        def interrupt(state, event: fx.StepEnd, control):
+            if event.step == 15:
+                signal.raise_signal(signal.SIGINT)
+        result = fx.fit(state, step, [torch.ones(4, 1)] * 10, epochs=3, observers=interrupt)
+        result.reason, int(result.state.step)
+        """,
+        "fx.fit(result.continue_from, step, [torch.ones(4, 1)] * 10, epochs=3).reason",
+    )
+    assert (switched_off, by_hand) == ([], [])
+    for panels in (alone, again, shown, required):
+        assert [output.output_type for output in panels] == ["display_data"]  # no streams and no widgets
+        assert sorted(panels[0].data) == ["text/html", "text/plain"]
+        lines = panels[0].data["text/plain"].splitlines()
+        assert [line.split("   ")[0] for line in lines[:-1]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+        assert re.fullmatch(r"end  step 30: finished 3 epochs, in [\d.]+ s", lines[-1])
+        assert "\x1b" not in panels[0].data["text/html"] + panels[0].data["text/plain"]
+    panel, value = interrupted
+    first, last = panel.data["text/plain"].splitlines()
+    assert first.startswith("epoch 1/3   loss ")
+    assert last.startswith("end  step 15: interrupted by SIGINT, in ")
+    assert value.data["text/plain"] == "('interrupted by SIGINT', 15)"
+    assert [line.split("   ")[0] for line in continued[0].data["text/plain"].splitlines()[:-1]] == [
+        "epoch 2/3",
+        "epoch 3/3",
+    ]
+    assert continued[1].data["text/plain"] == "'finished 3 epochs'"
+
+
+def test_fit_shows_progress_outside_of_notebooks_only_if_asked(capsys):
+    fx.fit(problem.start(), problem.step(), problem.data(), steps=2)
+    assert capsys.readouterr().out == ""
+    for _ in fx.steps(problem.start(), problem.step(), problem.data(), steps=2, progress=True):
+        pass
+    assert capsys.readouterr().out.count("ended: reached 2 steps") == 1
+    with pytest.raises(ValueError, match=r"expected progress to be one of None, True, False, got 'no'"):
+        fx.fit(problem.start(), problem.step(), problem.data(), steps=2, progress="no")
+
+
+def test_runs_of_many_short_epochs_leave_twenty_lines():
+    def lines(total, count, seconds):
+        file = io.StringIO()
+        shown = observers.progress(seconds=10, file=file)
+        see(shown, *(EpochEnd(step=n, epochs_done=n, total_epochs=total, epoch_length=1, position=n, epoch_start=n,
+                              time=n * seconds) for n in range(1, count + 1)))  # fmt: skip
+        see(shown, FitEnd(step=count, reason="done"))
+        return re.findall(r"^epoch +(\d+)", file.getvalue(), flags=re.MULTILINE)
+
+    assert len(lines(1000, 1000, 0.001)) == 21  # the first one, and one at each twentieth
+    assert lines(1000, 333, 0.001)[-1] == "333"  # the last one, when it stops early
+    assert len(lines(1000, 100, 11.0)) == 100
+    assert len(lines(None, 1000, 0.001)) == 21  # the first ones, and the last one
+
+
+def test_default_metrics_are_the_loss_or_the_first_ones():
+    def shown(**metrics):
+        file = io.StringIO()
+        see(observers.progress(file=file), ended(1, **metrics))
+        return file.getvalue()
+
+    assert shown(accuracy=0.5, loss=1.0) == "step 1 | loss 1.0000 | 1.0 s elapsed\n"
+    assert shown(d=1.0, g=2.0, x=3.0, y=4.0, z=5.0) == (
+        "step 1 | d 1.0000 | g 2.0000 | x 3.0000 | y 4.0000 | 1.0 s elapsed\n"
+    )
+
+
+def test_epoch_without_an_evaluation_at_its_end_shows_no_old_one():
+    file = io.StringIO()
+    evaluated = EvalEnd(step=5, epoch_length=10, position=5, metrics={"loss": 2.0}, duration=1.5, time=5.0)
+    see(observers.progress(file=file), evaluated, EpochEnd(step=10, epochs_done=1, metrics={"loss": 3.0}, duration=9.0))
+    assert file.getvalue().splitlines() == [
+        "step 5 | eval loss 2.0000 | evaluated in 1.5 s | best loss",
+        "epoch 1 | 9.0 s",
+    ]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from fxtrain.core import History, StepFn, TrainState
 from fxtrain.data import SourceLike
-from fxtrain.loop._plan import Plan, with_options
+from fxtrain.loop._plan import Plan, with_options, with_progress
 from fxtrain.loop._run import Run
 from fxtrain.loop._types import EventRecord
+from fxtrain.observers._display import in_notebook
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
         steps: Total number of steps, those before a resume included. If both limits are given, the first one reached
             ends the run.
         observers: Functions ``(state, event, control)``, called after the fold of each event.
+        progress: Whether to add ``fxtrain.observers.progress()`` to the observers, unless they show progress already.
+            By default ``fit`` does so in a notebook, and nowhere else.
         checkpointer: From ``fxtrain.checkpointer``. Without one, nothing is saved.
         resume: Whether to continue from the latest checkpoint, if there is one. Callbacks that were not part of the run
             are initialized from that state. Without ``resume``, a folder with checkpoints of another run is an error.
@@ -113,7 +116,7 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
         >>> result.reason, bool(result.history["train/loss"].values[-1] < 1e-6)
         ('reached 100 steps', True)
     """
-    run = Run(state, step, data, plan)
+    run = Run(state, step, data, with_progress(plan, by_default=in_notebook()))
     for _ in run.events():
         pass
     return Result(run.now.state, run.continue_from, run.reason, run.history, run.exit_code)
@@ -123,8 +126,9 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
 def steps(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Iterator[EventRecord]:
     """Runs the loop of ``fit`` as a generator of ``(state, event, control)``, one for each event.
 
-    The keyword arguments are those of ``fit``. Leaving the generator early ends the run without a final save. A yielded
-    state is borrowed, because the next step may donate it. Keep one with ``state.copy()``.
+    The keyword arguments are those of ``fit``, without progress in a notebook by default. Leaving the generator early
+    ends the run without a final save. A yielded state is borrowed, because the next step may donate it. Keep one with
+    ``state.copy()``.
 
     Args:
         state: As for ``fit``.
@@ -143,4 +147,4 @@ def steps(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Iter
         ...     print(type(event).__name__, end=" ")
         FitBegin EpochBegin StepBegin StepEnd EpochEnd FitEnd
     """
-    return Run(state, step, data, plan, every_event=True).events()
+    return Run(state, step, data, with_progress(plan, by_default=False), every_event=True).events()

@@ -26,6 +26,7 @@ from fxtrain.data import SourceLike
 from fxtrain.fold import When, as_trigger
 from fxtrain.loop._checks import check_checkpointer, check_eval_step
 from fxtrain.loop._types import EvalFn
+from fxtrain.observers._progress import Progress, progress
 from fxtrain.values import HParams
 
 
@@ -46,6 +47,7 @@ class Plan:
     epochs: int | None = None
     steps: int | None = None
     observers: Observer | Iterable[Observer] = ()
+    progress: bool | None = None
     checkpointer: Checkpointer | None = None
     resume: bool = False
     snapshot_every: int | None = None
@@ -70,6 +72,7 @@ class Plan:
         self._check_evaluation()
         check_checkpointer(self.checkpointer)
         check_choice("resume", self.resume, (True, False))
+        check_choice("progress", self.progress, (None, True, False))
         if self.run is not None and not isinstance(self.run, RunInfo):
             raise TypeError(
                 f"expected run to be an fxtrain.RunInfo, got {describe(self.run)}. Make one: "
@@ -98,6 +101,21 @@ class Plan:
     def length(self) -> str:
         """The length of the run in words."""
         return f"{self.steps} steps" if self.steps is not None else f"{self.epochs} epochs"
+
+
+def with_progress(plan: Plan, *, by_default: bool) -> Plan:
+    """Returns the plan with an observer that shows progress, if it asks for one and has none.
+
+    Args:
+        plan: The options of a run.
+        by_default: Whether to show progress if ``plan.progress`` is None.
+    """
+    if not (by_default if plan.progress is None else plan.progress):
+        return plan
+    given = list(plan.observers) if isinstance(plan.observers, Iterable) else [plan.observers]
+    if any(isinstance(inspect.unwrap(observer), Progress) for observer in given):
+        return dataclasses.replace(plan, observers=given)
+    return dataclasses.replace(plan, observers=[*given, progress()])
 
 
 Options = ParamSpec("Options")

@@ -1,14 +1,16 @@
-"""Output of ``progress``: a panel that is redrawn in place, or a log of lines."""
+"""Output of ``progress``: a panel that is redrawn in place below the lines that stay, or a log of lines."""
 
 from __future__ import annotations
 
 import io
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from fxtrain.core import LoopEvent, encodable, printable
-from fxtrain.observers._running_averages import fraction
+from fxtrain.observers._running_averages import ends_epoch, fraction
+from fxtrain.observers._spacing import Spacing
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
 _MIN_REDRAW_SECONDS = 0.2
+_MAX_LINES_OF_CELL = 200
+_MIN_EPOCHS_WITHOUT_TENTHS = 10
 
 Column = tuple[str, str]
 """A label, possibly empty, and a value."""
@@ -51,6 +55,12 @@ class Frame(NamedTuple):
     evaluation: list[Column]  # the latest evaluation; empty before the first
 
 
+def in_notebook() -> bool:
+    """Whether this process is the IPython kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
 def display(file: TextIO | None, seconds: float) -> Lines | Panel:
     """Returns a panel for a terminal or a notebook, and lines for other outputs, such as a file.
 
@@ -74,18 +84,16 @@ class Lines:
     def __init__(self, file: TextIO | None, seconds: float) -> None:
         self._file = file
         self._seconds = seconds
-        self._time: float | None = None  # of the last step line
+        self._spacing = Spacing(seconds, parts=10)
         self._eval_time: float | None = None  # of the last line of the current evaluation, or of its first batch
-        self._tenth = 0  # tenths of the run completed at that line
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
         self._print(text)
 
     def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
-        tenth = int(10 * (fraction(event) or 0.0) + 1e-9)
-        self._tenth = min(self._tenth, tenth)  # a rewind lowers it
-        if self._time is None or event.time - self._time >= self._seconds or tenth > self._tenth:
-            self._time, self._tenth = event.time, tenth
+        many_epochs = event.total_epochs is not None and event.total_epochs >= _MIN_EPOCHS_WITHOUT_TENTHS
+        # A line of the epoch follows its last step.
+        if self._spacing.is_due(event, by_time=many_epochs) and not ends_epoch(event):
             shown = frame()
             epoch = shown.epoch
             self._print(
@@ -105,10 +113,14 @@ class Lines:
 
     def evaluated(self, event: LoopEvent, frame: Frame) -> None:
         self._eval_time = None
-        at, *rest = _labeled(frame.evaluation)
-        self._print(f"evaluation {at}", *rest)
+
+    def leave(self, event: LoopEvent, label: str, columns: list[Column]) -> None:
+        self._print(label, *_labeled(columns))
 
     def note(self, event: LoopEvent, text: str) -> None:
+        self._print(text)
+
+    def interrupted(self, event: LoopEvent, text: str) -> None:
         self._print(text)
 
     def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
@@ -118,7 +130,10 @@ class Lines:
         pass
 
     def _print(self, *parts: str | None) -> None:
-        _print_line(" | ".join(part for part in parts if part), self._file)
+        """Prints one line. Control characters and those that the encoding lacks are escaped."""
+        file = self._file or sys.stdout
+        text = " | ".join(part for part in parts if part)
+        print(encodable(printable(text), getattr(file, "encoding", None)), file=file, flush=True)
 
 
 class Terminal:
@@ -141,22 +156,23 @@ class Terminal:
         self.width = self._live.console.width  # the window may be resized
         self._live.update(content, refresh=True)
 
-    def note(self, text: str) -> None:
-        self._live.console.print(_text(text, style="yellow"), highlight=False)
+    def leave(self, line: Text) -> None:
+        self._live.console.print(line, highlight=False)
 
     def close(self) -> None:
         self._live.stop()
 
 
 class Cell:
-    """Redraws a panel in the output of a notebook cell.
+    """Redraws a panel in the output of a notebook cell, below the lines that stay.
 
-    The output is HTML that is replaced, so it needs no widgets, and a saved notebook shows the last panel.
+    The output is HTML that is replaced, so it needs no widgets, and a saved notebook stores the last state alone.
     """
 
     def __init__(self) -> None:
         self.width = 100
         self._handle: Any = None
+        self._lines: deque[Text] = deque(maxlen=_MAX_LINES_OF_CELL)
 
     def draw(self, content: RenderableType) -> None:
         import IPython.display
@@ -164,18 +180,21 @@ class Cell:
 
         apart = io.StringIO()  # discarded; the recorded output is displayed instead
         console = Console(file=apart, record=True, width=self.width, force_jupyter=False, color_system="truecolor")
+        for line in self._lines:
+            console.print(line, highlight=False, no_wrap=True, crop=False, overflow="ignore")
         console.print(content)
+        lines = console.export_text(clear=False).splitlines()
         shown = {
-            "text/html": console.export_html(inline_styles=True, code_format=_PRE, clear=False),
-            "text/plain": console.export_text(),
+            "text/html": console.export_html(inline_styles=True, code_format=_PRE),
+            "text/plain": "\n".join(line.rstrip() for line in lines),
         }
         if self._handle is None:
             self._handle = IPython.display.display(shown, raw=True, display_id=True)
         else:
             self._handle.update(shown, raw=True)
 
-    def note(self, text: str) -> None:
-        _print_line(text, None)
+    def leave(self, line: Text) -> None:
+        self._lines.append(line)
 
     def close(self) -> None:
         pass
@@ -192,7 +211,7 @@ class Panel:
         self._place = place
         self._frame: Frame | None = None
         self._phase = ""  # the current activity, while no steps run
-        self._end = ""
+        self._has_left = False  # whether an epoch or an evaluation has left a line
         self._drawn = -_MIN_REDRAW_SECONDS
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
@@ -213,23 +232,37 @@ class Panel:
         self._phase = ""
         self._show(event, frame)
 
+    def leave(self, event: LoopEvent, label: str, columns: list[Column]) -> None:
+        self._has_left = True
+        self._add_line(event, _styled([("", label), *columns]))
+
     def note(self, event: LoopEvent, text: str) -> None:
-        self._phase = ""
-        self._place.note(text)
-        self._show(event, self._frame and self._frame._replace(evaluating=None))
+        self._add_line(event, _text(text, style="yellow"))
+
+    def interrupted(self, event: LoopEvent, text: str) -> None:
+        self._end([], text)
 
     def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
-        self._phase, self._end = "", text
-        self._show(event, frame)
+        self._end([] if self._has_left else frame.columns, f"step {frame.step.strip()}: {text}")
 
     def close(self) -> None:
         self._place.close()
 
-    def _show(self, event: LoopEvent, frame: Frame | None) -> None:
-        from rich.table import Table
+    def _end(self, columns: list[Column], text: str) -> None:
+        table = _grid()
+        if columns:
+            table.add_row("", _styled(columns))
+        table.add_row(_label("end"), _text(text))
+        self._place.draw(table)
 
+    def _add_line(self, event: LoopEvent, line: Text) -> None:
+        self._phase = ""
+        self._place.leave(line)
+        self._show(event, self._frame and self._frame._replace(evaluating=None))
+
+    def _show(self, event: LoopEvent, frame: Frame | None) -> None:
         self._frame, self._drawn = frame, event.time
-        table = Table.grid(padding=(0, 2, 0, 0))
+        table = _grid()
         if frame is not None:
             self._add_rows(table, event, frame)
         self._place.draw(table)
@@ -246,8 +279,6 @@ class Panel:
             table.add_row(_label("eval"), self._bar(evaluating.share, width, *evaluating.parts))
         elif frame.evaluation:
             table.add_row(_label("eval"), _styled(frame.evaluation))
-        if self._end:
-            table.add_row(_label("end"), _text(self._end))
 
     def _bar(self, share: float | None, width: int, *texts: str | None) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -260,10 +291,10 @@ class Panel:
         return row
 
 
-def _print_line(text: str, file: TextIO | None) -> None:
-    """Prints one line. Control characters and those that the encoding lacks are escaped."""
-    file = file or sys.stdout
-    print(encodable(printable(text), getattr(file, "encoding", None)), file=file, flush=True)
+def _grid() -> Table:
+    from rich.table import Table
+
+    return Table.grid(padding=(0, 2, 0, 0))
 
 
 def _text(text: str, style: str = "") -> Text:

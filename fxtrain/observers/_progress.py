@@ -12,6 +12,7 @@ import torch
 
 from fxtrain.core import (
     Control,
+    EpochEnd,
     EvalBegin,
     EvalEnd,
     EvalStep,
@@ -36,20 +37,25 @@ from fxtrain.core import (
 )
 from fxtrain.observers._display import Column, EpochFrame, EvaluationFrame, Frame, Lines, Panel, display
 from fxtrain.observers._machine import check_memory_is_known, device_memory, host_memory
-from fxtrain.observers._running_averages import RunningAverages
+from fxtrain.observers._running_averages import RunningAverages, ends_epoch
+from fxtrain.observers._spacing import Spacing
 from fxtrain.observers._wrapped import rank
 from fxtrain.values import Text
 from fxtrain.values._kinds import kinds_logged
 
 _AVERAGING_SECONDS = 10.0  # for throughput and metrics
+_MAX_DEFAULT_METRICS = 4
+_LINES_OF_A_RUN = 20  # of epochs, evenly spaced over the run, besides those every few seconds
 _TEXTS_SECONDS = 1.0  # by the loop's clock, until texts of steps on a device are shown
 
 Derived = Callable[[Mapping[str, float]], float]
-Seen = FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
+Seen = (
+    FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
+)
 
 
 def progress(
-    metrics: Sequence[str] = ("loss",),
+    metrics: Sequence[str] | None = None,
     *,
     rate: tuple[str, float] = ("steps", 1),
     extra: Mapping[str, Derived] | None = None,
@@ -63,16 +69,24 @@ def progress(
 ) -> Progress:
     """Shows the position, metrics, throughput, elapsed and remaining time of a run.
 
-    On a terminal and in a notebook, a few lines are redrawn in place, with a bar each for the run, the current epoch
-    and the current evaluation. Other outputs get a line every ``seconds``. With several processes, only rank 0 shows
-    progress, and the others copy no metrics to the host. Texts of one line that callbacks log, such as those of
-    ``callbacks.track_best``, are shown too.
+    Each epoch leaves a line with the means of its metrics, the metrics of the evaluation at its end, and its duration.
+    So does each evaluation within an epoch. In a run of many short epochs, about twenty lines are spread over the run,
+    besides one every ``seconds``. Texts of one line that callbacks log, such as those of ``callbacks.track_best``, are
+    shown too.
+
+    On a terminal and in a notebook, a few lines below these are redrawn in place, with a bar each for the run, the
+    current epoch and the current evaluation. In other outputs, such as a log file, there is a line about the steps
+    every ``seconds`` instead. With several processes, only rank 0 shows progress, and the others copy no metrics to the
+    host.
+
+    ``fit`` shows progress in a notebook by itself, unless its observers already do.
 
     Throughput is averaged over about the last ten seconds. Metrics are averaged over the same time, or over the last 20
     steps if those took less. Evaluations and saves do not lower the throughput, but the remaining time includes them.
 
     Args:
-        metrics: Names of the metrics to show, of steps and of evaluations.
+        metrics: Names of the metrics to show, of steps and of evaluations. By default the loss or, if the step returns
+            none, its first four metrics.
         rate: Unit of throughput and number of units per step. ``("tokens", 8192)`` shows tokens per second.
         extra: Additional columns by name, as functions of the metrics:
             ``{"bpb": lambda m: m["loss"] / math.log(2)}``.
@@ -82,7 +96,8 @@ def progress(
             session, to 1, the speed of the newest step. It replaces the ten seconds.
         memory: Whether to show the memory of tensors on the state's accelerator and its peak or, for a state on the
             CPU, the resident memory of the process and its peak.
-        seconds: Time between two lines, if they are not redrawn. There is also a line at each tenth of the run.
+        seconds: Time between two lines, if they are not redrawn. In a run of less than ten epochs, there is also a line
+            at each tenth of the run.
         every_rank: Whether every process shows progress. Give each its own file then.
         file: The output. Defaults to standard output.
 
@@ -113,14 +128,15 @@ def progress(
     if memory:
         check_memory_is_known("memory=True")
     sign = 1 if mode == "min" else -1
-    return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, smoothing, memory, seconds, every_rank, file)
+    names = None if metrics is None else tuple(metrics)
+    return Progress(names, rate, dict(extra or {}), best, sign, smoothing, memory, seconds, every_rank, file)
 
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Progress:
     """Shows the progress of a run. Created by ``progress``."""
 
-    _metrics: tuple[str, ...]
+    _given: tuple[str, ...] | None  # names of the metrics to show
     _rate: tuple[str, float]
     _extra: Mapping[str, Derived]
     _best_of: str
@@ -138,6 +154,7 @@ class Progress:
     def _reset(self) -> None:
         # Read when a session begins, because torch.distributed may be initialized after this observer is created.
         self._silent = not self._every_rank and rank() != 0
+        self._metrics = self._given or ()
         self._averages = RunningAverages(_AVERAGING_SECONDS, self._smoothing)
         self._checked = False
         self._previous_time = 0.0
@@ -148,6 +165,8 @@ class Progress:
         self._device = torch.device("cpu")
         self._last: tuple[int, Mapping[str, float]] | None = None  # step and metrics of the last evaluation
         self._best: tuple[float, int] | None = None  # best value and its step
+        self._spacing = Spacing(self._seconds, _LINES_OF_A_RUN, first=True)
+        self._held: tuple[LoopEvent, str, list[Column]] | None = None  # the latest line, if it was not due
         self._logs: list[tuple[LoopEvent, Mapping[str, Logged]]] = []  # with texts that are not shown yet
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
@@ -202,7 +221,15 @@ class Progress:
             case EvalEnd():
                 self._evaluated(event)
                 shown.evaluated(event, self._frame(event))
+                if not ends_epoch(event):
+                    columns = self._metric_columns(self._averages.metrics)
+                    took = f"evaluated in {format_duration(event.duration)}"
+                    self._leave(shown, event, f"step {event.step}", columns, took)
                 self._note_texts(shown, event, control)
+            case EpochEnd():
+                total = "" if event.total_epochs is None else f"/{event.total_epochs}"
+                label = f"epoch {str(event.epochs_done).rjust(len(total) - 1)}{total}"
+                self._leave(shown, event, label, self._metric_columns(event.metrics), format_duration(event.duration))
             case Saved():
                 self._averages.pause(event.time - self._previous_time)
             case Rewound():
@@ -211,10 +238,14 @@ class Progress:
                     self._best = None
                 shown.note(event, f"rewound from step {event.from_step} to step {event.to_step}")
             case Interrupted():
-                shown.note(event, f"interrupted at step {event.step}: {event.cause}")
+                shown.interrupted(event, f"interrupted at step {event.step}: {event.cause}")
             case FitEnd():
+                if self._held is not None:
+                    shown.leave(*self._held)
                 self._note_texts(shown, event, control)
-                shown.end(event, self._frame(event), f"{event.reason}, in {format_duration(event.time)}")
+                best = self._best and f"; best {self._best_of} {format_number(self._best[0])} at step {self._best[1]}"
+                ended = f"{event.reason}, in {format_duration(event.time)}{best or ''}"
+                shown.end(event, self._frame(event), ended)
                 self.close()
         self._previous_time = event.time
 
@@ -231,6 +262,23 @@ class Progress:
                 if type(entry.value) is Text and "\n" not in entry.value.markdown.strip():
                     at = f"step {logged_at.step}: " if isinstance(logged_at, StepEnd) else ""
                     shown.note(event, at + entry.value.markdown.strip())
+
+    def _leave(
+        self, shown: Lines | Panel, event: EvalEnd | EpochEnd, label: str, columns: list[Column], took: str
+    ) -> None:
+        """Leaves a line with metrics, those of the evaluation at this step if there was one, and a duration."""
+        if self._last is not None and self._last[0] == event.step:
+            values = self._last[1]
+            own = self._metric_columns(values)
+            rest = [(name, format_number(value)) for name, value in values.items() if name not in self._metrics]
+            columns = columns + [(f"eval {name}", value) for name, value in own + rest]
+        columns = [*columns, ("", took)]
+        if self._best is not None and self._best[1] == event.step:
+            columns.append(("", f"best {self._best_of}"))
+        self._held = event, label, columns
+        if self._spacing.is_due(event):
+            shown.leave(*self._held)
+            self._held = None
 
     def _evaluated(self, event: EvalEnd) -> None:
         if self._evaluating is not None:
@@ -328,6 +376,8 @@ class Progress:
 
     def _check(self, event: StepEnd) -> None:
         self._checked = True  # only once, because reading metrics synchronizes with the device
+        if self._given is None:
+            self._metrics = ("loss",) if "loss" in event.metrics else tuple(event.metrics)[:_MAX_DEFAULT_METRICS]
         for name in self._metrics:
             if name not in event.metrics:
                 raise KeyError(

@@ -111,6 +111,11 @@ def fraction(event: LoopEvent) -> float | None:
     return min(max(shares), 1.0) if shares else None
 
 
+def ends_epoch(event: LoopEvent) -> bool:
+    """Whether the current step is the last of its epoch."""
+    return event.epoch_length is not None and 0 < event.epoch_length <= event.position - event.epoch_start
+
+
 def _counts(event: LoopEvent) -> list[tuple[int, int]]:
     """Returns (done, total) for each limit of the run: in steps, and in batches for a limit on epochs."""
     counts: list[tuple[int, int]] = []
