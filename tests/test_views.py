@@ -213,3 +213,114 @@ def test_histogram_of_many_buckets_merges_them():
     value = fx.values.Histogram(counts=torch.ones(5000), edges=torch.arange(5001.0))
     assert Page(value._repr_html_()).tags.count("rect") == 100
     assert "50 from 0 to 50" in shown(value)
+
+
+# Runs
+
+
+def test_composed_callbacks_are_a_matrix_of_events_with_slots():
+    def stop(state, event: fx.EvalEnd):
+        return state, fx.Control()
+
+    stop.__name__ = HOSTILE
+    composed = fx.compose(fx.callbacks.nan_guard(), fx.callbacks.early_stopping("loss", patience=2), stop)
+    text = shown(composed)
+    assert "3 callbacks callback Gradients StepEnd EvalEnd slots nan_guard ● ● nan_guard early_stopping ●" in text
+    assert "<script>alert(1)</script>" in text
+    assert "and 250 more callbacks" in shown(fx.compose(*[stop] * 300))
+    assert shown(fx.compose()).strip() == "0 callbacks"
+
+
+def test_result_and_history_draw_each_curve():
+    result = problem.fit(steps=4, eval_step=problem.eval_step, eval_data=problem.data())
+    assert "Result at step 4 reached 4 steps; " in shown(result)
+    assert Page(result._repr_html_()).tags.count("polyline") == Page(result.history._repr_html_()).tags.count(
+        "polyline"
+    )
+    last = f"{result.history['eval/loss'].values[-1]:.4f}"
+    assert last in shown(result.history)
+
+
+def test_result_whose_state_was_donated_is_shown():
+    result = problem.fit(steps=2)
+    fx.core.invalidate(result.state, "<step>")
+    assert repr(result).startswith("Result whose state was donated: reached 2 steps\n")
+    assert "Result whose state was donated" in shown(result)
+
+
+def test_history_with_extreme_values_is_drawn():
+    history = fx.History(
+        {
+            HOSTILE: ([1, 2, 3], [float("nan"), float("inf"), 1.0]),
+            "wide": ([1, 2, 3], [-1.7e308, 0.0, 1.7e308]),
+            "flat": ([1, 2], [3.0, 3.0]),
+        }
+    )
+    assert "<script>alert(1)</script>" in shown(history)
+    assert "nan," not in history._repr_html_()
+
+
+def test_history_of_many_long_curves_is_short():
+    points = list(range(100_000))
+    history = fx.History({f"norm/{index}": (points, points) for index in range(100)})
+    assert len(history._repr_html_()) < 150_000
+    assert "and 60 more curves" in shown(history)
+
+
+def saved(checkpoints, steps, **options):
+    for step in steps:
+        checkpoints.save(problem.start().replace(step=torch.tensor(step)), {"loss": abs(step - 3.0)}, **options)
+    checkpoints.wait()
+
+
+def test_checkpointer_lists_steps_roles_sizes_and_metrics(tmp_path):
+    with fx.checkpointer(tmp_path / HOSTILE.replace("/", "|"), keep=2, best="loss") as checkpoints:
+        assert "no checkpoints" in shown(checkpoints)
+        saved(checkpoints, range(1, 8))
+        text = shown(checkpoints)
+    assert "3 checkpoints" in text
+    assert re.search(r"7 trajectory, latest \S+ \S+ \S+ KiB 4.0000 6 trajectory .* 3 trajectory, best", text)
+
+
+def test_view_of_checkpointer_shows_the_newest_and_the_best(tmp_path):
+    with fx.checkpointer(tmp_path, keep=None, best="loss") as checkpoints:
+        saved(checkpoints, range(1, 31))
+        text = shown(checkpoints)
+    assert "30 checkpoints" in text
+    assert "3 trajectory, best" in text
+    assert "and 10 more checkpoints" in text
+
+
+def test_view_of_checkpointer_survives_damage(tmp_path):
+    with fx.checkpointer(tmp_path, keep=None, best="loss") as checkpoints:
+        saved(checkpoints, [1, 2, 3])
+        for path, content in zip(sorted(tmp_path.glob("*-step-*")), [b"", b"[1]\n", b"\xff" * 100], strict=True):
+            (path / "manifest.jsonl").write_bytes(content)
+        assert "3 trajectory, latest" in shown(checkpoints)
+
+
+# Data
+
+
+def test_source_of_arrays_shows_shapes_without_a_read():
+    data = fx.data.batches({HOSTILE: torch.zeros(100, 3), "y": torch.zeros(100, dtype=torch.int64)}, 8)
+    text = shown(data)
+    assert "IndexedBatches 12 batches per epoch, 8 examples per batch, 100 examples" in text
+    assert "batch['y'] [8] int64 64 B" in text
+    assert repr(data) == "<IndexedBatches: 12 batches per epoch, 8 examples per batch, 100 examples>"
+
+
+def test_view_of_source_runs_no_function_of_the_user():
+    reads = []
+    data = fx.data.batches(torch.zeros(100, 3), 8).map(lambda batch: reads.append(1) or {"x": batch})
+    assert "The shapes of a batch are known once one is read" in shown(data)
+    assert not reads
+    data[5]
+    assert "batch['x'] [8, 3] float32 96 B" in shown(data)
+    assert len(reads) == 1
+
+
+def test_source_without_known_length_is_shown():
+    data = fx.data.from_iterable(iter([torch.zeros(2)]))
+    assert repr(data) == "<IterableBatches: epochs of unknown length>"
+    assert "unknown length" in shown(data)

@@ -17,7 +17,9 @@ from fxtrain.checkpoint._match import Fresh, Where
 from fxtrain.checkpoint._ownership import Ownership, contents, newest_run, shown
 from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, read
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy
+from fxtrain.checkpoint._view import checkpoints_view
 from fxtrain.core import Tree
+from fxtrain.core._html import html_view
 from fxtrain.disk import sync_folder
 
 T = TypeVar("T")
@@ -170,7 +172,16 @@ class Reader:
         return self._first_readable_or_none(chosen, like, options)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.folder)!r}, steps {shown(retention.listed(self._own()))})"
+        try:
+            steps = f"steps {shown(retention.listed(self._own()))}"
+        except CheckpointError:  # the folder cannot be listed
+            steps = "unreadable"
+        return f"{type(self).__name__}({str(self.folder)!r}, {steps})"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        # Without waiting for unfinished saves.
+        return checkpoints_view(f"{type(self).__name__} in {self.folder}", self._own(), self._policy)
 
     # Helpers
 

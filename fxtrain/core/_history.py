@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fxtrain.core._checks import did_you_mean
-from fxtrain.core._formats import printable, truncate_middle
+from fxtrain.core._formats import pluralize, printable, truncate_middle
+from fxtrain.core._history_view import history_table
+from fxtrain.core._html import html_view, view
 from fxtrain.core._patterns import by_number
 
 if TYPE_CHECKING:
@@ -174,6 +176,10 @@ class History(Mapping[str, Series]):
             f"  {printable(name)}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self
         ]
         return "\n".join([f"History of {len(self)} curves", *rows])
+
+    @html_view
+    def _repr_html_(self) -> str:
+        return view("History", history_table(self), note=pluralize(len(self), "curve"))
 
 
 def _shared(name: str) -> str:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from fxtrain.core._formats import escape_html, printable_lines, truncate
+from fxtrain.core._formats import escape_html, pluralize, printable_lines, truncate
 
 T = TypeVar("T")
 
@@ -37,6 +37,12 @@ font-variant-numeric:tabular-nums}
 .fxtrain.fxtrain .confusion th,.fxtrain.fxtrain .confusion td{text-align:center;padding:.15em .45em}
 .fxtrain.fxtrain .confusion td{border:1px solid var(--line);font-variant-numeric:tabular-nums;\
 background:color-mix(in srgb,var(--accent) calc(var(--share)*60%),transparent)}
+.fxtrain.fxtrain .matrix td{text-align:center;padding:.15em .5em}
+.fxtrain.fxtrain .matrix td:first-child,.fxtrain.fxtrain .matrix td:last-child{text-align:left}
+.fxtrain.fxtrain .matrix td:first-child{padding-left:0}
+.fxtrain.fxtrain .matrix th{vertical-align:bottom}
+.fxtrain.fxtrain .matrix th:not(:first-child):not(:last-child){writing-mode:vertical-rl;transform:rotate(180deg);\
+text-align:left;padding:.2em .1em;border:0;vertical-align:top}
 .fxtrain details{margin-left:1.1em}
 .fxtrain>details{margin-left:0}
 .fxtrain summary{cursor:pointer;margin-left:0}
@@ -127,6 +133,20 @@ def fold(title: object, *content: object, is_open: bool = False) -> Html:
         '<details><summary>params</summary>2 tensors</details>'
     """
     return Html(f"<details{' open' if is_open else ''}>{element('summary', title)}{join(content)}</details>")
+
+
+def left_out(count: int, noun: str, plural: str = "") -> Html:
+    """Returns a line with the number of things that are not shown, or nothing if there are none.
+
+    Example:
+        >>> left_out(2, "row"), left_out(0, "row")
+        ('<p><small>and 2 more rows</small></p>', '')
+    """
+    return (
+        element("p", element("small", "and ", pluralize(count, f"more {noun}", plural and f"more {plural}")))
+        if (count > 0)
+        else Html()
+    )
 
 
 def view(title: object, *content: object, note: object = "") -> str:

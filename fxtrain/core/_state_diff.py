@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core._formats import dtype_name, pluralize, printable
-from fxtrain.core._html import element, html_view, table, view
+from fxtrain.core._html import html_view, left_out, table, view
 from fxtrain.core._leaf_values import is_freed, leaf_values
 from fxtrain.core._pytrees import NAMESPACE, ops
 from fxtrain.core._types import Tree
@@ -69,8 +69,7 @@ class StateDiff:
     @html_view
     def _repr_html_(self) -> str:
         rows = [(leaf.path, leaf.this, leaf.other, _amount(leaf)) for leaf in self.leaves[:_MAX_SHOWN]]
-        more = len(self.leaves) - _MAX_SHOWN
-        rest = element("p", element("small", f"and {pluralize(more, 'more leaf', 'more leaves')}")) if more > 0 else ""
+        rest = left_out(len(self.leaves) - _MAX_SHOWN, "leaf", "leaves")
         shown = table(("leaf", "this", "other", "difference"), rows) if rows else ""
         return view("Difference of two states", shown, rest, note=self._head())
 

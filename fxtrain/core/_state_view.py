@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fxtrain.core._formats import dtype_name, first_names, format_bytes, pluralize
-from fxtrain.core._html import Html, Number, element, fold, join, table, view
+from fxtrain.core._html import Html, Number, element, fold, join, left_out, table, view
 from fxtrain.core._leaf_values import leaf_values
 from fxtrain.core._pytrees import NAMESPACE, ops
 
@@ -71,8 +71,8 @@ def _part(name: str, node: _Node) -> Html:
     left = [_MAX_LEAVES]
     content = _content(node, left)
     hidden = len(node.leaves) - (_MAX_LEAVES - left[0])
-    more = element("p", element("small", f"and {pluralize(hidden, 'more tensor')}")) if hidden else ""
-    return fold(_title(name, node, "parameters" if name == "params" else "elements"), content, more)
+    title = _title(name, node, "parameters" if name == "params" else "elements")
+    return fold(title, content, left_out(hidden, "tensor"))
 
 
 def _content(node: _Node, left: list[int]) -> Html:

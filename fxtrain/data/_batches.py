@@ -96,9 +96,11 @@ def batches(
         def take(items: np.ndarray, position: int) -> Batch:
             return tree.map(lambda leaf: take_rows(leaf, items), source)
 
-    return IndexedBatches(
+    data = IndexedBatches(
         take, size, batch_size, seed=seed, shuffle=shuffle is not False, drop_last=drop_last, what=what, dynamic=dynamic
     )
+    data.is_in_memory = not _is_dataset(source)
+    return data
 
 
 class StreamBatches:

@@ -149,5 +149,5 @@ def windows(
 
     what = f"{size} windows of length={length} from {total} tokens"
     data = IndexedBatches(take, size, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, what=what)
-    data.num_tokens = total
+    data.num_tokens, data.is_in_memory = total, True
     return data

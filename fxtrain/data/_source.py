@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Batch, describe
+from fxtrain.core._html import html_view
 from fxtrain.data._as_tensors import as_tensors, map_tensors
 from fxtrain.data._batch_checks import ALL_DIMS, REMEDY, check_batch
 from fxtrain.data._placeholders import for_step
+from fxtrain.data._view import source_text, source_view
 
 
 class Exhausted(IndexError):  # noqa: N818
@@ -77,6 +79,8 @@ class Source:
     """Whether any batch can be read without those before it."""
     epoch_length_may_change: bool = False
     """Whether the current epoch may be shorter or longer than ``epoch_length``."""
+    is_in_memory: bool = False
+    """Whether batches are rows of arrays, so that a view of the source may read one."""
 
     def __init__(self, *, dynamic_dims: int = 0, num_shapes: int | None = 1) -> None:
         self.dynamic_dims, self.num_shapes = dynamic_dims, num_shapes
@@ -156,6 +160,18 @@ class Source:
             {'x': tensor([2., 2.])}
         """
         return MappedBatches(self, function, with_position=with_position)
+
+    @property
+    def reference(self) -> Batch | None:
+        """A batch read earlier, on the meta device, or None before the first."""
+        return None if self._like is None else self._like[2]
+
+    def __repr__(self) -> str:
+        return source_text(self)
+
+    @html_view
+    def _repr_html_(self) -> str:
+        return source_view(self)
 
     def _compare(self, batch: Batch, position: int) -> None:
         length, short, self._short = self.epoch_length, self._short, None

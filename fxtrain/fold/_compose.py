@@ -6,11 +6,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 from fxtrain import tree
-from fxtrain.core import EVENTS, TRACED, Callback, Control, Event, StepFn, TrainState, describe, did_you_mean, name_of
+from fxtrain.core import (
+    EVENTS,
+    TRACED,
+    Callback,
+    Control,
+    Event,
+    StepFn,
+    TrainState,
+    describe,
+    did_you_mean,
+    name_of,
+    pluralize,
+)
+from fxtrain.core._html import html_view, left_out, table, view
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._handler import Handler, checked_result, handler_of
 
 _NOTHING = Control()
+_MAX_SHOWN = 50  # callbacks in a view
 
 
 class Composed:
@@ -141,6 +155,19 @@ class Composed:
         kept = f"  slots: {', '.join(map(repr, self.slots))}" if self.slots else ""
         count = len(self.handlers)
         return "\n".join([f"{count} callback{'s' if count > 1 else ''}", *rows, *([kept] if kept else [])])
+
+    @html_view
+    def _repr_html_(self) -> str:
+        shown = self.handlers[:_MAX_SHOWN]
+        rows = [
+            (handler.name, *("●" if kind in handler.events else "" for kind in self.table), ", ".join(handler.inits))
+            for handler in shown
+        ]
+        heads = ("callback", *(kind.__name__ for kind in self.table), "slots")
+        drawn = table(heads, rows, kind="matrix") if rows else ""
+        return view(
+            pluralize(len(self.handlers), "callback"), drawn, left_out(len(self.handlers) - len(shown), "callback")
+        )
 
 
 def _is(handler: Handler, which: object) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from fxtrain.core import History, StepFn, TrainState
+from fxtrain.core import Donated, History, StepFn, TrainState, leaf_values, pluralize
+from fxtrain.core._history_view import history_table
+from fxtrain.core._html import html_view, view
 from fxtrain.data import SourceLike
 from fxtrain.loop._plan import Plan, with_options, with_progress
 from fxtrain.loop._run import Run
@@ -43,7 +45,17 @@ class Result:
     exit_code: int = 0
 
     def __repr__(self) -> str:
-        return f"Result at step {int(self.state.step)}: {self.reason}\n{self.history!r}"
+        return f"Result {self._where()}: {self.reason}\n{self.history!r}"
+
+    @html_view
+    def _repr_html_(self) -> str:
+        note = f"{self.reason}; {pluralize(len(self.history), 'curve')}"
+        return view(f"Result {self._where()}", history_table(self.history), note=note)
+
+    def _where(self) -> str:
+        if isinstance(self.state, Donated):
+            return "whose state was donated"
+        return f"at step {leaf_values([self.state.step])[0]}"
 
 
 @with_options(Plan)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fxtrain.core import pluralize, printable_lines, truncate
-from fxtrain.core._html import Html, as_html, element, join, table, view
+from fxtrain.core._html import Html, as_html, element, join, left_out, table, view
 from fxtrain.values._encoders import png, video, wav
 from fxtrain.values._markdown import as_html as markdown_as_html
 
@@ -46,7 +46,7 @@ def image_view(value: Image) -> str:
     files = [(png(frame), _picture(frame)) for frame in pictures]
     drawn = _within_budget(files, shown.captions)
     count = 1 if value.grid else value.count
-    return view(repr(value), *drawn, _left_out(count - len(drawn), "image"))
+    return view(repr(value), *drawn, left_out(count - len(drawn), "image"))
 
 
 def video_view(value: Video) -> str:
@@ -61,7 +61,7 @@ def video_view(value: Video) -> str:
         files.append((content, tag if kind == "mp4" else f'<img alt="video" {style} src="data:image/gif;base64,{{}}">'))
     drawn = _within_budget(files, shown.captions)
     cut = element("p", element("small", f"the first {_MAX_FRAMES} frames")) if value.size("T") > _MAX_FRAMES else ""
-    return view(repr(value), *drawn, cut, _left_out(value.count - len(drawn), "video"), note=f"{value.fps:g} fps")
+    return view(repr(value), *drawn, cut, left_out(value.count - len(drawn), "video"), note=f"{value.fps:g} fps")
 
 
 def audio_view(value: Audio) -> str:
@@ -71,7 +71,7 @@ def audio_view(value: Audio) -> str:
     files = [(wav(each, value.rate), '<audio controls src="data:audio/wav;base64,{}"></audio>') for each in shown.waves]
     drawn = _within_budget(files, ())
     count = len(value.samples) if several else 1
-    return view(repr(value), *drawn, _left_out(count - len(drawn), "sound"), note=f"{value.rate:,} Hz")
+    return view(repr(value), *drawn, left_out(count - len(drawn), "sound"), note=f"{value.rate:,} Hz")
 
 
 def figure_view(value: Figure) -> str:
@@ -85,7 +85,7 @@ def text_view(value: Text) -> str:
     """Returns the HTML of a text in Markdown."""
     text = value.markdown
     shown = "\n".join(printable_lines(truncate(text, _MAX_TEXT)))
-    return view("Text", Html(markdown_as_html(shown)), _left_out(len(text) - _MAX_TEXT, "character"))
+    return view("Text", Html(markdown_as_html(shown)), left_out(len(text) - _MAX_TEXT, "character"))
 
 
 def table_view(value: Table) -> str:
@@ -94,7 +94,7 @@ def table_view(value: Table) -> str:
     head = type(value)({name: _rows(value.columns[name]) for name in names})
     left = [_MAX_BYTES]
     rows = zip(*([_cell(cell, left) for cell in column] for column in head.cells().values()), strict=True)
-    hidden = _left_out(len(value) - _MAX_ROWS, "row"), _left_out(len(value.columns) - _MAX_COLUMNS, "column")
+    hidden = left_out(len(value) - _MAX_ROWS, "row"), left_out(len(value.columns) - _MAX_COLUMNS, "column")
     return view("Table", table(names, rows), *hidden, note=pluralize(len(value), "row"))
 
 
@@ -176,10 +176,6 @@ def _within_budget(files: Iterable[tuple[bytes, str]], captions: Sequence[str]) 
 
 def _embedded(content: bytes, tag: str) -> Html:
     return Html(tag.format(base64.b64encode(content).decode()))
-
-
-def _left_out(count: int, noun: str) -> Html:
-    return element("p", element("small", f"and {count:,} more {noun}{'s' * (count != 1)}")) if count > 0 else Html()
 
 
 def _rows(column: Any) -> Any:
