@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
@@ -17,16 +18,18 @@ from typing_extensions import is_protocol
 from notebooks.website._names import ambiguous_names, packages, resolves
 
 _PATH = re.compile(r"(?:help\()?(?:fx|fxtrain)((?:\.[A-Za-z_]\w*)+)")
-_NAME = re.compile(r"[A-Za-z_]\w*(?=\(|$)")
+_NAME = re.compile(r"[A-Za-z_]\w*(?=\(|$)|[A-Z]\w*(?=\.)")
 _SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):$")
+_FUNCTION = re.compile(r"<(?:built-in )?(?:function )?([\w.]+)(?: at \w+)?>")
 _log = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Adds the extension to a build."""
     app.connect("autodoc-process-docstring", _mark_blocks, priority=400)  # before napoleon, which has 500
-    app.connect("autodoc-process-signature", _protocol_signature)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skip_fields)
+    app.connect("missing-reference", _link_type)
     app.add_transform(ShortenPaths)
     app.add_post_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -47,22 +50,34 @@ def _mark_blocks(app: Sphinx, what: str, name: str, value: object, options: obje
     lines[:] = marked
 
 
-def _protocol_signature(
-    app: Sphinx, what: str, name: str, value: object, options: object, arguments: str, returned: str
-) -> tuple[str, str | None] | None:
-    """Shows how an object that follows a protocol is called, because a protocol itself has no constructor."""
-    if not (isinstance(value, type) and is_protocol(value)):
-        return None
-    if "__call__" not in vars(value):
-        return "", None
-    call = signature(value.__call__, bound_method=True)
-    text = stringify_signature(call, unqualified_typehints=True, short_literals=True)
-    return text.partition(" -> ")[0], text.partition(" -> ")[2]
+def _signature(
+    app: Sphinx, what: str, name: str, value: object, options: object, arguments: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Shows defaults that are functions by name, and of a protocol, which has no constructor, the call."""
+    if isinstance(value, type) and is_protocol(value):
+        if "__call__" not in vars(value):
+            return "", None
+        call = stringify_signature(signature(value.__call__, bound_method=True), unqualified_typehints=True)
+        arguments, _, returned = call.partition(" -> ")
+    return arguments and _FUNCTION.sub(r"\1", arguments), returned
 
 
 def _skip_fields(app: Sphinx, what: str, name: str, value: object, skip: bool, options: object) -> bool | None:
     """Skips what only repeats a name: the fields of named tuples, and what a class inherits from them."""
     return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def _link_type(
+    app: Sphinx, env: BuildEnvironment, link: addnodes.pending_xref, text: nodes.TextElement
+) -> nodes.reference | None:
+    """Links a type in a signature that is named by the private module that defines it."""
+    room, _, name = link["reftarget"].removeprefix("fxtrain.").partition(".")
+    for package in packages():
+        path = package.names.get(name.rpartition(".")[2])
+        if path and package.path == f"fxtrain.{room}":
+            domain = env.domains.python_domain
+            return domain.resolve_xref(env, link["refdoc"], app.builder, "obj", path, link, text)
+    return None
 
 
 class ShortenPaths(SphinxTransform):

@@ -84,7 +84,9 @@ def reference(package: Package) -> str:
     for name, path in package.names.items():
         value = getattr(package.module, name)
         if inspect.isclass(value):
-            parts.append(f".. autoclass:: {path}\n   :members:\n")
+            kind = "autoexception" if issubclass(value, BaseException) else "autoclass"
+            bases = "   :show-inheritance:\n" if any(_is_public(base) for base in value.__bases__) else ""
+            parts.append(f".. {kind}:: {path}\n   :members:\n{bases}")
         elif inspect.isfunction(value):
             parts.append(f".. autofunction:: {path}\n")
         else:
@@ -92,6 +94,10 @@ def reference(package: Package) -> str:
             text = textwrap.indent(found.description, "   ")
             parts.append(f".. py:type:: {path}\n   :canonical: {found.type}\n\n{text}\n")
     return "\n".join(parts)
+
+
+def _is_public(value: object) -> bool:
+    return any(getattr(package.module, name) is value for package in packages() for name in package.names)
 
 
 def _head(package: Package, name: str) -> str:
