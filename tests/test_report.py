@@ -1,8 +1,13 @@
 """The report: reading run folders in any state, and the content of the page."""
 
+import hashlib
+import importlib.resources
 import itertools
 import json
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,11 +17,14 @@ import torch
 
 from fxtrain import EvalEnd, FitBegin, FitEnd, Interrupted, Rewound, Saved, StepEnd, cli, observers, writers
 from fxtrain.core import Control
-from fxtrain.report import RunFolderError, page, read_run
+from fxtrain.report import Run, RunFolderError, page, read_run
 from fxtrain.report._downsampling import BoundedSeries, Items, Points, evenly, thinned
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, Table, Text, Video
 
 pytestmark = pytest.mark.usefixtures("without_pyav")  # videos are GIFs
+
+
+EMPTY = [], {}, {}, {}, {}, {}, {}, [], "", {}  # arguments of Run after its curves
 
 
 def data(html):
@@ -129,7 +137,7 @@ def test_media_abandoned_by_rewinds_are_left_out(tmp_path):
 def test_nonfinite_values_are_gaps(tmp_path):
     measured(tmp_path, {1: 3.0, 2: float("nan"), 3: float("inf"), 4: 2.0})
     (series,) = panels(page(read_run(tmp_path)))["loss"]
-    assert series == {"name": "train", "steps": [1, 2, 3, 4], "values": [3, None, None, 2]}
+    assert series == {"run": 0, "name": "train", "steps": [1, 2, 3, 4], "values": [3, None, None, 2]}
 
 
 # Marks and sessions
@@ -292,7 +300,8 @@ def test_evenly_chosen_items_span_all_and_include_the_last(count, most, kept):
 
 def test_many_marks_are_thinned_and_counted(tmp_path):
     measured(tmp_path, dict.fromkeys(range(1, 2001), 1.0))
-    session(tmp_path, *[(Saved(step=step, path="a", metrics={}), Control()) for step in range(1, 2001)])
+    lines = [json.dumps({"event": "Saved", "step": step}) for step in range(1, 2001)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
     html = page(read_run(tmp_path))
     assert data(html)["counts"] == {"saved": 2000}
     assert len(data(html)["marks"]) == 300
@@ -305,7 +314,9 @@ def heat_map(folder, histograms):
     for step, (counts, edges) in histograms.items():
         writer.write(step, {"weights": Histogram(counts=torch.tensor(counts), edges=torch.tensor(edges))})
     writer.close()
-    return data(page(read_run(folder)))["histograms"]["weights"]
+    (found,) = data(page(read_run(folder)))["histograms"]
+    assert (found.pop("run"), found.pop("name")) == (0, "weights")
+    return found
 
 
 def test_heat_map_is_cropped_to_used_bins(tmp_path):
@@ -434,6 +445,183 @@ def test_figure_is_embedded_as_an_image(tmp_path):
     assert "data:image/png" in page(media_of(tmp_path, {"drawn": Figure(Canvas(figsize=(1, 1)))}))
 
 
+# Several runs
+
+
+def compared(folder, *names):
+    """Records runs with different learning rates and returns them."""
+    runs = []
+    for index, name in enumerate(names):
+        run = folder / name
+        measured(run, {1: 3.0 - index, 2: 2.0 - index}, **{"eval/loss": 1.0 - index, "lr": 0.1, f"own/{index}": 1.0})
+        session(run, (FitEnd(step=2, reason="done"), Control()), config={"lr": 10.0**-index, "model": {"layers": 2}})
+        bits = {"this model": 3.0 - index, "xz": 1.5, "own": index}
+        (run / "result.json").write_text(json.dumps({"bits_per_byte": bits, "step": 2}))
+        runs.append(read_run(run))
+    return runs
+
+
+def test_curves_of_several_runs_share_the_panel_of_their_metric(tmp_path):
+    found = panels(page(*compared(tmp_path, "a", "b")))
+    assert {title: [(series["run"], series["name"]) for series in lines] for title, lines in found.items()} == {
+        "loss": [(0, "train"), (1, "train"), (0, "eval"), (1, "eval")],
+        "lr": [(0, "lr"), (1, "lr")],
+        "own/0": [(0, "own/0")],
+        "own/1": [(1, "own/1")],
+    }
+
+
+def test_table_of_runs_has_their_best_metrics_and_states(tmp_path):
+    html = page(*compared(tmp_path, "a", "b"))
+    heads, *rows = re.findall("<tr>(.*?)</tr>", html.split('class="runs"')[1].split("</table>")[0])
+    assert re.findall("<th>(.*?)</th>", heads) == ["run", "lowest eval/loss", "step", "status"]
+    assert [re.findall("<td>(.*?)</td>", row) for row in rows] == [["a", "1", "2", "done"], ["b", "0", "2", "done"]]
+
+
+def test_only_differing_configuration_is_compared(tmp_path):
+    html = page(*compared(tmp_path, "a", "b"))
+    shown = html.split("<h2>Differences</h2>")[1].split("</section>")[0]
+    assert "<tr><td>lr</td><td>1</td><td>0.1</td></tr>" in shown
+    assert "model" not in shown
+
+
+def test_results_of_several_runs_are_bars_beside_their_common_baselines(tmp_path):
+    def bars(html):
+        return re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td><td><i( data-run=\"\d\")?", html)
+
+    runs = compared(tmp_path, "a", "b")
+    own = ' data-run="{}"'.format
+    assert bars(page(runs[0])) == [("own", "0", ""), ("xz", "1.5", ""), ("this model", "3", own(0))]
+    assert bars(page(*runs)) == [
+        ("own", "0", ""),
+        ("own, b", "1", ""),
+        ("xz", "1.5", ""),
+        ("b", "2", own(1)),
+        ("a", "3", own(0)),
+    ]
+    assert "<h3>bits per byte</h3>" in page(*runs)
+
+
+def test_samples_and_problems_name_their_run(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        media_of(tmp_path / name, {"digits": Image(torch.rand(4, 4, 1)), "few": Table({"x": [1]}), "said": Text("so")})
+    (tmp_path / "b/run.json").write_text("{")
+    html = page(read_run(tmp_path / "a"), read_run(tmp_path / "b"))
+    for name in ("digits", "few", "said"):
+        assert re.findall(f"<h3>{name} <small>(.)</small>", html) == ["a", "b"]
+    assert "<li>b/run.json: expected JSON" in html
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parent_folder(tmp_path):
+    runs = compared(tmp_path, "x/run", "y/run", "other")
+    runs[2].about["name"] = "other <b>"
+    assert [run["name"] for run in data(page(*runs))["runs"]] == ["x/run", "y/run", "other <b>"]
+    assert [run["name"] for run in data(page(*runs[:1] * 3))["runs"]] == ["x/run", "x/run (2)", "x/run (3)"]
+
+
+def test_number_of_runs_of_a_page_is_limited(tmp_path):
+    (run,) = compared(tmp_path, "a")
+    for runs in ((), (run,) * 51):
+        with pytest.raises(ValueError, match=rf"expected from 1 to 50 runs, got {len(runs)}\. Choose fewer"):
+            page(*runs)
+
+
+def test_links_to_interactive_figures_are_relative_to_the_page(tmp_path):
+    runs = compared(tmp_path, "a", "b")
+    for run in runs:
+        place = run.folder.root + "/media/drawn"
+        os.makedirs(place)
+        with open(place + "/00000001.html", "w") as file:
+            file.write("figure")
+    runs = [read_run(run.folder.root) for run in runs]
+
+    def links(html):
+        return re.findall('href="([^"#]*)"', html)
+
+    assert links(page(runs[0])) == ["media/drawn/00000001.html"]
+    assert links(page(*runs)) == ["a/media/drawn/00000001.html", "b/media/drawn/00000001.html"]
+    assert links(page(runs[0], path=tmp_path / "pages/page.html")) == ["../a/media/drawn/00000001.html"]
+
+
+# Epochs and times
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_time_continues_across_sessions_and_epochs_are_read(tmp_path, kind):
+    writer = getattr(writers, kind)(tmp_path / f"metrics.{kind}")
+    for step, length, time in [(1, 2, 2.0), (2, 2, 6.0), (3, 2, 1.0), (4, None, 3.0)]:
+        event = StepEnd(step=step, position=step, epoch_length=length, time=time, metrics={})
+        writer.write(step, {"loss": 1.0}, event)
+    writer.close()
+    (found,) = data(page(read_run(tmp_path)))["runs"]
+    assert found["epoch"] == [[1, 2, 3], [0.5, 1.0, 1.5]]
+    assert found["time"] == [[1, 2, 3, 4], [2.0, 6.0, 7.0, 9.0]]
+
+
+def test_times_never_decrease_and_damaged_ones_are_listed(tmp_path):
+    lines = [{"step": 1, "time": 5.0}, {"step": 2, "time": "NaN"}, {"step": 3, "time": []}, {"step": 4, "time": -2.0}]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({**line, "metrics": {"loss": 1.0}}) + "\n" for line in lines)
+    )
+    run = read_run(tmp_path)
+    (found,) = data(page(run))["runs"]
+    assert found["time"] == [[1, 4], [5.0, 5.0]]
+    assert run.folder.problems.lines() == ["metrics.jsonl: line 3, 'time': expected a number, got a list of 0"]
+
+
+# The script
+
+
+def test_uplot_is_embedded_unchanged_with_its_license(tmp_path):
+    measured(tmp_path, {1: 1.0})
+    html = page(read_run(tmp_path))
+    code = importlib.resources.files("fxtrain.report").joinpath("uPlot.iife.min.js").read_bytes()
+    assert hashlib.sha256(code).hexdigest() == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
+    assert code.decode() in html
+    assert "Copyright (c) 2022 Leon Sorokin" in html
+
+
+def test_large_run_has_a_page_of_a_few_megabytes(tmp_path):
+    steps = list(range(5000))
+    curves = {f"part{index}/norm": (steps, np.random.default_rng(index).normal(size=5000)) for index in range(200)}
+    run = Run("large", {name: (steps, values.tolist()) for name, (_, values) in curves.items()}, *EMPTY)
+    html = page(run, run)
+    assert len(html) < 6e6
+    assert min(len(series["steps"]) for lines in panels(html).values() for series in lines) > 500
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_page_draws_in_a_browser_under_its_policy(tmp_path):
+    bad = "</script><img src=x onerror=alert(1)>"
+    values = {f"{bad}/{index}": value for index, value in enumerate([1e308, -1e308, 5e-324, math.nan, 0.0, 1e15])}
+    writer = writers.jsonl(tmp_path / "metrics.jsonl")
+    for step in (0, 1, 2**50):
+        values["train/loss"] = 1.0 / (step + 1)
+        weights = Histogram(counts=torch.ones(2), edges=torch.tensor([-1e-9, 0, 1e9]))
+        writer.write(step, {**values, "train/loss": 1.0 / (step + 1), "__proto__": 1.0, "weights": weights})
+    writer.close()
+    run = read_run(tmp_path)
+    place = tmp_path / "page.html"
+    for runs in ([run], [run, run]):
+        place.write_text(page(*runs), encoding="utf-8")
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=1200,8000",
+            "--virtual-time-budget=3000",
+        ]
+        command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{place}"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        count = len(panels(page(*runs))) + len(runs)
+        assert dom.count('class="chart"') == dom.count('class="uplot') == count
+        assert dom.count("<img") == 0
+
+
 # Bounded memory
 
 
@@ -507,12 +695,23 @@ def test_command_writes_the_page_to_the_run_folder_or_out(tmp_path, capsys):
     assert (tmp_path / "other.html").exists()
 
 
+def test_command_writes_the_page_of_several_runs_to_the_current_folder(tmp_path, capsys, monkeypatch):
+    compared(tmp_path, "runs/a", "runs/b")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the first page is not among the runs
+        assert cli.main(["report", *map(str, (tmp_path / "runs").iterdir())]) == 0
+        assert capsys.readouterr().out == "report.html\n"
+    assert "<h1>2 runs</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_command_prints_errors_with_an_exit_code(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err == (
         f"fxtrain report: expected a run folder, got {tmp_path / 'nothing'} (No such file or directory). Check the "
         "path.\n"
     )
+    assert cli.main(["report"]) == 2
+    assert capsys.readouterr().err == "fxtrain report: expected the folder of a run, got none. Name at least one.\n"
     measured(tmp_path, {1: 1.0})
     page = tmp_path / "no" / "page.html"
     assert cli.main(["report", str(tmp_path), "--out", str(page)]) == 1

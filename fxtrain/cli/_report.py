@@ -1,4 +1,4 @@
-"""The command ``fxtrain report``, which renders the folder of a run as an HTML page."""
+"""The command ``fxtrain report``, which renders the folders of runs as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,22 +21,28 @@ from fxtrain.report._folder import kind_of_file, reason
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Writes a self-contained HTML page of a run, with its curves, callback events, samples and summary."""
+    """Writes a self-contained HTML page of a run, with its curves, callback events, samples and summary.
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """The folder of the run."""
+    The page of several runs compares them: curves of one metric share a panel, with one color for each run.
+    """
+
+    runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
+    """The folders of the runs."""
     out: pathlib.Path | None = None
-    """The file to write. Defaults to report.html in the folder of the run."""
+    """The file to write. Defaults to report.html, in the folder of a single run or else in the current one."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     options = parse(Options, "report", arguments)
+    if not options.runs:
+        return fail("report", "expected the folder of a run, got none. Name at least one.", EXIT_USAGE)
+    # Not among the folders of several runs, where a pattern such as runs/* would match it.
+    path = options.out or (options.runs[0] if len(options.runs) == 1 else pathlib.Path()) / "report.html"
     try:
-        text = page(read_run(options.run))
-    except RunFolderError as error:
+        text = page(*(read_run(run) for run in options.runs), path=path)
+    except (RunFolderError, ValueError) as error:
         return fail("report", error, EXIT_USAGE)
-    path = options.out or options.run / "report.html"
     try:
         _put(path, text.encode(), follow=options.out is not None)
     except (OSError, ValueError) as error:

@@ -22,9 +22,10 @@ def card(title: str, content: str) -> str:
     return f'<div class="card"><h3>{title}</h3>{content}</div>'
 
 
-def titled(name: str, step: int) -> str:
-    """Returns a name, which is escaped, and its step as HTML."""
-    return f"{html.escape(name)} <small>step {step:,}</small>"
+def titled(name: str, step: int | None = None, run: str = "") -> str:
+    """Returns a name and, if they are given, its run and its step as HTML. The name and the run are escaped."""
+    small = [html.escape(run), "" if step is None else f"step {step:,}"]
+    return html.escape(name) + "".join(f" <small>{text}</small>" for text in small if text)
 
 
 def steps(kind: str, contents: Mapping[int, str]) -> str:

@@ -29,7 +29,7 @@ _MAX_CELL = 500  # characters
 _MAX_MATRICES = 20
 _MAX_CLASSES = 2000
 _OVERHEAD = 100  # memory cost of a text in addition to its characters
-_NO_METRICS = ("epoch", "time")  # CSV columns that are not metrics
+_CLOCKS = ("epoch", "time")  # JSON fields and CSV columns that are not metrics
 _MEDIA = (".png", ".gif", ".mp4", ".wav", ".html")
 
 Files = dict[str, dict[int, list[PurePosixPath]]]
@@ -46,6 +46,7 @@ class Logged:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self.curves: BoundedSeries[Points] = BoundedSeries(Points, budget=_MAX_POINTS, names=_MAX_NAMES)
+        self.clocks: BoundedSeries[Points] = BoundedSeries(Points, budget=_MAX_POINTS // 4, names=len(_CLOCKS))
         self.texts: BoundedSeries[Items[str]] = BoundedSeries(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
         self.histograms: BoundedSeries[Items[Heights]] = BoundedSeries(Items, budget=_MAX_HEIGHTS, names=_MAX_NAMES)
         self.improved: BoundedSeries[Items[Mark]] = BoundedSeries(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
@@ -53,6 +54,7 @@ class Logged:
         self.confusion: dict[str, Confusion] = {}
         self.hparams: dict[str, object] = {}
         self.captions: dict[PurePosixPath, str] = {}
+        self._time = self._earlier_time = 0.0  # of the session, and of all sessions before it
         self._kinds: dict[str, Callable[[str, int, object], object]] = {
             "metrics": self._take_number,
             "texts": self._take_text,
@@ -76,6 +78,8 @@ class Logged:
                 kinds = {kind: validation.mapping(line[kind]) for kind in self._kinds if kind in line}
                 step = validation.step(line.get("step")) if kinds else validation.step(line.get(REWOUND, 0))
                 if rewinds.keeps(count, step):
+                    clocks = {name: line[name] for name in _CLOCKS if line.get(name) is not None}
+                    self._take(path, f"line {count},", self._take_clock, step, clocks)
                     for kind, values in kinds.items():
                         self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
 
@@ -87,8 +91,9 @@ class Logged:
                 rewinds.add(count, step)
         for count, step, cells in self._rows(path):
             if rewinds.keeps(count, step):
-                numbers = {name: cell for name, cell in cells.items() if name not in _NO_METRICS}
-                self._take(path, f"line {count}, column", self._take_number, step, numbers)
+                clocks = {name: cells.pop(name) for name in _CLOCKS if name in cells}
+                self._take(path, f"line {count}, column", self._take_clock, step, clocks)
+                self._take(path, f"line {count}, column", self._take_number, step, cells)
 
     def read_media(self, path: str) -> tuple[Files, Files]:
         """Finds the files written by ``writers.media``, and reads tables and confusion matrices from them.
@@ -187,6 +192,15 @@ class Logged:
         if name.endswith("/improved_by"):
             what = f"{name.removesuffix('/improved_by')} improved by {found:.4g}"
             self.improved.put(name, step, Mark(step, "improved", what), _OVERHEAD + len(what))
+
+    def _take_clock(self, name: str, step: int, value: object) -> None:
+        found = validation.number(value)
+        if name == "time":
+            if found < self._time:  # each session counts from zero
+                self._earlier_time += self._time
+            self._time = found
+            found += self._earlier_time
+        self.clocks.put(name, step, found)
 
     def _take_text(self, name: str, step: int, value: object) -> None:
         found = shortened_text(validation.text(value))

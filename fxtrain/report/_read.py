@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fxtrain.core import truncate
 from fxtrain.report import _validation as validation
-from fxtrain.report._downsampling import Items, evenly
+from fxtrain.report._downsampling import BoundedSeries, Curve, Items, Points, evenly
 from fxtrain.report._folder import LONGEST, Folder, reason
 from fxtrain.report._logged import Files, Logged, shortened_text
 from fxtrain.report._run import Mark, Run, RunFolderError, Sampled, Session
@@ -70,7 +70,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     num_improved = sum(items.count for items in improved)
     run = Run(
         name=os.path.basename(found.root) or found.root,
-        curves={name: (points.steps, points.values) for name, points in metrics.curves.series.items()},
+        curves=_curves(metrics.curves),
         marks=sorted(
             [*(mark for items in improved for _, mark in items.items), *events.marks()], key=lambda mark: mark.step
         ),
@@ -90,10 +90,15 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         counts=events.counts() | ({"improved": num_improved} if num_improved else {}),
         folder=found,
         about=_field(found, facts, "run", validation.mapping) or {},
+        clocks=_curves(metrics.clocks),
     )
     if not (run.curves or run.texts or run.histograms or run.tables or run.confusion or run.media or run.sessions):
         raise RunFolderError(_why_nothing(found))
     return run
+
+
+def _curves(found: BoundedSeries[Points]) -> dict[str, Curve]:
+    return {name: (points.steps, points.values) for name, points in found.series.items()}
 
 
 def _why_nothing(folder: Folder) -> str:

@@ -113,6 +113,7 @@ class Run:
         captions: The captions of images and videos, by path.
         folder: Opens the files, and lists those that could not be read.
         about: The project, name, tags and description of the run.
+        clocks: Steps with their ``"epoch"``, and with their ``"time"`` in seconds of all sessions.
 
     Example:
         >>> import fxtrain.report as report
@@ -137,3 +138,4 @@ class Run:
     captions: dict[PurePosixPath, str] = dataclasses.field(default_factory=dict)
     folder: Folder | None = None
     about: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
+    clocks: dict[str, Curve] = dataclasses.field(default_factory=dict[str, Curve])

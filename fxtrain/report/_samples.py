@@ -10,8 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from fxtrain.report._downsampling import evenly
-from fxtrain.report._folder import Folder
-from fxtrain.report._html import card, cell_text, grid, left_out, section, steps, table, titled
+from fxtrain.report._html import card, cell_text, left_out, steps, table, titled
 from fxtrain.report._run import Confusion, Run
 from fxtrain.values._encoders import png
 from fxtrain.values._markdown import as_html
@@ -23,6 +22,7 @@ _MAX_PIXELS = 50_000_000  # per image, because a small file may decode to more t
 _MAX_NAMES = 500
 _MAX_IMAGE = 2**18  # bytes of an image in a table; larger images are not embedded
 _MAX_CLASSES = 32  # confusion matrices with more classes are drawn as images
+_MAX_HEADS = 24  # characters of all classes in one line; longer ones are written vertically
 _MAX_PAIRS = 20  # most confused pairs of classes
 _PLACEHOLDERS = {".png": "(image)", ".wav": "(audio)"}
 _TYPES = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4", ".wav": "audio/wav"}
@@ -30,22 +30,29 @@ _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 _GIF, _GIF_END = (b"GIF87a", b"GIF89a"), b"\x3b"
 
 
-class Embedded:
-    """Embeds files of the run folder in the page, within a budget of bytes.
+Cards = list[tuple[str, str]]
+"""The names and the HTML of values."""
+
+
+class Samples:
+    """Renders the samples of a run, and embeds their files in the page within a budget.
 
     Args:
-        folder: The run folder, or None for a run without files.
+        run: The run.
+        label: The name of the run in the titles, or an empty string on the page of a single run.
+        share: The number of runs that share the budget of a page.
+        link: The path of the run folder relative to the page.
     """
 
-    def __init__(self, folder: Folder | None) -> None:
-        self._folder = folder
-        self._left = _MAX_BYTES
+    def __init__(self, run: Run, label: str = "", share: int = 1, link: str = "") -> None:
+        self._run, self._label, self._link = run, label, link
+        self._folder = run.folder
+        self._left, self._characters = _MAX_BYTES // share, _MAX_CHARACTERS // share
 
-    def fits(self, paths: list[PurePosixPath]) -> bool:
-        """Returns whether all of ``paths`` fit into the remaining budget."""
+    def _fits(self, paths: list[PurePosixPath]) -> bool:
         return self._folder is not None and sum(self._folder.size(str(path)) or 0 for path in paths) <= self._left
 
-    def html(self, path: PurePosixPath, largest: int = _MAX_BYTES) -> str | None:
+    def _html(self, path: PurePosixPath, largest: int = _MAX_BYTES) -> str | None:
         """Returns an HTML element with the content of a file, or None if it is too large or cannot be read.
 
         Args:
@@ -54,7 +61,8 @@ class Embedded:
         """
         size = self._folder.size(str(path)) if self._folder is not None else None
         if path.suffix == ".html" and size is not None:  # has a script, which the policy of the report forbids
-            return f'<a href="{html.escape(urllib.parse.quote(str(path)))}">interactive figure</a>'
+            place = urllib.parse.quote(str(PurePosixPath(self._link, path)))
+            return f'<a href="{html.escape(place)}">interactive figure</a>'
         if self._folder is None or size is None or size > min(largest, self._left):
             return None
         content = self._folder.read(str(path), size)
@@ -70,6 +78,69 @@ class Embedded:
         if path.suffix == ".mp4":
             return f'<video controls loop muted src="{source}"></video>'
         return f'<img alt="{html.escape(path.parent.name)}" src="{source}">'
+
+    def media(self) -> Cards:
+        """Returns cards of images, videos and sounds."""
+        media = self._run.media
+        chosen = {name: evenly(sorted(media[name]), _MAX_STEPS) for name in sorted(media)[:_MAX_NAMES]}
+        shown: dict[str, dict[int, str]] = {name: {} for name in chosen}
+        # Embed the latest step of every name before any earlier one, so that no name uses up the budget.
+        for rank in range(1, _MAX_STEPS + 1):
+            for name, found in chosen.items():
+                paths = media[name][found[-rank]] if rank <= len(found) else []
+                if paths and self._fits(paths):
+                    content = "".join(
+                        filter(None, (_captioned(self._html(path), self._run.captions.get(path)) for path in paths))
+                    )
+                    if content:
+                        shown[name][found[-rank]] = content
+        return [
+            (name, self._card(name, steps("media", found) + left_out("step", len(media[name]) - len(found))))
+            for name, found in shown.items()
+        ]
+
+    def texts(self) -> Cards:
+        """Returns cards of texts."""
+        texts = self._run.texts
+        names = sorted(texts)[:_MAX_NAMES]
+        shown: dict[str, dict[int, str]] = {name: {} for name in names}
+        for rank in range(1, max((len(texts[name].items) for name in names), default=0) + 1):
+            for name in names:
+                items = texts[name].items
+                if rank <= len(items) and len(items[-rank][1]) <= self._characters:
+                    step, text = items[-rank]
+                    self._characters -= len(text)
+                    shown[name][step] = as_html(text)
+        return [
+            (name, self._card(name, steps("text", found) + left_out("step", texts[name].count - len(found))))
+            for name, found in shown.items()
+        ]
+
+    def tables(self) -> Cards:
+        """Returns tables with their titles."""
+
+        def cell(value: object) -> str:
+            if isinstance(value, PurePosixPath):
+                return self._html(value, _MAX_IMAGE) or _PLACEHOLDERS.get(value.suffix, "(video)")
+            return cell_text(value)
+
+        cards: Cards = []
+        for name, (step, columns, count) in self._run.tables.items():
+            rows = list(zip(*columns.values(), strict=True))
+            shown = table(columns, rows, cell=cell)
+            title = titled(name, step, self._label)
+            cards.append((name, f"<h3>{title}</h3>{shown}{left_out('row', count - len(rows))}"))
+        return cards
+
+    def confusion(self) -> Cards:
+        """Returns cards of confusion matrices."""
+        return [
+            (name, self._card(name, (_as_table if len(found.labels) <= _MAX_CLASSES else _as_image)(found), found.step))
+            for name, found in self._run.confusion.items()
+        ]
+
+    def _card(self, name: str, content: str, step: int | None = None) -> str:
+        return card(titled(name, step, self._label), content)
 
 
 def _problem(suffix: str, content: bytes) -> str:
@@ -104,84 +175,10 @@ def _has_whole_boxes(content: bytes) -> bool:
     return place == len(content)
 
 
-def media(run: Run, embedded: Embedded) -> str:
-    """Returns the section of images, videos and sounds."""
-    chosen = {name: evenly(sorted(run.media[name]), _MAX_STEPS) for name in sorted(run.media)[:_MAX_NAMES]}
-    shown: dict[str, dict[int, str]] = {name: {} for name in chosen}
-    # Embed the latest step of every name before any earlier one, so that no name uses up the budget.
-    for rank in range(1, _MAX_STEPS + 1):
-        for name, found in chosen.items():
-            paths = run.media[name][found[-rank]] if rank <= len(found) else []
-            if paths and embedded.fits(paths):
-                content = "".join(
-                    filter(None, (_captioned(embedded.html(path), run.captions.get(path)) for path in paths))
-                )
-                if content:
-                    shown[name][found[-rank]] = content
-    return section(
-        "Samples",
-        grid(
-            card(html.escape(name), steps("media", found) + left_out("step", len(run.media[name]) - len(found)))
-            for name, found in shown.items()
-        ),
-    )
-
-
 def _captioned(element: str | None, caption: str | None) -> str | None:
     if element is None or not caption:
         return element
     return f'<div class="captioned">{element}<small>{html.escape(caption)}</small></div>'
-
-
-def texts(run: Run) -> str:
-    """Returns the section of texts."""
-    left = _MAX_CHARACTERS
-    names = sorted(run.texts)[:_MAX_NAMES]
-    shown: dict[str, dict[int, str]] = {name: {} for name in names}
-    for rank in range(1, max((len(run.texts[name].items) for name in names), default=0) + 1):
-        for name in names:
-            items = run.texts[name].items
-            if rank <= len(items) and len(items[-rank][1]) <= left:
-                step, text = items[-rank]
-                left -= len(text)
-                shown[name][step] = as_html(text)
-    return section(
-        "Texts",
-        "".join(
-            card(html.escape(name), steps("text", found) + left_out("step", run.texts[name].count - len(found)))
-            for name, found in shown.items()
-        ),
-    )
-
-
-def tables(run: Run, embedded: Embedded) -> str:
-    """Returns the section of tables."""
-
-    def cell(value: object) -> str:
-        if isinstance(value, PurePosixPath):
-            return embedded.html(value, _MAX_IMAGE) or _PLACEHOLDERS.get(value.suffix, "(video)")
-        return cell_text(value)
-
-    parts: list[str] = []
-    for name, (step, columns, count) in sorted(run.tables.items()):
-        rows = list(zip(*columns.values(), strict=True))
-        shown = table(columns, rows, cell=cell)
-        parts.append(f"<h3>{titled(name, step)}</h3>{shown}{left_out('row', count - len(rows))}")
-    return section("Tables", "".join(parts))
-
-
-def confusion(run: Run) -> str:
-    """Returns the section of confusion matrices."""
-    note = "<p>Rows are true classes, columns are predicted classes.</p>"
-    return section(
-        "Confusion",
-        grid(
-            card(
-                titled(name, found.step), note + (_as_table if len(found.labels) <= _MAX_CLASSES else _as_image)(found)
-            )
-            for name, found in sorted(run.confusion.items())
-        ),
-    )
 
 
 def _as_table(found: Confusion) -> str:
@@ -196,7 +193,9 @@ def _as_table(found: Confusion) -> str:
         )
         rows += f"<tr><th>{html.escape(label)}</th>{cells}</tr>"
     heads = "".join(f"<th>{html.escape(label)}</th>" for label in found.labels)
-    return f'<div class="wide"><table class="confusion"><tr><th></th>{heads}</tr>{rows}</table></div>'
+    title = f'<tr><th>true</th><th colspan="{len(found.labels)}">predicted</th></tr>'
+    kind = "confusion upright" if sum(map(len, found.labels)) > _MAX_HEADS else "confusion"
+    return f'<div class="wide"><table class="{kind}">{title}<tr><th></th>{heads}</tr>{rows}</table></div>'
 
 
 def _as_image(found: Confusion) -> str:
@@ -207,5 +206,6 @@ def _as_image(found: Confusion) -> str:
     wrong = counts * (1 - np.eye(len(counts)))
     most = [divmod(int(place), len(counts)) for place in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]]
     rows = [(labels[row], labels[column], f"{wrong[row, column]:g}") for row, column in most if wrong[row, column]]
-    drawn = f'<img class="matrix" alt="confusion matrix" src="data:image/png;base64,{image}">'
+    note = "<p>Rows are true classes, columns are predicted classes.</p>"
+    drawn = f'{note}<img class="matrix" alt="confusion matrix" src="data:image/png;base64,{image}">'
     return drawn + (table(("true class", "predicted class", "count"), rows) if rows else "")
