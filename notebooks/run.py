@@ -41,7 +41,13 @@ MAX_TOTAL_SECONDS = 360.0
 TOLERANCE = 0.05
 """Relative difference up to which printed fractions are equal, because processors round differently."""
 
-_SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "COLUMNS": "100", "TOKENIZERS_PARALLELISM": "false"}
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "COLUMNS": "100",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm warns that widgets are not installed
+}
 _BEFORE = """
 import logging as _logging
 class _Graphs(_logging.Handler):
