@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxtrain as fx
-from fxtrain.compiler.lowering import _routes as routes
+from fxtrain.compiler.lowering import _route_order as routes
 from fxtrain.compiler.lowering._trace import compile_traced
 from fxtrain.data import bucketed, next_tokens, packed, pad, padded
 

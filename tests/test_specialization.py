@@ -261,7 +261,7 @@ class TestErrors:
 class TestRoute:
     def test_checked_route_ends_when_values_keep_changing(self, monkeypatch):
         # Eager graphs suffice here and are fast, because the tests above compare results.
-        from fxtrain.compiler.lowering import _routes as routes
+        from fxtrain.compiler.lowering import _route_order as routes
         from fxtrain.compiler.lowering import _trace as traced
 
         def fast(compiler):

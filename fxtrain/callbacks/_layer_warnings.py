@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxtrain.core import Logged
+from fxtrain.core import Logged, Record
 from fxtrain.values import Text
 
 _MAX_NAMED = 5
@@ -30,8 +30,8 @@ def layer_warning(what: str, names: Sequence[str], norms: Tensor, wrong: Tensor,
     return Logged(text, when=count > 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Warning:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Warning(Record):
     """Writes a warning. Equal for equal names, as parts of a pytree's structure are."""
 
     what: str

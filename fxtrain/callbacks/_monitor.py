@@ -144,7 +144,7 @@ def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _S
     return tree.unflatten(tree.structure(otherwise), cond(flag, yes, no, tuple(leaves)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class UpdateStats:
     """Gradients, weights and updates of a step, with cached reductions.
 

@@ -19,7 +19,7 @@ from fxtrain.callbacks._watched_metric import (
     needing,
     no_best,
 )
-from fxtrain.core import Control, EvalEnd, FitEnd, Logged, TrainState, format_number
+from fxtrain.core import Control, EvalEnd, FitEnd, Logged, Record, TrainState, format_number
 from fxtrain.fold import Handler, on, slotted
 from fxtrain.values import Text
 
@@ -100,8 +100,8 @@ def track_best(*metrics: Metric, mode: str | Better = "min", min_delta: float = 
     return handler
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Line(Record):
     """Writes the line about an evaluation. Equal for equal metrics, as parts of a pytree's structure are."""
 
     metric: str
@@ -115,8 +115,8 @@ class _Line:
         return f"no improvement of {self.metric} for {times}{known}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Summary:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Summary(Record):
     """Writes the line at the end of a run."""
 
     metric: str

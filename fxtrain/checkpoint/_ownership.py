@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
-import secrets
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -113,7 +113,7 @@ def shown(entries: Iterable[Entry]) -> str:
 
 def _new_run() -> str:
     # From the operating system, because a run must not read or advance the generators of torch and Python.
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 def _newest_listed(found: Sequence[Entry]) -> Entry | None:

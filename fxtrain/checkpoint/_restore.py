@@ -23,7 +23,7 @@ from fxtrain.checkpoint._manifest import Manifest, dtype_of, read_manifest
 from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._save import device_of, environment
-from fxtrain.core import CHANGED_AT_END, LOOP, Tree, check_choice
+from fxtrain.core import CHANGED_AT_END, LOOP, Record, Tree, check_choice
 from fxtrain.model._freezing import refuse_shared_counts
 
 _MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
@@ -42,8 +42,8 @@ class ReadOptions(TypedDict, total=False):
     notes: Mapping[str, str | tuple[str, ...]] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Restoration:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Restoration(Record):
     """A restored state, with a report of differences between the checkpoint, ``like`` and this process.
 
     Args:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import pathlib
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 
@@ -24,7 +23,7 @@ _NAME = re.compile(rf"{re.escape(UNFINISHED)}.+-[0-9a-f]{{8}}")
 def unfinished_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Creates a folder next to ``path``, locks it during the block, and deletes it if the block raises."""
     while True:
-        folder = path.with_name(f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}")
+        folder = path.with_name(f"{UNFINISHED}{path.name}-{os.urandom(4).hex()}")
         folder.mkdir()
         descriptor = os.open(folder, os.O_RDONLY)
         # Another writer may have deleted the folder before it was locked. Without locks, nothing is ever deleted.

@@ -9,7 +9,7 @@ from fxtrain.compiler._compiled import Compiled
 from fxtrain.compiler._recompiles import OnRecompile
 from fxtrain.compiler.lowering._executable import Backend
 from fxtrain.compiler.lowering._modes import AHEAD
-from fxtrain.compiler.lowering._routes import Routes, routes_to
+from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import check_choice, check_positive_int, describe
 from fxtrain.step import EvalFunction, Step
 
@@ -132,6 +132,9 @@ def compile(  # noqa: A001
             f"{dynamic=}. Only Inductor's graphs for fixed sizes are compiled in the background. Leave these options "
             "out, or compile in the foreground."
         )
+
+    # Imported here, because the passes would be a tenth of the time to import fxtrain.
+    from fxtrain.compiler.lowering._route_order import routes_to
 
     def made(step: Step | EvalFunction, *, donate: bool, routes: Routes | None = None) -> Compiled:
         return Compiled(

@@ -68,6 +68,7 @@ from fxtrain.core._loop_event import LoopEvent, event_of
 from fxtrain.core._patterns import by_number, matching, matching_blocks
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
 from fxtrain.core._pytrees import NAMESPACE, NODES, ops, register_node
+from fxtrain.core._record import Record
 from fxtrain.core._run_info import Json, RunInfo, plain_config
 from fxtrain.core._slots import (
     BATCH,

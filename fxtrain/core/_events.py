@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain.core._history import History
-from fxtrain.core._loop_event import EventMethods, LoopEvent
+from fxtrain.core._loop_event import LoopEvent
+from fxtrain.core._record import Record
 from fxtrain.core._run_info import RunInfo
 from fxtrain.core._types import Batch, Metrics, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class _TracedEvent(EventMethods):
+class _TracedEvent(Record):
     """The fields that all traced events have."""
 
     step: Tensor
@@ -52,7 +53,6 @@ class Microbatch(_TracedEvent):
     index: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Gradients(_TracedEvent):
     """Traced event: fires when the gradients are computed, before the optimizer.
 
@@ -85,7 +85,6 @@ class Updated(_TracedEvent):
     skipped: Tensor
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EpochBegin(LoopEvent):
     """Trajectory event: fires when an epoch begins."""
 

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-
-class EventMethods:
-    """Comparison and repr of all events, from their fields.
-
-    Each event would have its own from ``dataclass``, which generates them when fxtrain is imported.
-    """
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]  # events hold mappings
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and _values(other) == _values(self)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in _values(self).items())})"
-
-
-def _values(event: object) -> dict[str, object]:
-    return {field.name: getattr(event, field.name) for field in dataclasses.fields(cast("Any", event))}
+from fxtrain.core._record import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoopEvent(EventMethods):
+class LoopEvent(Record):
     """Base class of all events outside the step. Callbacks take the time from here and never read a clock.
 
     Args:

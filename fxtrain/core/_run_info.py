@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fxtrain.core._checks import describe
+from fxtrain.core._record import Record
 
 Json = str | int | float | None | dict[str, "Json"] | list["Json"]
 """A value that ``json`` can represent."""
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class RunInfo:
+@dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
+class RunInfo(Record):
     """The project, group, name, description, tags and configuration of a run.
 
     ``fit(..., run=RunInfo(...))`` passes it to all records of the run: ``FitBegin.run``, the summary, ``run.json`` of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sysconfig
 import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -76,9 +75,15 @@ def _is_of_library(filename: str) -> bool:
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    return (FXTRAIN_FOLDER, *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    return (FXTRAIN_FOLDER, *_folders("stdlib", "platstdlib"), *_folders("purelib", "platlib"))
 
 
 @functools.cache
 def _packages() -> tuple[str, ...]:
-    return tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
+    return tuple(folder + os.sep for folder in _folders("purelib", "platlib"))
+
+
+def _folders(*names: str) -> set[str]:
+    import sysconfig
+
+    return {sysconfig.get_path(name) for name in names}

@@ -21,7 +21,6 @@ from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
 from fxtrain.data import for_step, to_device
-from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import as_composed, attach
 from fxtrain.model import ValuesNeededError, captured_values
@@ -75,6 +74,9 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
           state       50 B: params 12 B, rest 38 B
           ...
     """
+    # Imported here, because it loads the compiler.
+    from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
+
     check_int("calls", calls, minimum=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step

@@ -17,7 +17,7 @@ from fxtrain.fold import attach
 from fxtrain.step import Step
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LearningRates:
     """The loss during a learning rate range test; from ``find_learning_rate``.
 

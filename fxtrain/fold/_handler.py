@@ -17,6 +17,7 @@ from fxtrain.core import (
     Control,
     Event,
     LoopEvent,
+    Record,
     TrainState,
     Tree,
     check_choice,
@@ -35,8 +36,8 @@ Init = Callable[[TrainState], Tree]
 """Maps the training state to the initial content of a slot, a pytree of tensors."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Needs:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Needs(Record):
     """The requirements of a callback. See ``needs`` for the fields."""
 
     eval_metrics: tuple[str, ...] = ()
@@ -45,8 +46,8 @@ class Needs:
     written: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Handler:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Handler(Record):
     """A callback with its name, subscription and slot. A handler is itself a callback.
 
     Args:

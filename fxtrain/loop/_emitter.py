@@ -19,7 +19,7 @@ from fxtrain.loop._types import EventRecord, Events
 from fxtrain.values import METRIC_PREFIXES
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Emitter:
     """Creates events with the loop's clock and counters. The parts of a run share its attributes.
 

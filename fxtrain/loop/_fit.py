@@ -15,7 +15,7 @@ from fxtrain.loop._types import EventRecord
 from fxtrain.observers._display import in_notebook
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The result of ``fit``.
 

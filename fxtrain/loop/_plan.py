@@ -30,7 +30,7 @@ from fxtrain.observers._progress import Progress, progress
 from fxtrain.values import HParams
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Plan:
     """The options of a run. ``fit`` documents each.
 

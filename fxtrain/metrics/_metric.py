@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -34,7 +35,8 @@ class Metric:
 
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        dataclasses.dataclass(frozen=True, eq=False)(cls)
+        if inspect.get_annotations(cls):  # without fields of its own, a class inherits the methods too
+            dataclasses.dataclass(frozen=True, eq=False)(cls)
         names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
         register_node(
             cls,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fxtrain import tree
-from fxtrain.core import TrainState, Tree, dtype_name, first_lines, first_names, matching
+from fxtrain.core import Record, TrainState, Tree, dtype_name, first_lines, first_names, matching
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors, Rename, proposed, renamed
 from fxtrain.model._tensor_access import copies
@@ -53,8 +53,8 @@ def state_dict(state: TrainState) -> Tree:
     return model_of(state).call(state.params, state.buffers, read, train=False)[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoadReport(Record):
     """The report of ``load_state_dict``: which names were loaded, and which were not.
 
     Names are those of ``state_dict(state)``. In a tree of modules they begin with the path of the module, joined by

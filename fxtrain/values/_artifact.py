@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from fxtrain.core import describe
+from fxtrain.core import Record, describe
 
 
-@dataclasses.dataclass(frozen=True)
-class Artifact:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Artifact(Record):
     """A file or folder that belongs to a run, such as a checkpoint. Writers to services store a version of it.
 
     Each version written under one name is newer than the ones before. Writers that store no files ignore it.

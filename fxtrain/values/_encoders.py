@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +69,8 @@ def mp4(frames: np.ndarray, fps: float) -> bytes:
     Raises:
         ImportError: PyAV is not installed.
     """
+    from fractions import Fraction
+
     import av  # pyright: ignore[reportMissingImports] -- optional
 
     _, height, width, _ = frames.shape

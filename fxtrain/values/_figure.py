@@ -23,7 +23,7 @@ class WandbChart:
     """The kind of a ``Figure`` with an object of Weights & Biases."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Figure:
     """A figure of Matplotlib or plotly, or a chart of Weights & Biases.
 

@@ -12,7 +12,7 @@ from fxtrain.core._html import html_view
 from fxtrain.values._nodes import on_host, register_value
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Histogram:
     """A distribution of values, given by the values themselves or by the number of values between edges.
 

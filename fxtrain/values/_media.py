@@ -14,7 +14,7 @@ from fxtrain.core._html import html_view
 from fxtrain.values._nodes import on_host, register_value, set_tensor, within
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Audio:
     """One or more sounds.
 
@@ -67,7 +67,7 @@ class Audio:
         return audio_view(self)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PointCloud:
     """Points in space, optionally colored.
 

@@ -24,7 +24,7 @@ _PADDING = 2  # pixels between the images of a grid
 _Pixels = TypeVar("_Pixels", bound="Pixels")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pixels:
     """The common part of ``Image`` and ``Video``."""
 

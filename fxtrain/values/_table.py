@@ -22,7 +22,7 @@ Cell = str | bool | int | float | None
 Column = Sequence[Cell | Text | Media] | Tensor | np.ndarray | Media
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Table:
     """A table of named columns of equal length.
 
@@ -123,7 +123,7 @@ class Table:
         return table_view(self)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ConfusionMatrix:
     """The number of predictions of each class (column) for each true class (row).
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fxtrain.core import Json, describe, plain_config, register_node
+from fxtrain.core import Json, Record, describe, plain_config, register_node
 from fxtrain.core._html import html_view
 
 Scalar = bool | int | float
 """A Python number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Text(Record):
     """Text in Markdown.
 
     Raises:
@@ -81,8 +81,8 @@ def _unflattened(context: Any, values: Any) -> Text:
 register_node(Text, _flattened, _unflattened)
 
 
-@dataclasses.dataclass(frozen=True)
-class HParams:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class HParams(Record):
     """The configuration of a run, a nested mapping. ``fxtrain.RunInfo`` lists the types of its values.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class Staging:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._copies = []
         source = Path(artifact.path)
-        copy = self._folder / secrets.token_hex(8)
+        copy = self._folder / os.urandom(8).hex()
         copy.mkdir(parents=True)
         target = copy / source.name
         try:

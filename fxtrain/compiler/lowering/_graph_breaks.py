@@ -7,7 +7,7 @@ import linecache
 import traceback
 from collections.abc import Iterable
 
-from fxtrain.core import truncate
+from fxtrain.core import Record, truncate
 from fxtrain.core._tracebacks import places
 
 _MAX_CHARACTERS = 300  # of a line or a reason
@@ -37,8 +37,8 @@ _BY_MESSAGE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Break:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Break(Record):
     """A place that keeps a step from being one graph.
 
     Args:

@@ -24,6 +24,7 @@ from fxtrain._torch_internals.dynamo import can_show_to_modes, modes_work_below_
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.compiler.lowering._executable import Backend, Executable, Run, kinds, uncompiled
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
+from fxtrain.compiler.lowering._routes import NoGradientsError
 from fxtrain.compiler.lowering._trace import compile_traced, copy_aliases
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.model import forward_wrapped_by
@@ -34,10 +35,6 @@ from fxtrain.step._gradients import FindGradient, intercepted
 _log = logging.getLogger(__name__)
 
 _MAX_GRADIENT_KINDS = 8  # for further kinds, the rest of the step runs uncompiled
-
-
-class NoGradientsError(RuntimeError):
-    """A step calls no function from ``fxtrain.gradients``, so there is no place to cut it."""
 
 
 def compile_in_regions(

@@ -1,0 +1,77 @@
+"""The routes that ``compile`` tries, in order. Importing this module loads the compiler's passes."""
+
+from __future__ import annotations
+
+import functools
+
+from fxtrain._torch_internals.interface import Feature
+from fxtrain.compiler.lowering._dynamo import compile_by_dynamo
+from fxtrain.compiler.lowering._executable import Backend, uncompiled
+from fxtrain.compiler.lowering._modes import AHEAD
+from fxtrain.compiler.lowering._regions import compile_in_regions
+from fxtrain.compiler.lowering._routes import Route, Routes
+from fxtrain.compiler.lowering._specialization import compile_specialized
+from fxtrain.compiler.lowering._trace import compile_traced, trace_step
+
+
+def routes_to(
+    backend: Backend | None, mode: str | None, *, dynamic: bool, fullgraph: bool, is_rehearsal: bool = False
+) -> Routes:
+    """Returns the routes for the options of ``compile``, which describes the other arguments.
+
+    Args:
+        is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
+    """
+    rehearsal = functools.partial(routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
+    has_traces = backend is None
+    chosen = backend or "inductor"
+    title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+    suffix = "" if mode is None else f", {mode}"
+    needs = Feature.TRACED | Feature.INDUCTOR if has_traces else Feature.TRACED
+    tracing = needs | Feature.AHEAD if mode == AHEAD else needs
+    if is_rehearsal:
+        backend, chosen, mode = "eager", "eager", None
+    traced = Route(
+        f"{title}, traced{suffix}",
+        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic),
+        "the step as one graph",
+        True,
+        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic),
+        needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
+    )
+    online = None if mode == AHEAD else mode
+    checked = Route(
+        f"{title}, traced with checks{suffix}",
+        functools.partial(compile_specialized, mode=mode, backend=backend),
+        "the step as one graph for the values that Python reads, which the graph checks at each call",
+        False,
+        has_otherwise=True,
+        needs=tracing,
+    )
+    dynamo = Route(
+        f"{title}, dynamo{suffix}" if has_traces else f"{title}{suffix}",
+        functools.partial(compile_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
+        "the step as one graph by torch.compile, which checks its assumptions at each call",
+        True,
+    )
+    around = functools.partial(compile_in_regions, backend=backend, mode=online)
+    regions = Route(
+        f"{title}, regions{suffix}",
+        functools.partial(around, forward="compiled"),
+        "the loss function in several graphs by torch.compile, the optimizer and the traced callbacks as one",
+        False,
+        needs=needs,
+    )
+    eager = Route(
+        f"{title}, eager forward{suffix}",
+        functools.partial(around, forward=None),
+        "the optimizer and the traced callbacks as one graph, with uncompiled forward and backward passes",
+        False,
+        needs=needs,
+    )
+    nothing = Route("uncompiled", uncompiled, "nothing, so the step runs uncompiled", False)
+    # The routes left out if ``dynamic`` is set would compile a graph for each size.
+    traces = [traced] if dynamic else [traced, checked]
+    others = [nothing] if dynamic else [regions, eager, nothing]
+    routes = [*(traces if has_traces else ()), dynamo, *others]
+    return Routes(routes, fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
