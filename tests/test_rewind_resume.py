@@ -77,10 +77,10 @@ def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
     whole, whole_fired = fit(tmp_path / "whole", asked, **options)
     for cut in range(1, len(whole_fired)):
         folder = tmp_path / str(cut)
-        _, first = fit(folder, asked, interrupt_at=cut, **options)
-        _, second = fit(folder, asked, interrupt_at=2, **options)
-        resumed, third = fit(folder, asked, **options)
-        assert first + second + third == whole_fired, cut
+        sessions = [fit(folder, asked, interrupt_at=at, **options) for at in (cut, 2, None)]
+        fired = [each for _, events in sessions for each in events]
+        assert fired == whole_fired, f"cut after {cut} events; {[result.reason for result, _ in sessions]}"
+        resumed, _ = sessions[-1]
         assert resumed.reason == whole.reason
         testing.assert_equal(resumed.state, whole.state, f"cut after {cut} events")
 
