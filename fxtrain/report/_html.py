@@ -5,6 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Mapping
 
+from fxtrain.core._html import as_html, element
+from fxtrain.core._html import table as html_table
+from fxtrain.report._validation import MAX_WORDS
+
 
 def section(title: str, content: str) -> str:
     """Returns a section with an HTML title and HTML content, or an empty string if the content is empty."""
@@ -47,22 +51,23 @@ def left_out(noun: str, count: int) -> str:
     return f"<p>{count} more {noun}{' is' if count == 1 else 's are'} in the run's folder.</p>" if count > 0 else ""
 
 
-def cell_text(cell: object) -> str:
-    """Returns a number or a text as the escaped content of a cell."""
-    return html.escape(f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell))
+def cell_html(cell: object) -> object:
+    """Returns a cell as escaped HTML of bounded length, except numbers, which a table aligns."""
+    return cell if isinstance(cell, int | float) else as_html(cell, MAX_WORDS)
 
 
 def table(
-    heads: Iterable[str], rows: Iterable[Iterable[object]], kind: str = "", cell: Callable[[object], str] = cell_text
+    heads: Iterable[str],
+    rows: Iterable[Iterable[object]],
+    kind: str = "",
+    cell: Callable[[object], object] = cell_html,
 ) -> str:
-    """Returns an HTML table.
+    """Returns an HTML table that scrolls if it is wide.
 
     Args:
         heads: The names of the columns, which are escaped.
         rows: The cells of each row.
         kind: The CSS class of the table.
-        cell: Converts a cell to HTML.
+        cell: Converts a cell to a number or to ``Html``.
     """
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{cell(each)}</td>' for each in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return element("div", html_table(heads, (map(cell, row) for row in rows), kind), kind="wide")

@@ -7,13 +7,12 @@ import html
 import urllib.parse
 from pathlib import PurePosixPath
 
-import numpy as np
-
+from fxtrain.core._html import Html
 from fxtrain.report._downsampling import evenly
-from fxtrain.report._html import card, cell_text, left_out, steps, table, titled
-from fxtrain.report._run import Confusion, Run
-from fxtrain.values._encoders import png
+from fxtrain.report._html import card, cell_html, left_out, steps, table, titled
+from fxtrain.report._run import Run
 from fxtrain.values._markdown import as_html
+from fxtrain.values._views import confusion_html
 
 _MAX_STEPS = 8  # per name, evenly spaced
 _MAX_BYTES = 24 * 2**20  # of media per page
@@ -21,9 +20,6 @@ _MAX_CHARACTERS = 2**20  # of texts per page, which bounds the time to render th
 _MAX_PIXELS = 50_000_000  # per image, because a small file may decode to more than a browser's memory
 _MAX_NAMES = 500
 _MAX_IMAGE = 2**18  # bytes of an image in a table; larger images are not embedded
-_MAX_CLASSES = 32  # confusion matrices with more classes are drawn as images
-_MAX_HEADS = 24  # characters of all classes in one line; longer ones are written vertically
-_MAX_PAIRS = 20  # most confused pairs of classes
 _PLACEHOLDERS = {".png": "(image)", ".wav": "(audio)"}
 _TYPES = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4", ".wav": "audio/wav"}
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -119,10 +115,10 @@ class Samples:
     def tables(self) -> Cards:
         """Returns tables with their titles."""
 
-        def cell(value: object) -> str:
+        def cell(value: object) -> object:
             if isinstance(value, PurePosixPath):
-                return self._html(value, _MAX_IMAGE) or _PLACEHOLDERS.get(value.suffix, "(video)")
-            return cell_text(value)
+                return Html(self._html(value, _MAX_IMAGE) or _PLACEHOLDERS.get(value.suffix, "(video)"))
+            return cell_html(value)
 
         cards: Cards = []
         for name, (step, columns, count) in self._run.tables.items():
@@ -135,7 +131,7 @@ class Samples:
     def confusion(self) -> Cards:
         """Returns cards of confusion matrices."""
         return [
-            (name, self._card(name, (_as_table if len(found.labels) <= _MAX_CLASSES else _as_image)(found), found.step))
+            (name, self._card(name, confusion_html(found.labels, found.counts), found.step))
             for name, found in self._run.confusion.items()
         ]
 
@@ -179,33 +175,3 @@ def _captioned(element: str | None, caption: str | None) -> str | None:
     if element is None or not caption:
         return element
     return f'<div class="captioned">{element}<small>{html.escape(caption)}</small></div>'
-
-
-def _as_table(found: Confusion) -> str:
-    rows = ""
-    for label, row in zip(found.labels, found.counts.tolist(), strict=True):
-        total = max(sum(row), 1e-12)
-        cells = "".join(
-            f'<td{" class=dark" * (count > total / 2)} style="--share:{count / total:.3f}">{count:g}</td>'
-            if count
-            else "<td></td>"
-            for count in row
-        )
-        rows += f"<tr><th>{html.escape(label)}</th>{cells}</tr>"
-    heads = "".join(f"<th>{html.escape(label)}</th>" for label in found.labels)
-    title = f'<tr><th>true</th><th colspan="{len(found.labels)}">predicted</th></tr>'
-    kind = "confusion upright" if sum(map(len, found.labels)) > _MAX_HEADS else "confusion"
-    return f'<div class="wide"><table class="{kind}">{title}<tr><th></th>{heads}</tr>{rows}</table></div>'
-
-
-def _as_image(found: Confusion) -> str:
-    """Returns an image with one pixel for each pair of classes, and a table of the most confused pairs."""
-    labels, counts = found.labels, found.counts
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
-    image = base64.b64encode(png(np.round(255 * (1 - shares[..., None])).astype(np.uint8))).decode()
-    wrong = counts * (1 - np.eye(len(counts)))
-    most = [divmod(int(place), len(counts)) for place in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]]
-    rows = [(labels[row], labels[column], f"{wrong[row, column]:g}") for row, column in most if wrong[row, column]]
-    note = "<p>Rows are true classes, columns are predicted classes.</p>"
-    drawn = f'{note}<img class="matrix" alt="confusion matrix" src="data:image/png;base64,{image}">'
-    return drawn + (table(("true class", "predicted class", "count"), rows) if rows else "")
