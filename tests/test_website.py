@@ -70,6 +70,14 @@ def test_course_is_listed_in_order(sources):
     assert all((sources / f"{name}.ipynb").exists() for name in notebooks)
 
 
+def test_picture_of_the_front_page_follows_the_theme(sources):
+    page = (sources / "index.md").read_text()
+    assert "<picture>" not in page
+    for theme in ("light", "dark"):
+        assert f"{{image}} notebooks/run_{theme}.svg\n:alt: Two spirals" in page
+        assert (sources / f"notebooks/run_{theme}.svg").exists()
+
+
 def test_dead_links_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
         '<p id="here"><a href="b.html#there"></a><a href="#here"></a><a href="https://example.com"></a>'

@@ -20,6 +20,7 @@ from notebooks.website._names import Package, alias, packages
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _COPIED = ("benchmarks", "notebooks")
 _SKIPPED = ("__pycache__", ".*", "website")
+_PICTURE = re.compile(r'<picture>\n<source .* srcset="(.*)">\n<img alt="(.*)" src="(.*)">\n</picture>')
 _EVENT_COLUMN = 24 - 4
 
 
@@ -53,11 +54,19 @@ def front_page() -> str:
         "Reference": ["reference/index"],
         "Measurements": results,
     }
-    parts = [(ROOT / "README.md").read_text(encoding="utf-8")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = [_PICTURE.sub(_themed_picture, readme)]
     for caption, names in contents.items():
         listed = "\n".join(names)
         parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n")
     return "\n".join(parts)
+
+
+def _themed_picture(found: re.Match[str]) -> str:
+    """Returns a picture that follows the theme of the page, which readers may set apart from that of their system."""
+    dark, text, light = found.groups()
+    themes = {"only-dark": dark, "only-light": light}
+    return "\n".join(f"```{{image}} {file}\n:alt: {text}\n:class: {theme}\n```" for theme, file in themes.items())
 
 
 def reference_index() -> str:
