@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests. One thread, because bitwise equality holds for a fixed number of threads."""
 
+import os
 import signal
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from fxtrain.loop import _interrupts as interrupts
 
 torch.set_num_threads(1)
+os.environ.setdefault("FXTRAIN_TRACEBACK", "full")  # failures show the frames of fxtrain
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores SIGINT in its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,6 +18,7 @@ from fxtrain.compiler.call._memory import keep_freed_memory
 from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import Batch, Callback, StepOutput, TrainState
+from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
@@ -204,29 +205,33 @@ class Compiled:
         return self._several(state, tuple(batches))
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        if self.background and self._pending:
-            for graph in self._pending.advance(state):
-                self._graphs.remove(graph)
-        found = self._found(state, batch)
-        if found is None:
-            # Converted only now, because most batches contain only tensors and are found faster unconverted.
-            batch = for_step(batch)
-            found = self._found(state, batch)
-        if found is None and isinstance(self.step, Step):
-            state = self.step.attached(state)
-            found = self._found(state, batch)
-        if found is None:
-            self._make(state, batch)
-            found = self._found(state, batch)
-            assert found is not None
-        graph = self._graphs[0]
-        if self.background and self._pending:
-            self._pending.count(graph)
         try:
-            return graph(state, *found)
+            if self.background and self._pending:
+                for graph in self._pending.advance(state):
+                    self._graphs.remove(graph)
+            found = self._found(state, batch)
+            if found is None:
+                # Converted only now, because most batches contain only tensors and are found faster unconverted.
+                batch = for_step(batch)
+                found = self._found(state, batch)
+            if found is None and isinstance(self.step, Step):
+                state = self.step.attached(state)
+                found = self._found(state, batch)
+            if found is None:
+                self._make(state, batch)
+                found = self._found(state, batch)
+                assert found is not None
+            graph = self._graphs[0]
+            if self.background and self._pending:
+                self._pending.count(graph)
+            try:
+                return graph(state, *found)
+            except Exception as error:
+                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not reaches_users(error):
+                    graph.raise_uncompiled(found, batch)
+                raise
         except Exception as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not reaches_users(error):
-                graph.raise_uncompiled(found, batch)
+            shorten_traceback(error)
             raise
 
     def fresh(self, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:

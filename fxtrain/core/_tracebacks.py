@@ -43,6 +43,24 @@ def is_of_users(filename: str) -> bool:
     return not os.path.abspath(filename).startswith(_installed())
 
 
+def is_internal(filename: str) -> bool:
+    """Whether a file belongs to fxtrain, to torch, or to a package that both use to traverse pytrees."""
+    return os.path.abspath(filename).startswith(_internal())
+
+
+def is_standard_library(filename: str) -> bool:
+    """Whether a file belongs to the standard library, or is generated code without a file.
+
+    Example:
+        >>> import contextlib
+        >>> is_standard_library(contextlib.__file__), is_standard_library("<frozen importlib._bootstrap>")
+        (True, True)
+    """
+    if filename.startswith("<"):
+        return not filename.startswith(_INTERACTIVE)
+    return filename.startswith(_standard_library()) and not filename.startswith(_packages())
+
+
 def places(frames: Iterable[traceback.FrameSummary]) -> Places:
     """Finds the relevant frames of a traceback, given with the innermost frame last."""
     own: traceback.FrameSummary | None = None
@@ -76,6 +94,17 @@ def _is_of_library(filename: str) -> bool:
 @functools.cache
 def _installed() -> tuple[str, ...]:
     return (FXTRAIN_FOLDER, *_folders("stdlib", "platstdlib"), *_folders("purelib", "platlib"))
+
+
+@functools.cache
+def _internal() -> tuple[str, ...]:
+    others = ("functorch", "optree")
+    return (FXTRAIN_FOLDER, _TORCH_FOLDER, *(folder + name + os.sep for folder in _packages() for name in others))
+
+
+@functools.cache
+def _standard_library() -> tuple[str, ...]:
+    return tuple(folder + os.sep for folder in _folders("stdlib", "platstdlib"))
 
 
 @functools.cache

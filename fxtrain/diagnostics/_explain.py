@@ -20,6 +20,7 @@ from fxtrain.compiler.lowering._graph_breaks import break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import as_composed, attach
@@ -29,6 +30,7 @@ from fxtrain.step import EvalFunction, Step
 _WARMUP_CALLS = 3
 
 
+@with_short_traceback
 def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, calls: int = 30) -> Explanation:
     """Reports what a step computes, what it costs, and what keeps it from being one graph.
 

@@ -9,6 +9,7 @@ import torch
 
 from fxtrain.compiler import Compiled
 from fxtrain.core import Batch, StepFn, TrainState, check_positive_int
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
@@ -25,6 +26,7 @@ _OUT_OF_MEMORY = (
 )
 
 
+@with_short_traceback
 def find_batch_size(
     state: TrainState,
     step: StepFn,

@@ -12,6 +12,7 @@ import torch
 from fxtrain import metrics, optim
 from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean
 from fxtrain.core._html import facts, html_view, view
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import Exhausted, SourceLike, as_source, to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
@@ -48,6 +49,7 @@ class LearningRates:
         return view("LearningRates", facts(_rows(self)))
 
 
+@with_short_traceback
 def find_learning_rate(
     state: TrainState,
     step: StepFn,

@@ -22,6 +22,7 @@ from fxtrain.core import (
     StepOutput,
     TrainState,
 )
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
@@ -36,6 +37,7 @@ _Total = dict[str, metrics.Metric]
 """The mergeable metrics of all batches so far."""
 
 
+@with_short_traceback
 def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
     """Returns the metrics of ``state`` over one epoch of ``data``.
 

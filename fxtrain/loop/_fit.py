@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fxtrain.core import Donated, History, StepFn, TrainState, leaf_values, pluralize
 from fxtrain.core._history_view import history_table
 from fxtrain.core._html import html_view, view
+from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import SourceLike
 from fxtrain.loop._plan import Plan, with_options, with_progress
 from fxtrain.loop._run import Run
@@ -75,6 +76,9 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
     end if the step is compiled, with ``compile/pending`` and ``compile/uncompiled_steps`` if it is compiled in the
     background. At the end of each epoch it publishes ``data/padding``, the fraction of padding in the batches, if the
     data source counts it.
+
+    The traceback of an error shows the user's lines alone. With the environment variable ``FXTRAIN_TRACEBACK=full``, it
+    shows the frames of fxtrain and torch too.
 
     Args:
         state: From ``init``, or ``continue_from`` of another result.
@@ -159,4 +163,12 @@ def steps(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Iter
         ...     print(type(event).__name__, end=" ")
         FitBegin EpochBegin StepBegin StepEnd EpochEnd FitEnd
     """
-    return Run(state, step, data, with_progress(plan, by_default=False), every_event=True).events()
+    return _with_short_tracebacks(Run(state, step, data, with_progress(plan, by_default=False), every_event=True))
+
+
+def _with_short_tracebacks(run: Run) -> Iterator[EventRecord]:
+    try:
+        yield from run.events()
+    except Exception as error:
+        shorten_traceback(error)
+        raise

@@ -22,6 +22,7 @@ from fxtrain.core import (
     describe,
     did_you_mean,
 )
+from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import SourceLike
 from fxtrain.fold import When, as_trigger
 from fxtrain.loop._checks import check_checkpointer, check_eval_step
@@ -151,18 +152,22 @@ def with_options(
     def decorate(function: Callable[[TrainState, StepFn, SourceLike, Plan], R]) -> _Runs[Options, R]:
         @functools.wraps(function)
         def run(state: TrainState, step: StepFn, data: SourceLike, *others: Options.args, **given: Options.kwargs) -> R:
-            unknown = next((name for name in given if name not in options), None)
-            if unknown is not None:
-                raise TypeError(
-                    f"{function.__name__}: expected one of the options {', '.join(options)}, got {unknown!r}."
-                    f"{did_you_mean(unknown, options)}"
-                )
-            if others:
-                raise TypeError(
-                    f"{function.__name__}: expected three positional arguments, got {3 + len(others)}. Give the "
-                    "options by name, such as steps=100."
-                )
-            return function(state, step, data, plan(*others, **given))
+            try:
+                unknown = next((name for name in given if name not in options), None)
+                if unknown is not None:
+                    raise TypeError(
+                        f"{function.__name__}: expected one of the options {', '.join(options)}, got {unknown!r}."
+                        f"{did_you_mean(unknown, options)}"
+                    )
+                if others:
+                    raise TypeError(
+                        f"{function.__name__}: expected three positional arguments, got {3 + len(others)}. Give the "
+                        "options by name, such as steps=100."
+                    )
+                return function(state, step, data, plan(*others, **given))
+            except Exception as error:
+                shorten_traceback(error)
+                raise
 
         own = inspect.signature(function)
         parameters = [*list(own.parameters.values())[:-1], *options.values()]

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Due, TrainState, Tree, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.model._model import Model
 from fxtrain.model._types import Modules, Transforms
 from fxtrain.optim import GradientTransformation
 
 
+@with_short_traceback
 def init(
     model: Modules,
     tx: Transforms = None,
