@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 
 # Errors of file systems that cannot sync folders, and of system folders that may not be opened
@@ -54,20 +56,46 @@ def _put(path: Path, content: bytes, mode: str) -> None:
 
 
 class Appendable:
-    """A file that grows by whole records, open from its creation to ``close``.
+    """A file that grows by whole records, open and locked from its creation to ``close``.
 
     Args:
         path: The file. If it is missing, it is created and its name is synced to the disk.
+
+    Raises:
+        BlockingIOError: Another ``Appendable``, of this or another process, has the file open.
     """
 
     def __init__(self, path: Path) -> None:
         is_new = not path.exists()
-        # Unbuffered: after a failed write a buffer would keep bytes and write them later.
-        self._file = open(path, "rb+", buffering=0, opener=_created)  # noqa: SIM115 -- open until it is closed
-        if is_new:
-            sync_folder(path.parent)
-        self.size = self._file.seek(0, os.SEEK_END)
-        self._synced = self.size
+        self._path, self._file = path, _open_locked(path)
+        try:
+            if is_new:
+                sync_folder(path.parent)
+            self._to_end()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _to_end(self) -> None:
+        self.size = self._synced = self._file.seek(0, os.SEEK_END)
+
+    def mend(self, what: str) -> None:
+        """Moves a record that a crash tore, which has no line end, from the end of the file to ``<name>.damaged``.
+
+        Args:
+            what: The kind of record, for the warning.
+        """
+        tail = b""
+        with open(self._path, "rb") as file:
+            size = begin = file.seek(0, os.SEEK_END)
+            while begin and b"\n" not in tail:
+                begin = max(begin - 65536, 0)
+                file.seek(begin)
+                tail = file.read(size - begin)
+        torn = len(tail) - (tail.rfind(b"\n") + 1)
+        if torn:
+            set_aside(self._path, f"ended in the middle of a {what}", size - torn)
+        self._to_end()
 
     def append(self, record: bytes) -> None:
         """Adds a record at the end. After an ``OSError`` the file is unchanged."""
@@ -96,29 +124,46 @@ class Appendable:
             self._file.close()
 
 
+def _open_locked(path: Path) -> io.FileIO:
+    """Opens a file for appending, creates it if it is missing, and locks it where the file system has locks."""
+    while True:
+        # Unbuffered: after a failed write a buffer would keep bytes and write them later.
+        file = io.FileIO(path, "r+", opener=_created)
+        try:
+            if try_lock(file.fileno()) is False:
+                raise BlockingIOError(
+                    f"expected exclusive access to {path}, got a file that another writer has open. Close that writer, "
+                    "use it in place of this one, or use another path."
+                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    close_in_children(file)
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # another writer replaced the file since it was opened
+
+
 def _created(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
 
 
-def mend(path: Path, what: str) -> None:
-    """Moves a record that a crash tore, which has no line end, from the end of a file to ``<name>.damaged``.
+_LOCKED: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
 
-    Args:
-        path: The file, which may be missing.
-        what: The kind of record, for the warning.
-    """
-    if not path.exists():
-        return
-    tail = b""
-    with open(path, "rb") as file:
-        size = begin = file.seek(0, os.SEEK_END)
-        while begin and b"\n" not in tail:
-            begin = max(begin - 65536, 0)
-            file.seek(begin)
-            tail = file.read(size - begin)
-    torn = len(tail) - (tail.rfind(b"\n") + 1)
-    if torn:
-        set_aside(path, f"ended in the middle of a {what}", size - torn)
+
+def close_in_children(file: io.FileIO) -> None:
+    """Closes a locked file in forked children, because one that outlives its parent would keep the file locked."""
+    _LOCKED.add(file)
+
+
+def _close_locked() -> None:
+    for file in list(_LOCKED):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locked)
 
 
 def append_lines(path: Path, lines: bytes) -> None:
@@ -130,8 +175,8 @@ def append_lines(path: Path, lines: bytes) -> None:
         path: The file. It may not exist yet.
         lines: Lines with their line ends.
     """
-    mend(path, "line")
     with contextlib.closing(Appendable(path)) as file:
+        file.mend("line")
         file.append(lines)
 
 

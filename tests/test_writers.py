@@ -426,6 +426,7 @@ def test_multi_closes_every_writer_and_then_raises_the_first_error(tmp_path):
             raise OSError("full")
 
     last = jsonl(tmp_path / "a.jsonl")
+    last.write_scalars(1, {"loss": 1.0})
     assert str(tmp_path / "a.jsonl") in open_files()
     with pytest.raises(OSError, match="full"):
         multi(Failing(), last).close()

@@ -10,11 +10,10 @@ import pathlib
 import socket
 import stat
 import warnings
-import weakref
 from typing import NoReturn
 
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.disk import make_folder, try_lock
+from fxtrain.disk import close_in_children, make_folder, try_lock
 
 _NAME = ".lock"
 _NOTE = b"process "
@@ -48,6 +47,7 @@ class FolderLock:
             file = io.FileIO(str(self._folder / _NAME), "r+", opener=_open)
             self._claim(file)
             self._file = file
+            close_in_children(file)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 self._refuse("a symbolic link")
@@ -57,7 +57,6 @@ class FolderLock:
         finally:
             if file is not None and self._file is not file:
                 file.close()
-        _HELD.add(self)
 
     def release(self) -> None:
         """Releases the lock, if it is held."""
@@ -112,16 +111,3 @@ def _open(path: str, flags: int) -> int:
     # Following a link could overwrite an unrelated file, and opening a FIFO would block.
     flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags, 0o666)
-
-
-_HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _forget() -> None:
-    # A forked worker that outlives its killed parent must not keep the folder locked.
-    for lock in list(_HELD):
-        lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

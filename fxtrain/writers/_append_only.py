@@ -81,7 +81,8 @@ class RunLog(OneFile):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
-        self._opened()
+        self._opened()  # raises an error of the path before any value is written
+        self.close()
 
     def _open(self) -> Appendable:
         """Repairs the file, and opens it at its end."""

@@ -11,7 +11,7 @@ from csv import writer as row_writer
 from pathlib import Path
 
 from fxtrain.core import LoopEvent
-from fxtrain.disk import Appendable, mend, replace_file, set_aside
+from fxtrain.disk import Appendable, replace_file, set_aside
 from fxtrain.values import Value
 from fxtrain.writers._append_only import Rewinds, RunLog
 
@@ -29,6 +29,8 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
     an earlier step, ``purge`` adds a row with only a step: rows above it of later steps are abandoned. ``read_csv``
     applies both rules.
 
+    The file has one writer at a time, in all processes: from its first row to ``close``, others are refused.
+
     A row is passed to the operating system when it is written, and synced to the disk by ``flush``. A failed write
     leaves no partial row. If a crash tore the last row, or a power cut filled it with zeros, opening the file moves
     that row to ``<name>.damaged`` with a warning.
@@ -37,7 +39,7 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
         path: The file. An existing file is continued.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or another writer has it open.
         ValueError: The file exists and is not such a table.
 
     Example:
@@ -85,13 +87,25 @@ class CsvWriter(RunLog):
         with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(DictReader(file))
         columns = [*self._columns, *names]
-        self.close()
+        # The old file stays open and locked until the new one has its name.
         replace_file(self._path, b"".join(map(_line, [columns, *(_in_columns(row, columns) for row in rows)])))
+        self.close()
         self._opened()
 
     def _open(self) -> Appendable:
         """Opens the file at the end of its complete rows, and reads its columns."""
-        content = self._path.read_bytes() if self._path.exists() else b""
+        file = Appendable(self._path)
+        try:
+            self._columns = self._repaired_columns()
+            file.mend("row")
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _repaired_columns(self) -> list[str]:
+        """Returns the columns of the file, and removes an unfinished line of columns."""
+        content = self._path.read_bytes()
         is_zeros = b"\0" in content and not content.strip(b"\0\r\n")
         rows = 0 if is_zeros else _end_of_header(content)
         header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
@@ -106,10 +120,7 @@ class CsvWriter(RunLog):
             )
         if unfinished and content:
             set_aside(self._path, "ended in the middle of a row")
-        mend(self._path, "row")
-        # The header is written with the first row, because another process may create the file at the same time.
-        self._columns = header if rows else list(_FIRST)
-        return Appendable(self._path)
+        return header if rows else list(_FIRST)
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:

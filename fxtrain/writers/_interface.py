@@ -307,6 +307,8 @@ def explain_failure(writer: str, path: Path) -> Generator[None]:
     """Makes an ``OSError`` state what cannot be written and why, and what to do."""
     try:
         yield
+    except BlockingIOError:  # another writer has the file open, which the error explains
+        raise
     except OSError as error:
         raise OSError(
             f"{writer} cannot write to {path} ({error.strerror or error}). Use a writable path, on a disk with free "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fxtrain.core import EvalStep, LoopEvent, RunInfo, WallClock, timestamp, utc_now
-from fxtrain.disk import Appendable, mend
+from fxtrain.disk import Appendable
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
 from fxtrain.writers._append_only import REWOUND, Rewinds, RunLog
 
@@ -33,6 +33,8 @@ def jsonl(path: str | os.PathLike[str], *, clock: WallClock | None = utc_now) ->
     when the file is read. After a rewind, or a resume from an earlier step, ``purge`` adds the line
     ``{"rewound_to": 10}``: values above it of steps after 10 are abandoned. ``read_jsonl`` applies both rules.
 
+    The file has one writer at a time, in all processes: from its first line to ``close``, others are refused.
+
     A line is passed to the operating system when it is written, and synced to the disk by ``flush``. A failed write
     leaves no partial line. If a crash tore the last line, or a power cut filled it with zeros, opening the file moves
     that line to ``<name>.damaged`` with a warning.
@@ -43,7 +45,7 @@ def jsonl(path: str | os.PathLike[str], *, clock: WallClock | None = utc_now) ->
             equal lines.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or another writer has it open.
         ValueError: ``clock`` returns no datetime with a time zone.
 
     Example:
@@ -108,8 +110,9 @@ class JsonLinesWriter(RunLog):
         return [record.get("step", 0) for record in read_jsonl(self._path)]
 
     def _open(self) -> Appendable:
-        mend(self._path, "line")
-        return Appendable(self._path)
+        file = Appendable(self._path)
+        file.mend("line")
+        return file
 
 
 def _line(record: Mapping[str, object]) -> bytes:
