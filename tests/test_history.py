@@ -3,6 +3,7 @@
 import builtins
 import io
 import math
+import sys
 
 import matplotlib as mpl
 import notebook
@@ -340,3 +341,114 @@ def test_after_an_exception_observers_close_without_fit_end(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         problem.fit(callbacks=fail, observers=[Observe()], checkpointer=fx.checkpointer(tmp_path))
     assert told == [("Interrupted", 3), 3, ("Saved", 3), "close"]
+
+
+# Frames
+
+
+def test_frame_has_one_row_per_step_with_epoch_and_time():
+    clock = iter(float(tick) for tick in range(10**6))
+    result = problem.fit(
+        epochs=2, steps=None, eval_step=problem.eval_step, eval_data=problem.data(), clock=lambda: next(clock)
+    )
+    frame = result.history.frame()
+    assert list(frame.columns[:3]) == ["step", "epoch", "time"]
+    assert set(frame.columns[3:]) == set(result.history)
+    assert frame["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert frame["epoch"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert (np.diff(frame["time"]) > 0).all()
+    assert frame["eval/loss"].notna().tolist() == [False, False, True] * 2
+    assert frame["train/loss"].tolist() == result.history["train/loss"].values.tolist()
+
+
+def test_frame_of_stream_has_epochs_once_their_length_is_known():
+    step = problem.step()
+    batches = problem.data()
+    result = fx.fit(problem.start(), step, lambda: iter(batches), epochs=2)
+    assert result.history.frame()["epoch"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+
+
+def test_rewind_removes_abandoned_rows_and_times(history):
+    epoch = fx.core.Epoch(done=0, start=0, length=10)
+    recorded = HistoryRecorder()
+    view = fx.History(recorded.points, clock=recorded.clock)
+    for step in (1, 2, 3):
+        recorded.add(step, {"loss": 1.0}, (float(step), step, epoch))
+    recorded.forget_after(1)
+    recorded.add(2, {"loss": 1.0}, (9.0, 2, epoch))
+    assert view.frame()["time"].tolist() == [1.0, 9.0]
+    assert view.frame()["epoch"].tolist() == pytest.approx([0.1, 0.2])
+
+
+def test_frame_of_nothing_is_empty():
+    assert fx.History().frame().shape == (0, 3)
+
+
+def test_error_without_pandas_says_what_to_install(history, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"frame requires pandas. Install it: pip install 'fxtrain\[frame\]'"):
+        history.frame()
+
+
+# Several runs
+
+
+def other():
+    made = Recorded()
+    for step in range(1, 51):
+        made.recorder.add(step, {"train/loss": 2 / step, "extra": 1.0})
+    return made
+
+
+def test_runs_share_panels_by_metric_with_a_color_each(history):
+    figure = fx.plot({"adam": history, "sgd": other()}, "*loss")
+    (axes,) = figure.axes
+    assert titles(figure) == ["loss"]
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels == ["adam: train/loss", "sgd: train/loss", "adam: eval/loss"]
+    colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    assert colors["adam: train/loss"] == colors["adam: eval/loss"] != colors["sgd: train/loss"]
+
+
+def test_legend_of_one_metric_names_only_the_runs(history):
+    (axes,) = fx.plot({"adam": history, "sgd": other()}, "train/loss").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["adam", "sgd"]
+
+
+def test_metric_of_one_run_has_its_own_panel_with_the_name_of_the_run(history):
+    figure = fx.plot({"adam": history, "sgd": other()}, "extra", "lr")
+    assert {axes.get_legend().get_texts()[0].get_text() for axes in figure.axes} == {"adam", "sgd"}
+
+
+def test_results_are_plotted_by_time_and_epoch():
+    runs = {"first": problem.fit(steps=4), "second": problem.fit(steps=6)}
+    figure = fx.plot(runs, "train/loss", x="time")
+    assert figure.axes[0].get_xlabel() == "time (s)"
+    first, second = fx.plot(runs, "train/loss", x="epoch").axes[0].get_lines()
+    assert second.get_xdata().tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert len(first.get_xdata()) == 4
+
+
+def test_log_scale_leaves_gaps_at_zero_and_below():
+    history = fx.History({"loss": ([1, 2, 3], [1.0, 0.0, 0.1]), "negative": ([1, 2], [-1.0, 0.0])})
+    first, second = history.plot(log=True).axes
+    assert (first.get_yscale(), second.get_yscale()) == ("log", "linear")
+    assert np.array_equal(first.get_lines()[0].get_ydata(), [1, np.nan, 0.1], equal_nan=True)
+    assert png(history.plot(log=True))
+
+
+def test_errors_of_plots_say_what_to_pass(history):
+    with pytest.raises(TypeError, match=r"expected runs to be a mapping from names to results, got .* Pass a dict"):
+        fx.plot([history])
+    with pytest.raises(
+        TypeError, match=r"expected a result or a history as run 'adam', got 3\. Pass the result of fit"
+    ):
+        fx.plot({"adam": 3})
+    with pytest.raises(ValueError, match=r"expected at least one run to plot, got none"):
+        fx.plot({})
+    with pytest.raises(ValueError, match=r"expected x to be .*'step', 'epoch'.*'time'.*, got 'hours'"):
+        history.plot(x="hours")
+    with pytest.raises(ValueError, match=r"expected a history with the time of its steps, got none for 'the run'"):
+        history.plot(x="time")
+    with pytest.raises(KeyError, match=r"got 'x\*', which matches none. Published: 'eval/auc', 'eval/loss', 'extra'"):
+        fx.plot({"adam": history, "sgd": other()}, "x*")

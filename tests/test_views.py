@@ -7,6 +7,7 @@ import problem
 import torch
 
 import fxtrain as fx
+import fxtrain.core._state_view
 
 HOSTILE = "</table><script>alert(1)</script><img src=x onerror=alert(1)>\"'\x1b[31m"
 VOID = {"img", "br", "source"}
@@ -99,7 +100,7 @@ def test_state_inside_transform_is_shown_without_values():
 
 
 def test_error_while_drawing_is_shown_in_its_place(monkeypatch):
-    monkeypatch.setattr(fx.core._state, "state_view", lambda state: 1 / 0)
+    monkeypatch.setattr(fx.core._state_view, "state_view", lambda state: 1 / 0)
     assert "TrainState cannot be shown: ZeroDivisionError: division by zero" in shown(problem.start())
 
 

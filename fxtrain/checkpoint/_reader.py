@@ -17,7 +17,6 @@ from fxtrain.checkpoint._match import Fresh, Where
 from fxtrain.checkpoint._ownership import Ownership, contents, newest_run, shown
 from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, read
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy
-from fxtrain.checkpoint._view import checkpoints_view
 from fxtrain.core import Tree
 from fxtrain.core._html import html_view
 from fxtrain.disk import sync_folder
@@ -180,6 +179,8 @@ class Reader:
 
     @html_view
     def _repr_html_(self) -> str:
+        from fxtrain.checkpoint._view import checkpoints_view  # loaded only in notebooks
+
         # Without waiting for unfinished saves.
         return checkpoints_view(f"{type(self).__name__} in {self.folder}", self._own(), self._policy)
 

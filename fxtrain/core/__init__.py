@@ -66,6 +66,7 @@ from fxtrain.core._history import History, Series
 from fxtrain.core._leaf_values import is_freed, leaf_values
 from fxtrain.core._loop_event import LoopEvent, event_of
 from fxtrain.core._patterns import by_number, matching, matching_blocks
+from fxtrain.core._plots import HasHistory, XAxis, new_figure, plot, style
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
 from fxtrain.core._pytrees import NAMESPACE, NODES, ops, register_node
 from fxtrain.core._record import Record
@@ -127,4 +128,5 @@ __all__ = [
     "TrainState",
     "Tree",
     "Updated",
+    "plot",
 ]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fxtrain.core._checks import did_you_mean
-from fxtrain.core._formats import pluralize, printable, truncate_middle
-from fxtrain.core._history_view import history_table
+from fxtrain.core._formats import pluralize, printable
 from fxtrain.core._html import html_view, view
-from fxtrain.core._patterns import by_number
+from fxtrain.core._plots import XAxis, draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_MAX_TITLE = 46  # characters of a panel's title
-
+    from pandas import DataFrame  # pyright: ignore
 
 _Points = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
@@ -48,6 +44,7 @@ class History(Mapping[str, Series]):
     Args:
         points: Steps and values by name, in the order of the steps.
         refresh: Called before each read, to bring ``points`` up to date.
+        clock: Maps steps, int64 [n], to ``{"epoch": float64 [n], "time": float64 [n]}``, with NaN where unknown.
 
     Example:
         >>> history = History({"train/loss": ([1, 2], [0.5, 0.25])})
@@ -59,9 +56,10 @@ class History(Mapping[str, Series]):
         self,
         points: _Points | None = None,
         refresh: Callable[[], object] | None = None,
+        clock: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
     ) -> None:
         self._points: _Points = {} if points is None else points
-        self._refresh = refresh
+        self._refresh, self._clock = refresh, clock
 
     def _refreshed(self) -> _Points:
         if self._refresh is not None:
@@ -83,14 +81,59 @@ class History(Mapping[str, Series]):
     def __len__(self) -> int:
         return len(self._refreshed())
 
-    def plot(self, *patterns: str) -> Figure:
-        """Plots curves. In a notebook, return the figure from a cell to show it.
+    def frame(self) -> DataFrame:  # pyright: ignore -- optional
+        """Returns all points as a pandas DataFrame, with one row for each step at which something was published.
+
+        Returns:
+            The columns ``step`` (int64), ``epoch`` (fractional), ``time`` (seconds since the session began), and one
+            for each name. A value that was not published at a step is NaN, and so is an epoch of unknown length.
+
+        Raises:
+            ImportError: If pandas is not installed.
+
+        Example:
+            >>> history = History({"train/loss": ([1, 2], [0.5, 0.25]), "eval/loss": ([2], [0.75])})
+            >>> print(history.frame().to_string(index=False))
+             step  epoch  time  eval/loss  train/loss
+                1    NaN   NaN        NaN        0.50
+                2    NaN   NaN       0.75        0.25
+        """
+        try:
+            import pandas  # pyright: ignore
+        except ImportError as error:
+            raise ImportError("frame requires pandas. Install it: pip install 'fxtrain[frame]'.") from error
+        series = {name: self[name] for name in self}
+        steps = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.steps for each in series.values())]))
+        columns = {"step": steps, **{axis: self.coordinates(steps, axis) for axis in ("epoch", "time")}}
+        for name, (at, values) in series.items():
+            columns[name] = np.full(len(steps), np.nan)
+            columns[name][np.searchsorted(steps, at)] = values
+        return pandas.DataFrame(columns)  # pyright: ignore
+
+    def coordinates(self, steps: np.ndarray, axis: XAxis) -> np.ndarray:
+        """Returns where steps are on an axis of a plot.
+
+        Args:
+            steps: int64 [n].
+            axis: ``"step"``, ``"epoch"`` (fractional) or ``"time"`` (seconds since the session began).
+
+        Returns:
+            float64 [n], or the steps themselves. NaN where it is unknown.
+        """
+        if axis == "step":
+            return steps
+        return np.full(len(steps), np.nan) if self._clock is None else self._clock(steps)[axis]
+
+    def plot(self, *patterns: str, log: bool = False, x: XAxis = "step") -> Figure:
+        """Plots curves. In a notebook, return the figure from a cell to show it. ``fxtrain.plot`` compares runs.
 
         Names that differ only in the prefix ``train/`` or ``eval/`` share a panel. Such panels come first. Values that
         are not finite leave a gap.
 
         Args:
             patterns: Shell patterns of the names to plot, such as ``"*/loss"``; all by default.
+            log: Whether values are on a logarithmic scale. Those of 0 and below leave a gap.
+            x: The horizontal axis: ``"step"``, ``"epoch"`` or ``"time"``, the seconds since the session began.
 
         Returns:
             A ``matplotlib.figure.Figure``.
@@ -98,78 +141,17 @@ class History(Mapping[str, Series]):
         Raises:
             ImportError: If matplotlib is not installed.
             KeyError: If a pattern matches no name.
+            ValueError: If ``x`` is unknown or was not recorded.
 
         Example:
             >>> history = History({"train/loss": ([1, 2], [0.5, 0.25]), "eval/loss": ([2], [0.5])})
             >>> [axes.get_title(loc="left") for axes in history.plot("*loss").axes]
             ['loss']
         """
-        try:
-            from matplotlib import pyplot  # because it registers how notebooks display figures
-        except ImportError as error:
-            raise ImportError("plot requires matplotlib. Install it: pip install 'fxtrain[plot]'.") from error
-        plt: Any = pyplot  # its types are partly unknown
-        panels = self._panels(patterns)
-        columns = min(len(panels), 3)
-        rows = -(-len(panels) // columns)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(4.5 * columns, 2.8 * rows), squeeze=False, sharex=True, layout="constrained"
-        )
-        plt.close(figure)  # otherwise a notebook shows it twice
-        for index, axes in enumerate(grid.flat):
-            if index < len(panels):
-                self._draw(axes, panels[index], lowest=index + columns >= len(panels))
-            else:
-                axes.remove()
-        return figure
-
-    def _panels(self, patterns: tuple[str, ...]) -> list[list[str]]:
-        """Returns the names of each panel's curves."""
-        panels: dict[str, list[str]] = {}
-        for pattern in patterns or ("*",):
-            matching = fnmatch.filter(self, pattern)
-            if not matching:
-                raise KeyError(
-                    f"expected a pattern of published names, got {pattern!r}, which matches none. Published: "
-                    f"{self._published()}."
-                )
-            for name in sorted(matching, key=by_number):
-                names = panels.setdefault(_shared(name), [])
-                if name not in names:
-                    names.append(name)
-        return sorted(panels.values(), key=lambda names: len(names) == 1)
+        return draw({"": self}, patterns, log=log, x=x)
 
     def _published(self) -> str:
         return ", ".join(map(repr, self)) or "nothing"
-
-    def _draw(self, axes: Any, names: list[str], *, lowest: bool) -> None:
-        # Evaluations have few points, so draw them last, on top.
-        for name in sorted(names, key=lambda name: name.startswith("eval/")):
-            steps, values = self[name]
-            evaluated = name.startswith("eval/")
-            axes.plot(
-                steps,
-                np.where(np.isfinite(values), values, np.nan),
-                color="tab:orange" if evaluated else "tab:blue",
-                linewidth=2.0 if evaluated else 1.0,
-                marker="o" if evaluated and len(steps) < 50 else "." if len(steps) < 50 else "",
-                markersize=5,
-                label=name,
-            )
-        title = _shared(names[0]) if len(names) > 1 else names[0]
-        axes.set_title(truncate_middle(title, _MAX_TITLE), loc="left", fontsize="medium")
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.locator_params(axis="x", integer=True)
-        axes.tick_params(colors="0.3", labelsize="small", labelbottom=lowest)
-        if lowest:
-            axes.set_xlabel("step", fontsize="small")
-        if len(names) > 1:
-            axes.legend(fontsize="small", frameon=False)
-        if not any(np.isfinite(self[name].values).any() for name in names):
-            axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color="0.3")
 
     def __repr__(self) -> str:
         rows = [
@@ -179,8 +161,6 @@ class History(Mapping[str, Series]):
 
     @html_view
     def _repr_html_(self) -> str:
+        from fxtrain.core._history_view import history_table  # loaded only in notebooks
+
         return view("History", history_table(self), note=pluralize(len(self), "curve"))
-
-
-def _shared(name: str) -> str:
-    return name.removeprefix("train/").removeprefix("eval/")

@@ -17,7 +17,6 @@ from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._html import html_view, view
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 from fxtrain.core._state_diff import StateDiff, state_diff
-from fxtrain.core._state_view import state_view
 from fxtrain.core._types import Tree
 
 S = TypeVar("S")
@@ -164,6 +163,8 @@ class TrainState:
 
     @html_view
     def _repr_html_(self) -> str:
+        from fxtrain.core._state_view import state_view  # loaded only in notebooks
+
         return state_view(self)
 
 

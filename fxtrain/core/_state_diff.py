@@ -38,7 +38,7 @@ class LeafDiff(NamedTuple):
     elements: int = 0
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class StateDiff:
     """The differences between two states, from ``state.diff(other)``. It is false if there are none.
 

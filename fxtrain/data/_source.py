@@ -16,7 +16,6 @@ from fxtrain.core._html import html_view
 from fxtrain.data._as_tensors import as_tensors, map_tensors
 from fxtrain.data._batch_checks import ALL_DIMS, REMEDY, check_batch
 from fxtrain.data._placeholders import for_step
-from fxtrain.data._view import source_text, source_view
 
 
 class Exhausted(IndexError):  # noqa: N818
@@ -167,10 +166,14 @@ class Source:
         return None if self._like is None else self._like[2]
 
     def __repr__(self) -> str:
+        from fxtrain.data._view import source_text  # loaded only when a source is shown
+
         return source_text(self)
 
     @html_view
     def _repr_html_(self) -> str:
+        from fxtrain.data._view import source_view
+
         return source_view(self)
 
     def _compare(self, batch: Batch, position: int) -> None:

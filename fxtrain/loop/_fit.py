@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 
 from fxtrain.core import Donated, History, StepFn, TrainState, leaf_values, pluralize
-from fxtrain.core._history_view import history_table
 from fxtrain.core._html import html_view, view
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import SourceLike
@@ -50,6 +49,8 @@ class Result:
 
     @html_view
     def _repr_html_(self) -> str:
+        from fxtrain.core._history_view import history_table  # loaded only in notebooks
+
         note = f"{self.reason}; {pluralize(len(self.history), 'curve')}"
         return view(f"Result {self._where()}", history_table(self.history), note=note)
 

@@ -15,6 +15,7 @@ from fxtrain.core import (
     SESSION,
     TRAJECTORY,
     Control,
+    Epoch,
     EvalEnd,
     Event,
     History,
@@ -36,7 +37,7 @@ from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import subscription, takes
 from fxtrain.fold._watched import Outcome, Watched
-from fxtrain.loop._history import HistoryRecorder
+from fxtrain.loop._history import HistoryRecorder, Moment
 from fxtrain.loop._published import published_after
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
 from fxtrain.values import METRIC_PREFIXES, Kind, named_after, published
@@ -46,7 +47,8 @@ _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothin
 _MEASURED = ("metrics", "evaluation")  # fields of events with metrics
 _NOTHING = Control()
 
-_Published = tuple[type[LoopEvent], int, Metrics, Control]  # an event's type, step, metrics and requests
+# An event's type, step, metrics, requests and moment
+_Published = tuple[type[LoopEvent], int, Metrics, Control, Moment]
 
 
 class Publisher:
@@ -72,7 +74,7 @@ class Publisher:
             _check_observer(observer)
         self._use(given)
         self.recorder = HistoryRecorder()
-        self.history = History(self.recorder.points, refresh=self._read)  # live
+        self.history = History(self.recorder.points, refresh=self._read, clock=self.recorder.clock)  # live
         self._on_host = device.type == "cpu"
         # Both for the history.
         self._unread: list[_Published] = []
@@ -112,9 +114,9 @@ class Publisher:
                 except Exception as error:
                     self._failed(observer, f"{type(event).__name__} of step {int(event.step)}", error)
 
-    def step(self, number: int, measured: Metrics) -> None:
+    def step(self, number: int, measured: Metrics, moment: Moment) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""
-        self._unread.append((StepEnd, number, measured, _NOTHING))
+        self._unread.append((StepEnd, number, measured, _NOTHING, moment))
         if len(self._unread) >= _EVENTS_PER_TRANSFER:
             self._read()
 
@@ -188,7 +190,9 @@ class Publisher:
             measured = event.metrics
         logged = type(control.log) is LazyMetrics or len(control.log) > 0
         if measured is not None or logged:
-            self._unread.append((type(event), step, {} if measured is None else measured, control))
+            epoch = Epoch(event.epochs_done, event.epoch_start, event.epoch_length or 0)
+            moment = (event.time, event.position, epoch)
+            self._unread.append((type(event), step, {} if measured is None else measured, control, moment))
             # Read immediately on a CPU, so that a value that cannot be published raises at its event.
             if logged and self._on_host:
                 self._read()
@@ -205,19 +209,19 @@ class Publisher:
         pending, self._unread = self._unread, []
         if not self._on_host:
             shown = [
-                (kind, step, self._transfer.scalars(metrics), self._transfer.control(control))
-                for kind, step, metrics, control in pending
+                (kind, step, self._transfer.scalars(metrics), self._transfer.control(control), moment)
+                for kind, step, metrics, control, moment in pending
             ]
             pending = self._sent + shown if wait else self._sent
             self._sent = [] if wait else shown
             self._transfer.send()
-        for kind, step, measured, control in pending:
+        for kind, step, measured, control, moment in pending:
             values = host_scalars(measured)
             if control.log:
                 event = event_of(kind, {"metrics": values})
-                self.recorder.add(step, published(event, self._transfer.control(control)))
+                self.recorder.add(step, published(event, self._transfer.control(control)), moment)
             else:
-                self.recorder.add(step, named_after(kind, values))
+                self.recorder.add(step, named_after(kind, values), moment)
 
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):

@@ -70,7 +70,8 @@ class Run:
         self._interrupts = Interrupts(lambda: self._checkpoints.under_way)
         self._publish = Publisher(plan.observers, state.step.device)
         # Not the live history of events, which references the observers.
-        self.history = History(self._publish.recorder.points)
+        recorder = self._publish.recorder
+        self.history = History(recorder.points, clock=recorder.clock)
 
         self._checkpoints = Checkpoints(plan.checkpointer, self._step)
         self._restored = self._checkpoints.restored(self._attached(state)) if plan.resume else None

@@ -69,7 +69,8 @@ class Steps:
                 return
             began = self._emitter.time() if ends else 0.0
             outputs = self._step(batches)
-            duration = (self._emitter.time() - began) / max(len(outputs), 1) if ends else 0.0
+            time = self._emitter.time()
+            duration = (time - began) / max(len(outputs), 1) if ends else 0.0
             for output in outputs:
                 now.step += 1
                 now.position += 1
@@ -79,7 +80,7 @@ class Steps:
                     fields = {"metrics": output.metrics, "duration": duration, "outputs": output.outputs}
                     yield from self._emitter.fold(StepEnd, fields, output.control)[0]
                 else:
-                    self._publish.step(now.step, output.metrics)
+                    self._publish.step(now.step, output.metrics, (time, now.position, now.epoch))
             # After the folds, because an error in one of them rolls all steps of the dispatch back.
             now.metrics.add(outputs)
             if now.due is not due or now.step >= last or self._interrupts.cause is not None:
