@@ -1,5 +1,6 @@
-"""Private words do not come back into the prose and the errors of the library."""
+"""Private words do not come back into the prose and the errors of the library, and into the notebooks."""
 
+import json
 import pathlib
 import re
 
@@ -22,3 +23,9 @@ def test_library_uses_plain_technical_english(path):
 
 def test_readme_uses_plain_technical_english():
     assert not WORDS.findall((ROOT.parent / "README.md").read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_use_plain_technical_english(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert not WORDS.findall("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"))

@@ -1,11 +1,14 @@
 """The notebooks of the course: their form, and the script that runs them."""
 
+import functools
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+
+import fxtrain as fx
 
 nbformat = pytest.importorskip("nbformat")
 
@@ -60,6 +63,11 @@ def test_notebook_begins_with_its_number_and_ends_with_something_to_try(path, ce
 def test_links_resolve(cells):
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text(cells)):
         assert "://" in link or (FOLDER / link).exists(), link
+
+
+def test_names_in_texts_exist(cells):
+    for name in re.findall(r"\bfx\.([\w.]*\w)", text(cells)):
+        functools.reduce(getattr, name.split("."), fx)
 
 
 def test_cells_are_what_a_user_writes(cells):
