@@ -18,7 +18,10 @@ async function picture(title, kind) {
   let right = 0;
   for (const { text, color } of legend) {
     const width = pen.measureText(text).width + 34 * ratio;
-    if (right && right + width > from.width) [right] = [rows.push([]) * 0];
+    if (right && right + width > from.width) {
+      rows.push([]);
+      right = 0;
+    }
     rows[rows.length - 1].push({ text, color, left: right });
     right += width;
   }
@@ -54,6 +57,7 @@ const axes = (x, y) => {
 const panels = [];
 // A panel with a title, buttons and a plot. `kind` has make(width, height, hover), legend, rows() and whether x is shared.
 function panel(title, kind, height = HEIGHT) {
+  const isLarge = height !== HEIGHT;
   const box = element("div", "chart"), head = element("div", "head"), place = element("div", "plot"), tip = element("div", "tip");
   place.style.height = `${height}px`;
   place.tabIndex = 0;
@@ -68,11 +72,11 @@ function panel(title, kind, height = HEIGHT) {
   head.append(element("h3", "", title),
     button("CSV", "Download the values", () => save(`${title}.csv`, csv(kind.rows()))),
     button("PNG", "Download the picture", () => picture(title, kind)));
-  if (height === HEIGHT) head.append(button("⤢", "Enlarge", () => enlarge(title, kind)));
+  if (!isLarge) head.append(button("⤢", "Enlarge", () => enlarge(title, kind)));
   tip.hidden = true;
   box.append(head, place);
   const self = {
-    box, plot: null, visible: height !== HEIGHT, kind,
+    box, plot: null, visible: isLarge, kind,
     draw() {
       const width = place.clientWidth;
       if (!self.visible || !width) return void (self.stale = true);
@@ -98,7 +102,7 @@ function panel(title, kind, height = HEIGHT) {
     if (move !== undefined) u.setCursor({ left: u.valToPos(x, "x"), top: u.over.clientHeight / 2 });
     else if (kind.shared && "+=-".includes(event.key)) zoom(u, event.key === "-" ? 2 : 0.5, x);
     else if (kind.shared && event.key === "0") setRange(null);
-    else if (event.key === "Enter") enlarge(title, kind);
+    else if (!isLarge && event.key === "Enter" && event.target === place) enlarge(title, kind);
     else return;
     event.preventDefault();
   });
