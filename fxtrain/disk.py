@@ -116,10 +116,15 @@ class Appendable:
             os.fsync(self._file.fileno())
             self._synced = self.size
 
-    def close(self) -> None:
-        """Flushes, and closes the file even if the flush fails."""
+    def close(self, *, sync: bool = True) -> None:
+        """Closes the file, even if syncing its records to the disk first fails.
+
+        Args:
+            sync: Whether to sync them.
+        """
         try:
-            self.flush()
+            if sync:
+                self.flush()
         finally:
             self._file.close()
 
@@ -166,18 +171,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_locked)
 
 
-def append_lines(path: Path, lines: bytes) -> None:
-    """Appends lines to a file and syncs them to the disk. After an ``OSError`` the file has none of them.
+def append_lines(path: Path, lines: bytes, *, sync: bool = True) -> None:
+    """Appends lines to a file. After an ``OSError`` the file has none of them, unless only their sync failed.
 
     The end of a line that a crash tore is moved to ``<name>.damaged`` first, with a warning.
 
     Args:
         path: The file. It may not exist yet.
         lines: Lines with their line ends.
+        sync: Whether to sync them to the disk, which takes milliseconds.
     """
-    with contextlib.closing(Appendable(path)) as file:
+    file = Appendable(path)
+    try:
         file.mend("line")
         file.append(lines)
+    finally:
+        file.close(sync=sync)
 
 
 def replace_file(path: Path, content: bytes) -> None:

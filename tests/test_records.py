@@ -11,6 +11,7 @@ import zipfile
 import problem
 import pytest
 import torch
+from disk_syncs import before_sync
 
 import fxtrain as fx
 from fxtrain import observers, report, writers
@@ -405,6 +406,23 @@ def test_every_event_can_be_recorded(story):
     step, evaluation = ["StepBegin", "StepEnd"], ["EvalBegin", "EvalStep", "EvalStep", "EvalEnd"]
     assert seen == ["FitBegin", *(["EpochBegin", *step * 3, *evaluation, "EpochEnd"] * 2), "FitEnd"]
     assert [line["index"] for line in story.events if line["event"] == "EvalStep"] == [0, 1, 0, 1]
+
+
+def test_requests_of_each_step_do_not_wait_for_the_disk(story, monkeypatch):
+    observer, syncs = observers.record_run(story.folder), []
+    observer(None, FitBegin(step=0), NOTHING)
+    before_sync(monkeypatch, syncs.append)
+    flag = torch.tensor(True)
+    for step in range(1, 31):
+        observer(None, StepEnd(step=step, time=0.01 * step, metrics={}), Control(evaluate=flag, reason="often"))
+    flag.fill_(False)  # as a donating step does
+    observer(None, Saved(step=30, time=0.3, path="p", metrics={}), NOTHING)
+    assert not syncs
+    assert [line["event"] for line in story.events] == ["FitBegin", *["StepEnd"] * 30, "Saved"]
+    observer.flush()  # before the next save
+    assert len(syncs) == 1
+    observer.flush()
+    assert len(syncs) == 1
 
 
 def test_recorded_steps_are_written_in_batches(story):

@@ -44,7 +44,7 @@ from fxtrain.core import (
     timestamp,
     utc_now,
 )
-from fxtrain.disk import append_lines, make_folder, replace_file, set_aside
+from fxtrain.disk import append_lines, make_folder, replace_file, set_aside, sync_file
 from fxtrain.observers._record_code import commit_of
 from fxtrain.observers._wrapped import rank
 from fxtrain.values import jsonable
@@ -52,6 +52,7 @@ from fxtrain.values import jsonable
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
 
 _MAX_QUEUED_LINES = 10_000  # while they cannot be written
+_MAX_UNWRITTEN_LINES = 100  # while they can be written
 _MAX_UNREAD = 100  # steps whose request flags may stay unread on the device
 _MAX_HELD_SECONDS = 1.0  # by the loop's clock; a write at each step would slow down the run
 _RECORDED_FIELDS: Mapping[type[Any], tuple[str, ...]] = {
@@ -86,7 +87,8 @@ def record_run(
 
     Requests whose flags are on an accelerator are read some steps later, to avoid host-device synchronization.
 
-    Lines are written about a second later at most. Both files are synced to the disk before each save. A ``run.json``
+    Lines are written about a second later at most, without waiting for the disk. Both files are synced to the disk
+    before each save and at the end of a session. A ``run.json``
     damaged by a power cut is moved to ``run.json.damaged`` with a warning, and started again. A last line of
     ``events.jsonl`` that a crash tore is moved to ``events.jsonl.damaged``. While the disk is full, up to 10,000 lines
     are queued, and written once there is space.
@@ -149,7 +151,8 @@ class RecordRun:
         self._chosen, self._clock = chosen, clock
         self._names = {kind.__name__ for kind in (*chosen, *_RECORDED_FIELDS)}
         self._unread: list[tuple[dict[str, object], Control]] = []  # lines, to complete with the requests
-        self._read_time = 0.0
+        self._write_time = 0.0
+        self._is_unsynced = False  # whether events.jsonl has lines that are not synced to the disk
 
     def __call__(self, state: TrainState | None, event: LoopEvent, control: Control) -> None:
         if isinstance(event, FitBegin):
@@ -163,17 +166,20 @@ class RecordRun:
             self._unread.append((self._line(event), control))
         flags = (flag for reasons in control.requests.values() for flag in reasons.values())
         is_readable = control.kinds and not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in flags)
-        is_due = len(self._unread) >= _MAX_UNREAD or event.time - self._read_time >= _MAX_HELD_SECONDS
-        if self._unread and (kind in _RECORDED_FIELDS or is_readable or is_due):
-            self._read_time = event.time
+        is_due = kind in _RECORDED_FIELDS or event.time - self._write_time >= _MAX_HELD_SECONDS
+        # Flags on the host are read at once, because the next step may reuse their buffers.
+        if self._unread and (is_due or is_readable or len(self._unread) >= _MAX_UNREAD):
             self._read()
+        if self._lines and (is_due or (len(self._lines) >= _MAX_UNWRITTEN_LINES and self._failure is None)):
+            self._write_time = event.time
+            self._try(self._write_pending)
         if isinstance(event, FitEnd | Interrupted):
             self._end(event)
 
     def flush(self) -> None:
         """Writes pending lines and syncs them to the disk."""
         self._read()
-        self._try(self._write_pending)
+        self._try(self._sync)
 
     def close(self) -> None:
         """Writes pending lines. Warns about those that cannot be written."""
@@ -209,7 +215,13 @@ class RecordRun:
 
     def _write(self) -> None:
         self._is_outdated = True
-        self._try(self._write_pending)
+        self._try(self._sync)
+
+    def _sync(self) -> None:
+        self._write_pending()
+        if self._is_unsynced:
+            sync_file(self._events)
+            self._is_unsynced = False
 
     def _write_pending(self) -> None:
         """Writes run.json if it is out of date, and the pending lines."""
@@ -217,7 +229,8 @@ class RecordRun:
             replace_file(self._run, json.dumps(jsonable(self._content), indent=2).encode())
             self._is_outdated = False
         if self._lines:
-            append_lines(self._events, b"".join(self._lines))
+            append_lines(self._events, b"".join(self._lines), sync=False)
+            self._is_unsynced = True
             self._lines.clear()
 
     def _try(self, act: Callable[[], None]) -> None:
@@ -244,8 +257,6 @@ class RecordRun:
                 if len(self._lines) > _MAX_QUEUED_LINES:
                     self._lines.popleft()
                     self._dropped += 1
-        if self._lines:
-            self._try(self._write_pending)
 
     def _line(self, event: LoopEvent) -> dict[str, object]:
         kind = type(event)
