@@ -4,9 +4,11 @@ import pathlib
 import re
 
 import pytest
+import torch
 
 import fxtrain as fx
 from fxtrain import testing
+from notebooks import picture
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,6 +48,15 @@ def test_example_resumes_bitwise(tmp_path, monkeypatch):
     crashing_step = None
     exec(data + "result = fx.fit(" + resumable, resumed)
     testing.assert_equal(resumed["result"].state, whole["result"].state, "resumed run")
+
+
+def test_picture_of_a_run_is_drawn(tmp_path):
+    state = fx.init(torch.nn.Linear(2, 2))
+    held_out = {"x": torch.zeros(4, 2), "y": torch.tensor([0, 1, 0, 1])}
+    points = {f"{kind}/{name}": ([1, 2], [0.5, 0.9]) for kind in ("train", "eval") for name in ("loss", "accuracy")}
+    result = fx.Result(state, state, "accuracy above 0.99", fx.History(points))
+    picture.draw(result, held_out, tmp_path / "run.svg", "#000000")
+    assert (tmp_path / "run.svg").read_text().rstrip().endswith("</svg>")
 
 
 def test_ci_runs_the_test_command():
