@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from fxtrain.core._tracebacks import FXTRAIN_FOLDER, is_internal, is_standard_library
+from fxtrain.core._tracebacks import FXTRAIN_FOLDER, ipython_shell, is_internal, is_standard_library
 
 Options = ParamSpec("Options")
 R = TypeVar("R")
@@ -52,7 +52,7 @@ def shorten_traceback(error: BaseException) -> None:
         for frame in hidden:
             frame.f_locals["__tracebackhide__"] = True
         if not keeps_all:
-            each.__traceback__ = _without(each.__traceback__, hidden, tail_only=_ipython() is not None)
+            each.__traceback__ = _without(each.__traceback__, hidden, tail_only=ipython_shell() is not None)
     if _NOTE not in getattr(error, "__notes__", ()):
         error.add_note(_NOTE)
 
@@ -122,10 +122,6 @@ def _without(trace: TracebackType | None, hidden: set[FrameType], *, tail_only: 
     return result
 
 
-def _ipython() -> Any:
-    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-
-
 def _is_debugged() -> bool:
     """Whether a debugger is attached, or may start at the place of an error."""
     monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12 on
@@ -133,5 +129,5 @@ def _is_debugged() -> bool:
         sys.gettrace() is not None
         or sys.flags.interactive
         or (monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID))
-        or getattr(_ipython(), "call_pdb", False)
+        or getattr(ipython_shell(), "call_pdb", False)
     )

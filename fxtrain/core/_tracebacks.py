@@ -1,12 +1,13 @@
-"""Attributes the frames of a traceback to the user's code, installed libraries, torch or fxtrain."""
+"""Attributes the frames of a traceback to the user's code, installed libraries, torch or fxtrain, and names places."""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 import traceback
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,6 +85,23 @@ def is_raised_by_users(error: BaseException) -> bool:
 def reaches_users(error: BaseException) -> bool:
     """Whether the traceback of ``error`` passes through the user's code."""
     return places(traceback.extract_tb(error.__traceback__)).own is not None
+
+
+def place(filename: str, line: int | None) -> str:
+    """Formats a line of code as ``<file>:<line>``. In IPython the file of a cell is its prompt, as in ``Cell In[3]:1``.
+
+    Example:
+        >>> place("train.py", 3)
+        'train.py:3'
+    """
+    shell = ipython_shell()
+    cell = None if shell is None else shell.compile.format_code_name(filename)
+    return f"{filename if cell is None else ' '.join(cell)}:{line}"
+
+
+def ipython_shell() -> Any:
+    """Returns the running shell of IPython; None outside of IPython."""
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
 
 
 def _is_of_library(filename: str) -> bool:

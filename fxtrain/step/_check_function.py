@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxtrain.core import describe, name_of
+from fxtrain.core._tracebacks import place
 
 
 class ContractError(TypeError):
@@ -25,7 +26,7 @@ def place_of(function: object) -> str:
         'len'
     """
     code = code_of(function)
-    return name_of(function) + (f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else "")
+    return name_of(function) + (f" ({place(code.co_filename, code.co_firstlineno)})" if code is not None else "")
 
 
 def refuse_unless_loss(function: object, argument: str = "loss_fn") -> None:

@@ -15,7 +15,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.tracing import has_symbolic_sizes, is_traced
 from fxtrain.core import Tree, check_choice, truncate
-from fxtrain.core._tracebacks import places
+from fxtrain.core._tracebacks import place, places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._model_calls import is_forward_wrapped
 from fxtrain.step._check_function import ContractError
@@ -152,7 +152,7 @@ def _is_rejection(error: Exception) -> bool:
 def _where(error: Exception) -> str:
     """Returns the innermost line of the user's code, and that of the library it calls, if any."""
     found = [frame for frame in places(traceback.extract_tb(error.__traceback__)) if frame is not None]
-    lines = [f"{frame.filename}:{frame.lineno}" for frame in found]
+    lines = [place(frame.filename, frame.lineno) for frame in found]
     return f" at {', through '.join(lines)}" if lines else ""
 
 

@@ -18,6 +18,7 @@ from fxtrain import rng, tree
 from fxtrain._torch_internals.dynamo import constant_in_dynamo
 from fxtrain._torch_internals.modules import CALLS
 from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
+from fxtrain.core._tracebacks import place
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy
 from fxtrain.tree import as_name, leaf_paths
@@ -195,7 +196,7 @@ def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exc
         remedy = "Cast the batch, the tensors on that line, or the parameters with fxtrain.init(..., dtype=...)."
     return RuntimeError(
         f"expected {where} to compute with tensors of matching dtypes, got {' and '.join(dtypes)} at "
-        f"{frame.f_code.co_filename}:{line}: {str(error).rstrip('.')}. {remedy}"
+        f"{place(frame.f_code.co_filename, line)}: {str(error).rstrip('.')}. {remedy}"
     )
 
 

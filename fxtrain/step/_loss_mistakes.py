@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain._torch_internals.dynamo import inlined_only
-from fxtrain.core._tracebacks import is_of_users
+from fxtrain.core._tracebacks import is_of_users, place
 from fxtrain.model._captured_values import captured_values
 from fxtrain.step._check_function import ContractError, code_of, place_of
 
@@ -155,5 +155,5 @@ def _cut_by(func: Callable[..., object]) -> str:
 def _line_of_users() -> str:
     for frame, line in traceback.walk_stack(sys._getframe(1)):
         if is_of_users(frame.f_code.co_filename):
-            return f" at {frame.f_code.co_filename}:{line}"
+            return f" at {place(frame.f_code.co_filename, line)}"
     return ""

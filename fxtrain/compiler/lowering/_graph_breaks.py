@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable
 
 from fxtrain.core import Record, truncate
-from fxtrain.core._tracebacks import places
+from fxtrain.core._tracebacks import place, places
 
 _MAX_CHARACTERS = 300  # of a line or a reason
 
@@ -88,7 +88,7 @@ def first_line(text: str) -> str:
 
 
 def _place(frame: traceback.FrameSummary) -> str:
-    return f"{frame.filename}:{frame.lineno}"
+    return place(frame.filename, frame.lineno)
 
 
 def _code(frame: traceback.FrameSummary) -> str:
