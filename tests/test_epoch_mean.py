@@ -246,3 +246,20 @@ def test_state_within_a_session_has_no_epoch_sums():
     ]
     assert all(EPOCH_METRICS not in slots for slots in states[:-1])
     testing.assert_equal(fit(steps=2).continue_from, fit(steps=2).continue_from, "two runs")
+
+
+@pytest.mark.parametrize("step_of_copy", [1, 2, 4])
+def test_copy_within_a_session_continues_exactly_except_for_the_means_of_its_epoch(step_of_copy):
+    whole, wanted = epoch_ends(steps=6)
+    run = fx.steps(problem.start(), STEP, problem.data(), steps=6)
+    copied = next(s.copy() for s, event, _ in run if type(event) is fx.StepEnd and event.step == step_of_copy)
+    run.close()
+    again, means = epoch_ends(state=copied, steps=6)
+    testing.assert_equal(again.continue_from, whole.continue_from, "continued from a copy")
+    assert [step for step, _ in means] == [step for step, _ in wanted if step > step_of_copy]
+    since = whole.history["train/seen"].values[step_of_copy : means[0][0]]
+    assert means[0][1]["seen"] == pytest.approx((since**2).sum() / since.sum(), rel=1e-6)  # weighted by itself
+    *_, (last, event, _) = fx.steps(problem.start(), STEP, problem.data(), steps=step_of_copy)
+    assert type(event) is fx.FitEnd
+    _, means = epoch_ends(state=last.copy(), steps=6)
+    assert means == [each for each in wanted if each[0] > step_of_copy]

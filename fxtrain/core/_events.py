@@ -187,7 +187,8 @@ class EpochEnd(LoopEvent):
     Args:
         metrics: Means of the metrics of the epoch's steps by name, float64 []; empty if it has no steps. A step has
             weight 1, or the weight that ``fxtrain.weighted`` gives its loss. Metrics of ``fxtrain.metrics`` merge with
-            their own weights. The means are the same in a run that was interrupted or has rewound.
+            their own weights. The means are the same in a run that was interrupted or has rewound. After a start from
+            a copy of a state that ``fxtrain.steps`` yielded within the epoch, they are those of the steps since.
         evaluation: Metrics of the last evaluation, of this step or of an earlier one; None before the first.
         duration: Seconds since ``EpochBegin``, evaluations and saves included, or since the session began within the
             epoch.

@@ -147,6 +147,10 @@ def steps(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Iter
     ends the run without a final save. A yielded state is borrowed, because the next step may donate it. Keep one with
     ``state.copy()``.
 
+    A run that continues such a copy takes the same steps bitwise. Only the sums of ``EpochEnd.metrics``, which the loop
+    keeps on the host, are not in it: if it was copied within an epoch, the means of that epoch are those of the steps
+    since. Checkpoints, ``Result.continue_from`` and the state of ``FitEnd`` include the sums.
+
     Args:
         state: As for ``fit``.
         step: As for ``fit``.
