@@ -37,7 +37,7 @@ def header(runs: Sequence[Run], names: Sequence[str]) -> str:
     else:
         title = f"{len(runs)} runs"
         # Columns in the order of the first run that has them.
-        metrics = list({name: None for each in best for name in each})[:_MAX_BEST]
+        metrics = list(dict.fromkeys(name for each in best for name in each))[:_MAX_BEST]
         others = [name for name in facts[0] if any(each[name] for each in facts)]
         rows = [
             (name, *(values.get(metric, "") for metric in metrics), *(each[other] for other in others))
@@ -50,7 +50,11 @@ def header(runs: Sequence[Run], names: Sequence[str]) -> str:
 def differences(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Returns the section of configuration values that differ between runs."""
     found = [dict(validation.flattened(run.config)) for run in runs]
-    keys = [key for key in {key: None for each in found for key in each} if len({each.get(key) for each in found}) > 1]
+    keys = [
+        key
+        for key in dict.fromkeys(key for each in found for key in each)
+        if len({each.get(key) for each in found}) > 1
+    ]
     rows = [(key, *(each.get(key, "") for each in found)) for key in keys[:_MAX_DIFFERENCES]]
     beyond = f"<p>{len(keys) - _MAX_DIFFERENCES:,} more differ.</p>" if len(keys) > _MAX_DIFFERENCES else ""
     return section("Differences", table(("", *names), rows) + beyond if rows else "")
@@ -106,7 +110,7 @@ def _bars(runs: Sequence[Run], names: Sequence[str]) -> str:
     are drawn once.
     """
     parts: list[str] = []
-    for title in {title: None for run in runs for title in run.result}:
+    for title in dict.fromkeys(title for run in runs for title in run.result):
         found: dict[str, tuple[float, str]] = {}
         for run_index, (run, name) in enumerate(zip(runs, names, strict=True)):
             for index, (entry, value) in enumerate(_numbers(run.result.get(title)).items()):

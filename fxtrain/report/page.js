@@ -23,6 +23,11 @@ const section = (place, title, made) => {
 const [beginning, rest] = ["first", "rest"].map((id) => document.getElementById(id));
 for (const { title, panels: found } of data.sections) section(title === "Curves" ? beginning : rest, title, found.map((each) => [each.title, curves(each)]));
 section(rest, "Histograms", data.histograms.map((each) => [COMPARED ? `${each.name}, ${data.runs[each.run].name}` : each.name, heat(each)]));
+// The observer reports only after the first frame.
+for (const each of panels.filter(({ box }) => box.getBoundingClientRect().top < innerHeight)) {
+  each.visible = true;
+  each.draw();
+}
 const redraw = () => panels.forEach((each) => each.draw());
 
 document.querySelectorAll("table.runs tbody td:first-child").forEach((cell, i) => cell.prepend(swatch(colorOf(i))));

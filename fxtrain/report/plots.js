@@ -71,7 +71,7 @@ function curves(spec) {
         return [low - room, high + room];
       };
       return new uPlot({
-        width, height, padding: [18, 8, 0, 0], legend: { show: false },
+        width, height, padding: [18, 14, 0, 0], legend: { show: false },
         scales: { x: { time: false, range: () => view.range ?? whole }, y: { range: y } },
         axes: axes({
           splits: (u, i, min, max) => {
@@ -202,7 +202,7 @@ function heat(found) {
         u.ctx.drawImage(cells, left, top, width, height);
       };
       return new uPlot({
-        width, height, padding: [8, 8, 0, 0], legend: { show: false },
+        width, height, padding: [8, 14, 0, 0], legend: { show: false },
         scales: { x: { time: false, range: [-0.5, columns - 0.5] }, y: { range: [0, rows] } },
         axes: axes(
           { splits: () => few(columns, Math.max(2, width / 70)), values: (u, splits) => splits.map((i) => short(found.steps[i])), grid: { show: false } },
