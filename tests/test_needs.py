@@ -81,6 +81,16 @@ def test_needs_accumulate_and_callback_is_unchanged():
     assert twice(state, fx.EvalEnd(step=1, metrics={})) == (state, fx.Control())
 
 
+def test_failed_check_of_the_state_stops_the_run_at_the_start():
+    def check(state):
+        raise ValueError(f"expected another state, got one at step {int(state.step)}.")
+
+    TAKEN.clear()
+    with pytest.raises(ValueError, match=r"expected another state, got one at step 0\."):
+        fit(fx.when(100, fx.needs(watch, check=check)), observers=[counted])
+    assert not TAKEN
+
+
 def test_eval_stream_is_not_consumed_by_the_check():
     batches = iter(problem.data(2))
     with pytest.raises(KeyError, match="the metric 'accuracy' at EvalEnd for early_stopping, got 'loss', 'mae'"):

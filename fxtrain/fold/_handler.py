@@ -44,6 +44,7 @@ class Needs(Record):
     slots: tuple[str, ...] = ()
     events: tuple[type[Event], ...] = ()
     written: tuple[str, ...] = ()
+    checks: tuple[Callable[[TrainState], None], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -168,6 +169,7 @@ def needs(
     slots: Sequence[str] = (),
     events: Sequence[type[Event]] = (),
     written: Sequence[str] = (),
+    check: Callable[[TrainState], None] | None = None,
 ) -> Handler:
     """Declares requirements of ``callback``. ``fit`` raises before the first step if one is not met.
 
@@ -180,6 +182,7 @@ def needs(
         written: Kinds of logged values that a writer of the run must keep, such as ``"images"``: ``"scalars"`` or a
             name in ``fxtrain.values.KINDS``. The writers of ``fxtrain.observers.write`` count, and observers with an
             attribute ``keeps``, a set of the classes of ``fxtrain.values``. It is checked on rank 0, which writes.
+        check: ``check(state)`` raises if the callback cannot use such a state. It is called before the first step.
 
     Raises:
         TypeError: If an event is not traced.
@@ -211,6 +214,7 @@ def needs(
         (*old.slots, *slots),
         (*old.events, *events),
         (*old.written, *written),
+        (*old.checks, *(() if check is None else (check,))),
     )
     return dataclasses.replace(handler, needs=both)
 

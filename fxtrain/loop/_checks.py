@@ -150,6 +150,8 @@ def check_needs(
                     f"expected the slot {slot!r} in the state for {handler.name}, got {there}. Give fit the callback "
                     "that keeps it."
                 )
+        for check in handler.needs.checks:
+            check(state)
         for metric in handler.needs.eval_metrics if eval_step is None else ():
             raise ValueError(
                 f"expected the metric {metric!r} at EvalEnd for {handler.name}, got no evaluation. Give fit an "
