@@ -14,7 +14,7 @@ from torch import nn
 import fxtrain as fx
 from fxtrain import callbacks as cb
 from fxtrain import report, testing, writers
-from fxtrain.callbacks._samples import draw
+from fxtrain.callbacks._decoding import Sampling, draw
 from fxtrain.values import ConfusionMatrix, Image, Video
 
 
@@ -80,7 +80,7 @@ class TestTextgen:
         assert re.findall("<pre>(.*?)</pre>", shown, re.DOTALL) == [prompt, ""]
 
     def test_non_logits_output_is_rejected(self):
-        with pytest.raises(TypeError, match=r"expected logits \[1, T, vocabulary\].*tensor of shape \[1, 4\]"):
+        with pytest.raises(TypeError, match=r"expected logits \[N, T, vocabulary\].*tensor of shape \[2, 6\]"):
             generated(fx.init(nn.Sequential(nn.Embedding(256, 1), nn.Flatten())))
 
     @pytest.mark.parametrize(
@@ -114,9 +114,8 @@ class TestDraw:
         ],
     )
     def test_token_frequencies_match_probabilities(self, options, shares):
-        given = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
         order = torch.tensor([2, 0, 3, 1])  # the vocabulary is not sorted by probability
-        drawn = [draw(self.LOGITS[order], (i + 0.5) / 4000, **given) for i in range(4000)]
+        drawn = draw(self.LOGITS[order].expand(4000, 4), [(i + 0.5) / 4000 for i in range(4000)], Sampling(**options))
         found = np.bincount(order[drawn].numpy(), minlength=4) / 4000
         assert np.abs(found - shares).max() < 1e-3
 

@@ -17,8 +17,9 @@ from fxtrain.callbacks._predictions import predictions
 from fxtrain.callbacks._progress import durations, epoch_mean, throughput
 from fxtrain.callbacks._requests import evaluate, save, save_best, stop_at, stop_on_divergence, time_limit
 from fxtrain.callbacks._restore_best import restore_best
-from fxtrain.callbacks._samples import samples, textgen
+from fxtrain.callbacks._samples import samples
 from fxtrain.callbacks._statistics import activation_stats, grad_flow, grad_norms, update_ratios, weight_stats
+from fxtrain.callbacks._textgen import textgen
 from fxtrain.callbacks._track_best import track_best
 
 __all__ = [

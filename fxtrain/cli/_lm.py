@@ -17,7 +17,8 @@ import tyro
 from torch import Tensor
 
 import fxtrain as fx
-from fxtrain.callbacks._samples import generate
+from fxtrain.callbacks._generation_options import generation_options
+from fxtrain.callbacks._textgen import continuations
 from fxtrain.cli import _baselines as baselines
 from fxtrain.cli._arguments import parse
 from fxtrain.cli._corpus import CorpusError, check_fits, read_corpus
@@ -273,10 +274,9 @@ class _Job:
             print(f"  | {line}")
 
     def _sample(self, state: fx.TrainState) -> str:
-        key = fx.rng.key(state.seed, stream=fx.rng.Stream.SAMPLE, step=state.step)
-        samples = fx.rng.uniform(key, (240,)).tolist()
-        model, prompt, length = fx.view(state), Bytes().encode(PROMPT), self.options.length
-        generated = generate(model, prompt, samples, length=length, device=self.device, temperature=TEMPERATURE)
+        options = generation_options(None, max_tokens=240, temperature=TEMPERATURE)
+        prompts, shared = [Bytes().encode(PROMPT)], {"length": self.options.length, "tokenizer": Bytes()}
+        [[generated]] = continuations(state, int(state.step), prompts, options, **shared)
         return PROMPT + Bytes().decode(generated)
 
     def _print_commands(self) -> None:

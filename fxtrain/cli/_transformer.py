@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,13 @@ from fxtrain.core import check_positive_int
 
 VOCABULARY = 256
 """The number of distinct bytes."""
+
+
+KeysValues = tuple[Tensor, Tensor]
+"""Rotated keys, and values, of one layer: float [batch, heads, length, channels] each."""
+
+Cache = tuple[KeysValues, ...]
+"""The keys and values of each layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,13 @@ class Transformer(nn.Module):
         >>> model.head.weight is model.embedding.weight
         True
 
+        Token by token, with a cache:
+
+        >>> _, cache = model(torch.tensor([[104]]), cache=model.init_cache(1))
+        >>> logits, cache = model(torch.tensor([[105]]), cache=cache)
+        >>> torch.allclose(logits[:, -1], model(torch.tensor([[104, 105]]))[:, -1], atol=1e-5)
+        True
+
     References:
         Vaswani et al. 2017, "Attention is all you need" (arXiv:1706.03762).
         Su et al. 2021, "RoFormer" (arXiv:2104.09864).
@@ -94,21 +108,42 @@ class Transformer(nn.Module):
                 scale = (2 * self.config.layers) ** -0.5 if name.endswith("out.weight") else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits of each next byte.
+    def init_cache(self, batch_size: int) -> Cache:
+        """Returns an empty cache.
+
+        Args:
+            batch_size: Number of sequences.
+        """
+        channels = self.config.width // self.config.heads
+        empty = self.embedding.weight.new_zeros(batch_size, self.config.heads, 0, channels)
+        return ((empty, empty),) * self.config.layers
+
+    @overload
+    def forward(self, tokens: Tensor, cache: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache]: ...
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor | tuple[Tensor, Cache]:
+        """Returns the logits of each next byte, and with a cache also the cache that includes these tokens.
 
         Args:
             tokens: Integers [batch, length], in [0, 256).
+            cache: Keys and values of the tokens before these.
 
         Returns:
-            float [batch, length, 256]. Row i depends on tokens 0 to i.
+            float [batch, length, 256]. Row i depends on the cached tokens and tokens 0 to i.
         """
-        length = tokens.shape[1]
+        start = 0 if cache is None else cache[0][0].shape[2]
+        end = start + tokens.shape[1]
         x = self.embedding(tokens.long())
-        cos, sin = self.cos[:length], self.sin[:length]
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        return self.head(self.norm(x))
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        extended: list[KeysValues] = []
+        for index, block in enumerate(self.blocks):
+            x, keys_values = block(x, cos, sin, None if cache is None else cache[index])
+            extended.append(keys_values)
+        logits = self.head(self.norm(x))
+        return logits if cache is None else (logits, tuple(extended))
 
 
 class Block(nn.Module):
@@ -123,9 +158,10 @@ class Block(nn.Module):
         # A dropout of 0 would still be traced as a site of random samples.
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
-        return x + self.dropout(self.perceptron(self.perceptron_norm(x)))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        attended, keys_values = self.attention(self.attention_norm(x), cos, sin, past)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.perceptron(self.perceptron_norm(x))), keys_values
 
 
 class Attention(nn.Module):
@@ -137,11 +173,18 @@ class Attention(nn.Module):
         self.qkv = _linear(config.width, 3 * config.width)
         self.out = _linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        mask = None
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            if length > 1:
+                # is_causal would align the first query, not the last one, with the end of the keys.
+                mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - length)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), (k, v)
 
 
 class Perceptron(nn.Module):
