@@ -331,5 +331,7 @@ class TestLearningRate:
         assert repr(found) == (
             f"LearningRates: suggestion {found.suggestion:.2g}; 20 learning rates from 1e-06 to 0.01, until the highest"
         )
+        (axes,) = found.plot().axes
+        assert (axes.get_xscale(), len(axes.get_lines()[0].get_xdata())) == ("log", 20)
         assert "<b>LearningRates</b>" in found._repr_html_()
         assert f"suggestion {found.suggestion:.2g}" in found._repr_html_()

@@ -403,7 +403,8 @@ def other():
 def test_runs_share_panels_by_metric_with_a_color_each(history):
     figure = fx.plot({"adam": history, "sgd": other()}, "*loss")
     (axes,) = figure.axes
-    assert titles(figure) == ["loss"]
+    assert titles(figure) == ["loss (thick: eval)"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["adam", "sgd"]
     labels = [line.get_label() for line in axes.get_lines()]
     assert labels == ["adam: train/loss", "sgd: train/loss", "adam: eval/loss"]
     colors = {line.get_label(): line.get_color() for line in axes.get_lines()}

@@ -184,8 +184,9 @@ def _draw_panel(
             markersize=5,
             label=curve.label,
         )
-    title = _shared(names[0]) if len(names) > 1 else names[0]
-    axes.set_title(truncate_middle(title, _MAX_TITLE), loc="left", fontsize="medium")
+    title = truncate_middle(_shared(names[0]) if len(names) > 1 else names[0], _MAX_TITLE)
+    both = len(names) > 1 and len(histories) > 1
+    axes.set_title(f"{title} (thick: eval)" if both else title, loc="left", fontsize="medium")
     style(axes)
     if any((curve.y[np.isfinite(curve.y)] > 0).any() for curve in curves) and log:
         axes.set_yscale("log")
@@ -197,7 +198,10 @@ def _draw_panel(
     if is_lowest:
         axes.set_xlabel(_LABELS[x], fontsize="small")
     if len(curves) > 1 or len(histories) > 1:
-        axes.legend(fontsize="small", frameon=False)
+        handles = {line.get_label(): line for line in axes.get_lines()}
+        if len(histories) > 1:  # each run once, by its thickest curve
+            handles = {run: handles[label] for run, label in _last_labels(histories, curves).items()}
+        axes.legend(handles.values(), handles, fontsize="small", frameon=False)
     if not any(np.isfinite(curve.y).any() for curve in curves):
         axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center")
 
@@ -217,6 +221,12 @@ def _curves(histories: Mapping[str, History], names: list[str], x: XAxis) -> lis
                 label = name if len(histories) == 1 else run if len(names) == 1 else f"{run}: {name}"
                 curves.append(_Curve(index, label, name.startswith("eval/"), at, values))
     return curves
+
+
+def _last_labels(histories: Mapping[str, History], curves: list[_Curve]) -> dict[str, str]:
+    """Returns the label of a curve of each run, that of an evaluation if there is one."""
+    runs = list(histories)
+    return {runs[curve.run]: curve.label for curve in sorted(curves, key=lambda curve: (curve.run, curve.is_eval))}
 
 
 def _shared(name: str) -> str:

@@ -12,6 +12,7 @@ from fxtrain.core._formats import dtype_name, pluralize, printable
 from fxtrain.core._html import html_view, left_out, table, view
 from fxtrain.core._leaf_values import is_freed, leaf_values
 from fxtrain.core._pytrees import NAMESPACE, ops
+from fxtrain.core._record import Record
 from fxtrain.core._types import Tree
 
 _MAX_SHOWN = 40  # leaves
@@ -39,7 +40,7 @@ class LeafDiff(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class StateDiff:
+class StateDiff(Record):
     """The differences between two states, from ``state.diff(other)``. It is false if there are none.
 
     Args:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean
+from fxtrain.core import Batch, Record, StepFn, StepOutput, TrainState, check_int, did_you_mean, new_figure, style
 from fxtrain.core._html import facts, html_view, view
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import Exhausted, SourceLike, as_source, to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LearningRates:
+class LearningRates(Record):
     """The loss during a learning rate range test; from ``find_learning_rate``.
 
     Args:
@@ -47,6 +51,39 @@ class LearningRates:
     @html_view
     def _repr_html_(self) -> str:
         return view("LearningRates", facts(_rows(self)))
+
+    def plot(self) -> Figure:
+        """Plots the loss over the learning rate, with the suggestion. In a notebook, return the figure to show it.
+
+        Returns:
+            A ``matplotlib.figure.Figure``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+
+        Example:
+            >>> found = LearningRates((0.1, 0.2, 0.4), (3.0, 1.0, 9.0), (3.0, 1.0, 9.0), suggestion=0.1, diverged=True)
+            >>> [text.get_text() for text in found.plot().axes[0].get_legend().get_texts()]
+            ['loss', 'smoothed', 'suggestion 0.1']
+        """
+        figure, ((axes,),) = new_figure(width=6.0, height=3.4)
+        losses = np.array(self.losses)
+        shown = np.isfinite(losses)
+        axes.plot(self.rates, np.where(shown, losses, np.nan), color="tab:blue", alpha=0.5, linewidth=1, label="loss")
+        # The smoothed curve leaves out losses that are not finite.
+        axes.plot(np.array(self.rates)[shown], self.smoothed, color="tab:blue", linewidth=2, label="smoothed")
+        if self.suggestion is not None:
+            label = f"suggestion {self.suggestion:.2g}"
+            axes.axvline(self.suggestion, color="tab:orange", linestyle="--", label=label)
+        if self.smoothed:
+            # The losses at the end of a diverging run would make the rest of the curve flat.
+            low, high = min(self.smoothed), max(self.smoothed[0], float(np.median(self.smoothed)))
+            axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.5 * (high - low or 1))
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate", fontsize="small")
+        style(axes)
+        axes.legend(fontsize="small", frameon=False)
+        return figure
 
 
 @with_short_traceback
