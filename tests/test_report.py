@@ -475,7 +475,10 @@ def test_table_of_runs_has_their_best_metrics_and_states(tmp_path):
     html = page(*compared(tmp_path, "a", "b"))
     heads, *rows = re.findall("<tr>(.*?)</tr>", html.split('class="runs"')[1].split("</table>")[0])
     assert re.findall("<th>(.*?)</th>", heads) == ["run", "lowest eval/loss", "step", "status"]
-    assert [re.findall("<td>(.*?)</td>", row) for row in rows] == [["a", "1", "2", "done"], ["b", "0", "2", "done"]]
+    assert [re.findall("<td>(.*?)</td>", row) for row in rows] == [
+        ["a", "1", "2", "done"],
+        ["b", "<strong>0</strong>", "2", "done"],
+    ]
 
 
 def test_only_differing_configuration_is_compared(tmp_path):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from fxtrain.core import format_duration
+from fxtrain.core._html import element
 from fxtrain.report import _validation as validation
 from fxtrain.report._html import section, table
 from fxtrain.report._run import Run, Session
@@ -40,7 +41,7 @@ def header(runs: Sequence[Run], names: Sequence[str]) -> str:
         metrics = list(dict.fromkeys(name for each in best for name in each))[:_MAX_BEST]
         others = [name for name in facts[0] if any(each[name] for each in facts)]
         rows = [
-            (name, *(values.get(metric, "") for metric in metrics), *(each[other] for other in others))
+            (name, *(_emphasized(metric, values, best) for metric in metrics), *(each[other] for other in others))
             for name, values, each in zip(names, best, facts, strict=True)
         ]
         found = table(("run", *metrics, *others), rows, "runs")
@@ -63,6 +64,14 @@ def differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 def end_of(session: Session) -> str:
     """Returns the reason why a session ended."""
     return session["reason"] or "running or killed: no end was recorded"
+
+
+def _emphasized(metric: str, values: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> str:
+    """Returns the value of a metric, as bold HTML if no run has a better one."""
+    found = [float(each[metric]) for each in others if metric in each]
+    best = min(found) if metric.startswith("lowest") else max(found)
+    value = values.get(metric, "")
+    return element("strong", value) if value and float(value) == best else value
 
 
 def _items(facts: Mapping[str, str]) -> str:

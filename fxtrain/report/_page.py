@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import PurePath
 
 from fxtrain.report import _validation as validation
 from fxtrain.report._downsampling import evenly
@@ -120,14 +121,8 @@ def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, object]:
 
 def _main(runs: Sequence[Run], names: Sequence[str], path: str | os.PathLike[str] | None) -> str:
     labels = names if len(runs) > 1 else [""]
-    roots = [run.folder.root for run in runs if run.folder is not None]
-    if path is not None:
-        base = os.path.dirname(os.path.realpath(path))
-    else:
-        base = roots[0] if len(roots) == 1 else os.path.commonpath(roots) if roots else ""
     samples = [
-        Samples(run, label, len(runs), "" if run.folder is None else os.path.relpath(run.folder.root, base))
-        for run, label in zip(runs, labels, strict=True)
+        Samples(run, label, len(runs), link) for run, label, link in zip(runs, labels, _links(runs, path), strict=True)
     ]
 
     def cards(make: Callable[[Samples], Cards]) -> list[str]:
@@ -149,6 +144,16 @@ def _main(runs: Sequence[Run], names: Sequence[str], path: str | os.PathLike[str
             section("Summary", _per_run(labels, [_summary(run) for run in runs])),
         )
     )
+
+
+def _links(runs: Sequence[Run], path: str | os.PathLike[str] | None) -> list[str]:
+    """Returns the paths of the run folders relative to the page."""
+    roots = ["" if run.folder is None else run.folder.root for run in runs]
+    try:
+        base = os.path.commonpath(roots) if path is None else os.path.dirname(os.path.realpath(path))
+        return [PurePath(os.path.relpath(root, base)).as_posix() if root else "" for root in roots]
+    except ValueError:  # folders on several drives of Windows, or runs without a folder
+        return [PurePath(root).as_posix() for root in roots]
 
 
 def _per_run(labels: Sequence[str], contents: Sequence[str]) -> str:
