@@ -39,6 +39,12 @@ def test_paths_of_attributes_and_fields_resolve():
     assert not _names.resolves("fxtrain.optim.adamx")
 
 
+def test_files_and_modules_are_found():
+    assert _names.exists("benchmarks/RESULTS.md")
+    assert _names.exists("benchmarks.zoo")
+    assert not any(map(_names.exists, ["benchmarks/RESULT.md", "benchmarks.zoos", "benchmark.zoo"]))
+
+
 def test_alias_has_its_description():
     data = next(package for package in _names.packages() if package.path == "fxtrain.data")
     assert _names.alias(data, "SourceLike").description.startswith("Data that ``fit``")

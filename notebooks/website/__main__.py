@@ -10,7 +10,8 @@ import tempfile
 from sphinx.cmd.build import main as sphinx
 
 from notebooks.website._links import dead_links
-from notebooks.website._pages import ROOT, write_sources
+from notebooks.website._names import ROOT
+from notebooks.website._pages import write_sources
 
 OUTPUT = ROOT / "build" / "website"
 

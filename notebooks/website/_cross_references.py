@@ -15,9 +15,10 @@ from sphinx.util import logging
 from sphinx.util.inspect import signature, stringify_signature
 from typing_extensions import is_protocol
 
-from notebooks.website._names import ambiguous_names, packages, resolves
+from notebooks.website._names import ambiguous_names, exists, packages, resolves
 
-_PATH = re.compile(r"(?:help\()?(?:fx|fxtrain)((?:\.[A-Za-z_]\w*)+)")
+_PATH = re.compile(r"(?<![\w./])(?:fx|fxtrain)((?:\.[A-Za-z_]\w*)+)")
+_FILE = re.compile(r"(?<![\w./])(?:\.ci|benchmarks|fxtrain|notebooks|tests)(?:/[\w.-]+)+|(?<=python -m )\w+(?:\.\w+)*")
 _NAME = re.compile(r"[A-Za-z_]\w*(?=\(|$)|[A-Z]\w*(?=\.)")
 _SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):$")
 _FUNCTION = re.compile(r"<(?:built-in )?(?:function )?([\w.]+)(?: at \w+)?>")
@@ -30,6 +31,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skip_fields)
     app.connect("missing-reference", _link_type)
+    app.add_transform(CheckCode)
     app.add_transform(ShortenPaths)
     app.add_post_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -80,6 +82,21 @@ def _link_type(
     return None
 
 
+class CheckCode(SphinxTransform):
+    """Warns of code in a text with a path from ``fx``, a file of the repository or a module that does not exist."""
+
+    default_priority = 700
+
+    def apply(self, **kwargs: object) -> None:
+        for code in self.document.findall(nodes.literal):
+            text = code.astext()
+            names = [f"fxtrain{found[1]}" for found in _PATH.finditer(text)]
+            missing = [name for name in names if not resolves(name)]
+            missing += [name for name in _FILE.findall(text) if not exists(name)]
+            for name in missing:
+                _log.warning("expected names that exist in %r, got %s. Correct it.", text, name, location=code)
+
+
 class ShortenPaths(SphinxTransform):
     """Shows ``fx.`` in place of ``fxtrain.`` before documented names, as in all examples."""
 
@@ -94,8 +111,8 @@ class ShortenPaths(SphinxTransform):
 class LinkNames(SphinxPostTransform):
     """Turns code that begins with a public name into a link to its documentation.
 
-    A path from ``fx`` or ``fxtrain`` that does not exist is a warning. A bare name is a link in the documentation of
-    its package. Elsewhere it is one if fxtrain itself exports it, and no argument or attribute has the same name.
+    A bare name is a link in the documentation of its package. Elsewhere it is one if fxtrain itself exports it, and no
+    argument or attribute has the same name.
     """
 
     default_priority = 5  # before links are resolved
@@ -110,9 +127,9 @@ class LinkNames(SphinxPostTransform):
                 code.replace_self(link)
 
     def _target(self, code: nodes.literal) -> str | None:
-        text = code.astext()
+        text = code.astext().removeprefix("help(")
         if path := _PATH.match(text):
-            return self._documented(code, f"fxtrain{path[1]}")
+            return self._documented(f"fxtrain{path[1]}")
         name = _NAME.match(text)
         if name is None or name[0] in _arguments(code):
             return None
@@ -123,12 +140,8 @@ class LinkNames(SphinxPostTransform):
                 return path
         return None
 
-    def _documented(self, code: nodes.literal, path: str) -> str | None:
-        if not resolves(path):
-            _log.warning(
-                "expected a name of fxtrain in %r, got %s, which does not exist.", code.astext(), path, location=code
-            )
-            return None
+    def _documented(self, path: str) -> str | None:
+        """Returns the longest part of a path that has documentation."""
         documented = self.env.domains.python_domain.objects
         while path not in documented and "." in path:
             path = path.rpartition(".")[0]

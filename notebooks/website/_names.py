@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import inspect
 import itertools
 import pathlib
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import fxtrain
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Package(NamedTuple):
@@ -89,6 +92,16 @@ def resolves(path: str) -> bool:
             return False
         value = getattr(value, name)
     return True
+
+
+def exists(name: str) -> bool:
+    """Whether a name is a path of a file or folder in the repository, or that of a module."""
+    if "/" in name:
+        return (ROOT / name).exists()
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that contains it
+        return False
 
 
 class Alias(NamedTuple):

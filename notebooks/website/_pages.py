@@ -15,9 +15,8 @@ from typing import NamedTuple
 from unittest import mock
 
 from fxtrain import cli, core, loop
-from notebooks.website._names import Package, alias, packages
+from notebooks.website._names import ROOT, Package, alias, packages
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 _COPIED = ("benchmarks", "notebooks")
 _SKIPPED = ("__pycache__", ".*", "website")
 _PICTURE = re.compile(r'<picture>\n<source .* srcset="(.*)">\n<img alt="(.*)" src="(.*)">\n</picture>')
