@@ -141,7 +141,8 @@ class Transformer(nn.Module):
         extended: list[KeysValues] = []
         for index, block in enumerate(self.blocks):
             x, keys_values = block(x, cos, sin, None if cache is None else cache[index])
-            extended.append(keys_values)
+            if cache is not None:
+                extended.append(keys_values)
         logits = self.head(self.norm(x))
         return logits if cache is None else (logits, tuple(extended))
 
