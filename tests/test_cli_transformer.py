@@ -51,6 +51,16 @@ def test_prefix_logits_equal_full_logits():
     torch.testing.assert_close(model(tokens[:, :9]), model(tokens)[:, :9])
 
 
+@pytest.mark.parametrize("sizes", [[16], [3, 1, 5, 7], [1] * 16])
+def test_logits_of_cached_parts_equal_full_logits(sizes):
+    model, tokens = make(), random_tokens(2, 16)
+    cache, parts = model.init_cache(2), []
+    for part in tokens.split(sizes, dim=1):
+        logits, cache = model(part, cache=cache)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens))
+
+
 def test_positions_enter_only_through_attention():
     model = make()
     logits = model(torch.tensor([[7] * 16, [7, 8] * 8]))
