@@ -50,11 +50,13 @@ try:
     from fxtrain.loop import Result, evaluate, fit, steps
     from fxtrain.model import (
         LoadReport,
+        Summary,
         View,
         init,
         load_state_dict,
         recompute_statistics,
         state_dict,
+        summary,
         view,
         with_trainable,
     )
@@ -80,6 +82,7 @@ __all__ = [
     "RecompileError",
     "Result",
     "Step",
+    "Summary",
     "Trigger",
     "View",
     "after",
@@ -123,6 +126,7 @@ __all__ = [
     "state_dict",
     "stateful",
     "steps",
+    "summary",
     "tap",
     "tolerant",
     "train_step",

@@ -465,3 +465,49 @@ def test_summary_counts_steps_of_unknown_batches():
     described = {"accumulate": "2", "steps_per_update": "3"}
     page = printed(fx.init(nn.Linear(1, 1), TX), step_description=described)
     assert facts(page, "training")["batch"] == "2 microbatches, 3 steps per update"
+
+
+# Of a state alone
+
+
+def test_summary_of_state_has_the_tables_of_the_page():
+    state = fx.init(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), fx.optim.adam(0.1))
+    found = fx.summary(state, depth=1)
+    page = printed(state, depth=1)
+    shared = repr(found)[repr(found).index("modules\n") :].strip()
+    assert shared
+    assert shared in page
+    assert {row["part"]: row["bytes"] for row in found.parts} == {
+        "params": "48 B",
+        "buffers": "24 B",
+        "opt_state": "128 B",
+        "other": "38 B",
+    }
+
+
+def test_summary_in_notebook_has_the_same_tables():
+    found = fx.summary(fx.init(nn.Linear(3, 2), fx.optim.adam(0.1)))._repr_html_()
+    for text in ("scale_by_adam 80 B", "opt_state</td>", ">(2, 3)</td>", ">100.0%</td>"):
+        assert text in found
+
+
+def test_summary_in_notebook_escapes_names():
+    state = fx.init({"<b>\x1b": torch.zeros(2)})
+    assert "<b>\x1b" not in fx.summary(state)._repr_html_()
+    assert "\x1b" not in repr(fx.summary(state))
+
+
+def test_summary_of_large_model_is_short():
+    state = fx.init(nn.Sequential(*(nn.Linear(2, 2) for _ in range(300))))
+    assert len(repr(fx.summary(state, rows=10)).splitlines()) < 30
+    assert len(fx.summary(state)._repr_html_()) < 15_000
+
+
+def test_summary_reads_no_values():
+    state = fx.init({"w": torch.zeros(3, device="meta")})
+    assert fx.summary(state).tensors[0]["shape"] == "(3,)"
+
+
+def test_error_for_another_object_says_how_to_make_a_state():
+    with pytest.raises(TypeError, match=r"expected a TrainState to summarize, got Linear.*Make one with fxtrain.init"):
+        fx.summary(nn.Linear(1, 1))

@@ -10,6 +10,7 @@ from fxtrain.model._model_calls import forward_wrapped_by
 from fxtrain.model._outside_values import CapturedStateError
 from fxtrain.model._parameter_trees import CallResult
 from fxtrain.model._state_dict import LoadReport, load_state_dict, state_dict
+from fxtrain.model._summary import Summary, summary
 from fxtrain.model._tensor_access import refuse_in_place_writes, versions
 from fxtrain.model._types import Modules, StateDict, Transforms
 from fxtrain.model._unseeded_values import UnseededError
@@ -20,6 +21,7 @@ __all__ = [
     "LoadReport",
     "Modules",
     "StateDict",
+    "Summary",
     "Transforms",
     "UnseededError",
     "ValuesNeededError",
@@ -28,6 +30,7 @@ __all__ = [
     "load_state_dict",
     "recompute_statistics",
     "state_dict",
+    "summary",
     "view",
     "with_trainable",
 ]

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
@@ -14,9 +13,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from fxtrain import optim, tree
 from fxtrain.core import (
-    LOOP,
     TRACED,
     Control,
     FitBegin,
@@ -27,16 +24,13 @@ from fxtrain.core import (
     device_name,
     format_bytes,
     pluralize,
-    printable,
 )
 from fxtrain.disk import make_folder, replace_file
-from fxtrain.observers._summary_model import leaves_of, model_facts, module_rows, modules_of, table, tensor_rows
+from fxtrain.model import summary as summary_of
+from fxtrain.model._summary import fact_lines
+from fxtrain.model._summary_tables import text_table
 from fxtrain.observers._wrapped import rank
-from fxtrain.optim import PerParameter
 from fxtrain.values import HParams
-
-_LINE_WIDTH = 96  # characters per line outside tables
-_LABEL_WIDTH, _MAX_LABEL_WIDTH = 11, 40  # characters
 
 _RATE = re.compile(r"learning_rate(/.*)?")
 
@@ -134,40 +128,19 @@ def _print_in_boxes(panels: Mapping[str, str]) -> bool:
 
 
 def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[str, str]:
-    leaves = leaves_of(state)
-    modules, tied = modules_of(state)
+    about = summary_of(state, depth=depth, rows=rows)
     facts = {
         "run": _run_facts(state, event),
-        "model": model_facts(state, leaves, tied),
+        "model": dict(about.model),
         "data": _data_facts(event),
-        "training": _step_facts(event) | _memory_facts(state),
+        "training": _step_facts(event) | dict(about.memory),
         "config": _config_facts(event, rows),
         "distributed": _process_facts(),
         "device": _device_facts(state.step.device),
     }
-    by_module = module_rows(leaves, modules, depth, rows)
-    tables = {
-        "modules": table(by_module),
-        "tensors": table(tensor_rows(leaves, rows)) if len(leaves) <= rows or len(by_module) < 2 else "",
-    }
-    panels = {title: _lines(known) for title, known in facts.items()}
+    tables = {"modules": text_table(about.modules), "tensors": text_table(about.tensors)}
+    panels = {title: fact_lines(known) for title, known in facts.items()}
     return {title: text for title, text in (panels | tables).items() if text}
-
-
-def _lines(facts: Facts) -> str:
-    known = {printable(label): printable(" ".join(text.split())) for label, text in facts.items() if text}
-    width = min(max(map(len, ["", *known])), _MAX_LABEL_WIDTH)
-    return "\n".join(_line(label, text, max(width, _LABEL_WIDTH)) for label, text in known.items())
-
-
-def _line(label: str, text: str, width: int) -> str:
-    return textwrap.fill(
-        f"{label:<{width}}  {text}",
-        _LINE_WIDTH,
-        subsequent_indent=" " * (width + 2),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def _run_facts(state: TrainState, event: FitBegin) -> Facts:
@@ -235,29 +208,6 @@ def _config_facts(event: FitBegin, rows: int) -> Facts:
         for name, value in list(config.items())[:rows]
     }
     return shown | ({"...": f"and {len(config) - rows} more"} if len(config) > rows else {})
-
-
-def _memory_facts(state: TrainState) -> Facts:
-    kinds: Counter[str] = Counter()
-    accessors = tree.accessors(state.opt_state)
-    for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
-        # The innermost node of a named type tells which transformation owns the leaf.
-        named = [entry.type for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
-        kinds[_transformation(named[-1]) if named else "tensors"] += leaf.nbytes
-    return {
-        "opt_state": ", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
-        "callbacks": ", ".join(
-            f"{name} {format_bytes(tree.nbytes(slot))}"
-            for name, slot in state.slots.items()
-            if not name.startswith(LOOP)
-        ),
-    }
-
-
-def _transformation(state_type: type[object]) -> str:
-    """Returns the function whose state has a type, as in ``ScaleByAdamState``, or the name of the type."""
-    functions = {name.replace("_", ""): name for name in optim.__all__}
-    return functions.get(state_type.__name__.removesuffix("State").lower(), state_type.__name__)
 
 
 def _process_facts() -> Facts:

@@ -16,9 +16,9 @@ from fxtrain.core import TrainState, Tree, dtype_name, format_bytes, pluralize, 
 _T = TypeVar("_T")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between the dots of a name
 _MAX_NAME_LENGTH = 48  # characters of a name in a table
-_RIGHT_ALIGNED = ("parameters", "share", "size")  # columns
+RIGHT_ALIGNED = ("parameters", "share", "size", "tensors", "elements", "bytes")  # columns
 
-_Row = dict[str, str]
+Row = dict[str, str]
 """Cells by column."""
 
 
@@ -121,7 +121,7 @@ class _Group(NamedTuple):
     number: int = 1  # number of modules
 
 
-def tensor_rows(leaves: list[Leaf], rows: int) -> list[_Row]:
+def tensor_rows(leaves: list[Leaf], rows: int) -> list[Row]:
     shown, rest = _split_rows(leaves, rows)
     table = [
         {
@@ -137,7 +137,7 @@ def tensor_rows(leaves: list[Leaf], rows: int) -> list[_Row]:
     return table
 
 
-def module_rows(leaves: list[Leaf], modules: dict[str, str], depth: int, rows: int) -> list[_Row]:
+def module_rows(leaves: list[Leaf], modules: dict[str, str], depth: int, rows: int) -> list[Row]:
     if not leaves:
         return []
     groups = _by_module(leaves, modules, depth)
@@ -181,7 +181,7 @@ def _merge_similar(groups: list[_Group]) -> list[_Group]:
     return list(found.values())
 
 
-def _module_row(group: _Group, whole: int) -> _Row:
+def _module_row(group: _Group, whole: int) -> Row:
     count = numel_of(group.leaves)
     last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
     if group.number > 1:
@@ -196,7 +196,8 @@ def _module_row(group: _Group, whole: int) -> _Row:
     }
 
 
-def table(rows: list[_Row]) -> str:
+def text_table(rows: Sequence[Row]) -> str:
+    """Returns a table with borders, without its empty columns, or a note if clu cannot be imported."""
     if not rows:
         return ""
     try:
@@ -207,7 +208,7 @@ def table(rows: list[_Row]) -> str:
     columns = [name for name in rows[0] if any(row[name] for row in rows)]  # without empty columns
     widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     aligned = [
-        {name: row[name].rjust(widest[name]) if name in _RIGHT_ALIGNED else row[name] for name in columns}
+        {name: row[name].rjust(widest[name]) if name in RIGHT_ALIGNED else row[name] for name in columns}
         for row in rows
     ]
     kind = dataclasses.make_dataclass("Row", columns)
