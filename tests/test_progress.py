@@ -130,13 +130,11 @@ def test_plain_file_gets_lines():
     see(shown, *run())
     shown.close()
     assert file.getvalue() == (
-        "compiling and running the first step\n"
         "step  1/20 | epoch 0.10/2 | loss 3.9000 | bits 5.6265 | 0:30 elapsed\n"
         f"step  2/20 | epoch 0.20/2 | loss 3.8450 | bits 5.5472 | {rate} | 0:20 per epoch | 0:32 elapsed | 0:36 left\n"
         f"step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | {rate} | 0:20 per epoch | 0:36 elapsed | 0:32 left\n"
         f"step  6/20 | epoch 0.60/2 | loss 3.5931 | bits 5.1837 | {rate} | 0:20 per epoch | 0:40 elapsed | 0:28 left\n"
         f"step  8/20 | epoch 0.80/2 | loss 3.4493 | bits 4.9763 | {rate} | 0:20 per epoch | 0:44 elapsed | 0:24 left\n"
-        "step 10: compiling the evaluation\n"
         "epoch 1/2 | loss 2.5000 | bits 3.6067 | eval loss 2.0000 | eval bits 2.8854 | eval accuracy 0.2500 | 0:23 | "
         "best loss\n"
         f"step 12/20 | epoch 1.20/2 | loss 3.1319 | bits 4.5184 | {rate} | 0:23 per epoch | 0:55 elapsed | 0:18 left\n"
@@ -175,7 +173,7 @@ def test_terminal_panel_updates_in_place(terminal):
     assert screens["FitBegin", 0, 0] == [
         f"train  {bar}   0/20   0:30 elapsed",
         f"epoch  {bar}    0/2",
-        "       compiling and running the first step",
+        "       running the first step",
     ]
     assert screens["StepEnd", 7, 0] == [
         f"train  {bar[:14]}╺{bar[:25]}   7/20   0:42 elapsed   0:26 left",
@@ -186,7 +184,7 @@ def test_terminal_panel_updates_in_place(terminal):
         f"train  {bar[:20]}╺{bar[:19]}  10/20   0:48 elapsed   0:20 left",
         f"epoch  {bar}    1/2   0:20 per epoch",
     ]
-    assert screens["EvalBegin", 10, 0][2] == "       step 10: compiling the evaluation"
+    assert screens["EvalBegin", 10, 0][2] == "       evaluating"
     assert screens["EvalStep", 10, 1][2:] == [
         "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
         f"eval   {bar}  batch 2   1.00 batches/s",
@@ -354,7 +352,7 @@ def test_number_of_batches_is_that_of_the_evaluation_data():
 def test_long_evaluation_writes_lines():
     file = io.StringIO()
     see(observers.progress(seconds=10.0, file=file), *evaluation(9, num_batches=12))
-    assert file.getvalue().splitlines()[1:] == [
+    assert file.getvalue().splitlines() == [
         "evaluation at step 5 | batch 4/12 | 0.25 batches/s | 0:32 left",
         "evaluation at step 5 | batch 7/12 | 0.25 batches/s | 0:20 left",
     ]
@@ -395,7 +393,7 @@ def test_memory_of_the_process_or_the_accelerator_is_shown(monkeypatch):
     assert "memory" not in shown()
     assert re.search(r"\| memory [\d.]+ [MG]iB, peak [\d.]+ [MG]iB \|", shown(memory=True))
     readings = {"device_allocated": 3 * 2**20, "device_peak": 5 * 2**30, "device_reserved": 1}
-    monkeypatch.setattr("fxtrain.observers._progress.device_memory", lambda device: readings)
+    monkeypatch.setattr("fxtrain.observers._progress_texts.device_memory", lambda device: readings)
     assert "| memory 3.0 MiB, peak 5.0 GiB |" in shown(memory=True)
     monkeypatch.setattr("fxtrain.observers._machine.host_memory", dict)
     with pytest.raises(OSError, match=r"expected a platform that reports the memory .* Remove memory=True\."):
@@ -420,10 +418,10 @@ def test_only_rank_0_shows_progress(monkeypatch):
         shown.close()
     assert file.getvalue() == ""
     see(observers.progress(file=file, every_rank=True), *run())
-    assert file.getvalue().count("\n") == 14
+    assert file.getvalue().count("\n") == 12
     monkeypatch.setenv("RANK", "0")
     see(made_before, *run())
-    assert file.getvalue().count("\n") == 28
+    assert file.getvalue().count("\n") == 24
 
 
 def test_rank_is_read_from_the_process_group(monkeypatch):
@@ -482,9 +480,9 @@ def test_resume_rewind_and_interruption_are_shown():
         Interrupted(step=5, cause="ValueError: boom"),
     )
     assert file.getvalue() == (
-        "resuming from step 7; compiling and running the first step\n"
+        "resuming from step 7\n"
         "slot 'ema' is initialized; slot 'old' belongs to no callback; results may differ in the last bits: "
-        "threads: 2 at the save, 1 now; compiling and running the first step\n"
+        "threads: 2 at the save, 1 now\n"
         "step 8 | eval loss 1.0000 | evaluated in 0.0 s | best loss\n"
         "rewound from step 8 to step 4\n"
         "step 5 | eval loss 2.0000 | evaluated in 0.0 s | best loss\n"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxtrain.compiler._background import BackgroundGraphs
+from fxtrain.compiler._compile_times import CompileTime, CompileWatcher, watched
 from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
 from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._memory import keep_freed_memory
@@ -39,6 +40,7 @@ class Compiled:
         donates: Whether it donates the old state.
         steps_per_call: How many steps ``fit`` takes per dispatch.
         background: Whether graphs are compiled while steps run uncompiled.
+        watchers: Those that see when it compiles in the foreground. ``fit`` adds its observers for the session.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Compiled:
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
         self.background = background
+        self.watchers: list[CompileWatcher] = []
         self._compiler: Callable[..., Executable] = routes
         self._routes, self._options = routes, options
         self._recompiles = Recompiles(step, on_recompile)
@@ -257,6 +260,7 @@ class Compiled:
 
         made._compiler = compile_and_wrap
         made._graphs, made._donating, made._several, made._others = [], None, None, {}
+        made.watchers = []
         made.background, made._pending = False, BackgroundGraphs(self.step, made._routes, self._options)
         made._recompiles = self._recompiles.fresh(self.step, "allow")
         return made
@@ -284,11 +288,18 @@ class Compiled:
         if self.background and not is_again and self._routes.has_trace:
             graph = self._pending.add(state, entered, batch, kinds)
         else:
-            _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
+            name = "eval_step" if isinstance(self.step, EvalFunction) else "train_step"
+            number = len(self._graphs) + 1
+            kept = CompileTime(self.route, self.description, kinds)
+            last_seconds = kept.read()
+            before = "" if last_seconds is None else f" It took {last_seconds:.1f} s the last time."
+            _log.info("Compiling %r, graph %d.%s", self.step, number, before)
             began = time.perf_counter()
-            executable = self._compiler(self.step, entered, batch, in_place=self.donates)
+            with watched(self.watchers, name if number == 1 else f"{name}, graph {number}", last_seconds):
+                executable = self._compiler(self.step, entered, batch, in_place=self.donates)
             seconds = time.perf_counter() - began
             self._seconds += seconds
+            kept.write(seconds)
             _log.info("Compiled %r in %.1f s.", self.step, seconds)
             graph = Graph(self.step, state, batch, executable, **self._options)
         self._graphs.insert(0, graph)

@@ -61,7 +61,9 @@ class Publisher:
             subscription. Without one, an observer sees all events of the loop. With ``sees_logged = True``, it also
             sees any event at which something was logged. If an observer has ``flush()``, it is called before each save.
             If it has ``close()``, it is called at the end. If it has ``callback_ran(name, event, before, outcome)``, it
-            is called after each callback. An attribute ``keeps`` is the set of kinds of logged values that it keeps.
+            is called after each callback. If it has ``compile_began(name, last_seconds)`` and ``compile_ended(name,
+            seconds)``, they are called before and after a compilation. An attribute ``keeps`` is the set of kinds of
+            logged values that it keeps.
         device: Device of the run's state.
 
     Raises:
@@ -106,13 +108,24 @@ class Publisher:
         return Watched(callbacks, self._callback_ran) if watching else callbacks
 
     def _callback_ran(self, name: str, event: Event, before: TrainState, outcome: Outcome) -> None:
+        at = f"{type(event).__name__} of step {int(event.step)}"
+        self._each("callback_ran", at, name, event, before, outcome)
+
+    def compile_began(self, name: str, last_seconds: float | None) -> None:
+        """Passes on that a step begins to compile."""
+        self._each("compile_began", f"the compilation of {name}", name, last_seconds)
+
+    def compile_ended(self, name: str, seconds: float | None) -> None:
+        """Passes on that a step has been compiled."""
+        self._each("compile_ended", f"the compilation of {name}", name, seconds)
+
+    def _each(self, method: str, at: str, *arguments: object) -> None:
+        """Calls a method of the observers that have it."""
         for observer in self._observers:
-            ran = getattr(observer, "callback_ran", None)
-            if ran is not None:
-                try:
-                    ran(name, event, before, outcome)
-                except Exception as error:
-                    self._failed(observer, f"{type(event).__name__} of step {int(event.step)}", error)
+            try:
+                _call(observer, method, *arguments)
+            except Exception as error:
+                self._failed(observer, at, error)
 
     def step(self, number: int, measured: Metrics, moment: Moment) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""
@@ -148,11 +161,7 @@ class Publisher:
 
         All points up to a checkpoint are then written, whenever the run is killed.
         """
-        for observer in self._observers:
-            try:
-                _call(observer, "flush")
-            except Exception as error:
-                self._failed(observer, f"the save of step {step}", error)
+        self._each("flush", f"the save of step {step}")
 
     def close(self) -> None:
         """Closes the observers.
@@ -239,11 +248,11 @@ def _report(observer: Callable[..., None], what: str, error: Exception) -> None:
     )
 
 
-def _call(observer: Callable[..., None], name: str) -> None:
+def _call(observer: Callable[..., None], name: str, *arguments: object) -> None:
     """Calls a method of an observer, if it has one of this name."""
     method = getattr(observer, name, None)
     if method is not None:
-        method()
+        method(*arguments)
 
 
 def _check_observer(observer: Callable[..., None]) -> None:

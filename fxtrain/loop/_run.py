@@ -121,6 +121,11 @@ class Run:
             self._begin_saving()
             closing.callback(self._publish.close)
             closing.callback(self._data.close)
+            for step in (self._step, self._plan.eval_step):
+                watchers: list[Publisher] | None = getattr(step, "watchers", None)
+                if watchers is not None:  # a compiled step
+                    watchers.append(self._publish)
+                    closing.callback(watchers.remove, self._publish)
             if self._eval_data is not None:
                 closing.callback(self._eval_data.close)
             try:

@@ -88,6 +88,13 @@ class Lines:
         self._eval_time: float | None = None  # of the last line of the current evaluation, or of its first batch
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        pass
+
+    def compiling(self, text: str, seconds: str, before: str, is_first: bool) -> None:
+        if is_first:
+            self._print(text + before)
+
+    def compiled(self, text: str) -> None:
         self._print(text)
 
     def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
@@ -203,12 +210,13 @@ class Cell:
 class Panel:
     """A few lines that are redrawn in place.
 
-    It has no thread. It is redrawn by events; those of steps and evaluation batches redraw it five times a second at
-    most.
+    It is redrawn by events; those of steps and evaluation batches redraw it five times a second at most. While a step
+    compiles, it is redrawn each second, from a thread.
     """
 
     def __init__(self, place: Terminal | Cell) -> None:
         self._place = place
+        self._event: LoopEvent | None = None  # at which it was drawn
         self._frame: Frame | None = None
         self._phase = ""  # the current activity, while no steps run
         self._has_left = False  # whether an epoch or an evaluation has left a line
@@ -217,6 +225,14 @@ class Panel:
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
         self._phase = text
         self._show(event, frame)
+
+    def compiling(self, text: str, seconds: str, before: str, is_first: bool) -> None:
+        if self._event is not None and self._frame is not None:
+            self.phase(self._event, self._frame, text + seconds + before)
+
+    def compiled(self, text: str) -> None:
+        if self._event is not None:
+            self._add_line(self._event, _text(text, style="dim"))
 
     def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
         if self._phase or event.time - self._drawn >= _MIN_REDRAW_SECONDS or fraction(event) == 1.0:
@@ -261,7 +277,7 @@ class Panel:
         self._show(event, self._frame and self._frame._replace(evaluating=None))
 
     def _show(self, event: LoopEvent, frame: Frame | None) -> None:
-        self._frame, self._drawn = frame, event.time
+        self._event, self._frame, self._drawn = event, frame, event.time
         table = _grid()
         if frame is not None:
             self._add_rows(table, event, frame)

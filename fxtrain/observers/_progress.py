@@ -30,13 +30,14 @@ from fxtrain.core import (
     check_positive,
     describe,
     did_you_mean,
-    format_bytes,
     format_duration,
     format_number,
     format_scaled,
 )
+from fxtrain.observers._compile_notice import CompileNotice
 from fxtrain.observers._display import Column, EpochFrame, EvaluationFrame, Frame, Lines, Panel, display
-from fxtrain.observers._machine import check_memory_is_known, device_memory, host_memory
+from fxtrain.observers._machine import check_memory_is_known
+from fxtrain.observers._progress_texts import describe_restored, evaluation_frame, memory_text
 from fxtrain.observers._running_averages import RunningAverages, ends_epoch
 from fxtrain.observers._spacing import Spacing
 from fxtrain.observers._wrapped import rank
@@ -72,7 +73,7 @@ def progress(
     Each epoch leaves a line with the means of its metrics, the metrics of the evaluation at its end, and its duration.
     So does each evaluation within an epoch. In a run of many short epochs, about twenty lines are spread over the run,
     besides one every ``seconds``. Texts of one line that callbacks log, such as those of ``callbacks.track_best``, are
-    shown too.
+    shown too. So are compilations of more than two seconds, with the time that they took the last time.
 
     On a terminal and in a notebook, a few lines below these are redrawn in place, with a bar each for the run, the
     current epoch and the current evaluation. In other outputs, such as a log file, there is a line about the steps
@@ -149,6 +150,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._display: Lines | Panel | None = None
+        self._notice: CompileNotice | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -195,11 +197,13 @@ class Progress:
         shown = self._display
         match event:
             case FitBegin():
-                where = f"resuming from step {event.step}; " if event.resumed else ""
-                shown.phase(event, self._frame(event), f"{where}compiling and running the first step")
+                if event.resumed:
+                    shown.note(event, f"resuming from step {event.step}")
+                shown.phase(event, self._frame(event), "running the first step")
             case Restored():
-                if said := _describe_restored(event):
-                    shown.phase(event, self._frame(event), f"{said}; compiling and running the first step")
+                if said := describe_restored(event):
+                    shown.note(event, said)
+                shown.phase(event, self._frame(event), "running the first step")
             case StepEnd():
                 if not self._checked:
                     self._check(event)
@@ -211,8 +215,7 @@ class Progress:
                 self._evaluating, self._batches_done = event.time, 0
                 self._counted_from = (1 if is_first else 0), event.time
                 self._batch_count = event.num_batches or self._batch_count
-                if is_first:
-                    shown.phase(event, self._frame(event), f"step {event.step}: compiling the evaluation")
+                shown.phase(event, self._frame(event), "evaluating")
             case EvalStep():
                 self._batches_done = event.index + 1
                 if self._batches_done == self._counted_from[0]:
@@ -248,6 +251,25 @@ class Progress:
                 shown.end(event, self._frame(event), ended)
                 self.close()
         self._previous_time = event.time
+
+    # Called by the loop while a step compiles, during which no events fire
+
+    def compile_began(self, name: str, last_seconds: float | None) -> None:
+        shown = self._display
+        if shown is not None:
+            before = "" if last_seconds is None else f" (last time: {format_duration(last_seconds)})"
+
+            def show(seconds: float, is_first: bool) -> None:
+                shown.compiling(f"compiling {name}", f": {format_duration(seconds)}", before, is_first)
+
+            self._notice = CompileNotice(show)
+
+    def compile_ended(self, name: str, seconds: float | None) -> None:
+        notice, self._notice = self._notice, None
+        if notice is not None:
+            notice.end()
+            if notice.is_shown and self._display is not None and seconds is not None:
+                self._display.compiled(f"compiled {name} in {format_duration(seconds)}")
 
     def _note_texts(self, shown: Lines | Panel, event: StepEnd | EvalEnd | FitEnd, control: Control) -> None:
         """Shows logged texts of one line. Those of steps on a device wait, because a read would synchronize with it."""
@@ -306,11 +328,11 @@ class Progress:
             columns=[
                 *self._metric_columns(self._averages.metrics),
                 *self._throughput_columns(),
-                *(self._memory_columns() if self._shows_memory else ()),
+                *([("memory", memory_text(self._device))] if self._shows_memory else ()),
             ],
             elapsed=f"{format_duration(event.time)} elapsed",
             remaining=f"{format_duration(left)} left" if left else None,
-            evaluating=self._evaluation(event) if isinstance(event, EvalStep) else None,
+            evaluating=self._evaluating_frame(event) if isinstance(event, EvalStep) else None,
             evaluation=self._evaluation_columns(),
         )
 
@@ -331,15 +353,8 @@ class Progress:
             remaining=f"{format_duration(left)} left" if left else None,
         )
 
-    def _evaluation(self, event: EvalStep) -> EvaluationFrame:
-        done, count, (first, began) = self._batches_done, self._batch_count, self._counted_from
-        rate = (done - first) / (event.time - began) if done > first and event.time > began else None
-        parts = [f"batch {done}" + (f"/{count}" if count else "")]
-        if rate is not None:
-            parts.append(f"{format_scaled(rate)} batches/s")
-            if count and count > done:
-                parts.append(f"{format_duration((count - done) / rate)} left")
-        return EvaluationFrame(min(done / count, 1.0) if count else None, parts)
+    def _evaluating_frame(self, event: EvalStep) -> EvaluationFrame:
+        return evaluation_frame(self._batches_done, self._batch_count, self._counted_from, event.time)
 
     def _metric_columns(self, metrics: Mapping[str, float]) -> list[Column]:
         shown = [(name, format_number(metrics[name])) for name in self._metrics if name in metrics]
@@ -354,15 +369,6 @@ class Progress:
         if rate is None or waiting is None:
             return []
         return [("", f"{format_scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
-
-    def _memory_columns(self) -> list[Column]:
-        device, host = device_memory(self._device), host_memory()
-        now, peak = (
-            device.get(f"device_{of_device}") or host.get(f"host_{of_host}", 0)
-            for of_device, of_host in (("allocated", "resident"), ("peak", "peak"))
-        )
-        # The system counts the peak of the process less precisely than its current memory.
-        return [("memory", f"{format_bytes(now)}, peak {format_bytes(max(now, peak))}")]
 
     def _evaluation_columns(self) -> list[Column]:
         if self._last is None:
@@ -387,11 +393,3 @@ class Progress:
                 )
         for derive in self._extra.values():
             derive(event.metrics)
-
-
-def _describe_restored(event: Restored) -> str:
-    """Returns the differences of the restored state from the expected one, in one line."""
-    new = [f"slot {name!r} is initialized" for name in event.missing]
-    kept = [f"slot {name!r} belongs to no callback" for name in event.extra]
-    changed = [f"results may differ in the last bits: {line}" for line in event.environment_changes]
-    return "; ".join([*new, *kept, *changed])

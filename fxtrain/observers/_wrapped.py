@@ -77,7 +77,7 @@ def required(observer: Observer) -> Observer:
     result.__name__ = name_of(observer)
     result.required = True
     result.sees_logged = getattr(observer, "sees_logged", False)
-    for name in ("callback_ran", "keeps"):
+    for name in ("callback_ran", "compile_began", "compile_ended", "keeps"):
         if hasattr(observer, name):
             setattr(result, name, getattr(observer, name))
     for verb in ("flush", "close"):
