@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
@@ -19,7 +20,7 @@ BLUE, ORANGE = "#4a8fe7", "#f08c3a"
 def run_example() -> tuple[fx.Result, dict[str, torch.Tensor]]:
     """Runs the example, and returns its result and its held-out data."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0], names)
     return names["result"], names["held_out"]
 
@@ -34,7 +35,8 @@ def draw(result: fx.Result, held_out: dict[str, torch.Tensor], path: pathlib.Pat
         ink: The color of texts and axes.
     """
     colors = dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], ink)
-    with plt.rc_context({**colors, "svg.hashsalt": "fxtrain", "axes.spines.top": False, "axes.spines.right": False}):
+    style = {**colors, "svg.hashsalt": "fxtrain", "axes.spines.top": False, "axes.spines.right": False}
+    with plt.style.context(style):
         figure, (plane, *panels) = plt.subplots(
             1, 3, figsize=(10, 2.9), width_ratios=[1, 1.4, 1.4], layout="constrained"
         )
