@@ -86,14 +86,14 @@ def test_tensorboard_scalars_and_texts_are_read_back(tmp_path):
 def test_tensorboard_captions_are_a_text_beside_the_images(tmp_path):
     writer = tensorboard(tmp_path)
     pixels = torch.rand(2, 4, 4, 3)
-    writer.write(1, {"pair": Image(pixels, caption=["cat", "dog"]), "one": Image(pixels[0], caption="*")})
+    writer.write(1, {"pair": Image(pixels, caption=["cat", "dog_*1*"]), "one": Image(pixels[0], caption="- *")})
     writer.write(1, {"film": Video(pixels, caption="a film"), "none": Image(pixels)})
     writer.close()
     found = {value.tag: value for _, value in shown(tmp_path)}
     images = {"pair/0", "pair/1", "one", "film", "none/0", "none/1"}
     assert found.keys() == images | {"pair/caption", "one/caption", "film/caption"}
     texts = [found[f"{name}/caption"].tensor.string_val[0].decode() for name in ("pair", "one", "film")]
-    assert texts == ["pair/0: cat  \npair/1: dog", "*", "a film"]
+    assert texts == ["pair/0: cat  \npair/1: dog\\_\\*1\\*", "\\- \\*", "a film"]
 
 
 def test_tensorboard_scalars_of_a_step_share_a_record(tmp_path):

@@ -29,7 +29,9 @@ class Figure:
 
     A Matplotlib figure is rendered on construction, and a plotly figure is copied, so they may be changed afterwards.
     Weights & Biases, MLflow and media files keep plotly figures interactive. Writers of images, such as TensorBoard,
-    get a picture, which needs the package kaleido and Chrome. The pages load plotly's script from the internet.
+    get a picture, which needs the package kaleido and Chrome, and takes seconds. Pass such a writer to
+    ``fxtrain.writers.asynchronous``, so that training does not wait for it. The pages load plotly's script from the
+    internet.
 
     Args:
         figure: A ``matplotlib.figure.Figure``, a ``plotly.graph_objects.Figure``, or an object that ``wandb.log``

@@ -30,6 +30,7 @@ from fxtrain.writers._append_only import OneFile
 from fxtrain.writers._interface import explain_failure, numbered
 
 _LENGTH_BYTES = 8  # at the beginning of a record, never all zero
+_MARKED = re.compile(r"[\\`*_\[\]#]|^[+>-](?= )|(?<=\d)\.(?= )", re.MULTILINE)  # characters with a meaning in Markdown
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
@@ -165,8 +166,9 @@ class TensorBoardWriter(OneFile):
             lines = [found[0]]
         else:
             lines = [f"{numbered(name, index, len(found))}: {caption}" for index, caption in enumerate(found)]
-        # A text in Markdown shows a line break only after two spaces.
-        return [self._text(f"{name}/caption", "\n".join(lines).replace("\n", "  \n"))]
+        # TensorBoard shows Markdown, in which a line breaks only after two spaces. A caption is plain text.
+        plain = _MARKED.sub(r"\\\g<0>", "\n".join(lines))
+        return [self._text(f"{name}/caption", plain.replace("\n", "  \n"))]
 
     def _image(self, tag: str, frame: np.ndarray, encoded: bytes) -> Any:
         height, width, channels = frame.shape
