@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -163,6 +164,23 @@ def browser():
 
 # The report
 
+DRAW_ALL = """(async () => {
+    panels.forEach(each => { each.visible = true; each.draw(); });
+    await new Promise(requestAnimationFrame);  // plots are drawn after the script
+    const isDrawn = ({plot: {ctx, bbox}}) =>
+        ctx.getImageData(bbox.left, bbox.top, bbox.width, bbox.height).data.some(value => value > 0);
+    const limits = panels.flatMap(({plot: {scales}}) => [scales.x.min, scales.x.max, scales.y.min, scales.y.max]);
+    return panels.every(isDrawn) && limits.every(Number.isFinite) ? panels.length : panels.map(isDrawn);
+})()"""
+"""Draws all panels, and returns their number if each has a drawing and finite limits."""
+
+
+def press(browser, key, panel=0):
+    browser.value(f"document.querySelectorAll('.plot')[{panel}].focus()")
+    browser.value(
+        f"document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}))"
+    )
+
 
 @pytest.fixture(scope="module")
 def report(run):
@@ -177,11 +195,9 @@ class TestReport:
         assert titles[:4] == ["loss", "accuracy", "learning_rate", "curves"]  # the most important ones first
         assert {"grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
         assert {"nan_guard/skipped", "throughput/samples_per_second", "histograms/weights/out.weight"} < set(titles)
-        assert browser.value("document.querySelectorAll('.chart svg').length") == len(titles)
-        assert browser.value("document.querySelectorAll('.chart path, .chart image').length") > len(titles)
-        shown = browser.value(
-            "[...document.querySelector('.chart').querySelectorAll('.mark')].map(mark => mark.classList[1])"
-        )
+        assert browser.value("panels.filter(each => each.plot).length") < len(titles)  # others are below the window
+        assert browser.value(DRAW_ALL) == len(titles)
+        shown = browser.value("visibleMarks().map(mark => mark.kind)")
         assert {"rewound", "resumed", "improved", "saved", "stopped"} <= set(shown)
         sections = browser.value("[...document.querySelectorAll('h2')].map(title => title.textContent)")
         assert sections[:5] == ["Curves", "Samples", "Confusion", "Tables", "Texts"]
@@ -209,11 +225,17 @@ class TestReport:
 
     def test_tools_change_charts(self, browser, report):
         browser.open(report)
-        path = "document.querySelector('.chart path').getAttribute('d')"
-        before = browser.value(path)
+        limits = "{const {x, y} = panels[0].plot.scales; [x.min, x.max, y.min, y.max]}"
+        steps = browser.value(limits)
         browser.value("document.querySelectorAll('#tools input[type=checkbox]')[1].click()")
-        assert browser.value(path) != before  # the outlier rescales the axis
-        marks = "document.querySelectorAll('.mark.improved').length"
+        assert browser.value(limits)[3] > steps[3]  # the outlier rescales the axis
+        for unit, most in (("epoch", 10), ("time", 1000)):
+            browser.value(
+                "{const select = document.querySelector('#tools select');"
+                f"select.value = '{unit}'; select.dispatchEvent(new Event('change'))}}"
+            )
+            assert 0 <= browser.value(limits)[0] < browser.value(limits)[1] < most
+        marks = "visibleMarks().filter(mark => mark.kind === 'improved').length"
         assert browser.value(marks) > 0
         find = "[...document.querySelectorAll('#tools label')].find(label => label.textContent.includes('improved'))"
         browser.value(f"{find}.click()")
@@ -226,11 +248,72 @@ class TestReport:
         )
         assert [hidden for hidden in browser.value(figures) if not hidden] == [False]
         assert browser.value(figures)[0] is False
-        point = "const box = document.querySelector('.chart svg'), at = box.getBoundingClientRect();"
+        assert browser.errors == []
+
+    def test_crosshair_zoom_and_enlargement_follow_keys(self, browser, report):
+        browser.open(report)
+        shown = "panels[0].box.querySelector('.tip').innerText"
+        for _ in range(3):
+            press(browser, "ArrowRight")
+        assert re.match(r"step 4, epoch 0\.025, [\d.]+ s\n+train [\d.]+\n+eval [\d.]+ at step 30", browser.value(shown))
+        press(browser, "+")
+        low, high = browser.value("view.range")
+        assert low < 4 < high < 100
+        assert browser.value("panels[1].plot.scales.x.max") == high  # all panels zoom
+        browser.value("document.getElementById('whole').click()")
+        assert browser.value("panels[1].plot.scales.x.max") > 100
+        press(browser, "Enter")
+        assert browser.value("document.querySelector('dialog .chart canvas').clientHeight") > 400
+        browser.value("document.querySelector('dialog .close').click()")
+        browser.wait_for("!document.querySelector('dialog')")
+        browser.value("panels[0].box.querySelector('.legend button').click()")  # hides the first curve
+        assert browser.value("panels[0].plot.series.length") == 2
+        assert browser.errors == []
+
+    def test_values_and_pictures_are_downloaded(self, browser, report):
+        browser.open(report)
         browser.value(
-            f"{{{point} box.dispatchEvent(new PointerEvent('pointermove', {{clientX: at.left + at.width / 2}}))}}"
+            "URL.createObjectURL = blob => { window.blob = blob; return ''; };"
+            "HTMLAnchorElement.prototype.click = function() {"
+            "    window.blob.text().then(text => { window.saved = [this.download, text]; }); }"
         )
-        assert re.match(r"train [\d.]+ at step \d+\neval ", browser.value("document.querySelector('.tip').textContent"))
+        browser.value("document.querySelectorAll('.head button')[0].click()")
+        browser.wait_for("window.saved")
+        name, text = browser.value("window.saved")
+        head, first, *_ = text.splitlines()
+        assert (name, head) == ("loss.csv", '"run","metric","step","epoch","seconds","value"')
+        assert re.fullmatch(r'"digits","loss train",1,0\.00625,[\d.]+,[\d.]+', first)
+        browser.value("window.saved = null; document.querySelectorAll('.head button')[1].click()")
+        browser.wait_for("window.saved")
+        assert browser.value("window.saved[0]") == "loss.png"
+        assert browser.value("window.saved[1].length") > 5000
+        histogram = "panels.find(each => each.box.textContent.includes('weights/out.weight'))"
+        browser.value(f"window.saved = null; {histogram}.box.querySelector('.head button').click()")
+        browser.wait_for("window.saved")
+        assert re.match(r'"run","histogram","step","from","to","count"\n"digits",', browser.value("window.saved[1]"))
+        assert browser.value("quoted('=1+1') + quoted('a\"b') + quoted(-1)") == '"\'=1+1""a""b"-1'
+        assert browser.errors == []
+
+    def test_runs_share_panels_with_one_color_each(self, browser, run, tmp_path):
+        again = tmp_path / "again"
+        again.mkdir()
+        shutil.copy(run / "metrics.jsonl", again)
+        assert cli.main(["report", str(run), str(again), "--out", str(tmp_path / "page.html")]) == 0
+        browser.open((tmp_path / "page.html").as_uri())
+        assert browser.value(DRAW_ALL) == len(browser.value("data.sections.flatMap(s => s.panels)")) + browser.value(
+            "data.histograms.length"
+        )
+        legend = (
+            "[...panels[0].box.querySelectorAll('.legend button')].map(e => [e.textContent, e.firstChild.style.color])"
+        )
+        found = browser.value(legend)
+        assert [re.sub("[\\d.]+$", "", text) for text, _ in found] == [
+            f"{name}, {kind}" for kind in ("train", "eval") for name in ("digits", "again")
+        ]
+        assert found[0][1] == found[2][1] != found[1][1] == found[3][1]
+        find = "[...document.querySelectorAll('#tools label')].find(label => label.textContent.includes('again'))"
+        browser.value(f"{find}.click()")
+        assert browser.value("panels[0].plot.series.length") == 3
         assert browser.errors == []
 
     def test_hostile_names_and_extreme_values_run_no_code(self, browser, tmp_path):
@@ -252,8 +335,7 @@ class TestReport:
         browser.open((tmp_path / "report.html").as_uri())
         for tool in range(3):
             browser.value(f"document.querySelectorAll('#tools input[type=checkbox]')[{tool}].click()")
-        assert browser.value("document.querySelectorAll('.chart svg').length") == 8
-        assert browser.value("[...document.querySelectorAll('path')].every(p => !/NaN|Inf/.test(p.getAttribute('d')))")
+        assert browser.value(DRAW_ALL) == 8
         assert browser.value("window.taken === undefined")
         assert browser.errors == []
 
@@ -262,7 +344,7 @@ class TestReport:
         taken = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
         (tmp_path / "page.html").write_text(html.replace("</main>", f"</main>{taken}"))
         browser.open((tmp_path / "page.html").as_uri())
-        assert browser.value("document.querySelectorAll('.chart svg').length") == 1
+        assert browser.value(DRAW_ALL) == 1
         assert browser.value("window.taken === undefined")
         assert len(browser.errors) >= 2
 
@@ -274,7 +356,7 @@ class TestReport:
         (tmp_path / "long.html").write_text(page(run))
         assert (tmp_path / "long.html").stat().st_size < 2**20
         browser.open((tmp_path / "long.html").as_uri())
-        assert browser.value("document.querySelectorAll('.chart svg').length") == 3
+        assert browser.value(DRAW_ALL) == 3
         assert browser.value("{const begin = performance.now(); redraw(); performance.now() - begin}") < 5000
         assert browser.errors == []
 

@@ -4,10 +4,8 @@ import hashlib
 import importlib.resources
 import itertools
 import json
-import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -556,8 +554,12 @@ def test_time_continues_across_sessions_and_epochs_are_read(tmp_path, kind):
     for step, length, time in [(1, 2, 2.0), (2, 2, 6.0), (3, 2, 1.0), (4, None, 3.0)]:
         event = StepEnd(step=step, position=step, epoch_length=length, time=time, metrics={})
         writer.write(step, {"loss": 1.0}, event)
+        if kind == "jsonl":
+            writer.write(step, {"config": HParams({"lr": 0.1})}, FitBegin(step=step))  # as each session does
     writer.close()
-    (found,) = data(page(read_run(tmp_path)))["runs"]
+    run = read_run(tmp_path)
+    assert run.folder.problems.lines() == []
+    (found,) = data(page(run))["runs"]
     assert found["epoch"] == [[1, 2, 3], [0.5, 1.0, 1.5]]
     assert found["time"] == [[1, 2, 3, 4], [2.0, 6.0, 7.0, 9.0]]
 
@@ -592,37 +594,6 @@ def test_large_run_has_a_page_of_a_few_megabytes(tmp_path):
     html = page(run, run)
     assert len(html) < 6e6
     assert min(len(series["steps"]) for lines in panels(html).values() for series in lines) > 500
-
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
-def test_page_draws_in_a_browser_under_its_policy(tmp_path):
-    bad = "</script><img src=x onerror=alert(1)>"
-    values = {f"{bad}/{index}": value for index, value in enumerate([1e308, -1e308, 5e-324, math.nan, 0.0, 1e15])}
-    writer = writers.jsonl(tmp_path / "metrics.jsonl")
-    for step in (0, 1, 2**50):
-        values["train/loss"] = 1.0 / (step + 1)
-        weights = Histogram(counts=torch.ones(2), edges=torch.tensor([-1e-9, 0, 1e9]))
-        writer.write(step, {**values, "train/loss": 1.0 / (step + 1), "__proto__": 1.0, "weights": weights})
-    writer.close()
-    run = read_run(tmp_path)
-    place = tmp_path / "page.html"
-    for runs in ([run], [run, run]):
-        place.write_text(page(*runs), encoding="utf-8")
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--window-size=1200,8000",
-            "--virtual-time-budget=3000",
-        ]
-        command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{place}"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-        count = len(panels(page(*runs))) + len(runs)
-        assert dom.count('class="chart"') == dom.count('class="uplot') == count
-        assert dom.count("<img") == 0
 
 
 # Bounded memory

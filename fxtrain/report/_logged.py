@@ -78,7 +78,7 @@ class Logged:
                 kinds = {kind: validation.mapping(line[kind]) for kind in self._kinds if kind in line}
                 step = validation.step(line.get("step")) if kinds else validation.step(line.get(REWOUND, 0))
                 if rewinds.keeps(count, step):
-                    clocks = {name: line[name] for name in _CLOCKS if line.get(name) is not None}
+                    clocks = {name: line[name] for name in _CLOCKS if kinds and line.get(name) is not None}
                     self._take(path, f"line {count},", self._take_clock, step, clocks)
                     for kind, values in kinds.items():
                         self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
