@@ -4,6 +4,7 @@ import html.parser
 import re
 
 import problem
+import pytest
 import torch
 
 import fxtrain as fx
@@ -325,3 +326,40 @@ def test_source_without_known_length_is_shown():
     data = fx.data.from_iterable(iter([torch.zeros(2)]))
     assert repr(data) == "<IterableBatches: epochs of unknown length>"
     assert "unknown length" in shown(data)
+
+
+# Notebooks
+
+
+def shown_objects():
+    state, values = problem.start(), fx.values
+    donated = problem.start()
+    fx.core.invalidate(donated, "<step>")
+    return {
+        "state": state,
+        "donated": donated,
+        "diff": state.diff(state),
+        "summary": fx.summary(state),
+        "composed": fx.compose(fx.callbacks.nan_guard()),
+        "checkpointer": fx.checkpointer("nowhere"),
+        "history": fx.History({"loss": ([1], [0.5])}),
+        "result": fx.Result(state, state, "done", fx.History()),
+        "image": images(1),
+        "video": fx.values.Video(torch.zeros(2, 8, 8, 4)),
+        "audio": values.Audio(torch.zeros(10), rate=10),
+        "table": values.Table({"x": [1]}),
+        "text": values.Text("text"),
+        "matrix": values.ConfusionMatrix(torch.eye(2)),
+        "histogram": values.Histogram(torch.ones(3)),
+        "data": fx.data.batches(torch.zeros(4, 2), 2),
+    }
+
+
+def test_notebooks_get_plain_text_beside_html():
+    formatters = pytest.importorskip("IPython.core.formatters")
+    for name, value in shown_objects().items():
+        bundle, _ = formatters.DisplayFormatter().format(value)
+        assert sorted(bundle) == ["text/html", "text/plain"], name
+        assert bundle["text/plain"] == repr(value)
+        assert len(bundle["text/html"]) < 15_000, name
+        assert "cannot be shown" not in bundle["text/html"], name

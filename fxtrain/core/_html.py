@@ -28,7 +28,7 @@ overflow-x:auto;max-width:100%}
 .fxtrain p{margin:.3em 0}
 .fxtrain pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
 .fxtrain.fxtrain table{border-collapse:collapse;margin:.4em 0;font-size:12px;border:0;display:table}
-.fxtrain.fxtrain tr{background:none}
+.fxtrain.fxtrain.fxtrain tr{background:none}
 .fxtrain.fxtrain th,.fxtrain.fxtrain td{text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;border:0;\
 border-bottom:1px solid var(--line);white-space:pre-line;overflow-wrap:anywhere;max-width:40em;background:none}
 .fxtrain.fxtrain th{color:var(--dim);font-weight:500;white-space:nowrap}
