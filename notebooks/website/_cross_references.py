@@ -65,7 +65,7 @@ def _signature(
 
 
 def _skip_fields(app: Sphinx, what: str, name: str, value: object, skip: bool, options: object) -> bool | None:
-    """Skips what only repeats a name: the fields of named tuples, and what a class inherits from them."""
+    """Skips the fields of named tuples, which the docstring of the class describes."""
     return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
 
 

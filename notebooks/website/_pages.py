@@ -20,7 +20,7 @@ from notebooks.website._names import ROOT, Package, alias, packages
 _COPIED = ("benchmarks", "notebooks")
 _SKIPPED = ("__pycache__", ".*", "website")
 _PICTURE = re.compile(r'<picture>\n<source .* srcset="(.*)">\n<img alt="(.*)" src="(.*)">\n</picture>')
-_EVENT_COLUMN = 24 - 4
+_EVENT_COLUMN = 20
 
 
 def write_sources(folder: pathlib.Path) -> None:
@@ -152,12 +152,8 @@ class _Row(NamedTuple):
         names = ", ".join(f":py:obj:`~fxtrain.{name}`" for name in self.events)
         kinds = {"traced": core.TRACED, "trajectory": core.TRAJECTORY, "session": core.SESSION}
         kind = "".join(k for k, events in kinds.items() if {e.__name__ for e in events}.intersection(self.events))
-        return (
-            self.when,
-            f"\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS} {names}" if self.is_optional else names,
-            kind,
-            self.note,
-        )
+        indent = "\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS} " if self.is_optional else ""
+        return self.when, f"{indent}{names}", kind, self.note
 
 
 def _event_rows(table: str) -> Iterator[_Row]:

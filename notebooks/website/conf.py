@@ -1,8 +1,6 @@
 """Settings of Sphinx. A description of each is at https://www.sphinx-doc.org/en/master/usage/configuration.html"""
 
 project = "fxtrain"
-author = "the authors of fxtrain"
-release = version = "0.1.0"
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
