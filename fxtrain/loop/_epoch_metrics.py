@@ -13,6 +13,7 @@ from fxtrain.core import EPOCH_METRICS, Metrics, StepOutput, TrainState, wide_dt
 from fxtrain.loop._transfer import start_copy
 
 _STEPS_PER_TRANSFER = 64
+_NUMBERS = (int, float)
 
 _Row = tuple[Metrics, Tensor | None]
 """The metrics of a step, and the weight of those that are tensors."""
@@ -100,9 +101,12 @@ class EpochMetrics:
             self._sum(self._sent, iter(self._arrived()))
         values: list[object] = []
         for measured, weight in self._unread:
-            for value in measured.values():
-                values += tree.leaves(value) if isinstance(value, metrics.Metric) else (value,)
             values.append(1.0 if weight is None else weight)
+            for value in measured.values():
+                if isinstance(value, metrics.Metric):
+                    values += tree.leaves(value)
+                else:
+                    values.append(value)
         self._sent, self._unread, self._arrived = self._unread, [], start_copy(values)
 
     def _read(self) -> None:
@@ -110,19 +114,18 @@ class EpochMetrics:
         self._send()
 
     def _sum(self, rows: list[_Row], values: Iterator[Any]) -> None:
+        sums, none = self._sums, (0.0, 0.0)
         for measured, _ in rows:
-            seen: dict[str, Any] = {}
+            weight = next(values)
             for name, value in measured.items():
                 if isinstance(value, metrics.Metric):
                     leaves = [torch.tensor(next(values), dtype=leaf.dtype) for leaf in tree.leaves(value)]
                     self._merge(name, tree.unflatten(tree.structure(value), leaves))
-                else:
-                    seen[name] = next(values)
-            weight = next(values)
-            for name, value in seen.items():
-                if weight > 0 and isinstance(value, int | float):
-                    total, count = self._sums.get(name, (0.0, 0.0))
-                    self._sums[name] = (total + value * weight, count + weight)
+                    continue
+                scalar = next(values)
+                if weight > 0 and isinstance(scalar, _NUMBERS):
+                    total, count = sums.get(name, none)
+                    sums[name] = (total + scalar * weight, count + weight)
 
     def _merge(self, name: str, metric: metrics.Metric) -> None:
         before = self._merged.get(name)

@@ -267,15 +267,21 @@ def start_copy(values: list[object]) -> Callable[[], list[object]]:
     Returns:
         A function that waits for the copies and returns all values, with Python scalars in place of 0-d tensors.
     """
+    read: list[object] = []
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim == 0:
+            if not value.is_cpu:
+                device = value.device
+                break
+            value = value.item()
+        read.append(value)
+    else:
+        return lambda: read
     groups: dict[torch.dtype, dict[int, Tensor]] = {}
     for index, value in enumerate(values):
         if isinstance(value, Tensor) and value.ndim == 0:
             groups.setdefault(value.dtype, {})[index] = value
-    tensors = {index: tensor for group in groups.values() for index, tensor in group.items()}
-    device = next((tensor.device for tensor in tensors.values() if not tensor.is_cpu), None)
-    if device is None:
-        scalars = [tensor.item() for tensor in tensors.values()]
-        return lambda: _with_scalars(values, tensors, scalars)
+    tensors = [index for group in groups.values() for index in group]
     stacked = [torch.stack([tensor.to(device) for tensor in group.values()]) for group in groups.values()]
     arrived = _start_copy_of_tensors(stacked)
     return lambda: _with_scalars(values, tensors, [scalar for group in arrived() for scalar in group.tolist()])
