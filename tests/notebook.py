@@ -14,12 +14,13 @@ MODEL = """
 """
 
 
-def outputs(folder, *sources, allow_errors=False):
+def outputs(specification, *sources, folder=None, allow_errors=False):
     """Returns the outputs of each cell, as the notebook stores them.
 
     Args:
-        folder: An empty folder for the kernel's specification.
+        specification: An empty folder for the kernel's specification.
         sources: The code of the cells, indented or not.
+        folder: The working folder of the kernel. By default the current one.
         allow_errors: Whether cells may raise errors, which are then outputs.
     """
     pytest.importorskip("ipykernel")
@@ -27,13 +28,18 @@ def outputs(folder, *sources, allow_errors=False):
     cells = [nbformat.v4.new_code_cell(textwrap.dedent(source).strip()) for source in sources]
     notebook = nbformat.v4.new_notebook(cells=cells)
     # The kernel spec starts this interpreter, because installed kernels may belong to other environments.
-    spec = folder / "here"
+    spec = specification / "here"
     spec.mkdir()
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
     client = nbclient.NotebookClient(
-        notebook, kernel_name="here", timeout=100, allow_errors=allow_errors, coalesce_streams=True
+        notebook,
+        kernel_name="here",
+        timeout=100,
+        allow_errors=allow_errors,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)} if folder else {}},
     )
-    client.create_kernel_manager().kernel_spec_manager.kernel_dirs = [str(folder)]
+    client.create_kernel_manager().kernel_spec_manager.kernel_dirs = [str(specification)]
     client.execute()
     return [cell.outputs for cell in notebook.cells]

@@ -635,6 +635,7 @@ def test_fit_shows_progress_in_a_notebook_unless_it_is_shown_already(tmp_path):
     assert last.startswith("end  step 15: interrupted by SIGINT, in ")
     assert value.data["text/plain"] == "('interrupted by SIGINT', 15)"
     assert [line.split("   ")[0] for line in continued[0].data["text/plain"].splitlines()[:-1]] == [
+        "resuming from step 15",
         "epoch 2/3",
         "epoch 3/3",
     ]
