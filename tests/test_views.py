@@ -127,11 +127,27 @@ def test_only_shown_images_are_copied_to_the_host():
 
 
 def test_large_images_are_scaled_down_within_a_budget():
-    value = fx.values.Image(torch.rand(9, 2000, 1500, 3))
+    value = fx.values.Image(torch.randint(0, 256, (4, 2000, 1500, 3), dtype=torch.uint8))
     page = value._repr_html_()
     assert "width:750px" in page
     assert len(page) < 6e6
     assert re.search(r"and \d more image", shown(value))
+
+
+def test_values_are_cut_before_they_are_copied_to_the_host():
+    huge = torch.zeros(1, dtype=torch.uint8)
+    assert "<img" in fx.values.Image(huge.expand(10_000, 40_000, 30_000, 3))._repr_html_()
+    assert "<img" in fx.values.Image(huge.expand(4, 40_000, 30_000, 3), grid=True)._repr_html_()
+    assert "the first 240 frames" in shown(fx.values.Video(huge.expand(10_000, 40_000, 20_000, 4)))
+    assert "the first 20 seconds" in shown(fx.values.Audio(torch.zeros(1).expand(10**10), rate=8000))
+    images = fx.values.Image(huge.expand(10_000, 40_000, 30_000, 3))
+    assert "and 9,950 more rows" in shown(fx.values.Table({"x": images}))
+
+
+def test_reprs_of_long_values_are_short():
+    assert len(repr(fx.values.Text("x" * 10**6))) < 1000
+    assert len(repr(fx.values.Table({f"column {index}": [1] for index in range(1000)}))) < 1000
+    assert len(repr(fx.History({f"norm/{index}": ([1], [1.0]) for index in range(5000)})).splitlines()) < 60
 
 
 def test_image_out_of_range_says_so_in_its_place():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,8 @@ from fxtrain.core._plots import XAxis, draw
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame  # pyright: ignore
+
+_MAX_SHOWN = 50  # curves in a repr
 
 _Points = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
@@ -155,9 +158,11 @@ class History(Mapping[str, Series]):
 
     def __repr__(self) -> str:
         rows = [
-            f"  {printable(name)}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self
+            f"  {printable(name)}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}"
+            for name in itertools.islice(self, _MAX_SHOWN)
         ]
-        return "\n".join([f"History of {len(self)} curves", *rows])
+        more = [f"  and {len(self) - _MAX_SHOWN} more"] if len(self) > _MAX_SHOWN else []
+        return "\n".join([f"History of {len(self)} curves", *rows, *more])
 
     @html_view
     def _repr_html_(self) -> str:

@@ -57,7 +57,7 @@ class Result:
     def _where(self) -> str:
         if isinstance(self.state, Donated):
             return "whose state was donated"
-        return f"at step {leaf_values([self.state.step])[0]}"
+        return f"at step {leaf_values([self.state.step])[0] or 'of several runs'}"
 
 
 @with_options(Plan)

@@ -75,16 +75,21 @@ class Pixels:
     @property
     def is_single(self) -> bool:
         """Whether the pixels have no axis N."""
-        return "N" not in self._order(self.layout)
+        return "N" not in self.order
 
     @property
     def count(self) -> int:
         """The number N of images or videos."""
         return self.size("N")
 
+    @property
+    def order(self) -> str:
+        """The axes of ``pixels``, one letter each."""
+        return self._order(self.layout)
+
     def size(self, axis: str) -> int:
         """Returns the length of an axis: N, T, H, W or C. An axis that the pixels lack has length 1."""
-        order = self._order(self.layout)
+        order = self.order
         return self.pixels.shape[order.index(axis)] if axis in order else 1
 
     def _order(self, layout: str) -> str:
@@ -134,7 +139,7 @@ class Pixels:
 
     def _permuted(self) -> Tensor:
         """Returns the pixels with the axes of the class."""
-        order = self._order(self.layout)
+        order = self.order
         missing = [axis for axis in self.axes if axis not in order]
         full = "".join(missing) + order
         return self.pixels[(None,) * len(missing)].permute([full.index(axis) for axis in self.axes])

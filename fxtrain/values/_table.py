@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fxtrain.core import describe, escape_html
+from fxtrain.core import describe, escape_html, first_names, printable
 from fxtrain.core._html import html_view
 from fxtrain.values._confusion_image import draw_confusion_matrix
 from fxtrain.values._media import Audio
@@ -114,7 +114,7 @@ class Table:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"Table of {len(self)} rows: {', '.join(self.columns)}"
+        return f"Table of {len(self)} rows: {printable(first_names(self.columns, 20))}"
 
     @html_view
     def _repr_html_(self) -> str:

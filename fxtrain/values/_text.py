@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fxtrain.core import Json, Record, describe, plain_config, register_node
+from fxtrain.core import Json, Record, describe, plain_config, register_node, truncate
 from fxtrain.core._html import html_view
 
 Scalar = bool | int | float
 """A Python number."""
+
+_MAX_REPR = 500  # characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +57,9 @@ class Text(Record):
         numbers = [value.item() if isinstance(value, Tensor) else value for value in vars(self)["_values"]]
         object.__setattr__(self, "markdown", vars(self)["_write"](*numbers))
         return self.markdown
+
+    def __repr__(self) -> str:
+        return f"Text(markdown={truncate(repr(self.markdown), _MAX_REPR)})"
 
     @html_view
     def _repr_html_(self) -> str:

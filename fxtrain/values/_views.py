@@ -30,9 +30,10 @@ _MAX_IMAGES, _MAX_VIDEOS, _MAX_SOUNDS = 64, 4, 8
 _MAX_SIDE, _MAX_VIDEO_SIDE = 1024, 512  # pixels
 _MIN_SIDE, _MIN_VIDEO_SIDE = 112, 240  # pixels; smaller ones are enlarged by a whole factor
 _MAX_FRAMES = 240  # of a video
+_MAX_SECONDS = 20  # of a sound
 _MAX_TEXT = 2**16  # characters
 _MAX_ROWS, _MAX_COLUMNS = 50, 50
-_MAX_CELL_BYTES, _MAX_CELL_SIDE = 2**16, 64  # of an image in a table
+_MAX_CELL_PIXELS, _MAX_CELL_SIDE = 192, 64  # pixels of an image in a table, and its height on the screen
 _MAX_CLASSES = 24  # confusion matrices with more classes are drawn without counts
 _MAX_PAIRS = 10  # most confused pairs of classes
 _MAX_BARS = 100
@@ -41,9 +42,8 @@ _WIDTH, _HEIGHT, _MARGIN = 360, 120, 16  # of the drawing of a histogram
 
 def image_view(value: Image) -> str:
     """Returns the HTML of one or more images."""
-    shown = _first(value, _MAX_IMAGES) if not value.grid else value
-    pictures = [_small(frame, _MAX_SIDE) for frame in shown.frames]
-    files = [(png(frame), _picture(frame)) for frame in pictures]
+    shown = _reduced(value, _MAX_SIDE, None if value.grid else _MAX_IMAGES)
+    files = ((png(frame), _picture(frame)) for frame in shown.frames)  # encoded only while the budget lasts
     drawn = _within_budget(files, shown.captions)
     count = 1 if value.grid else value.count
     return view(repr(value), *drawn, left_out(count - len(drawn), "image"))
@@ -51,10 +51,9 @@ def image_view(value: Image) -> str:
 
 def video_view(value: Video) -> str:
     """Returns the HTML of one or more videos, which play in a loop."""
-    shown = _first(value, _MAX_VIDEOS)
-    frames = [_small(each[:_MAX_FRAMES], _MAX_VIDEO_SIDE) for each in shown.frames]
+    shown = _reduced(value, _MAX_VIDEO_SIDE, _MAX_VIDEOS)
     files: list[tuple[bytes, str]] = []
-    for each in frames:
+    for each in shown.frames:
         kind, content = video(each, value.fps)
         style = f'style="{_enlarged(each, _MIN_VIDEO_SIDE)}"'
         tag = f'<video controls autoplay loop muted playsinline {style} src="data:video/mp4;base64,{{}}"></video>'
@@ -67,11 +66,14 @@ def video_view(value: Video) -> str:
 def audio_view(value: Audio) -> str:
     """Returns the HTML of one or more sounds."""
     several = value.samples.ndim == 3
-    shown = dataclasses.replace(value, samples=value.samples[:_MAX_SOUNDS]) if several else value
+    samples = value.samples[:_MAX_SOUNDS] if several else value.samples[None]
+    shown = dataclasses.replace(value, samples=samples[:, : _MAX_SECONDS * value.rate][slice(None) if several else 0])
     files = [(wav(each, value.rate), '<audio controls src="data:audio/wav;base64,{}"></audio>') for each in shown.waves]
     drawn = _within_budget(files, ())
     count = len(value.samples) if several else 1
-    return view(repr(value), *drawn, left_out(count - len(drawn), "sound"), note=f"{value.rate:,} Hz")
+    is_cut = samples.shape[1] > _MAX_SECONDS * value.rate
+    cut = element("p", element("small", f"the first {_MAX_SECONDS} seconds")) if is_cut else ""
+    return view(repr(value), *drawn, cut, left_out(count - len(drawn), "sound"), note=f"{value.rate:,} Hz")
 
 
 def figure_view(value: Figure) -> str:
@@ -132,18 +134,20 @@ def histogram_view(value: Histogram) -> str:
     return view(repr(value), drawn, note=f"{counts.sum():,.6g} values" if drawn else "no values")
 
 
-def _first(value: _Pixels, count: int) -> _Pixels:
-    """Returns the first images or videos of a value, so that only these are copied to the host."""
-    if value.is_single or value.count <= count:
-        return value
+def _reduced(value: _Pixels, side: int, count: int | None = None) -> _Pixels:
+    """Returns images or videos with less to copy to the host and to embed.
+
+    Args:
+        value: The images or videos.
+        side: How many pixels a side has at most, of the whole picture with a grid. Rows and columns are left out.
+        count: How many images or videos are kept; all by default.
+    """
+    columns = getattr(value, "columns", 1)
+    rows = -(-value.count // columns) if getattr(value, "grid", False) else 1
+    every = slice(None, None, math.ceil(max(value.size("H") * rows, value.size("W") * columns) / side))
+    kept = {"N": slice(count), "T": slice(_MAX_FRAMES), "H": every, "W": every, "C": slice(None)}
     caption = value.caption if isinstance(value.caption, str) else value.caption[:count]
-    return dataclasses.replace(value, pixels=value.pixels[:count], caption=caption)
-
-
-def _small(frame: np.ndarray, most: int) -> np.ndarray:
-    """Returns an image [..., H, W, C] with at most ``most`` pixels on a side, by leaving out rows and columns."""
-    every = math.ceil(max(frame.shape[-3:-1]) / most)
-    return frame[..., ::every, ::every, :]
+    return dataclasses.replace(value, pixels=value.pixels[tuple(kept[axis] for axis in value.order)], caption=caption)
 
 
 def _enlarged(frame: np.ndarray, least: int = _MIN_SIDE) -> str:
@@ -179,17 +183,17 @@ def _embedded(content: bytes, tag: str) -> Html:
 
 
 def _rows(column: Any) -> Any:
-    return _first(column, _MAX_ROWS) if hasattr(column, "is_single") else column[:_MAX_ROWS]
+    return _reduced(column, _MAX_CELL_PIXELS, _MAX_ROWS) if hasattr(column, "is_single") else column[:_MAX_ROWS]
 
 
 def _cell(cell: Any, left: list[int]) -> object:
     """Returns a cell of a table: images as they are, and other media as their description."""
     if not hasattr(cell, "frames") or hasattr(cell, "fps"):
         return cell if isinstance(cell, str | int | float | None) else repr(cell)
-    frame = _small(cell.frames[0], _MAX_SIDE)
+    frame = _reduced(cell, _MAX_CELL_PIXELS).frames[0]
     content = png(frame)
     left[0] -= len(content)
-    if left[0] < 0 or len(content) > _MAX_CELL_BYTES:
+    if left[0] < 0:
         return repr(cell)
     return _embedded(content, _picture(frame, f"height:{_MAX_CELL_SIDE}px;image-rendering:pixelated"))
 
