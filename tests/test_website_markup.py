@@ -27,6 +27,8 @@ Page
 .. autoclass:: fxtrain.EvalEnd
 .. autoclass:: fxtrain.Callback
 .. autoclass:: fxtrain.TrainState
+.. autoproperty:: fxtrain.values.Audio.waves
+.. autofunction:: fxtrain.callbacks.activation_stats
 """
 
 
@@ -68,6 +70,12 @@ def test_names_and_files_that_do_not_exist_are_warnings(built):
 def test_formulas_are_verbatim(built):
     page, _ = built
     assert "waited   = 0 if improved and better than the baseline, else now - the last time it was\n" in page
+
+
+def test_colon_does_not_end_a_type(built):
+    page, _ = built
+    assert "<p>The sounds on the host: int16 [N, T, C]." in page
+    assert "Return type" not in page
 
 
 def test_types_in_signatures_are_links(built):

@@ -22,12 +22,16 @@ _FILE = re.compile(r"(?<![\w./])(?:\.ci|benchmarks|fxtrain|notebooks|tests)(?:/[
 _NAME = re.compile(r"[A-Za-z_]\w*(?=\(|$)|[A-Z]\w*(?=\.)")
 _SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):$")
 _FUNCTION = re.compile(r"<(?:built-in )?(?:function )?([\w.]+)(?: at \w+)?>")
+_HIDDEN_COLON = "\ue000"
 _log = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Adds the extension to a build."""
-    app.connect("autodoc-process-docstring", _mark_blocks, priority=400)  # before napoleon, which has 500
+    before_napoleon, after_napoleon = 400, 600
+    app.connect("autodoc-process-docstring", _mark_blocks, before_napoleon)
+    app.connect("autodoc-process-docstring", _hide_colons, before_napoleon)
+    app.connect("autodoc-process-docstring", _restore_colons, after_napoleon)
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skip_fields)
     app.connect("missing-reference", _link_type)
@@ -50,6 +54,18 @@ def _mark_blocks(app: Sphinx, what: str, name: str, value: object, options: obje
             marked += ["::", ""]
         marked.append(line)
     lines[:] = marked
+
+
+def _hide_colons(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Hides colons that napoleon would take for the end of a type, because types are in annotations only."""
+    for index, line in enumerate(lines):
+        is_head_of_attribute = index == 0 and what in ("attribute", "data", "property")
+        if is_head_of_attribute or (index > 0 and lines[index - 1] in ("Returns:", "Yields:")):
+            lines[index] = line.replace(":", _HIDDEN_COLON)
+
+
+def _restore_colons(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    lines[:] = [line.replace(_HIDDEN_COLON, ":") for line in lines]
 
 
 def _signature(
