@@ -30,7 +30,7 @@ overflow-x:auto;max-width:100%}
 .fxtrain.fxtrain table{border-collapse:collapse;margin:.4em 0;font-size:12px;border:0;display:table}
 .fxtrain.fxtrain.fxtrain tr{background:none}
 .fxtrain.fxtrain th,.fxtrain.fxtrain td{text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;border:0;\
-border-bottom:1px solid var(--line);white-space:pre-line;overflow-wrap:anywhere;max-width:40em;background:none}
+border-bottom:1px solid var(--line);white-space:pre-line;overflow-wrap:break-word;max-width:40em;background:none}
 .fxtrain.fxtrain th{color:var(--dim);font-weight:500;white-space:nowrap}
 .fxtrain.fxtrain td.number,.fxtrain.fxtrain th.number{text-align:right;white-space:nowrap;\
 font-variant-numeric:tabular-nums}
@@ -52,6 +52,7 @@ text-align:left;padding:.2em .1em;border:0;vertical-align:top}
 .fxtrain svg polyline{stroke:var(--accent)}
 .fxtrain svg text{fill:var(--dim);font-size:10px}
 .fxtrain img,.fxtrain video{max-width:100%;vertical-align:top}
+.fxtrain td svg,.fxtrain td img{max-width:none}
 .fxtrain figure{display:inline-block;margin:0 .5em .5em 0;vertical-align:top;max-width:100%}
 .fxtrain figcaption{color:var(--dim);font-size:12px;white-space:pre-line;overflow-wrap:anywhere;max-width:24em}
 """
