@@ -7,12 +7,16 @@ import errno
 import io
 import os
 import shutil
+import time
 import warnings
 import weakref
 from pathlib import Path
 
 # Errors of file systems that cannot sync folders, and of system folders that may not be opened
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+_LOCK_ATTEMPTS = 5
+_LOCK_SECONDS = 0.005  # between two attempts
 
 
 def make_folder(path: Path) -> None:
@@ -135,7 +139,7 @@ def _open_locked(path: Path) -> io.FileIO:
         # Unbuffered: after a failed write a buffer would keep bytes and write them later.
         file = io.FileIO(path, "r+", opener=_created)
         try:
-            if try_lock(file.fileno()) is False:
+            if not _locked_soon(file.fileno()):
                 raise BlockingIOError(
                     f"expected exclusive access to {path}, got a file that another writer has open. Close that writer, "
                     "use it in place of this one, or use another path."
@@ -150,8 +154,23 @@ def _open_locked(path: Path) -> io.FileIO:
         file.close()  # another writer replaced the file since it was opened
 
 
+def _locked_soon(descriptor: int) -> bool:
+    """Locks an open file, and waits a moment for a process that only checks it. Returns whether it may be written."""
+    for _ in range(_LOCK_ATTEMPTS):
+        if try_lock(descriptor) is not False:
+            return True
+        time.sleep(_LOCK_SECONDS)
+    return False
+
+
 def _created(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def is_open_here(path: Path) -> bool:
+    """Returns whether an ``Appendable`` of this process has a file open."""
+    there = os.stat(path)
+    return any(os.path.samestat(os.fstat(file.fileno()), there) for file in _LOCKED if not file.closed)
 
 
 _LOCKED: weakref.WeakSet[io.FileIO] = weakref.WeakSet()

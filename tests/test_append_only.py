@@ -41,8 +41,13 @@ def test_other_process_cannot_write_to_an_open_file(make, read, tmp_path):
     path = tmp_path / "metrics"
     writer = make(path)
     writer.write_scalars(1, {"loss": 1.0})
-    script = f"from fxtrain.writers import {make.__name__} as make; make({str(path)!r})"
+    script = f"""
+from fxtrain.writers import {make.__name__} as make
+writer = make({str(path)!r})  # as another rank does, which writes nothing
+print("made")
+writer.write_scalars(7, {{"loss": 7.0}})"""
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert other.stdout == "made\n"
     assert "BlockingIOError: expected exclusive access" in other.stderr
     writer.write_scalars(2, {"loss": 0.5})
     writer.close()

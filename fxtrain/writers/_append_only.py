@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from fxtrain.disk import Appendable, make_folder
+from fxtrain.disk import Appendable, is_open_here, make_folder
 from fxtrain.writers._interface import Backend, explain_failure
 
 REWOUND = "rewound_to"
@@ -81,7 +81,13 @@ class RunLog(OneFile):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
-        self._opened()  # raises an error of the path before any value is written
+        # Opened and closed again, which repairs the file, and raises an error of the path before any value is written.
+        try:
+            self._opened()
+        except BlockingIOError:
+            # Rank 0 may be writing already, and this process be another rank, which writes nothing.
+            if is_open_here(path):
+                raise
         self.close()
 
     def _open(self) -> Appendable:
