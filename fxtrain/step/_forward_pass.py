@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxtrain import rng, tree
 from fxtrain._torch_internals.dynamo import constant_in_dynamo
-from fxtrain._torch_internals.modules import CALLS
+from fxtrain._torch_internals.modules import CALLS, add_idle_hook, set_forward_pre_hooks
 from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
 from fxtrain.core._tracebacks import place
 from fxtrain.model import CallResult, Model, model_of
@@ -120,12 +120,16 @@ def forwards_wrapped(wrappers: Iterable[tuple[nn.Module, Callable[..., Tree]]]) 
     methods = [(module, "forward" in module.__dict__, module.forward, wrapper) for module, wrapper in wrappers]
     for module, _, method, wrapper in methods:
         module.forward = functools.partial(wrapper, method)
+    # Dynamo of torch 2.11 would call the method of the class.
+    hooks = [add_idle_hook(module) for module, *_ in methods] if torch.compiler.is_dynamo_compiling() else []
     try:
         yield
     finally:
+        for (module, *_), own in zip(methods, hooks, strict=False):
+            set_forward_pre_hooks(module, own)
         for module, is_own, method, _ in methods:
             # Dynamo cannot delete attributes that it has added.
-            if is_own or torch.compiler.is_dynamo_compiling():
+            if is_own or hooks:
                 module.forward = method
             else:
                 del module.forward
