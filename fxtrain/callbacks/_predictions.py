@@ -25,6 +25,7 @@ from fxtrain.core import (
     check_int,
     check_positive_int,
 )
+from fxtrain.core._bits import reinterpreted
 from fxtrain.fold import Handler, stateful
 from fxtrain.values import Audio, Image, Table, Video
 
@@ -182,7 +183,7 @@ def _stored(shown: Shown, count: int, size: int, device: torch.device) -> tuple[
     elif isinstance(column, Tensor):
         kind = _FLOAT if column.is_floating_point() else _BOOL if column.dtype == torch.bool else _INT
         wide = column.double() if kind == _FLOAT else column.long()
-        stored, shape = wide.contiguous()[:, None].view(torch.uint8), [kind, 0, 0, 0]
+        stored, shape = reinterpreted(wide.contiguous()[:, None], torch.uint8), [kind, 0, 0, 0]
     else:
         cells = [_encoded(cell, size) for cell in column]
         stored = torch.zeros(count, size, dtype=torch.uint8)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.core._bits import reinterpreted
+
 
 class Form(NamedTuple):
     """How floating-point samples of a dtype are computed: in float64 for float64, otherwise in float32."""
@@ -48,7 +50,7 @@ def negative_log(integer: Tensor, form: Form) -> Tensor:
     difference is computed in integers, so small results have the same relative precision as large ones.
     """
     x = 2 * integer + 1
-    exponent = _reinterpreted(x.to(form.compute) * math.sqrt(2.0), form.integer) >> form.mantissa
+    exponent = reinterpreted(x.to(form.compute) * math.sqrt(2.0), form.integer) >> form.mantissa
     exponent = exponent.to(torch.int64) - form.bias
     power = torch.ones_like(x) << exponent
     ratio = (x - power).to(form.compute) / (x + power).to(form.compute)
@@ -78,35 +80,11 @@ def sqrt(x: Tensor, form: Form) -> Tensor:
 
     Halving the exponent gives an initial relative error of 0.06. Each iteration squares the error.
     """
-    half = (_reinterpreted(x, form.integer) >> 1) + (form.bias << form.mantissa - 1)
-    root = _reinterpreted(half, form.compute)
+    half = (reinterpreted(x, form.integer) >> 1) + (form.bias << form.mantissa - 1)
+    root = reinterpreted(half, form.compute)
     for _ in range(3 if form.width == 32 else 4):
         root = 0.5 * (root + x / root)
     return root
-
-
-def _reinterpreted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the same bits as another dtype."""
-    try:
-        return x.view(dtype)
-    except RuntimeError:  # torch 2.11 has no vmap rule for this view
-        return _Reinterpreted.apply(x, dtype)  # pyright: ignore[reportReturnType]
-
-
-class _Reinterpreted(torch.autograd.Function):
-    """Views a tensor as another dtype, with a vmap rule."""
-
-    @staticmethod
-    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return x.view(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, dtype: torch.dtype) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Reinterpreted.apply(x, dtype), in_dims[0]
 
 
 def _series(x: Tensor, coefficients: Sequence[float]) -> Tensor:
