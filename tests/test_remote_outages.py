@@ -33,7 +33,7 @@ class Server:
 
     def __init__(self):
         self.how, self.metrics, self.params, self.status, self.refused = "works", [], {}, None, set()
-        self.port = None
+        self.has_failed, self.port = False, None
         self._server = None
         self.start()
 
@@ -76,6 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if server.how == "fails":
             self.answer(500, {})
+            server.has_failed = True
             return
         body = json.loads(body or "{}")
         name = self.path.split("?")[0].rsplit("/api/2.0/mlflow/", 1)[-1]
@@ -230,7 +231,7 @@ def test_rewind_in_an_outage_sends_no_point_twice(tmp_path, server, recwarn):
     server.goes("fails")
     for step in (2, 3, 4):
         writer.write_scalars(step, {"loss": 1.0})
-    time.sleep(0.3)
+    wait_until(lambda: server.has_failed)
     writer.purge(2)
     writer.write_scalars(3, {"loss": 30.0})
     server.goes("works")
@@ -265,7 +266,7 @@ def test_tensors_are_sent_with_their_values_at_the_write(tmp_path, server, monke
         writer.write(1, {"loss": loss, "picture": Image(pixels)})
         loss.fill_(9.0)
         pixels.fill_(1.0)
-        time.sleep(0.3)
+        wait_until(lambda: server.has_failed)
         server.goes("works")
         writer.close()
     assert server.metrics[0]["value"] == 0.5
