@@ -1,5 +1,7 @@
 """Gradients of a loss, and their application to the parameters of one entry."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,26 @@ class TestApplyGradients:
         testing.assert_equal(new.opt_state["b"], state.opt_state["b"], "the other memory")
         assert torch.equal(new.params["a"]["bias"], state.params["a"]["bias"])
         assert torch.equal(new.params["a"]["weight"], state.params["a"]["weight"] + updates["weight"])
+
+
+class TestUpdate:
+    def arguments(self, **changed):
+        tx = {"a": fx.optim.sgd(0.1), "b": fx.optim.adam(0.1)}
+        state = fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx)
+        found = fx.gradients(lambda model, batch: model["a"] * model["b"], wrt="a")(state, None)
+        return {"state": state, "found": found, "tx": tx["a"], "wrt": "a", **changed}
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"state": {}}, "expected a TrainState as the first argument, got a dict"),
+            ({"found": {}}, "update: expected the result of fxtrain.gradients, got a dict"),
+            ({"tx": {"a": fx.optim.sgd(0.1)}}, "Update one model at a time: give tx['a'], and wrt='a'."),
+            ({"tx": fx.optim.sgd}, "expected tx to be a gradient transformation, got the function sgd"),
+            ({"wrt": None}, "expected wrt to be one of a, b, because each has its own optimizer, got None"),
+            ({"wrt": "c"}, "expected wrt to be one of a, b, because each has its own optimizer, got 'c'"),
+        ],
+    )
+    def test_wrong_arguments_are_refused(self, changed, message):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            fx.step.update(**self.arguments(**changed))

@@ -10,14 +10,7 @@ from fxtrain.core import TRACED, Callback, Control, Event, Gradients, Microbatch
 from fxtrain.fold import Handler
 from fxtrain.fold._handler import handler_of
 from fxtrain.model import model_of
-
-
-def models_of(state: TrainState) -> tuple[str, ...]:
-    """Returns the keys of the models with an own optimizer, if ``init`` was given a dict of these."""
-    optimizers, params = state.opt_state, state.params
-    if type(optimizers) is not dict or type(params) is not dict or optimizers.keys() != params.keys():
-        return ()
-    return tuple(params)
+from fxtrain.model._model import models_of
 
 
 def per_model(callback: Callback) -> Handler:

@@ -126,6 +126,14 @@ def model_of(state: TrainState) -> Model:
     return state.model
 
 
+def models_of(state: TrainState) -> tuple[str, ...]:
+    """Returns the keys of the models with an own optimizer, if ``init`` was given a dict of these."""
+    optimizers, params = state.opt_state, state.params
+    if type(optimizers) is not dict or type(params) is not dict or optimizers.keys() != params.keys():
+        return ()
+    return tuple(params)
+
+
 def _is_trainable(value: Tensor) -> bool:
     frozen = isinstance(value, nn.Parameter) and not value.requires_grad
     return (value.is_floating_point() or value.is_complex()) and not frozen

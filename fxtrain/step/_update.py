@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fxtrain import optim, tree
-from fxtrain.core import Callback, Control, Gradients, StepOutput, TrainState, Tree, Updated
+from fxtrain.core import Callback, Control, Gradients, StepOutput, TrainState, Tree, Updated, describe, first_names
 from fxtrain.fold import as_composed
 from fxtrain.model import model_of
+from fxtrain.model._model import models_of
 from fxtrain.optim._partial_update import accumulates
+from fxtrain.optim._transform import refuse_unless_transformation
 from fxtrain.step._gradients import Gradient
 
 
@@ -43,6 +45,10 @@ def update(
     Returns:
         The new state, and the output with the metrics of ``found``, the learning rates, and all requests so far.
 
+    Raises:
+        TypeError: If ``found`` is not the result of ``gradients``, or as for ``apply_gradients``.
+        ValueError: As for ``apply_gradients``.
+
     Example:
         >>> import torch, fxtrain as fx
         >>> tx = {"generator": fx.optim.adam(1e-3), "discriminator": fx.optim.adam(1e-3)}
@@ -66,6 +72,12 @@ def update(
         >>> [name for name in result.history if name.endswith("total")]
         ['grad_norm/discriminator/total', 'grad_norm/generator/total']
     """
+    if not isinstance(found, Gradient):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"update: expected the result of fxtrain.gradients, got {describe(found)}. Call update(state, found, tx) "
+            "with found = fxtrain.gradients(loss_fn)(state, batch)."
+        )
+    _check_transformation(state, tx, wrt)
     folded, number = as_composed(callbacks), state.step + 1
     measured = {"loss": found.loss, "metrics": found.metrics, "grads": found.grads, "weight": found.weight}
     measured["model"] = wrt
@@ -109,6 +121,10 @@ def apply_gradients(
     Returns:
         The new state, and the updates that were added to the parameters.
 
+    Raises:
+        TypeError: If ``state`` is not a TrainState, or ``tx`` is not a transformation.
+        ValueError: If the state has an optimizer for each of several models, and ``wrt`` names none of them.
+
     Example:
         >>> import torch, fxtrain as fx
         >>> tx = {"a": fx.optim.sgd(0.1), "b": fx.optim.adam(0.1)}
@@ -118,6 +134,7 @@ def apply_gradients(
         >>> float(updates), float(state.params["a"])
         (-0.10000000149011612, 0.8999999761581421)
     """
+    _check_transformation(state, tx, wrt)
     model = model_of(state)
     trainable = model.split(state.params, wrt)
     tx_state = state.opt_state if wrt is None else state.opt_state[wrt]
@@ -128,6 +145,28 @@ def apply_gradients(
     params = model.merge(state.params, moved, wrt)
     opt_state = tx_state if wrt is None else {**state.opt_state, wrt: tx_state}
     return state.replace(params=params, opt_state=opt_state), updates
+
+
+def _check_transformation(state: TrainState, tx: optim.GradientTransformation, wrt: str | None) -> None:
+    """Raises unless ``state`` is a state, and ``tx`` a transformation for its only model or that of ``wrt``."""
+    if not isinstance(state, TrainState):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected a TrainState as the first argument, got {describe(state)}. Create it with fxtrain.init."
+        )
+    if isinstance(tx, Mapping):
+        names = list(map(str, tx))
+        name = wrt or "..."
+        raise TypeError(
+            f"expected tx to be one gradient transformation, got a dict with the keys {first_names(names, 8)}. "
+            f"Update one model at a time: give tx[{name!r}], and wrt={name!r}."
+        )
+    refuse_unless_transformation("tx", tx)
+    models = models_of(state)
+    if models and wrt not in models:
+        raise ValueError(
+            f"expected wrt to be one of {first_names(models, 8)}, because each has its own optimizer, got {wrt!r}. "
+            "Give the same wrt= to fxtrain.gradients and to update."
+        )
 
 
 def merged(control: Control, requests: Control) -> Control:
