@@ -8,9 +8,10 @@ import io
 import os
 import shutil
 import time
-import warnings
 import weakref
 from pathlib import Path
+
+from fxtrain.core import warn
 
 # Errors of file systems that cannot sync folders, and of system folders that may not be opened
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -263,10 +264,9 @@ def set_aside(path: Path, what: str, begin: int = 0) -> None:
         sync_folder(path.parent)
         file.truncate(begin)
         os.fsync(file.fileno())
-    warnings.warn(
+    warn(
         f"{path} {what}, possibly after a crash. Its last {len(content)} bytes were moved to {damaged.name}.",
         RuntimeWarning,
-        stacklevel=3,
     )
 
 

@@ -6,7 +6,6 @@ import collections
 import functools
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 from fxtrain.checkpoint import _folder as folders
@@ -20,7 +19,7 @@ from fxtrain.checkpoint._ownership import Ownership
 from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
 from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts
-from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
+from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean, warn
 
 
 class Checkpointer(Reader):
@@ -196,7 +195,7 @@ class Checkpointer(Reader):
 
     def _report(self) -> None:
         while self._warnings:
-            warnings.warn(self._warnings.popleft(), RuntimeWarning, stacklevel=3)
+            warn(self._warnings.popleft(), RuntimeWarning)
         while self._errors:
             error = self._errors.popleft()
             if not isinstance(error, CheckpointError):
@@ -254,7 +253,7 @@ class Checkpointer(Reader):
     def _failed(self, error: CheckpointError) -> None:
         if self._on_error == "raise":
             raise error
-        warnings.warn(f"{error} Training continues without this checkpoint.", RuntimeWarning, stacklevel=4)
+        warn(f"{error} Training continues without this checkpoint.", RuntimeWarning)
 
     def _submit(self, job: Callable[[], None]) -> None:
         def guarded() -> None:

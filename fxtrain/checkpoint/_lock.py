@@ -9,10 +9,10 @@ import os
 import pathlib
 import socket
 import stat
-import warnings
 from typing import NoReturn
 
 from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.core import warn
 from fxtrain.disk import close_in_children, make_folder, try_lock
 
 _NAME = ".lock"
@@ -72,11 +72,10 @@ class FolderLock:
             self._refuse("a file with other content")
         is_locked = try_lock(file.fileno())
         if is_locked is None and os.name != "nt":
-            warnings.warn(
+            warn(
                 f"expected a file system with locks at {self._folder}, got one without. Make sure that only one run "
                 "writes to it.",
                 UserWarning,
-                stacklevel=2,
             )
         if is_locked is False:
             holder = content.decode(errors="replace").strip() or "another process"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import warnings
 from collections.abc import Iterable
 from typing import TypeVar, Unpack
 
@@ -17,7 +16,7 @@ from fxtrain.checkpoint._match import Fresh, Where
 from fxtrain.checkpoint._ownership import Ownership, contents, newest_run, shown
 from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, read
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy
-from fxtrain.core import Tree
+from fxtrain.core import Tree, warn
 from fxtrain.core._html import html_view
 from fxtrain.disk import sync_folder
 
@@ -95,7 +94,7 @@ class Reader:
             CheckpointError: If there is no checkpoint, none can be read, or it does not fit ``like``.
         """
         report = self.read(like, step=step, where=where, fresh=fresh, extra=extra, device=device)
-        report.warn(stacklevel=2)
+        report.warn()
         return report.state
 
     def read(self, like: Tree, *, step: int | None = None, **options: Unpack[ReadOptions]) -> Restoration:
@@ -256,7 +255,7 @@ class Reader:
                 where = f"It is kept as {aside.name}"
             except OSError as problem:
                 where = f"It could not be renamed ({problem})"
-            warnings.warn(f"{error} {where}{instead}.", UserWarning, stacklevel=5)
+            warn(f"{error} {where}{instead}.", UserWarning)
 
     def _refuse_fresh_start(self, damaged: list[tuple[Entry, DamagedError]]) -> None:
         lines = [str(error) for _, error in damaged]

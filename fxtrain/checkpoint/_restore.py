@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypedDict, TypeVar
 
@@ -23,7 +22,7 @@ from fxtrain.checkpoint._manifest import Manifest, dtype_of, read_manifest
 from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._save import device_of, environment
-from fxtrain.core import CHANGED_AT_END, LOOP, Record, Tree, check_choice
+from fxtrain.core import CHANGED_AT_END, LOOP, Record, Tree, check_choice, warn
 from fxtrain.model._freezing import refuse_shared_counts
 
 _MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
@@ -75,12 +74,8 @@ class Restoration(Record):
     different: list[str]
     environment: Mapping[str, str | int]
 
-    def warn(self, stacklevel: int) -> None:
-        """Warns about slots and environment values that differ, if there are any.
-
-        Args:
-            stacklevel: As for ``warnings.warn``, counted from the caller of this method.
-        """
+    def warn(self) -> None:
+        """Warns about slots and environment values that differ, if there are any."""
         lines = [f"the slot {name!r} is not in the checkpoint and is initialized" for name in self.missing]
         kept = [name for name in self.extra if name in self.state.slots]
         lines += [f"the slot {name!r} is only in the checkpoint and is kept" for name in kept]
@@ -96,7 +91,7 @@ class Restoration(Record):
         ]
         lines += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
         if lines:
-            warnings.warn(f"{self.path}: {'; '.join(lines)}.", UserWarning, stacklevel=stacklevel + 1)
+            warn(f"{self.path}: {'; '.join(lines)}.", UserWarning)
 
 
 def restore(
@@ -149,7 +144,7 @@ def restore(
         (0, 3)
     """
     report = read(pathlib.Path(path), like, where=where, fresh=fresh, extra=extra, device=device)
-    report.warn(stacklevel=2)
+    report.warn()
     return report.state
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Batch, TrainState, dtype_name, first_names
+from fxtrain.core import Batch, TrainState, dtype_name, first_names, warn
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
@@ -75,10 +74,9 @@ class Recompiles:
             )
         # One warning is enough for batches of many sizes.
         if not (is_batch and self._has_warned_of_batches):
-            warnings.warn(
+            warn(
                 f"{self._step!r} recompiles: {found}. {remedy} on_recompile='allow' silences this warning.",
                 UserWarning,
-                stacklevel=4,
             )
         self._has_warned_of_batches |= is_batch
 

@@ -88,6 +88,7 @@ from fxtrain.core._slots import (
 from fxtrain.core._state import Donated, DonatedError, Due, TrainState, invalidate
 from fxtrain.core._state_diff import LeafDiff, StateDiff, same_bits
 from fxtrain.core._timestamps import WallClock, timestamp, utc_now
+from fxtrain.core._tracebacks import warn
 from fxtrain.core._types import Batch, Metrics, Scalar, Tree, wide_dtype
 
 __all__ = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -102,6 +104,21 @@ def place(filename: str, line: int | None) -> str:
 def ipython_shell() -> Any:
     """Returns the running shell of IPython; None outside of IPython."""
     return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns at the innermost line of the user's code, or if there is none, as in a worker thread, at the caller's line.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn("The folder is full.", RuntimeWarning)
+        >>> caught[0].filename
+        '<doctest fxtrain.core._tracebacks.warn[1]>'
+    """
+    frames = enumerate(traceback.walk_stack(inspect.currentframe()), 1)
+    level = next((level for level, (frame, _) in frames if is_of_users(frame.f_code.co_filename)), 2)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _is_of_library(filename: str) -> bool:

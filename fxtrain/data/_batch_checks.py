@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import TypeGuard
 
@@ -13,7 +12,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Batch, Tree, describe
+from fxtrain.core import Batch, Tree, describe, warn
 from fxtrain.data._graphs import is_graph
 from fxtrain.data._placeholders import for_step
 
@@ -171,12 +170,11 @@ def checksum(batch: Batch) -> int:
 
 def warn_of_another_batch(index: int, name: str) -> None:
     """Warns that a batch differs from the one read at the same position before the checkpoint."""
-    warnings.warn(
+    warn(
         f"expected batch {index} of {name} to be the same as before the checkpoint, got a different one. The resumed "
         "run differs from an uninterrupted one. Make the data repeatable: derive random samples from the sample index "
         "or the epoch, seed the shuffling, or include generators in the state_dict.",
         UserWarning,
-        stacklevel=3,
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-import warnings
 
-from fxtrain.core import SESSION, TRACED, Callback, Control, Event, TrainState, printable
+from fxtrain.core import SESSION, TRACED, Callback, Control, Event, TrainState, printable, warn
 from fxtrain.core._tracebacks import places
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._compose import Composed
@@ -90,10 +89,9 @@ def _warn(handler: Handler, event: Event, error: Exception, what_next: str) -> N
     frames = traceback.extract_tb(error.__traceback__)
     frame = places(frames).own or frames[-1]
     text = str(error)
-    warnings.warn(
+    warn(
         f"The callback {printable(handler.name)} failed at {type(event).__name__} of step {int(event.step)} and is "
         f"undone: {type(error).__name__}{f': {printable(text)}' if text else ''} ({printable(frame.filename)}, line "
         f"{frame.lineno}). Training continues. {what_next}.",
         RuntimeWarning,
-        stacklevel=5,
     )

@@ -104,5 +104,5 @@ def load_weights(
         raise ValueError(f"{path}: {error}{' ' + remedy if remedy else ''}") from None
     if report:
         return found
-    found.warn(stacklevel=2)
+    found.warn()
     return found.state

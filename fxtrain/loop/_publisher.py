@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -32,6 +31,7 @@ from fxtrain.core import (
     printable,
     printable_lines,
     try_all,
+    warn,
 )
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
@@ -243,9 +243,7 @@ class Publisher:
 
 def _report(observer: Callable[..., None], what: str, error: Exception) -> None:
     lines = printable_lines("".join(traceback.format_exception(error)))
-    warnings.warn(
-        "\n".join([f"The observer {printable(name_of(observer))} {what}.", *lines]), RuntimeWarning, stacklevel=4
-    )
+    warn("\n".join([f"The observer {printable(name_of(observer))} {what}.", *lines]), RuntimeWarning)
 
 
 def _call(observer: Callable[..., None], name: str, *arguments: object) -> None:

@@ -95,7 +95,7 @@ class Snapshots:
             if report is None and reader is not None and listed in self._on_disk:
                 report = reader.read_snapshot(listed, like)
             if report is not None:
-                report.warn(stacklevel=3)
+                report.warn()
                 state, saved = CheckpointSlots.split(report.state)
                 return state, saved.epoch_metrics or EpochMetrics()
         return None

@@ -9,7 +9,6 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any, cast
 
 from fxtrain.checkpoint import Restoration
@@ -23,6 +22,7 @@ from fxtrain.core import (
     Restored,
     StepFn,
     TrainState,
+    warn,
 )
 from fxtrain.data import Source, SourceLike, as_source
 from fxtrain.data._sizes import data_sizes
@@ -270,7 +270,7 @@ class Run:
             if not taken:
                 yield from self._saves.save_last()
         except Exception as error:  # the first error is the one to raise
-            warnings.warn(f"Ending the run after an error raised another: {error!r}.", RuntimeWarning, stacklevel=2)
+            warn(f"Ending the run after an error raised another: {error!r}.", RuntimeWarning)
 
 
 def _run_statistics(step: Any, data: Source) -> list[Handler]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 
 from fxtrain.checkpoint import Checkpointer, Committed, Restoration, Role, Save
-from fxtrain.core import SaveBegin, Saved, TrainState
+from fxtrain.core import SaveBegin, Saved, TrainState, warn
 from fxtrain.data import Source
 from fxtrain.data._batch_checks import checksum
 from fxtrain.loop._batches import LastBatch
@@ -44,7 +43,7 @@ class Checkpoints:
         if checkpointer is None or not checkpointer.has_any():
             return None
         report = checkpointer.read(like, notes=self.notes() | self._possible())
-        report.warn(stacklevel=6)
+        report.warn()
         before = report.environment.get(_COMPILED_BY)
         if before in self._possible().get(_COMPILED_BY, ()):  # any other is reported above
             self._compiled_by = before
@@ -69,11 +68,10 @@ class Checkpoints:
             slots: Slots to save with it.
         """
         if self.checkpointer is None:
-            warnings.warn(
+            warn(
                 "expected a checkpointer for a save requested by a callback, got None, so nothing is saved. Give fit "
                 "checkpointer=fxtrain.checkpointer(folder).",
                 UserWarning,
-                stacklevel=2,
             )
             return
         self._warn_of_another_route()
@@ -118,10 +116,9 @@ class Checkpoints:
             return
         self._compiled_by = None
         if now != before:
-            warnings.warn(
+            warn(
                 f"The resumed run may differ in the last bits ({_COMPILED_BY}: {before} at the save, {now} now).",
                 UserWarning,
-                stacklevel=3,
             )
 
     def close(self) -> None:

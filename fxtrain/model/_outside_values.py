@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fxtrain.core import Tree, name_of
+from fxtrain.core import Tree, name_of, warn
 from fxtrain.model._attribute_snapshots import Container, refill
 from fxtrain.model._captured_values import is_of_users, values_read
 from fxtrain.model._first_call_checks import CheckedFunctions, ValuesNeededError
@@ -134,11 +133,10 @@ def restoring_outside_values(
     changed, grown = outside.changed(reads.found)
     outside.restore()
     if grown:
-        warnings.warn(
+        warn(
             f"{who} adds to {', '.join(grown)} while it is traced, and a compiled step does not repeat that. Return "
             "the value as a metric, or append it in an observer.",
             RuntimeWarning,
-            stacklevel=2,
         )
     if changed and seen.has_seen_like(function):
         raise CapturedStateError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypedDict, overload
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fxtrain import tree
-from fxtrain.core import Record, TrainState, Tree, dtype_name, first_lines, first_names, matching
+from fxtrain.core import Record, TrainState, Tree, dtype_name, first_lines, first_names, matching, warn
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors, Rename, proposed, renamed
 from fxtrain.model._tensor_access import copies
@@ -84,7 +83,7 @@ class LoadReport(Record):
     mismatched: dict[str, tuple[torch.Size, torch.Size]]
     cast: dict[str, tuple[torch.dtype, torch.dtype]]
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warns about names that were not loaded or not used."""
         lines: list[str] = []
         if self.missing:
@@ -96,11 +95,10 @@ class LoadReport(Record):
             lines.append(f"With another shape ({len(shapes)}): {first_names(shapes)}.")
         if lines:
             kept = len(self.missing) + len(self.mismatched)
-            warnings.warn(
+            warn(
                 f"Loaded {len(self.loaded)} of {len(self.loaded) + kept} names of the model, and kept the state's "
                 f"values for the others. {' '.join(lines)}",
                 UserWarning,
-                stacklevel=stacklevel + 1,
             )
 
 
@@ -234,7 +232,7 @@ def load_state_dict(
     loaded = LoadReport(state.replace(params=params, buffers=buffers), **names)
     if report:
         return loaded
-    loaded.warn(stacklevel=2)
+    loaded.warn()
     return loaded.state
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,18 @@ from typing import Any, get_args
 
 from fxtrain.callbacks._restore_best import RestoreBestState
 from fxtrain.checkpoint import CheckpointError
-from fxtrain.core import Control, EvalEnd, FitBegin, FitEnd, LoopEvent, Observer, StepEnd, TrainState, check_choice
+from fxtrain.core import (
+    Control,
+    EvalEnd,
+    FitBegin,
+    FitEnd,
+    LoopEvent,
+    Observer,
+    StepEnd,
+    TrainState,
+    check_choice,
+    warn,
+)
 from fxtrain.disk import make_folder, replace_file, replace_folder, restore_replaced
 from fxtrain.fold import When, as_trigger
 from fxtrain.interop._save_weights import Format, save_weights
@@ -155,10 +165,9 @@ class Export:
             self._write(state, folder, self._facts(event, step, metrics))
         except (OSError, CheckpointError) as error:
             self._failure = self._failure or error
-            warnings.warn(
+            warn(
                 f"The weights of step {step} could not be exported to {folder}: {error} Later exports are tried.",
                 RuntimeWarning,
-                stacklevel=2,
             )
             return
         self._log.add(event, step, "model", Artifact(folder, "model", aliases))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -12,7 +11,7 @@ from typing import Any, Protocol, overload
 import torch
 
 from fxtrain._torch_internals.memory import start_memory_history, stop_memory_history, write_memory_snapshot
-from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int, describe
+from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int, describe, warn
 from fxtrain.disk import make_folder
 from fxtrain.fold import When, as_trigger
 from fxtrain.observers._profile_schedule import GivenSteps, Schedule, Triggered
@@ -179,7 +178,7 @@ class Profile:
         if self._recorded:
             self._write()
         elif self._steps_taken and not self.files and (warning := self._plan.missed(self._steps_taken, self._warmup)):
-            warnings.warn(warning, RuntimeWarning, stacklevel=2)
+            warn(warning, RuntimeWarning)
         self._stop()
 
     def _step_begins(self, state: TrainState | None, step: int) -> None:

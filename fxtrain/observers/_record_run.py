@@ -11,7 +11,6 @@ import os
 import platform
 import socket
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +42,7 @@ from fxtrain.core import (
     printable,
     timestamp,
     utc_now,
+    warn,
 )
 from fxtrain.disk import append_lines, make_folder, replace_file, set_aside, sync_file
 from fxtrain.observers._record_code import commit_of
@@ -280,7 +280,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn(message, RuntimeWarning)
 
 
 def _reasons(control: Control, kind: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.tracing import has_symbolic_sizes, is_traced
-from fxtrain.core import Tree, check_choice, truncate
+from fxtrain.core import Tree, check_choice, truncate, warn
 from fxtrain.core._tracebacks import place, places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._model_calls import is_forward_wrapped
@@ -116,12 +115,11 @@ class Differentiation:
                 raise rejection
         self._way = "autograd"
         reason = truncate(" ".join(str(rejection).split()) or type(rejection).__name__, _MAX_REASON_LENGTH)
-        warnings.warn(
+        warn(
             f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
             f"{_where(rejection)}: {reason} The gradients are the same. Pass differentiate='autograd' to "
             "use it from the start.",
             UserWarning,
-            stacklevel=2,
         )
         if is_traced():
             raise ValuesNeededError(

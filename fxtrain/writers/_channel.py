@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 import traceback
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 
-from fxtrain.core import LoopEvent, printable, printable_lines
+from fxtrain.core import LoopEvent, printable, printable_lines, warn
 from fxtrain.values import Audio, Histogram, HParams, Image, Kind, PointCloud, Text, Value, Video, kind_of
 from fxtrain.writers._backlog import MOST_BYTES, MOST_POINTS, Backlog, Lost, PendingCall, pending_call
 from fxtrain.writers._interface import Backend, Selection, Writer
@@ -232,4 +231,4 @@ def _write_kind(write: Callable[..., None], step: int, named: Mapping[str, Value
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn(message, RuntimeWarning)

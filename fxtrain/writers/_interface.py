@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -15,7 +14,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from fxtrain.core import LoopEvent, RunInfo
+from fxtrain.core import LoopEvent, RunInfo, warn
 from fxtrain.values import (
     KINDS,
     Artifact,
@@ -144,7 +143,7 @@ class Selection:
                         "name are clipped without a warning.",
                     )
             except ValueError as error:
-                warnings.warn(f"{name!r} of step {step} is not written: {error}", RuntimeWarning, stacklevel=4)
+                warn(f"{name!r} of step {step} is not written: {error}", RuntimeWarning)
                 continue
             kept[name] = simpler
         return kept
@@ -152,7 +151,7 @@ class Selection:
     def _warn_once(self, about: Kind | str, message: str) -> None:
         if about not in self._warned:
             self._warned.add(about)
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            warn(message, RuntimeWarning)
 
 
 def _convert(value: Value) -> list[str]:

@@ -6,12 +6,11 @@ import atexit
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from fxtrain.core import LoopEvent, RunInfo
+from fxtrain.core import LoopEvent, RunInfo, warn
 from fxtrain.disk import make_folder, replace_file, set_aside
 from fxtrain.values import Artifact, Value, plain_number
 from fxtrain.writers._backlog import PendingCall, pending_call
@@ -67,11 +66,10 @@ class RemoteWriter(Backend):
         if self._outbox is not None:
             last = max(last, self._outbox.truncate_after(step))
         if last > step:
-            warnings.warn(
+            warn(
                 f"{self.service} cannot delete points, so those of steps {step + 1} to {last} stay and will be "
                 "duplicated.",
                 RuntimeWarning,
-                stacklevel=3,
             )
             self._last = step
 
@@ -108,10 +106,9 @@ class RemoteWriter(Backend):
             try:
                 staged[name] = self._staging.add(value) if isinstance(value, Artifact) else value
             except OSError as error:
-                warnings.warn(
+                warn(
                     f"{self.service} does not get the artifact {name!r}, because it cannot be copied: {error}.",
                     RuntimeWarning,
-                    stacklevel=3,
                 )
         return staged
 
@@ -125,7 +122,7 @@ class RemoteWriter(Backend):
     def _warn_notes(self, outbox: Outbox | None = None) -> None:
         outbox = outbox or self._outbox
         for note in outbox.notes() if outbox is not None else ():
-            warnings.warn(note, RuntimeWarning, stacklevel=3)
+            warn(note, RuntimeWarning)
 
     # Called by the thread.
 

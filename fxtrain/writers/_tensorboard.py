@@ -15,14 +15,13 @@ import socket
 import struct
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fxtrain.core import LoopEvent, describe
+from fxtrain.core import LoopEvent, describe, warn
 from fxtrain.disk import Appendable, make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
 from fxtrain.values._encoders import gif, png, wav
@@ -180,10 +179,9 @@ class TensorBoardWriter(OneFile):
     def _histogram(self, step: int, name: str, histogram: Histogram) -> Any:
         counts, edges = histogram.buckets()
         if not counts.sum():
-            warnings.warn(
+            warn(
                 f"{name!r} of step {step} is not written: expected a histogram with finite values, got none.",
                 RuntimeWarning,
-                stacklevel=5,
             )
             return []
         # Drops empty buckets at both ends, because TensorBoard plots everything between the outermost edges.
@@ -245,10 +243,9 @@ class TensorBoardWriter(OneFile):
                     f"damaged.{path.name.replace('tfevents.', '')}"
                 )  # a name that TensorBoard does not read
                 os.replace(path, target)
-                warnings.warn(
+                warn(
                     f"{path} contains no record, possibly after a crash, and was renamed to {target.name}.",
                     RuntimeWarning,
-                    stacklevel=5,
                 )
 
     def _older(self) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from fxtrain._torch_internals.dynamo import can_show_to_modes, recompile_limit_e
 from fxtrain._torch_internals.interface import is_tested
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.compiler.lowering._executable import Executable
-from fxtrain.core import Batch, TrainState, Tree, compiling
+from fxtrain.core import Batch, TrainState, Tree, compiling, warn
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.rng import untouched
@@ -64,7 +63,7 @@ def compile_by_dynamo(
         except too_many_graphs:
             # Nothing has been computed yet.
             if not warned:
-                warnings.warn(_TOO_MANY_SIZES, UserWarning, stacklevel=4)
+                warn(_TOO_MANY_SIZES, UserWarning)
             warned = True
             result: Any = step(*arguments)
         if writes and model is not None:

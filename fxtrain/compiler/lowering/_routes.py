@@ -18,7 +18,7 @@ from fxtrain.compiler.lowering._dynamo import fails
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.compiler.lowering._graph_breaks import Break, break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
-from fxtrain.core import Batch, TrainState
+from fxtrain.core import Batch, TrainState, warn
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
@@ -193,7 +193,7 @@ class Routes:
                     continue
                 self._chosen, self._is_chosen, self._found = index, True, found or self._found
                 if found is not None:
-                    warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=5)
+                    warn(_fallback(step, found, route), UserWarning)
                 return executable
             assert found is not None
             raise GraphBreakError(_refused(step, found)) from None

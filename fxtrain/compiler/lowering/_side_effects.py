@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals.tracing import TRACER_MODULES
-from fxtrain.core import Tree
+from fxtrain.core import Tree, warn
 from fxtrain.core._tracebacks import is_of_users
 
 _FORMATTERS = frozenset(("__repr__", "__str__", "__format__"))
@@ -79,11 +78,10 @@ class _FormattingWarning(TorchFunctionMode):
             line = _users_line()
             if line is not None:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"A tensor is formatted as text at {line} while the step is traced. It has no values there, and "
                     "the line does not run again in later steps. Return the tensor as a metric instead.",
                     UserWarning,
-                    stacklevel=2,
                 )
         return func(*args, **(kwargs or {}))
 
