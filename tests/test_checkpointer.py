@@ -197,7 +197,7 @@ class TestErrors:
                 observers=[lambda state, event, control: seen.append(type(event).__name__)],
             )
         assert seen.count("StepEnd") == 2
-        assert seen[-1] == "Interrupted"
+        assert seen[-2:] == ["Interrupted", "SaveBegin"]
 
     def test_run_continues_after_warning_and_saves_at_end(self, tmp_path, monkeypatch):
         checkpoints, faults = fx.checkpointer(tmp_path, on_error="warn"), [no_room]
