@@ -114,8 +114,8 @@ class TestUpdate:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"state": {}}, "expected a TrainState as the first argument, got a dict"),
-            ({"found": {}}, "update: expected the result of fxtrain.gradients, got a dict"),
+            ({"state": 1.0}, "expected a TrainState as the first argument, got 1.0"),
+            ({"found": 1.0}, "update: expected the result of fxtrain.gradients, got 1.0"),
             ({"tx": {"a": fx.optim.sgd(0.1)}}, "Update one model at a time: give tx['a'], and wrt='a'."),
             ({"tx": fx.optim.sgd}, "expected tx to be a gradient transformation, got the function sgd"),
             ({"wrt": None}, "expected wrt to be one of a, b, because each has its own optimizer, got None"),
