@@ -373,9 +373,11 @@ def test_rewind_removes_abandoned_rows_and_times(history):
     recorded = HistoryRecorder()
     view = fx.History(recorded.points, clock=recorded.clock)
     for step in (1, 2, 3):
-        recorded.add(step, {"loss": 1.0}, (float(step), step, epoch))
+        recorded.add(step, {"loss": 1.0})
+    recorded.mark([1, 2, 3], [(float(step), step, epoch) for step in (1, 2, 3)])
     recorded.forget_after(1)
-    recorded.add(2, {"loss": 1.0}, (9.0, 2, epoch))
+    recorded.add(2, {"loss": 1.0})
+    recorded.mark([2, 1], [(9.0, 2, epoch), (10.0, 1, epoch)])  # a late value of step 1 keeps its first time
     assert view.frame()["time"].tolist() == [1.0, 9.0]
     assert view.frame()["epoch"].tolist() == pytest.approx([0.1, 0.2])
 

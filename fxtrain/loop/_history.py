@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import array
 import bisect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,18 +26,19 @@ class HistoryRecorder:
 
     def __init__(self) -> None:
         self.points: dict[str, tuple[list[int], list[float]]] = {}
-        self._steps = array.array("q")  # increasing
+        # Of each event in the order of publication, in which a step can repeat or arrive late.
+        self._steps = array.array("q")
         self._times = array.array("d")
         self._positions = array.array("q")
         self._epochs: list[Epoch] = []
 
     def clock(self, steps: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the fractional epochs and the times at steps, int64 [n]: float64 [n], NaN where unknown."""
-        known = np.array(self._steps, dtype=np.int64)
+        known, first = np.unique(np.array(self._steps, dtype=np.int64), return_index=True)
         index = np.searchsorted(known, steps)
         is_known = np.append(known, -1)[index] == steps
         return {
-            name: np.where(is_known, np.append(values, np.nan)[index], np.nan)
+            name: np.where(is_known, np.append(values[first], np.nan)[index], np.nan)
             for name, values in (("epoch", self._fractional_epochs()), ("time", np.array(self._times)))
         }
 
@@ -48,21 +50,26 @@ class HistoryRecorder:
         done, start, length = np.array(each, dtype=np.float64).reshape(-1, 3).T
         return done + (np.array(self._positions) - start) / length
 
-    def add(self, step: int, values: Mapping[str, object], moment: Moment | None = None) -> None:
+    def mark(self, steps: Sequence[int], moments: Sequence[Moment]) -> None:
+        """Records when values were published, of many events together because that is faster.
+
+        Args:
+            steps: The step of each event.
+            moments: The moment of each event.
+        """
+        times, positions, epochs = zip(*moments, strict=True)
+        self._steps.extend(steps)
+        self._times.extend(times)
+        self._positions.extend(positions)
+        self._epochs.extend(epochs)
+
+    def add(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the scalars among published values. A later value of the same name and step replaces the earlier one.
 
         Args:
             step: Step of the values.
             values: Published values by name. Values that are not ints or floats are ignored.
-            moment: When they were published.
         """
-        # Steps that arrive out of order were recorded when they were taken.
-        if moment is not None and (not self._steps or step > self._steps[-1]):
-            time, position, epoch = moment
-            self._steps.append(step)
-            self._times.append(time)
-            self._positions.append(position)
-            self._epochs.append(epoch)
         for name, value in values.items():
             if isinstance(value, _SCALARS):
                 points = self.points.get(name)
@@ -82,9 +89,11 @@ class HistoryRecorder:
 
     def forget_after(self, last: int) -> None:
         """Removes the points of later steps."""
-        count = bisect.bisect_right(self._steps, last)
-        for recorded in (self._steps, self._times, self._positions, self._epochs):
-            del recorded[count:]
+        is_kept = [step <= last for step in self._steps]
+        self._steps = array.array("q", itertools.compress(self._steps, is_kept))
+        self._times = array.array("d", itertools.compress(self._times, is_kept))
+        self._positions = array.array("q", itertools.compress(self._positions, is_kept))
+        self._epochs = list(itertools.compress(self._epochs, is_kept))
         for name, (steps, values) in list(self.points.items()):
             kept = sum(step <= last for step in steps)
             del steps[kept:], values[kept:]

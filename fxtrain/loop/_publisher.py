@@ -224,13 +224,15 @@ class Publisher:
             pending = self._sent + shown if wait else self._sent
             self._sent = [] if wait else shown
             self._transfer.send()
-        for kind, step, measured, control, moment in pending:
+        if pending:
+            self.recorder.mark([record[1] for record in pending], [record[4] for record in pending])
+        for kind, step, measured, control, _ in pending:
             values = host_scalars(measured)
             if control.log:
                 event = event_of(kind, {"metrics": values})
-                self.recorder.add(step, published(event, self._transfer.control(control)), moment)
+                self.recorder.add(step, published(event, self._transfer.control(control)))
             else:
-                self.recorder.add(step, named_after(kind, values), moment)
+                self.recorder.add(step, named_after(kind, values))
 
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):
