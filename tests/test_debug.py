@@ -5,11 +5,10 @@ import io
 import problem
 import pytest
 import torch
-from problem import adder, events, fit, state_with
+from problem import fit
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.fold._watched import Watched
 
 
 def printed(*patterns, callbacks, steps=1, wrap=lambda observer: observer, every=1, **options):
@@ -150,11 +149,6 @@ def test_watched_run_equals_the_unwatched_one():
     options = {"callbacks": [counter, fx.callbacks.grad_norms()], "steps": 2}
     watched = fit(observers=fx.observers.debug(file=io.StringIO()), **options)
     testing.assert_equal(watched.state, fit(**options).state, "the watched run")
-    callbacks = fx.compose(adder("a", 1), adder("b", 2))
-    assert (
-        testing.run(Watched(callbacks, lambda *call: None), state_with(callbacks), events)[1]
-        == (testing.run(callbacks, state_with(callbacks), events)[1])
-    )
 
 
 def test_callbacks_are_not_watched_without_it():
