@@ -3,8 +3,9 @@
 One session is::
 
     FitBegin Restored?
-    (EpochBegin | StepBegin+ StepEnd+ | Rewound | EvalBegin (EvalStepBegin EvalStep)* EvalEnd | EpochEnd | Saved)*
-    Interrupted? Saved* FitEnd?
+    (EpochBegin | StepBegin+ StepEnd+ | Rewound | EvalBegin (EvalStepBegin EvalStep)* EvalEnd | EpochEnd | SaveBegin
+     | Saved)*
+    Interrupted? Saved* SaveBegin? Saved* FitEnd?
 
 Steps, positions and epochs are consecutive. Requests are handled in the order rewind, evaluate, end of epoch, save,
 stop.
@@ -53,6 +54,7 @@ class _Machine:
         self._pending: set[str] = set()  # requests not handled yet
         self._rewind = 0  # the most steps that a pending request rewinds
         self._saved: int | None = None  # the step of the last save
+        self._saving: set[int] = set()  # the steps of saves that have begun
         self._is_unsaved = self._has_stepped = False
         self._has_moved = False  # whether a batch was used or skipped since the last EpochEnd
 
@@ -70,7 +72,7 @@ class _Machine:
             found.append("the session does not begin with FitBegin")
         if self._last == "FitEnd":
             found.append("an event after FitEnd")
-        if self._ended and event.kind not in ("Saved", "FitEnd"):
+        if self._ended and event.kind not in ("SaveBegin", "Saved", "FitEnd"):
             found.append(f"{event.kind} after Interrupted")
         if self._is_evaluating and event.kind not in ("EvalStepBegin", "EvalStep", "EvalEnd", "Interrupted"):
             found.append(f"{event.kind} inside an evaluation")
@@ -108,10 +110,20 @@ class _Machine:
         self._is_in_epoch = None
         return [] if self._last == "FitBegin" else [f"Restored after {self._last}"]
 
-    def _Saved(self, event: Told) -> list[str]:  # noqa: N802
+    def _SaveBegin(self, event: Told) -> list[str]:  # noqa: N802
         self._pending.discard("save")
+        self._saving.add(event.step)
+        found = [] if self._program.saves else ["SaveBegin without a checkpointer"]
+        if self._last == "SaveBegin":
+            found.append("SaveBegin inside a save")
+        is_at_a_step = dict(event.fields)["role"] == "trajectory"
+        return found + self._due("rewind", "evaluate", "end_epoch") if is_at_a_step else found
+
+    def _Saved(self, event: Told) -> list[str]:  # noqa: N802
         self._saved = event.step
         found = [] if self._program.saves else ["Saved without a checkpointer"]
+        if event.step not in self._saving:
+            found.append(f"expected SaveBegin before Saved, got none at step {event.step}")
         # A lagged stop, or a stop inside a multi-step call, leaves unfinished steps.
         can_be_left = self._program.lag or self._program.steps_per_call > 1
         return found if self._begun == [] or self._ended or can_be_left else [*found, "Saved inside a step"]
