@@ -261,6 +261,25 @@ class TestSlots:
         assert set(fx.compose(counter).table) == {fx.StepEnd}
         assert int(fx.compose(counter)(state_with(counter), events[0])[0].slots["n"]) == 1
 
+    def test_functions_with_and_without_content_are_not_confused(self):
+        def managed(state, event: fx.StepEnd):
+            return state, fx.Control()
+
+        def given_content(state, event: fx.StepEnd, content):
+            return content, fx.Control()
+
+        def init(state):
+            return torch.tensor(0)
+
+        with pytest.raises(TypeError, match=r"use fxtrain\.stateful") as mistaken:
+            fx.slotted("best", init, given_content)
+        assert str(mistaken.value).startswith(
+            "expected the callback of slot 'best' to take (state, event), got given_content, which requires a third"
+        )
+        for update in (managed, fx.on(fx.StepEnd, managed)):
+            with pytest.raises(TypeError, match=r"to take \(state, event, content\), got managed.*fxtrain\.slotted"):
+                fx.stateful("best", init, update)
+
     def test_empty_slot_name_is_rejected(self):
         with pytest.raises(ValueError, match="non-empty string"):
             fx.stateful("", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))

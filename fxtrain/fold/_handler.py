@@ -231,6 +231,10 @@ def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *
         callback: ``(state, event) -> (state, control)``.
         label: The callback's name; the slot's name by default.
 
+    Raises:
+        TypeError: If ``callback`` is no function of a state and an event.
+        ValueError: If the name is empty or reserved.
+
     Example:
         >>> import torch, fxtrain as fx
         >>> def count(state, event: fx.StepEnd):
@@ -242,6 +246,12 @@ def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *
         raise ValueError(f"expected a non-empty string as the slot's name, got {describe(name)}.")
     if name.startswith(LOOP):
         raise ValueError(f"expected a slot name without the prefix {LOOP!r}, which the loop reserves, got {name!r}.")
+    function = callback.function if isinstance(callback, Handler) else callback
+    if takes(function, 3) and not takes(function, 2):
+        raise TypeError(
+            f"expected the callback of slot {name!r} to take (state, event), got {name_of(function)}, which requires a "
+            f"third argument. Read the content of the slot from state.slots[{name!r}], or use fxtrain.stateful."
+        )
     return dataclasses.replace(handler_of(callback), name=label or name, slot=name, init=init)
 
 
@@ -255,7 +265,8 @@ def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[...
             content must keep its containers, shapes, dtypes and devices.
 
     Raises:
-        TypeError: When the callback runs, if ``update`` did not return ``(content, control)``.
+        TypeError: If ``update`` takes no content, or, when the callback runs, if it did not return
+            ``(content, control)``.
         ValueError: When the callback runs, if the content changed in structure, shape, dtype or device.
 
     Example:
@@ -269,6 +280,12 @@ def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[...
     # A handler made by `on` carries its subscription and has no annotation to read.
     events = update.events if isinstance(update, Handler) else subscription(update)
     function = cast("Callable[..., object]", update.function if isinstance(update, Handler) else update)
+    if takes(function, 2) and not takes(function, 3):
+        raise TypeError(
+            f"expected the update of slot {name!r} to take (state, event, content), got {name_of(function)}, which "
+            "takes no third argument. Add one for the content of the slot, and return (content, control), or use "
+            "fxtrain.slotted."
+        )
 
     def callback(state: TrainState, event: Event) -> tuple[TrainState, Control]:
         try:
