@@ -379,3 +379,21 @@ def test_notebooks_get_plain_text_beside_html():
         assert bundle["text/plain"] == repr(value)
         assert len(bundle["text/html"]) < 15_000, name
         assert "cannot be shown" not in bundle["text/html"], name
+
+
+def test_source_of_a_user_is_shown_before_its_own_init_is_done():
+    class Mine(fx.data.Source):
+        def __init__(self):
+            self.text = repr(self)
+            self.reference = 3  # names that a view needs are not taken
+            super().__init__()
+
+        epoch_length = 3
+
+        def fetch(self, position):
+            return torch.zeros(2, 5)
+
+    data = Mine()
+    assert data.text == repr(data) == "<Mine: 3 batches per epoch>"
+    data[0]
+    assert "batch [2, 5] float32 40 B" in shown(data)

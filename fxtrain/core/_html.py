@@ -13,8 +13,7 @@ from fxtrain.core._formats import escape_html, pluralize, printable_lines, trunc
 
 T = TypeVar("T")
 
-_MAX_CHARACTERS = 200  # of a text
-_MAX_ERROR = 500  # characters
+_MAX_CHARACTERS = 500  # of a text
 
 # The text keeps the color of the page, and lines are a share of it. Only the accent needs a color of its own, which
 # JupyterLab and VS Code define for their theme, and other pages by the theme of the system.
@@ -175,8 +174,8 @@ def html_view(draw: Callable[[T], str]) -> Callable[[T], str]:
         try:
             return draw(self)
         except Exception as error:
-            text = truncate(f"cannot be shown: {type(error).__name__}: {error}", _MAX_ERROR)
-            return view(type(self).__name__, element("p", as_html(text, _MAX_ERROR)))
+            text = f"cannot be shown: {type(error).__name__}: {error}"
+            return view(type(self).__name__, element("p", text))
 
     return _repr_html_
 

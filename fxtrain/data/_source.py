@@ -160,11 +160,6 @@ class Source:
         """
         return MappedBatches(self, function, with_position=with_position)
 
-    @property
-    def reference(self) -> Batch | None:
-        """A batch read earlier, on the meta device, or None before the first."""
-        return None if self._like is None else self._like[2]
-
     def __repr__(self) -> str:
         from fxtrain.data._view import source_text  # loaded only when a source is shown
 

@@ -60,6 +60,7 @@ def _batch(source: Source) -> list[Html]:
 
 def _known_batch(source: Source) -> Batch | None:
     """Returns a batch whose shapes are known without reading files or running functions of the user, or None."""
-    if source.reference is not None:
-        return source.reference
+    like: tuple[int, int | None, Batch] | None = getattr(source, "_like", None)
+    if like is not None:
+        return like[2]
     return for_step(source.fetch(0)) if source.is_in_memory else None
