@@ -120,3 +120,9 @@ def test_restored_state_does_not_differ(state, tmp_path):
     fx.save(tmp_path / "saved", after)
     assert not after.diff(fx.restore(tmp_path / "saved", like=state))
     assert after.diff(state)
+
+
+def test_sparse_leaves_are_compared(state):
+    at = state.replace(params={"w": torch.eye(3).to_sparse()})
+    assert not at.diff(at.copy())
+    assert only(at.diff(changed(at, w=2 * at.params["w"]))).elements == 3

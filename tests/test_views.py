@@ -88,6 +88,14 @@ def test_freed_and_meta_tensors_are_shown_as_such():
     assert "meta [5] float32 20 B no value on meta" in shown(state)
 
 
+def test_sparse_and_nested_tensors_are_shown():
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    state = problem.start().replace(params={"sparse": torch.eye(3).to_sparse(), "ragged": ragged})
+    assert "sparse [3, 3] float32 12 B" in shown(state)
+    assert "ragged nested float32" in shown(state)
+    assert "state.params['sparse']" in repr(state)
+
+
 def test_state_inside_transform_is_shown_without_values():
     state, pages = problem.start(), []
 

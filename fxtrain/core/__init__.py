@@ -63,7 +63,7 @@ from fxtrain.core._formats import (
     truncate_middle,
 )
 from fxtrain.core._history import History, Series
-from fxtrain.core._leaf_values import is_freed, leaf_values
+from fxtrain.core._leaf_values import is_freed, leaf_bytes, leaf_values
 from fxtrain.core._loop_event import LoopEvent, event_of
 from fxtrain.core._patterns import by_number, matching, matching_blocks
 from fxtrain.core._plots import HasHistory, XAxis, new_figure, plot, style

@@ -19,6 +19,28 @@ def is_freed(leaf: Tensor) -> bool:
         return False
 
 
+def leaf_bytes(leaf: Tensor) -> int:
+    """Returns the size of a tensor in bytes. Of a sparse tensor, that of its values, because torch states no other.
+
+    Example:
+        >>> leaf_bytes(torch.zeros(3)), leaf_bytes(torch.eye(3).to_sparse())
+        (12, 12)
+    """
+    if leaf.layout == torch.strided:
+        return leaf.nbytes
+    return (leaf.coalesce() if leaf.layout == torch.sparse_coo else leaf).values().nbytes
+
+
+def leaf_shape(leaf: Tensor) -> str:
+    """Returns the shape of a tensor as text.
+
+    Example:
+        >>> leaf_shape(torch.zeros(3, 2))
+        '[3, 2]'
+    """
+    return "nested" if leaf.is_nested else str(list(leaf.shape))
+
+
 def leaf_values(leaves: Sequence[Any]) -> list[str]:
     """Returns the values of tensors with at most four elements as text, and an empty text for all others.
 
@@ -31,7 +53,7 @@ def leaf_values(leaves: Sequence[Any]) -> list[str]:
     texts = [""] * len(leaves)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or leaf.is_nested or leaf.layout != torch.strided:
             continue
         if is_freed(leaf):
             texts[index] = "memory freed"

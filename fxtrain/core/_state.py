@@ -15,6 +15,7 @@ from torch import Tensor
 from fxtrain.core._checks import describe, did_you_mean
 from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._html import html_view, view
+from fxtrain.core._leaf_values import leaf_bytes, leaf_shape
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 from fxtrain.core._state_diff import StateDiff, state_diff
 from fxtrain.core._types import Tree
@@ -217,12 +218,12 @@ def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
     leaves: list[Any]
     accessors, leaves, _ = ops.tree_flatten_with_accessor(state, namespace=NAMESPACE)
     rows = [
-        (accessor.codify("state"), str(list(leaf.shape)), dtype_name(leaf.dtype), format_bytes(leaf.nbytes))
+        (accessor.codify("state"), leaf_shape(leaf), dtype_name(leaf.dtype), format_bytes(leaf_bytes(leaf)))
         if isinstance(leaf, Tensor)
         else (accessor.codify("state"), type(leaf).__name__, "", "")
         for accessor, leaf in zip(accessors, leaves, strict=True)
     ]
-    sizes = [leaf.nbytes if isinstance(leaf, Tensor) else 0 for leaf in leaves]
+    sizes = [leaf_bytes(leaf) if isinstance(leaf, Tensor) else 0 for leaf in leaves]
     total = f"{len(leaves)} leaves, {format_bytes(sum(sizes))}"
     if len(rows) > _SHOWN:
         rest = format_bytes(sum(sizes[_SHOWN:]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain.core._formats import dtype_name, pluralize, printable
 from fxtrain.core._html import html_view, left_out, table, view
-from fxtrain.core._leaf_values import is_freed, leaf_values
+from fxtrain.core._leaf_values import is_freed, leaf_shape, leaf_values
 from fxtrain.core._pytrees import NAMESPACE, ops
 from fxtrain.core._record import Record
 from fxtrain.core._types import Tree
@@ -119,6 +119,8 @@ def _compared(path: str, a: Any, b: Any) -> LeafDiff | None:
                 "Compare states that hold their tensors, such as copies from state.copy()."
             )
     a, b = a.detach(), b.detach().to(a.device)
+    if a.layout != torch.strided or b.layout != torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     differs = ~same_bits(a, b)
     count = int(differs.sum())
     if not count:
@@ -131,7 +133,7 @@ def _compared(path: str, a: Any, b: Any) -> LeafDiff | None:
 
 
 def _shown(leaf: Tensor) -> str:
-    return f"{dtype_name(leaf.dtype)} {list(leaf.shape)}"
+    return f"{dtype_name(leaf.dtype)} {leaf_shape(leaf)}"
 
 
 def _amount(leaf: LeafDiff) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain.core._formats import dtype_name, first_names, format_bytes, pluralize
 from fxtrain.core._html import Html, Number, element, fold, join, left_out, table, view
-from fxtrain.core._leaf_values import leaf_values
+from fxtrain.core._leaf_values import leaf_bytes, leaf_shape, leaf_values
 from fxtrain.core._pytrees import NAMESPACE, ops
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def _title(name: str, node: _Node, unit: str = "") -> Html:
 
 
 def _shape(leaf: Any) -> str:
-    return str(list(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
+    return leaf_shape(leaf) if isinstance(leaf, Tensor) else type(leaf).__name__
 
 
 def _size(leaves: Sequence[Any]) -> str:
-    return format_bytes(sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)))
+    return format_bytes(sum(leaf_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor)))

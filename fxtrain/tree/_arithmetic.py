@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, leaf_bytes
 from fxtrain.tree._map import leaves, map  # noqa: A004
 
 
@@ -65,7 +65,7 @@ def global_norm(tree: Tree) -> Tensor:
 
 def nbytes(tree: Tree) -> int:
     """Returns the size of all leaves in bytes."""
-    return sum(leaf.nbytes for leaf in leaves(tree))
+    return sum(leaf_bytes(leaf) if isinstance(leaf, Tensor) else leaf.nbytes for leaf in leaves(tree))
 
 
 def device_of(tree: Tree) -> torch.device | None:
