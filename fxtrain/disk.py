@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import time
 import weakref
 from pathlib import Path
@@ -157,6 +158,8 @@ def _open_locked(path: Path) -> io.FileIO:
 
 def _locked_soon(descriptor: int) -> bool:
     """Locks an open file, and waits a moment for a process that only checks it. Returns whether it may be written."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return True  # a device such as /dev/null
     for _ in range(_LOCK_ATTEMPTS):
         if try_lock(descriptor) is not False:
             return True

@@ -77,6 +77,12 @@ def test_second_writer_does_not_stop_a_run_and_catches_up_later(tmp_path):
     assert steps(read_jsonl, tmp_path / "a") == [1, 2]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="there is no null device")
+def test_null_device_has_any_number_of_writers():
+    for writer in [jsonl("/dev/null"), jsonl("/dev/null")] * 2:
+        writer.write_scalars(1, {"loss": 1.0})
+
+
 def test_replaced_file_is_opened_under_its_name(tmp_path, monkeypatch):
     path, opened = tmp_path / "a", os.open
 
