@@ -23,7 +23,7 @@ def test_error_of_a_callback_is_undone_counted_and_reported_once():
     assert (int(slots["half"]), int(slots["errors/half"])) == (2, 3)
     assert [str(each.message).split(". Training")[0] for each in caught] == [
         "The callback half failed at StepEnd of step 1 and is undone: ValueError: odd step "
-        f"({__file__}, line {half_written.__code__.co_firstlineno + 2})"
+        f"({__file__}:{half_written.__code__.co_firstlineno + 2})"
     ]
     assert "Later errors are only counted, in state.slots['errors/half']." in str(caught[0].message)
     assert result.history["even"].values.tolist() == [2, 4]

@@ -6,7 +6,7 @@ import dataclasses
 import traceback
 
 from fxtrain.core import SESSION, TRACED, Callback, Control, Event, TrainState, printable, warn
-from fxtrain.core._tracebacks import places
+from fxtrain.core._tracebacks import place, places
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._compose import Composed
 from fxtrain.fold._handler import Handler, checked_result, handler_of
@@ -88,10 +88,10 @@ def _checked_call(handler: Handler, state: TrainState, event: Event) -> tuple[Tr
 def _warn(handler: Handler, event: Event, error: Exception, what_next: str) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     frame = places(frames).own or frames[-1]
-    text = str(error)
+    where, text = place(frame.filename, frame.lineno), str(error)
     warn(
         f"The callback {printable(handler.name)} failed at {type(event).__name__} of step {int(event.step)} and is "
-        f"undone: {type(error).__name__}{f': {printable(text)}' if text else ''} ({printable(frame.filename)}, line "
-        f"{frame.lineno}). Training continues. {what_next}.",
+        f"undone: {type(error).__name__}{f': {printable(text)}' if text else ''} ({printable(where)}). "
+        f"Training continues. {what_next}.",
         RuntimeWarning,
     )

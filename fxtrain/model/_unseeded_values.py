@@ -15,7 +15,7 @@ from typing import Any
 
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import name_of
-from fxtrain.core._tracebacks import is_of_users
+from fxtrain.core._tracebacks import is_of_users, place
 from fxtrain.model._captured_values import captured_clocks, captured_values
 from fxtrain.rng import Key
 from fxtrain.rng import _host_generators as host
@@ -228,7 +228,7 @@ def _caller() -> str | None:
     for frame, line in traceback.walk_stack(sys._getframe(2)):
         file = frame.f_code.co_filename
         if file != __file__:
-            return f"{file}:{line}" if is_of_users(file) else None
+            return place(file, line) if is_of_users(file) else None
     return None
 
 
@@ -237,7 +237,7 @@ def _caller_behind_library() -> str | None:
     for frame, line in traceback.walk_stack(sys._getframe(2)):
         file = frame.f_code.co_filename
         if is_of_users(file):
-            return f"{file}:{line}"
+            return place(file, line)
         if "site-packages" in file or (file == __file__ and frame.f_code.co_name != "urandom"):
             return None
     return None

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain._torch_internals.tracing import TRACER_MODULES
 from fxtrain.core import Tree, warn
-from fxtrain.core._tracebacks import is_of_users
+from fxtrain.core._tracebacks import is_of_users, place
 
 _FORMATTERS = frozenset(("__repr__", "__str__", "__format__"))
 # These modules open source files for tracebacks and imports, which is harmless.
@@ -94,7 +94,7 @@ def _users_line() -> str | None:
         if module.partition(".")[0] in _READERS_OF_CODE:
             return None
         if is_of_users(file):
-            return f"{file}:{frame.f_lineno}"
+            return place(file, frame.f_lineno)
         if not _is_passed(module, file):
             return None
         frame = frame.f_back
