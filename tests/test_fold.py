@@ -466,3 +466,16 @@ def test_check_laws_detects_impure_callbacks():
         testing.check_purity(fx.stateful("s", init, in_place), state_with(fx.stateful("s", init, in_place)), events)
     with pytest.raises(RuntimeError, match="vmap"):
         testing.check_laws(fx.stateful("s", init, unbatchable), start, events)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5])
+def test_purity_finds_a_memory_outside_the_state(limit):
+    seen = []
+
+    def stop_after(state, event: fx.StepEnd):
+        seen.append(event.step)
+        return state, fx.Control(stop=len(seen) > limit)
+
+    events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0)}) for step in (1, 2, 3)]
+    with pytest.raises(AssertionError, match="purity: two (calls|runs) .* returned different results"):
+        testing.check_purity(stop_after, fx.init(torch.nn.Linear(1, 1)), events)
