@@ -477,5 +477,5 @@ def test_purity_finds_a_memory_outside_the_state(limit):
         return state, fx.Control(stop=len(seen) > limit)
 
     events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0)}) for step in (1, 2, 3)]
-    with pytest.raises(AssertionError, match="purity: two (calls|runs) .* returned different results"):
+    with pytest.raises(AssertionError, match=r"purity: two (calls|runs) .* returned different results"):
         testing.check_purity(stop_after, fx.init(torch.nn.Linear(1, 1)), events)
