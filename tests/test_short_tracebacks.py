@@ -57,6 +57,9 @@ compiled = fx.compile(step, backend="eager")
 def eager(): fx.fit(state, step, [wide], steps=1)
 def traced(): fx.fit(state, compiled, [wide], steps=1)
 def called(): compiled(state, wide)
+def stepped(): step(state, wide)
+def evaluated(): fx.eval_step(loss)(state, wide)
+def refused(): fx.train_step(Net(), tx)
 def iterated(): list(fx.steps(state, step, [wide], steps=1))
 def callback(): fx.fit(state, step, [batch], steps=1, callbacks=late)
 def evaluation(): fx.fit(state, step, [batch], steps=1, callbacks=nested)
@@ -70,7 +73,8 @@ def made(): fx.init(Net, tx)
 """
 REPORT = """
 import json, logging, os, pickle, sys, traceback
-cases = [eager, traced, called, iterated, callback, evaluation, key, rows, worker, option, limit, module, made]
+cases = [eager, traced, called, stepped, evaluated, refused, iterated]
+cases += [callback, evaluation, key, rows, worker, option, limit, module, made]
 
 def failed(case):
     try:
@@ -120,6 +124,9 @@ def found(tmp_path_factory):
         "eager": ["loss", "forward"],
         "traced": ["loss", "forward"],
         "called": ["loss", "forward"],
+        "stepped": ["loss", "forward"],
+        "evaluated": ["loss", "forward"],
+        "refused": [],
         "iterated": ["loss", "forward"],
         "callback": ["late"],
         "evaluation": ["nested", "loss", "forward"],

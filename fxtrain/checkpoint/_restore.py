@@ -23,6 +23,7 @@ from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._save import device_of, environment
 from fxtrain.core import CHANGED_AT_END, LOOP, Record, Tree, check_choice, warn
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.model._freezing import refuse_shared_counts
 
 _MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
@@ -94,6 +95,7 @@ class Restoration(Record):
             warn(f"{self.path}: {'; '.join(lines)}.", UserWarning)
 
 
+@with_short_traceback
 def restore(
     path: str | os.PathLike[str],
     like: T,

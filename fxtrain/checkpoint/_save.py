@@ -22,6 +22,7 @@ from fxtrain.checkpoint._manifest import Facts
 from fxtrain.checkpoint._retention import Role
 from fxtrain.checkpoint._temporary_folder import clear_abandoned
 from fxtrain.core import Tree, device_name
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.disk import make_folder
 
 
@@ -48,6 +49,7 @@ class Save:
         self.ended = False  # whether the writer is done with it, committed or failed
 
 
+@with_short_traceback
 def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
     """Writes ``state`` to the new folder ``path``.
 

@@ -11,9 +11,11 @@ from fxtrain.compiler.lowering._executable import Backend
 from fxtrain.compiler.lowering._modes import AHEAD
 from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import check_choice, check_positive_int, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.step import EvalFunction, Step
 
 
+@with_short_traceback
 def compile(  # noqa: A001
     step: Callable[..., Any],
     *,

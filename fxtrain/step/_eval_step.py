@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
+
 from fxtrain import rng
 from fxtrain.core import Batch, StepOutput, TrainState, name_of
+from fxtrain.core._short_tracebacks import shorten_traceback, with_short_traceback
 from fxtrain.data import for_step
 from fxtrain.precision import Policy, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
@@ -36,9 +39,14 @@ class EvalFunction:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Batch) -> StepOutput:
-        output = self.function(state, for_step(batch))
-        control = on_device(output.control, state.step.device)
-        return StepOutput(output.metrics, control, output.outputs, output.weight)
+        try:
+            output = self.function(state, for_step(batch))
+            control = on_device(output.control, state.step.device)
+            return StepOutput(output.metrics, control, output.outputs, output.weight)
+        except Exception as error:
+            if not torch.compiler.is_dynamo_compiling():
+                shorten_traceback(error)
+            raise
 
     def enter(self, state: TrainState) -> TrainState:
         """Returns the part of the state that enters the compiled graph, without optimizer state and slots."""
@@ -48,6 +56,7 @@ class EvalFunction:
         return f"<{name_of(self.function)}>"
 
 
+@with_short_traceback
 def eval_step(
     measure: Callable[..., object],
     *,

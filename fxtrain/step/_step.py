@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TRACED, Batch, Callback, Control, Due, Event, StepFn, StepOutput, TrainState, describe, name_of
+from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach, compose
 from fxtrain.model import refuse_in_place_writes, versions
@@ -86,6 +87,14 @@ class Step:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+        try:
+            return self._take(state, batch)
+        except Exception as error:
+            if not torch.compiler.is_dynamo_compiling():
+                shorten_traceback(error)
+            raise
+
+    def _take(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
         name, before = self._name, versions(state)
         with recording_replaced() as replaced:

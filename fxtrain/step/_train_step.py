@@ -22,6 +22,7 @@ from fxtrain.core import (
     name_of,
     public_name,
 )
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
 from fxtrain.optim._hyperparams import learning_rates_by_name
@@ -36,6 +37,7 @@ from fxtrain.step._transform_batch import TransformBatch, seeded_transform
 from fxtrain.step._update import merged, update
 
 
+@with_short_traceback
 def train_step(
     loss_fn: Callable[..., object],
     tx: optim.GradientTransformation,
