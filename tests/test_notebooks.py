@@ -119,6 +119,7 @@ def test_outputs_are_written_once_and_stay(tmp_path):
     assert checked.returncode == 0, checked.stderr
 
 
+@pytest.mark.slow
 def test_check_lists_everything_that_needs_attention(tmp_path):
     pytest.importorskip("ipykernel")
     compiles = "\n".join(

@@ -22,6 +22,7 @@ def test_error_names_file_and_line_of_a_function():
     assert re.search(MESSAGE, str(caught.value))[1] == f"{__file__}:{line}"
 
 
+@pytest.mark.slow
 def test_error_names_the_cell_of_a_notebook(tmp_path):
     loss = """
         def loss_fn(model, batch):
