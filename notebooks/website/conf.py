@@ -18,6 +18,7 @@ napoleon_numpy_docstring = False
 toc_object_entries_show_parents = "hide"
 
 nb_execution_mode = "off"
+suppress_warnings = ["misc.highlighting_failure"]  # messages of errors in tracebacks are text, not Python
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
