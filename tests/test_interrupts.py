@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import problem
 import pytest
@@ -153,6 +154,23 @@ def test_signal_during_compilation_saves_state_before_the_step(tmp_path, own_han
         resumed = fit(step=fx.compile(problem.step(), backend="eager"), checkpointer=checkpoints, resume=True)
     whole = fit(step=fx.compile(problem.step(), backend="eager"))
     testing.assert_equal(resumed.state, whole.state, "resumed after a compilation was left")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_signal_in_a_weakref_callback_of_the_compiler_ends_run_after_the_step(tmp_path, own_handler):
+    torch._dynamo.reset()
+
+    def compile_graph(graph, inputs):
+        part = torch.nn.Module()
+        dropped = weakref.ref(part, lambda _: os.kill(os.getpid(), signal.SIGTERM))  # Python ignores exceptions there
+        del part
+        assert dropped() is None
+        return graph
+
+    checkpoints = fx.checkpointer(tmp_path)
+    result = fit(step=fx.compile(problem.step(), backend=compile_graph), checkpointer=checkpoints)
+    assert result.reason == "interrupted by SIGTERM"
+    assert checkpoints.steps() == [1]
 
 
 def test_signal_during_compilation_of_evaluation_keeps_it_due(tmp_path, own_handler):
