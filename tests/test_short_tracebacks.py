@@ -70,11 +70,17 @@ def option(): fx.fit(state, step, [batch], stepz=1)
 def limit(): fx.fit(state, step, [batch])
 def module(): fx.fit(Net(), step, [batch], steps=1)
 def made(): fx.init(Net, tx)
+def optimizer(): fx.optim.adamw("0.1")
+def schedule(): fx.schedules.warmup(0.1, 10)
+def data(): fx.data.padded([[1], []], 2)
+def composed(): fx.compose(fx.when(fx.every(2), late), 3)
+def slot(): fx.stateful("best", lambda state: 0, late)
 """
 REPORT = """
 import json, logging, os, pickle, sys, traceback
 cases = [eager, traced, called, stepped, evaluated, refused, iterated]
 cases += [callback, evaluation, key, rows, worker, option, limit, module, made]
+cases += [optimizer, schedule, data, composed, slot]
 
 def failed(case):
     try:
@@ -137,6 +143,11 @@ def found(tmp_path_factory):
         "limit": [],
         "module": [],
         "made": [],
+        "optimizer": [],
+        "schedule": [],
+        "data": [],
+        "composed": [],
+        "slot": [],
     }.items(),
 )
 def test_only_frames_of_the_program_are_in_its_traceback(found, case, functions):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxtrain.core._checks import describe
 from fxtrain.core._formats import decimal_text, name_of, public_name
+from fxtrain.core._short_tracebacks import shorten_traceback
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,7 +63,7 @@ class Call:
 
 
 def records_call(attach: Callable[[R, Call], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator after which a function's results keep the call that made them.
+    """Returns a decorator after which a function's results keep the call that made them, and its tracebacks are short.
 
     Args:
         attach: Returns the result of a call with the call attached.
@@ -78,9 +79,15 @@ def records_call(attach: Callable[[R, Call], R]) -> Callable[[Callable[P, R]], C
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
-            made = function(*args, **kwargs)
-            # Only a trace sees what is made inside of it, and Dynamo cannot trace signatures.
-            return made if torch.compiler.is_dynamo_compiling() else attach(made, Call(recorded, args, kwargs))
+            if torch.compiler.is_dynamo_compiling():
+                # Only a trace sees what is made inside of it, and Dynamo cannot trace signatures.
+                return function(*args, **kwargs)
+            try:
+                made = function(*args, **kwargs)
+            except Exception as error:
+                shorten_traceback(error)
+                raise
+            return attach(made, Call(recorded, args, kwargs))
 
         return recorded
 

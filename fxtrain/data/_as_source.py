@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.core import Batch, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._data_loaders import from_loader
 from fxtrain.data._foreign_containers import count_examples
@@ -46,6 +47,7 @@ class ListBatches(Source):
         return self._batches[position % self.epoch_length] if position >= 0 else super().__getitem__(position)
 
 
+@with_short_traceback
 def sequence(items: Sequence[Batch], *, dynamic: bool = False) -> Source:
     """Returns the given batches, in the same order in each epoch.
 
@@ -86,6 +88,7 @@ class CheckedBatches(Source):
         return self.batches[position]
 
 
+@with_short_traceback
 def as_source(source: SourceLike, *, seed: int = 0) -> Source:
     """Returns a source of batches for ``source``.
 

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from fxtrain import tree
 from fxtrain.core import Batch, Tree, check_positive_int, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._collate import collate, samples
 from fxtrain.data._hugging_face import as_torch, has_state, is_stream
@@ -23,6 +24,7 @@ from fxtrain.data._stateful_loaders import from_stateful_loader
 from fxtrain.data._types import MapDataset, Sample, StatefulLoader
 
 
+@with_short_traceback
 def batches(
     source: Tree | MapDataset[Sample] | Iterable[Sample],
     batch_size: int,

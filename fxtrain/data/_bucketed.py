@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fxtrain.core import args_from, check_choice, check_positive_int
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._indexed_batches import DropLast
@@ -18,6 +19,7 @@ from fxtrain.data._types import Examples
 _MAX_CANDIDATES = 512
 
 
+@with_short_traceback
 @args_from(padded, pad)
 def bucketed(
     source: Examples,

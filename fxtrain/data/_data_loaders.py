@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.core import Batch
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._collate import samples
 from fxtrain.data._iterables import IterableBatches, dynamic_dimensions
@@ -16,6 +17,7 @@ from fxtrain.data._source import Source
 from fxtrain.data._workers import WorkerSeeds, end_persistent, end_workers, start_iterator
 
 
+@with_short_traceback
 def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = False) -> Source:
     """Returns the batches of a ``DataLoader``, with any samplers, workers and collation.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Batch, Tree, check_choice, check_positive_int, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._epoch_order import Order, mix
@@ -99,6 +100,7 @@ def take_rows(leaf: Tensor | Indexable[np.ndarray, np.ndarray], index: np.ndarra
     return leaf[at] if leaf.dtype in (torch.uint16, torch.uint32, torch.uint64) else leaf.index_select(0, at)
 
 
+@with_short_traceback
 def windows(
     tokens: Tensor | np.ndarray,
     length: int,

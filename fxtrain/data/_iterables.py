@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from fxtrain.core import Batch, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Exhausted, Source
@@ -164,6 +165,7 @@ class IterableBatches(Source):
         )
 
 
+@with_short_traceback
 def from_iterable(
     source: Iterable[Batch] | Callable[[], Iterable[Batch]], *, seed: int = 0, dynamic: bool = False
 ) -> Source:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import args_from, check_choice, check_positive_int
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._bin_packing import Bins
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
@@ -24,6 +25,7 @@ from fxtrain.data._types import Examples
 Truncate = Literal["right", "left", "split"]
 
 
+@with_short_traceback
 @args_from(padded, pad)
 def packed(
     source: Examples,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._examples import columns_of, length_of
 from fxtrain.data._types import Example, Values
 
@@ -19,6 +20,7 @@ _WIDENED_DTYPES = (torch.int16, torch.int32, torch.uint16, torch.uint32, torch.u
 _DEFAULT_VALUES = {"labels": -100}  # ignored by cross_entropy and transformers models
 
 
+@with_short_traceback
 def pad(
     examples: Sequence[Example],
     *,

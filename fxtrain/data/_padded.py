@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain.core import args_from, check_choice, check_positive_int
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._epoch_order import Order
 from fxtrain.data._examples import Lengths, MeasuredExamples
@@ -105,6 +106,7 @@ class RaggedBatches(Source):
         return Padding(positions - real, positions)
 
 
+@with_short_traceback
 @args_from(pad)
 def padded(
     source: Examples,

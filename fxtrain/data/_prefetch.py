@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Batch, check_positive_int
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._as_source import as_source
 from fxtrain.data._as_tensors import map_tensors
 from fxtrain.data._source import Source
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT = 2.0  # seconds to wait for the batch in progress when closing
 
 
+@with_short_traceback
 def prefetch(data: SourceLike, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
     """Returns the same batches, read ahead by a background thread.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Batch, describe
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._batch_checks import checksum, warn_of_another_batch
 from fxtrain.data._iterables import IterableBatches, dynamic_dimensions
 from fxtrain.data._seeding import seeded, start_epoch
@@ -125,6 +126,7 @@ class StatefulLoaderBatches(IterableBatches):
         end_persistent(self.loader)  # torchdata's loader keeps its workers alive
 
 
+@with_short_traceback
 def from_stateful_loader(loader: StatefulLoader, *, seed: int = 0, dynamic: bool = False) -> Source:
     """Returns the batches of a loader with a ``state_dict``, such as torchdata's ``StatefulDataLoader``.
 

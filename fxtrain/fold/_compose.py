@@ -20,6 +20,7 @@ from fxtrain.core import (
     pluralize,
 )
 from fxtrain.core._html import html_view, left_out, table, view
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._handler import Handler, checked_result, handler_of
 
@@ -174,6 +175,7 @@ def _is(handler: Handler, which: object) -> bool:
     return handler.name == which if isinstance(which, str) else which in (handler, handler.function)
 
 
+@with_short_traceback
 def compose(*callbacks: Callback) -> Composed:
     """Composes callbacks into one that runs them in order. Each sees the state left by those before it.
 
@@ -211,6 +213,7 @@ def as_composed(callbacks: object) -> Composed:
     return compose(cast("Callback", folded))
 
 
+@with_short_traceback
 def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback]) -> TrainState:
     """Returns ``state`` with the missing slots of ``callbacks`` initialized. Existing slots are kept.
 

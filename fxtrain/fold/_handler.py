@@ -24,6 +24,7 @@ from fxtrain.core import (
     describe,
     name_of,
 )
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import kinds, subscription, takes
@@ -89,6 +90,7 @@ def _zero(state: TrainState) -> Tree:
     return torch.zeros((), dtype=torch.int64, device=state.step.device)
 
 
+@with_short_traceback
 def on(events: EventTypes | tuple[EventTypes, ...], callback: Callback) -> Handler:
     """Subscribes ``callback`` to ``events``, in place of its annotation.
 
@@ -162,6 +164,7 @@ def checked_result(handler: Handler, event: Event, result: object) -> tuple[Trai
     )
 
 
+@with_short_traceback
 def needs(
     callback: Callback,
     *,
@@ -219,6 +222,7 @@ def needs(
     return dataclasses.replace(handler, needs=both)
 
 
+@with_short_traceback
 def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *, label: str | None = None) -> Handler:
     """Reserves the slot ``name`` for ``callback``, which manages its content itself.
 
@@ -255,6 +259,7 @@ def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *
     return dataclasses.replace(handler_of(callback), name=label or name, slot=name, init=init)
 
 
+@with_short_traceback
 def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[..., tuple[Tree, Control]]) -> Handler:
     """Makes a callback whose state is kept in ``state.slots[name]``, and so in every checkpoint.
 

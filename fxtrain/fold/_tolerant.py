@@ -6,6 +6,7 @@ import dataclasses
 import traceback
 
 from fxtrain.core import SESSION, TRACED, Callback, Control, Event, TrainState, printable, warn
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.core._tracebacks import place, places
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._compose import Composed
@@ -13,6 +14,7 @@ from fxtrain.fold._handler import Handler, checked_result, handler_of
 from fxtrain.values import check_loggable
 
 
+@with_short_traceback
 def tolerant(callback: Callback) -> Handler | Composed:
     """Makes an error of ``callback`` undo its call instead of ending the run.
 

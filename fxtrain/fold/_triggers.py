@@ -22,6 +22,7 @@ from fxtrain.core import (
     describe,
     name_of,
 )
+from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.fold._checks import refuse_other_structure
 from fxtrain.fold._compose import Composed
 from fxtrain.fold._handler import Handler, checked_result, handler_of
@@ -72,6 +73,7 @@ When = int | Predicate
 """When something happens: at steps that are multiples of an int, or whenever a trigger holds."""
 
 
+@with_short_traceback
 def every(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
     """Holds at each multiple of a period. Give exactly one of ``steps``, ``seconds`` and ``epochs``.
 
@@ -111,6 +113,7 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
     return Trigger(f"every(epochs={period})", crossed_epochs)
 
 
+@with_short_traceback
 def at(*steps: int) -> Trigger:
     """Holds at the given steps.
 
@@ -132,6 +135,7 @@ def at(*steps: int) -> Trigger:
     return Trigger(f"at({', '.join(map(str, steps))})", holds)
 
 
+@with_short_traceback
 def after(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
     """Holds past a threshold. Give exactly one of ``steps``, ``seconds`` and ``epochs``.
 
@@ -209,6 +213,7 @@ def as_trigger(when: When, argument: str = "every") -> Predicate:
     )
 
 
+@with_short_traceback
 def when(trigger: When, callback: Callback) -> Handler | Composed:
     """Gates ``callback`` by ``trigger``. The callback keeps its subscription and its slot.
 
