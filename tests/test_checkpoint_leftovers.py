@@ -123,6 +123,27 @@ def test_orphaned_slot_is_restored_unchanged(tmp_path, slot):
     fx.tree.map(lambda got, wanted: torch.testing.assert_close(got, wanted), back.slots["x"], slot)
 
 
+def test_slot_restored_without_its_callback_is_used_once_the_callback_is_attached(tmp_path):
+    stop = fx.callbacks.early_stopping("loss", patience=2)
+    state = fx.attach(problem.start(), stop)
+    state = state.with_slot("early_stopping", fx.tree.map(lambda leaf: leaf + 1, state.slots["early_stopping"]))
+    with pytest.warns(UserWarning, match="only in the checkpoint"):
+        without = fx.restore(fx.save(tmp_path / "1", state), like=problem.start())
+    again = fx.attach(without, stop)
+    assert type(again.slots["early_stopping"]) is type(state.slots["early_stopping"])
+    assert not again.diff(state)
+
+
+def test_slot_restored_for_another_callback_of_the_same_name_is_refused(tmp_path):
+    state = fx.attach(problem.start(), fx.callbacks.early_stopping("loss", patience=2))
+    with pytest.warns(UserWarning, match="only in the checkpoint"):
+        without = fx.restore(fx.save(tmp_path / "1", state), like=problem.start())
+    other = fx.stateful("early_stopping", lambda state: [torch.zeros(2)], lambda state, event, slot: slot)
+    message = r"expected the restored slot 'early_stopping' to have \[0\] .*, as its callback has, got best .*='drop'"
+    with pytest.raises(ValueError, match=message):
+        fx.attach(without, other)
+
+
 def test_inconsistent_rows_are_not_rebuilt():
     rows = [([], torch.tensor(1)), ([["key", "a"]], torch.tensor(2))]
     assert isinstance(unclaimed.rebuild(rows), unclaimed.OrphanedSlot)

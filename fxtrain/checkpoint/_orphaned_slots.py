@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import optree
 from torch import Tensor
 
 from fxtrain.checkpoint._leaf_table import PathEntry, code_of
-from fxtrain.core import NAMESPACE, Tree, ops
-
-
-class OrphanedSlot(dict[str, Tensor]):
-    """The state of a callback that is not attached, by the code of each leaf's path below its slot.
-
-    It is saved under the same paths as before, so the callback's state is restored when it is attached again.
-    """
-
-
-class _CodeEntry(optree.PyTreeEntry):
-    def codify(self, /, node: str = "") -> str:
-        return f"{node}{self.entry}"
-
-
-ops.register_pytree_node(
-    OrphanedSlot,
-    lambda node: (list(node.values()), tuple(node), tuple(node)),
-    lambda paths, leaves: OrphanedSlot(zip(paths, leaves, strict=True)),
-    path_entry_type=_CodeEntry,
-    namespace=NAMESPACE,
-)
+from fxtrain.core import Tree
+from fxtrain.core._orphaned_slot import OrphanedSlot
 
 
 def rebuild(rows: Sequence[tuple[list[PathEntry], Tensor]]) -> Tree:

@@ -20,6 +20,7 @@ from fxtrain.core import (
     pluralize,
 )
 from fxtrain.core._html import html_view, left_out, table, view
+from fxtrain.core._orphaned_slot import OrphanedSlot
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._handler import Handler, checked_result, handler_of
@@ -217,12 +218,15 @@ def as_composed(callbacks: object) -> Composed:
 def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback]) -> TrainState:
     """Returns ``state`` with the missing slots of ``callbacks`` initialized. Existing slots are kept.
 
+    A slot that ``restore`` kept for a callback that was not attached becomes the state of its callback.
+
     Args:
         state: The training state.
         callbacks: A callback, several in an iterable, or a step that folds callbacks.
 
     Raises:
         TypeError: If the initial content of a slot is not a pytree of tensors.
+        ValueError: If a restored slot has other paths, shapes or dtypes than its callback.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -231,8 +235,11 @@ def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback])
         ['early_stopping']
     """
     for name, handler in as_composed(callbacks).slots.items():
-        if name not in state.slots and (init := handler.inits[name]) is not None:
-            state = state.with_slot(name, init(state))
+        content = state.slots.get(name)
+        is_orphaned = isinstance(content, OrphanedSlot)
+        if (name not in state.slots or is_orphaned) and (init := handler.inits[name]) is not None:
+            initial = init(state)
+            state = state.with_slot(name, content.rebuilt(name, initial) if is_orphaned else initial)
             # Cloned, because an initial content is often a view of the parameters, and no two leaves of a state may
             # share storage.
             state = state.with_slot(name, tree.clone(state.slots[name]))
