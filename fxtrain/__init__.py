@@ -32,6 +32,7 @@ try:
     from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.fold import (
         Composed,
+        Handler,
         Trigger,
         after,
         at,
@@ -77,6 +78,7 @@ __all__ = [
     "Composed",
     "Explanation",
     "GraphBreakError",
+    "Handler",
     "LoadReport",
     "Policy",
     "RecompileError",

@@ -167,7 +167,7 @@ def _read_library(name: str, configuration: str | None) -> Corpus:
             "the folder of a local copy: --dataset datasets:FOLDER."
         ) from error
     if "train" not in splits:
-        raise CorpusError(f"expected a data set with a split train, got {origin} with {', '.join(splits)}.")
+        raise CorpusError(f"expected a data set with a split train, got {origin} with {', '.join(map(str, splits))}.")
     train = _text_of(splits["train"], origin)
     sizes = {"train": len(train)}
     if "validation" in splits:

@@ -12,6 +12,7 @@ from fxtrain.fold._triggers import Trigger, When, after, as_trigger, at, every, 
 
 __all__ = [
     "Composed",
+    "Handler",
     "Trigger",
     "after",
     "at",

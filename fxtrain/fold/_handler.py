@@ -60,6 +60,12 @@ class Handler(Record):
         init: Maps the training state to the initial content of the slot, a pytree of tensors.
         needs: Its requirements.
         errors: The slot that counts its errors, if it is tolerant.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> stop = fx.callbacks.stop_at("loss", 0.1)
+        >>> stop.name, stop.slot, [event.__name__ for event in stop.events]
+        ('stop_at loss', None, ['EvalEnd'])
     """
 
     name: str
