@@ -339,10 +339,14 @@ def test_unsupported_values_are_converted_or_warned_about_once():
 
 
 def test_no_warning_if_another_writer_stores_the_value(tmp_path, recwarn):
+    from matplotlib.figure import Figure as Canvas
+
     both = fx.writers.csv(tmp_path / "a.csv"), fx.writers.media(tmp_path / "media")
     observer = fx.observers.write(*both)
     image = Image(torch.zeros(2, 2))
     observer(None, fx.StepEnd(step=1, metrics={"loss": 1.0}), fx.Control(log={"picture": image}))
+    matrix, figure = ConfusionMatrix(torch.ones(2, 2)), Figure.drawn(lambda: Canvas(figsize=(1, 1)))
+    observer(None, fx.StepEnd(step=2, metrics={}), fx.Control(log={"matrix": matrix, "figure": figure}))
     assert not recwarn.list
     alone = fx.observers.write(fx.writers.csv(tmp_path / "b.csv"))
     with pytest.warns(RuntimeWarning, match="does not store images"):

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 from fxtrain.core import LoopEvent, try_all
-from fxtrain.values import KINDS, Kind, Value
+from fxtrain.values import KINDS, Kind, Value, is_kept
 from fxtrain.writers._channel import Channel
 from fxtrain.writers._interface import Backend, Writer
 
@@ -65,7 +65,9 @@ class MultiWriter(Backend):
         self._channels = [_channel_of(writer) for writer in writers]
         selections = [channel.selection for channel in self._channels]
         for selection in selections:
-            selection.silence(kind for other in selections if other is not selection for kind in other.kinds)
+            others = [other.kinds for other in selections if other is not selection]
+            missing = {kind for kind in self.kinds if not is_kept(kind, selection.kinds)}
+            selection.silence(kind for kind in missing if any(is_kept(kind, kinds) for kinds in others))
 
     @property
     def keeps(self) -> frozenset[Kind]:
