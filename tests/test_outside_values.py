@@ -1,5 +1,6 @@
 """Python values outside the state: compiled steps that change them are rejected, except for caches and logs."""
 
+import collections
 import functools
 import importlib
 
@@ -162,3 +163,40 @@ def test_write_only_log_warns():
     with pytest.warns(RuntimeWarning, match="logs adds to log while it is traced"):
         train(module, logs)
     assert log == ["called"]
+
+
+class MakesValues(collections.OrderedDict):
+    """A table whose values are made when they are read, as that of the activations of transformers."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)(reads=1)
+
+
+class MakesElements(list):
+    def __iter__(self):
+        return iter([object() for _ in range(len(self))])
+
+    def copy(self):
+        raise AssertionError("copied by the subclass")
+
+
+@pytest.mark.parametrize("table", [MakesValues(relu=dict), MakesElements([1, 2])])
+def test_container_that_makes_its_elements_when_read_is_unchanged(table):
+    def loss_fn(model, batch):
+        return squares(model, batch) * len(table)
+
+    tx = fx.optim.sgd(0.1)
+    step = fx.compile(fx.train_step(loss_fn, tx))
+    step(fx.init(nn.Linear(2, 1), tx), X)
+    assert step.route == "inductor, traced"
+
+
+def test_counts_in_a_table_that_makes_its_values_are_found():
+    table = MakesValues(relu=dict)
+
+    def loss_fn(model, batch):
+        table[f"call {len(table)}"] = dict
+        return squares(model, batch) * len(table)
+
+    with pytest.raises(fx.model.CapturedStateError, match="table"):
+        train(nn.Linear(2, 1), loss_fn)

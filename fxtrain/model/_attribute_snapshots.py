@@ -66,7 +66,7 @@ class AttributeSnapshot:
         elif isinstance(values, dict) and type(values) in _DICTS:
             self._dicts.append((values, values.copy()))
         else:
-            self._others.append((values, dict(values) if isinstance(values, dict) else list(values)))
+            self._others.append((values, contents(values)))
 
     def is_intact(self) -> bool:
         """Returns whether each container still holds the same objects."""
@@ -77,7 +77,7 @@ class AttributeSnapshot:
                 for now, before in self._dicts
             )
             and all(
-                len(now) == len(before) and all(map(operator.is_, _in_order(now), _in_order(before)))
+                len(now) == len(before) and all(map(operator.is_, _in_order(contents(now)), _in_order(before)))
                 for now, before in self._others
             )
         )
@@ -240,6 +240,14 @@ def _builtin_type(values: Container) -> Any:
     return next(
         kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind)
     )
+
+
+def contents(values: Container) -> dict[Any, Any] | list[Any] | set[Any]:
+    """Returns the elements in a built-in dict, list or set. Methods that a subclass overrides are not called."""
+    base = _builtin_type(values)
+    if isinstance(values, dict):
+        return dict(base.items(values))
+    return (set if isinstance(values, set) else list)(base.__iter__(values))
 
 
 def _in_order(values: Container) -> Collection[object]:

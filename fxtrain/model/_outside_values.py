@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fxtrain.core import Tree, name_of, warn
-from fxtrain.model._attribute_snapshots import Container, refill
+from fxtrain.model._attribute_snapshots import Container, contents, refill
 from fxtrain.model._captured_values import is_of_users, values_read
 from fxtrain.model._first_call_checks import CheckedFunctions, ValuesNeededError
 from fxtrain.model._tensor_access import TensorReads
@@ -68,7 +68,7 @@ class OutsideValues:
             if hasattr(value, "cache_info") and hasattr(value, "cache_clear"):
                 self._caches.append((name, value, value.cache_info().misses))
             elif isinstance(value, _CONTAINERS) or (not isinstance(value, _CONSTANTS) and not callable(value)):
-                elements = value.copy() if isinstance(value, _CONTAINERS) else None
+                elements = contents(value) if isinstance(value, _CONTAINERS) else None
                 self._places.append(_Place(name, *access, value, elements))
 
     @property
@@ -91,14 +91,14 @@ class OutsideValues:
             now = place.read()
             if not _is_same(now, place.value, read):
                 changed.append(place.name)
-            elif place.elements is not None and not _is_intact(now, place.elements, read):
-                (grown if _only_gained_elements(now, place.elements) else changed).append(place.name)
+            elif place.elements is not None and not _is_intact(elements := contents(now), place.elements, read):
+                (grown if _only_gained_elements(elements, place.elements) else changed).append(place.name)
         return changed, grown
 
     def restore(self) -> None:
         """Restores all values, and clears caches that gained entries. Appended log entries stay."""
         for place in self._places:
-            if place.elements is not None and not _only_gained_elements(place.value, place.elements):
+            if place.elements is not None and not _only_gained_elements(contents(place.value), place.elements):
                 refill(place.value, place.elements)
             if place.read() is not place.value:
                 place.write(place.value)
