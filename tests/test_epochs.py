@@ -184,4 +184,4 @@ def test_event_epoch_accounts_for_changed_epoch_length():
 
 def test_slot_names_with_loop_prefix_are_reserved():
     with pytest.raises(ValueError, match="expected a slot name without the prefix 'loop/'"):
-        fx.stateful("loop/epoch", lambda state: torch.tensor(0), lambda state, event: (state, fx.Control()))
+        fx.stateful("loop/epoch", lambda state: torch.tensor(0), lambda state, event, epoch: (epoch, fx.Control()))
