@@ -19,7 +19,7 @@ from notebooks.website._names import ROOT, Package, alias, packages
 
 _COPIED = ("benchmarks", "notebooks")
 _SKIPPED = ("__pycache__", ".*", "website")
-_PICTURE = re.compile(r'<picture>\n<source .* srcset="(.*)">\n<img alt="(.*)" src="(.*)">\n</picture>')
+_PICTURE = re.compile(r'<picture><source .* srcset="(.*)">\n<img alt="(.*)" src="(.*)"></picture>')
 _EVENT_COLUMN = 20
 
 
