@@ -235,6 +235,18 @@ def test_histogram_has_one_bar_per_bucket_with_its_count():
     assert "no values" in shown(fx.values.Histogram(torch.zeros(0)))
 
 
+def test_geometric_buckets_of_a_histogram_are_equally_wide():
+    positive = torch.logspace(-8, 2, 21)
+    edges = torch.cat([-positive.flip(0), positive])
+    view = fx.values.Histogram(counts=torch.arange(41.0) + 1, edges=edges)._repr_html_()
+    widths = {float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', view)}
+    assert max(widths) - min(widths) < 0.02
+    assert ">-100<" in view
+    assert ">100<" in view
+    heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', view)]
+    assert heights == sorted(heights)
+
+
 def test_histogram_of_many_buckets_merges_them():
     value = fx.values.Histogram(counts=torch.ones(5000), edges=torch.arange(5001.0))
     assert Page(value._repr_html_()).tags.count("rect") == 100

@@ -38,6 +38,7 @@ _MAX_CLASSES = 24  # confusion matrices with more classes are drawn without coun
 _MAX_PAIRS = 10  # most confused pairs of classes
 _MAX_BARS = 100
 _WIDTH, _HEIGHT, _MARGIN = 360, 120, 16  # of the drawing of a histogram
+_MAX_WIDTH_RATIO = 100  # of the widest bucket to the narrowest that are drawn in proportion
 
 
 def image_view(value: Image) -> str:
@@ -239,7 +240,11 @@ def _merged(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _bars(counts: np.ndarray, edges: np.ndarray) -> Html:
+    """Returns bars whose areas are the counts. Buckets of very different widths are drawn equally wide."""
     drawn = _finite(edges)
+    widths = np.diff(drawn)
+    if is_uneven := widths.max() > _MAX_WIDTH_RATIO * widths.min():
+        drawn = np.arange(len(edges))
     densities = counts / np.diff(drawn)
     heights = densities / densities.max() * _HEIGHT
     places = (drawn - drawn[0]) / (drawn[-1] - drawn[0]) * _WIDTH
@@ -251,10 +256,15 @@ def _bars(counts: np.ndarray, edges: np.ndarray) -> Html:
         )
     )
     axis = f'<path d="M0 {_HEIGHT}H{_WIDTH}" stroke="currentColor" opacity=".4"/>'
-    middle = (drawn[0] + drawn[-1]) / 2
+    if is_uneven:
+        quarters = [len(edges) // 4, len(edges) // 2, 3 * len(edges) // 4]
+        inner = [(float(places[index]), float(edges[index])) for index in quarters]
+    else:
+        inner = [(_WIDTH / 2, float(drawn[0] + drawn[-1]) / 2)]
+    marked = [(0, "start", edges[0]), *((place, "middle", edge) for place, edge in inner), (_WIDTH, "end", edges[-1])]
     labels = "".join(
-        f'<text x="{place}" y="{_HEIGHT + 12}" text-anchor="{anchor}">{edge:.4g}</text>'
-        for place, anchor, edge in ((0, "start", edges[0]), (_WIDTH / 2, "middle", middle), (_WIDTH, "end", edges[-1]))
+        f'<text x="{place:.6g}" y="{_HEIGHT + 12}" text-anchor="{anchor}">{edge:.4g}</text>'
+        for place, anchor, edge in marked
     )
     highest = f'<text x="{_WIDTH}" y="9" text-anchor="end">at most {counts.max():,.6g} in a bar</text>'
     size = f'viewBox="0 0 {_WIDTH} {_HEIGHT + _MARGIN}" width="{_WIDTH}" height="{_HEIGHT + _MARGIN}"'
