@@ -292,6 +292,8 @@ def steps_where(trigger, count=12, **fields):
 class Writes:
     """A writer that drops everything."""
 
+    kinds = frozenset({float})
+
     def __getattr__(self, name):
         return lambda *_: None
 
