@@ -6,6 +6,7 @@ Each is a pure function of ``(state, event)``. Callback state lives in ``state.s
 from fxtrain.callbacks._averages import averaged, ema, swa
 from fxtrain.callbacks._classification import confusion_matrix, curves
 from fxtrain.callbacks._early_stopping import early_stopping, stop_on_overfitting
+from fxtrain.callbacks._grad_flow import grad_flow
 from fxtrain.callbacks._grad_profile import grad_profile
 from fxtrain.callbacks._guards import first_not_finite, nan_guard, spike_guard
 from fxtrain.callbacks._histograms import histograms, watch
@@ -18,7 +19,7 @@ from fxtrain.callbacks._progress import durations, epoch_mean, throughput
 from fxtrain.callbacks._requests import evaluate, save, save_best, stop_at, stop_on_divergence, time_limit
 from fxtrain.callbacks._restore_best import restore_best
 from fxtrain.callbacks._samples import samples
-from fxtrain.callbacks._statistics import activation_stats, grad_flow, grad_norms, update_ratios, weight_stats
+from fxtrain.callbacks._statistics import activation_stats, grad_norms, update_ratios, weight_stats
 from fxtrain.callbacks._textgen import textgen
 from fxtrain.callbacks._track_best import track_best
 
