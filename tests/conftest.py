@@ -31,9 +31,16 @@ def _no_pending_signal():
     interrupts._pending.clear()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_graphs_of_other_files():
+    """Clears Dynamo's graphs before each file, because it limits those of a code object, which all steps share."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def fresh_dynamo():
-    """Clears Dynamo's graphs, because it limits those of a code object, which all steps share."""
+    """Clears Dynamo's graphs before and after a test that compiles many steps."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
