@@ -43,9 +43,7 @@ def stateful():
 
 
 def hugging_face():
-    from datasets import Dataset
-
-    return batches(Dataset.from_dict({"x": [[1.0]] * 7}), 2)
+    return batches(pytest.importorskip("datasets").Dataset.from_dict({"x": [[1.0]] * 7}), 2)
 
 
 @pytest.mark.parametrize(
