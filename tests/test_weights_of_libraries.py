@@ -176,7 +176,12 @@ def test_adapter_variants_round_trip(peft, transformers, tmp_path, options):
 def test_adapter_added_by_transformers_round_trips(peft, transformers, tmp_path):
     torch.manual_seed(0)
     module = MODELS["tied"](transformers)
-    module.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    try:
+        module.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} refuses peft {peft.__version__}: {error}")
     state = fx.init(module)
     found = fx.load_weights(different(state), fx.save_weights(tmp_path / "w", state), report=True)
     assert len(found.loaded) == 2
