@@ -58,6 +58,7 @@ try:
         recompute_statistics,
         state_dict,
         summary,
+        to_module,
         view,
         with_trainable,
     )
@@ -130,6 +131,7 @@ __all__ = [
     "steps",
     "summary",
     "tap",
+    "to_module",
     "tolerant",
     "train_step",
     "tree",

@@ -17,6 +17,12 @@ Save weights::
     fx.save_weights(folder, state, convert=lambda model: model.merge_and_unload())  # merged LoRA weights
     fx.save_weights(folder, state, convert=lambda model: model.encoder)  # a submodule
 
+Use weights in other code::
+
+    fx.to_module(state)  # a copy of the module given to fx.init, with the weights of the state
+    fx.to_module(fx.callbacks.averaged(state), module)  # a copy of this module, with averaged weights
+    module.load_state_dict(fx.state_dict(state))  # into an existing module
+
 Convert optimizer states::
 
     fx.load_optimizer_state(state, optimizer)  # from torch; or its state_dict(), or a file that contains it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import pathlib
 from collections.abc import Callable
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain._torch_internals.modules import own_parameters
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._temporary_folder import clear_abandoned, unfinished_folder
 from fxtrain.core import TrainState, check_choice, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
-from fxtrain.model import model_of, refuse_in_place_writes, versions
+from fxtrain.model import model_of, refuse_in_place_writes, to_module, versions
 from fxtrain.model._named_tensors import NamedTensors
 from fxtrain.model._tensor_access import copies
 from fxtrain.model._types import Modules
@@ -83,8 +81,7 @@ def save_weights(
                     state.params, state.buffers, lambda modules: _write(modules, unfinished, format), train=False
                 )
             else:
-                copied = model.call(state.params, state.buffers, copy.deepcopy, train=False).output
-                _write(_converted(convert, tree.map(_with_parameters, copied)), unfinished, format)
+                _write(_converted(convert, to_module(state)), unfinished, format)
             refuse_in_place_writes("save_pretrained", state.params, before, "state.params")
             for file in unfinished.rglob("*"):
                 if file.is_dir():
@@ -107,19 +104,6 @@ def _converted(convert: Callable[[Any], Modules], copied: Modules) -> Modules:
     if not leaves or not all(isinstance(leaf, nn.Module | Tensor) for leaf in leaves):
         raise TypeError(f"expected convert to return a module, got {describe(found)}. Return the module to write.")
     return found
-
-
-def _with_parameters(part: object) -> object:
-    """Replaces plain tensors in a copied module by ``Parameter``, as its class created them, and returns the module."""
-    if not isinstance(part, nn.Module):
-        return part
-    made: dict[int, nn.Parameter] = {}
-    for module in part.modules():
-        for key, value in own_parameters(module).items():
-            if value is not None and not isinstance(value, nn.Parameter):
-                trains = value.is_floating_point() or value.is_complex()
-                own_parameters(module)[key] = made.setdefault(id(value), nn.Parameter(value, requires_grad=trains))
-    return part
 
 
 def _write(modules: Modules, folder: pathlib.Path, form: Format) -> None:

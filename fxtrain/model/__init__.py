@@ -12,6 +12,7 @@ from fxtrain.model._parameter_trees import CallResult
 from fxtrain.model._state_dict import LoadReport, load_state_dict, state_dict
 from fxtrain.model._summary import Summary, summary
 from fxtrain.model._tensor_access import refuse_in_place_writes, versions
+from fxtrain.model._to_module import to_module
 from fxtrain.model._types import Modules, StateDict, Transforms
 from fxtrain.model._unseeded_values import UnseededError
 from fxtrain.model._view import View, view
@@ -31,6 +32,7 @@ __all__ = [
     "recompute_statistics",
     "state_dict",
     "summary",
+    "to_module",
     "view",
     "with_trainable",
 ]

@@ -55,7 +55,7 @@ def init(
         >>> sorted(state.params), int(state.step)
         (['bias', 'weight'], 0)
     """
-    _refuse_other_leaves(model)
+    refuse_other_leaves(model)
     _refuse_overlaps(model)
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise TypeError(f"expected seed to be a 64-bit int, got {describe(seed)}.")
@@ -105,12 +105,18 @@ def init_optimizer(tx: Transforms, params: Tree, model: Modules | None = None) -
     return {name: init_optimizer(each, params[name], models.get(name)) for name, each in tx.items()}
 
 
-def _refuse_other_leaves(model: Modules) -> None:
+def refuse_other_leaves(model: Modules, root: str = "model") -> None:
+    """Raises unless a tree consists of tensors and modules that can be copied and called functionally.
+
+    Args:
+        model: The tree.
+        root: Its name, for errors.
+    """
     if isinstance(model, TrainState):
         raise TypeError(
             "expected a module or a pytree of modules and tensors, got a TrainState, which is already initialized."
         )
-    for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
+    for path, leaf in zip(tree.paths(model, root), tree.leaves(model), strict=True):
         if not isinstance(leaf, nn.Module | Tensor):
             raise TypeError(
                 f"expected modules, tensors, or a pytree of them, got {describe(leaf)} at {path}. {_remedy_for(leaf)}"

@@ -214,12 +214,26 @@ def on_meta_device(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
     Raises:
         TypeError: If the module cannot be copied.
     """
-    # Meta tensors in deepcopy's memo take the place of the weights, so that these are not copied.
-    memo: dict[int, Any] = {
+    replacements: dict[int, Tensor] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for parameter in root.parameters()
     }
-    memo |= {id(buffer): buffer.detach().to("meta") for buffer in root.buffers()}
+    replacements |= {id(buffer): buffer.detach().to("meta") for buffer in root.buffers()}
+    return copied_with(root, replacements)
+
+
+def copied_with(root: nn.Module, replacements: Mapping[int, Tensor]) -> tuple[nn.Module, frozenset[int]]:
+    """Returns a copy with other tensors in place of parameters and buffers, and the ids of all copied objects.
+
+    Args:
+        root: The module.
+        replacements: The new tensors, by the ids of those in ``root``, which are not copied.
+
+    Raises:
+        TypeError: If the module cannot be copied.
+    """
+    # Tensors in deepcopy's memo take the place of the weights, also in other attributes that refer to them.
+    memo: dict[int, Any] = {**replacements}
     for _, tensor in AttributeSnapshot({"model": root}, ()).tensors:
         # deepcopy refuses tensors with a graph, such as those that torch.nn.utils.weight_norm stores. Each call
         # recomputes them.
