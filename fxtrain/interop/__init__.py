@@ -1,4 +1,6 @@
-"""Weights and optimizer states in other formats: safetensors, ``torch.save``, and folders of Hugging Face libraries.
+"""Weights and optimizer states in other formats, and callbacks of transformers.
+
+The formats are safetensors, ``torch.save``, and folders of Hugging Face libraries.
 
 Load weights::
 
@@ -29,18 +31,25 @@ Convert optimizer states::
     fx.load_optimizer_state(state, folder)  # a Trainer checkpoint folder, or a Lightning checkpoint
     optimizer.load_state_dict(fx.optimizer_state_dict(state, optimizer))  # back to torch
 
+Use callbacks of ``Trainer``::
+
+    fx.fit(..., callbacks=[fx.interop.hf(EarlyStoppingCallback(3)), fx.interop.hf(ProgressCallback)])
+
 Restore parts of fxtrain checkpoints::
 
     fx.restore(path, like=state, fresh="head.*")  # everything but a new head, including optimizer state and counts
     fx.restore(path, like=state, where="state.*['encoder.*']")  # a submodule with its optimizer state
 """
 
+from fxtrain.interop._hf import hf, hf_event
 from fxtrain.interop._load_weights import load_weights
 from fxtrain.interop._optimizer_states import load_optimizer_state, optimizer_state_dict
 from fxtrain.interop._read_weights import read_weights
 from fxtrain.interop._save_weights import save_weights
 
 __all__ = [
+    "hf",
+    "hf_event",
     "load_optimizer_state",
     "load_weights",
     "optimizer_state_dict",
