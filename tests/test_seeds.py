@@ -27,7 +27,7 @@ ROWS = {  # the number of features in the documentation of each trainer
     "Keras": 16,
     "Lightning": 33,
 }
-MAX_PLANNED = 4
+MAX_PLANNED = 3
 NAMES = {"fx": fx, "help": help, "result": fx.Result, "state": fx.TrainState}
 NAMES |= {kind.__name__: kind for kind in (*EVENTS, fx.LoopEvent)}
 

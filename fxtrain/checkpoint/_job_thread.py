@@ -43,6 +43,15 @@ class JobThread:
                 self._start()
             self._job_done.acquire(timeout=_RECHECK_SECONDS)
 
+    def join(self) -> None:
+        """Blocks until no job is pending and the thread has freed the last one.
+
+        A thread that is freeing tensors while the interpreter shuts down would abort the process.
+        """
+        self.wait()
+        if self._running.acquire(timeout=_RECHECK_SECONDS):
+            self._running.release()
+
     def _reset(self) -> None:
         self._jobs: collections.deque[Callable[[], None]] = collections.deque()
         self._running = _thread.allocate_lock()  # held by the thread that runs jobs
@@ -91,7 +100,7 @@ def _finish() -> None:
     if getattr(sys, "last_type", None) is KeyboardInterrupt and not interactive:
         return
     for writer in list(_LIVE):
-        writer.wait()
+        writer.join()
 
 
 def _forget() -> None:

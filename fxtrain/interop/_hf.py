@@ -36,8 +36,8 @@ def hf(
       ``StepBegin``, ``on_step_end`` at ``StepEnd``, ``on_prediction_step`` at ``EvalStep``, ``on_evaluate`` at
       ``EvalEnd``, ``on_epoch_end`` at ``EpochEnd``, ``on_save`` at ``Saved``, and ``on_train_end`` at ``FitEnd``.
     - ``on_substep_end``, ``on_pre_optimizer_step`` and ``on_optimizer_step`` at ``StepEnd``, before ``on_step_end``,
-      because a compiled step cannot call them. Before the optimizer, they see the parameters and gradients of before the
-      update, which are copied to a slot inside the step if a callback has such a method.
+      because a compiled step cannot call them. Those before the optimizer see the parameters from before the update
+      and their gradients, which the step copies to a slot if a callback has such a method.
     - ``on_log`` when ``args`` say so (``logging_strategy``, ``logging_steps``), after each evaluation, and at the end.
     - ``on_predict`` and ``on_push_begin`` by ``hf_event``, because ``fit`` neither predicts nor pushes.
 

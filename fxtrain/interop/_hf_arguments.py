@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxtrain.core import LoopEvent, TrainState
 from fxtrain.interop._hf_gradients import BeforeUpdate
@@ -29,7 +29,7 @@ class SharedArguments:
 
     Attributes:
         state: The state of the current event, with what callbacks wrote.
-        published: What was logged at the last step, among it the learning rates.
+        published: The values logged at the last step, such as the learning rates, by the names that writers see.
         named: The arguments by name.
         train_data: Stands in for the training data.
         eval_data: Stands in for the evaluation data.
@@ -104,7 +104,9 @@ class SharedArguments:
             self._fill(shown, self.state.params)
         return shown
 
-    def _fill(self, shown: ShownModule, params: Mapping[str, object], grads: Mapping[str, object] | None = None) -> None:
+    def _fill(
+        self, shown: ShownModule, params: Mapping[str, Tensor], grads: Mapping[str, Tensor] | None = None
+    ) -> None:
         shown.show(params, self.state.buffers, grads)
         self._is_filled = True
 

@@ -204,6 +204,7 @@ class _Adapter:
         if self.sees_gradients:
             self._before_optimizer()
         facts.follow(event)
+        self._shared.published = {f"train/{name}": value for name, value in event.metrics.items()}
         self._add_loss(event)
         args, step = facts.args, event.step
         if step == 1 and args.logging_first_step:

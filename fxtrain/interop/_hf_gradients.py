@@ -36,7 +36,9 @@ def keep_before_update(slot: str) -> Handler:
         else:
             grads = _tensors(event.grads)
             # Cloned, because no two leaves of a state may share storage.
-            kept = kept._replace(params=tree.clone({name: state.params[name] for name in grads}), grads=tree.clone(grads))
+            kept = kept._replace(
+                params=tree.clone({name: state.params[name] for name in grads}), grads=tree.clone(grads)
+            )
         return state.with_slot(slot, kept), Control()
 
     return slotted(slot, init, keep)

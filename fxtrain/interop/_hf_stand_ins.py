@@ -33,8 +33,8 @@ class OptimizerView:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"expected an attribute that the optimizer of a callback has (param_groups), got {name!r}. The optimizer is "
-            "a function in fxtrain: read its state from state.opt_state, in a callback of fxtrain."
+            f"expected an attribute that the optimizer of a callback has (param_groups), got {name!r}. In fxtrain the "
+            "optimizer is a function, whose state a callback of fxtrain reads from state.opt_state."
         )
 
 
@@ -64,8 +64,8 @@ class SchedulerView:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"expected an attribute that the scheduler of a callback has (get_last_lr), got {name!r}. A schedule is a "
-            "function of the step in fxtrain. To change learning rates during a run, use "
+            f"expected an attribute that the scheduler of a callback has (get_last_lr), got {name!r}. In fxtrain a "
+            "schedule is a function of the step. To change learning rates during a run, use "
             "fxtrain.callbacks.reduce_on_plateau or fxtrain.optim.inject_hyperparams."
         )
 

@@ -136,7 +136,8 @@ class TrainerFacts:
             name, is_set = flags[kind]
             if is_set:
                 who = progress.stopped_by if kind == "stop" else "a callback of transformers"
-                found |= Control(**{kind: True}, reason=f"{who} set {name}")
+                request: dict[str, Any] = {kind: True}
+                found |= Control(**request, reason=f"{who} set {name}")
         progress.is_stop_requested |= bool(found.stop)
         progress.is_save_requested |= bool(found.save)
         return found
@@ -199,7 +200,7 @@ def _is_scalar(value: object) -> bool:
 def _memory_of(target: Any, transient: frozenset[str]) -> ObjectMemory:
     if isinstance(target, TrainerState):
         return ObjectMemory(target, transient=_NOT_MEMORY)
-    if isinstance(target, ProgressCallback):  # counts for its bar, which each session shows anew
+    if isinstance(target, ProgressCallback):  # its counters belong to the bar of a session
         return ObjectMemory(target, transient=frozenset(vars(target)) | {"current_step"})
     if not isinstance(target, ExportableState) or isinstance(target, TrainerControl):
         return ObjectMemory(target, transient=transient)
