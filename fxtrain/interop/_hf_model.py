@@ -39,13 +39,13 @@ class ShownModule:
             )
         self.module = made
         self._params, self._buffers = dict(made.named_parameters()), dict(made.named_buffers())
-        self._trained = {name for name, value in self._params.items() if value.requires_grad}
+        self._model, self._device = state.model, state.step.device
         self._settings = self._read_settings()
         self._release()
 
     def fits(self, state: TrainState) -> bool:
-        """Whether the module has the tensors of the state."""
-        return self._params.keys() == state.params.keys() and self._buffers.keys() == state.buffers.keys()
+        """Whether the module has the architecture, the trainable selection and the device of the state."""
+        return self._model == state.model and self._device == state.step.device
 
     def show(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], grads: Mapping[str, Tensor] | None = None
