@@ -41,6 +41,7 @@ ALLOWED = {
     "compiler.lowering._trace": FAULT,
     "compiler.lowering._value_reads": ENGINE,
     "compiler.passes._concatenation": PASS,
+    "compiler.passes._dropout": PASS,
     "compiler.passes._matmuls": PASS,
     "compiler.passes._scalars": PASS,
     "core._state_view": FAULT,
