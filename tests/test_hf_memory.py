@@ -152,6 +152,14 @@ def test_oldest_logs_are_dropped_with_a_warning():
     assert 0 < len(callback.entries) < 15
 
 
+def test_finished_run_can_be_resumed_and_does_nothing(tmp_path):
+    args = arguments(tmp_path, eval_strategy="no", logging_strategy="epoch")
+    for _ in range(2):
+        callback = fx.interop.hf(Counts(), args=args)
+        result = fit(callback, steps=2, checkpointer=fx.checkpointer(tmp_path), resume=True)
+        assert (int(result.state.step), result.reason) == (2, "reached 2 steps")
+
+
 def test_slots_of_callbacks_of_one_class_need_names():
     with pytest.raises(ValueError, match="expected one callback for the slot 'hf/Counts'"):
         fit([fx.interop.hf(Counts()), fx.interop.hf(Counts())], steps=1)

@@ -171,6 +171,7 @@ class _Adapter:
         self._was_interrupted = False
         self._slot.begin()
         self._slot.recall(self._shared.state)
+        self._loss = self._slot.read(self._shared.state).loss
         facts.begin(event)
         self._fire("on_init_end")
         facts.control.should_training_stop = False
@@ -296,7 +297,7 @@ class _Adapter:
         facts = self._facts
         if not self._was_interrupted:
             self._end_epoch()
-        total = facts.progress.total_loss + float(self._slot.read(self._shared.state).loss)
+        total = facts.progress.total_loss + float(self._loss)
         examples = event.steps_taken * (facts.state.train_batch_size or 0)
         speed = _speed("train", event.duration, examples, event.steps_taken)
         self._log({**speed, "total_flos": facts.state.total_flos, "train_loss": total / max(event.step, 1)})
