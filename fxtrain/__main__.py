@@ -1,4 +1,4 @@
-"""``python -m fxtrain.cli``, for use when the ``fxtrain`` script is not on the path."""
+"""``python -m fxtrain``, for use when the ``fxtrain`` script is not on the path."""
 
 import sys
 

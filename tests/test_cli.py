@@ -12,7 +12,7 @@ import pytest
 from fxtrain import cli
 from fxtrain.cli._streams import lasting_streams
 
-FXTRAIN = [sys.executable, "-m", "fxtrain.cli"]
+FXTRAIN = [sys.executable, "-m", "fxtrain"]
 
 
 @pytest.fixture
