@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import io
+import itertools
 import os
 import pathlib
 import shutil
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -22,6 +25,7 @@ from fxtrain.report._folder import reason
 
 _COLUMNS = "COLUMNS"
 _MIN_COLUMNS = 60  # columns; tyro splits words in narrower help, and hangs below 8 columns
+_MAX_COLUMNS = 10_000  # in which no line of an error is split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ Options = TypeVar("Options", bound=Common)
 def parse(
     kind: type[Options], command: str, arguments: Sequence[str], default: Options | Any = tyro.MISSING_NONPROP
 ) -> Options:
-    """Parses arguments, and prints help or errors in at least 60 columns.
+    """Parses arguments, and prints help in at least 60 columns.
 
     Args:
         kind: The dataclass of options.
@@ -60,14 +64,15 @@ def parse(
         An instance of ``kind``.
 
     Raises:
-        SystemExit: With code 0 after printing help or the configuration, and 2 for invalid arguments.
-        CommandError: The file of ``--config`` cannot be read, or has a key or a value that is no option.
+        SystemExit: With code 0 after printing help or the configuration.
+        CommandError: An argument is invalid, or the file of ``--config`` cannot be read, or has a key or a value that is no option.
     """
     file = _config_file(arguments) if issubclass(kind, Configurable) else None
     if file is not None:
         default = read_options(kind, load(read_text(file), str(file)), str(file))
-    with _wide_enough():
-        options = tyro.cli(kind, prog=f"fxtrain {command}", args=arguments, default=default)
+    run = functools.partial(tyro.cli, kind, prog=f"fxtrain {command}", args=arguments, default=default)
+    with _columns(max(shutil.get_terminal_size().columns, _MIN_COLUMNS)):
+        options = _without_box(run, command)
     if isinstance(options, Configurable) and options.print_config:
         sys.stdout.write(dump(saved_options(options)))
         raise SystemExit(0)
@@ -157,10 +162,32 @@ def _saved(value: Any) -> Any:
     return [*map(_saved, value)] if isinstance(value, list | tuple) else value
 
 
+def _without_box(run: Callable[[], Options], command: str) -> Options:
+    """Returns the parsed arguments. tyro's error, which is a box of several lines, becomes one line."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return run()
+    except SystemExit as error:
+        if not error.code:
+            raise
+    errors = io.StringIO()
+    with _columns(_MAX_COLUMNS), contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
+        run()
+    below_title = itertools.dropwhile(lambda line: not _is_border(line), errors.getvalue().splitlines())
+    lines = [line.strip("│ ") for line in below_title if not _is_border(line) and line[1:10].strip()]  # without help
+    parts = itertools.takewhile(lambda line: not line.startswith(("For full", "Argument helptext")), lines)
+    text = " ".join(part if part.endswith((":", ".")) else f"{part}." for part in parts)
+    raise CommandError(f"{text} See fxtrain {command} --help.")
+
+
+def _is_border(line: str) -> bool:
+    return line.startswith("╭") or not line.strip(" -─╰╯│")
+
+
 @contextlib.contextmanager
-def _wide_enough() -> Iterator[None]:
+def _columns(count: int) -> Iterator[None]:
     before = os.environ.get(_COLUMNS)
-    os.environ[_COLUMNS] = str(max(shutil.get_terminal_size().columns, _MIN_COLUMNS))
+    os.environ[_COLUMNS] = str(count)
     try:
         yield
     finally:
