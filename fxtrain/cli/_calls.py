@@ -137,11 +137,9 @@ class Call:
                 found[name] = _plain(self.arguments[name], done)
             elif parameter.kind not in VARIADIC and is_plain(parameter.default):
                 found[name] = _plain(parameter.default, done)
-        # Without another argument, those of *args are a list.
-        return next(iter(found.values())) if list(found) == list(self.parameters)[:1] and self._is_variadic() else found
-
-    def _is_variadic(self) -> bool:
-        return next(iter(self.parameters.values())).kind is VARIADIC[0]
+        first = next(iter(self.parameters.values()), None)
+        is_list = first is not None and first.kind is VARIADIC[0] and list(found) == [first.name]
+        return found[first.name] if first is not None and is_list else found  # *args alone are a list
 
     def _located(self, error: Exception) -> str:
         """Returns the message of a factory's error, with the path in place of the argument's name."""

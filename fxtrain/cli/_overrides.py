@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from fxtrain.cli._errors import ConfigError
 from fxtrain.cli._type_checks import shown
 from fxtrain.cli._yaml import load
-from fxtrain.core import did_you_mean
 
 _PART = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
 
@@ -34,12 +34,13 @@ def override(config: dict[str, Any], changes: Sequence[str]) -> None:
         key, equals, value = change.partition("=")
         if not equals or not key:
             raise ConfigError(f"expected KEY=VALUE, got {change!r}. Write a change as steps=100.")
-        *way, last = _parts(key)
         node: Any = config
+        here, way = _first(node, _parts(key), key)
         while way:
-            node, way = _below(node, way, key)
-        node, [last] = _at_last(node, [last], key)
-        node[last] = load(value, f"the value of {key}")
+            # A missing mapping is created. A wrong name in the way is found when the configuration is read.
+            node = node.setdefault(here, {}) if isinstance(node, dict) else node[here]
+            here, way = _first(node, way, key)
+        node[here] = load(value, f"the value of {key}")
 
 
 def _parts(key: str) -> list[str | int]:
@@ -55,27 +56,17 @@ def _parts(key: str) -> list[str | int]:
     return parts
 
 
-def _below(node: Any, way: list[str | int], key: str) -> tuple[Any, list[str | int]]:
-    """Returns the node that the first parts of a way lead to, and the other parts. Creates missing mappings."""
+def _first(node: Any, way: list[str | int], key: str) -> tuple[Any, list[str | int]]:
+    """Returns the key or index in a node with which a way begins, and the rest of the way."""
     if isinstance(node, dict) and isinstance(way[0], str):
         # A dotted name is one key. The longest key that exists is meant.
-        texts = way[: next((index for index, part in enumerate(way) if isinstance(part, int)), len(way))]
-        for count in range(len(texts), 0, -1):
-            name = ".".join(map(str, texts[:count]))
-            if name in node:
-                return node[name], way[count:]
-        return node.setdefault(way[0], {}), way[1:]
-    node, way = _at_last(node, way, key)
-    return node[way[0]], way[1:]
-
-
-def _at_last(node: Any, way: list[str | int], key: str) -> tuple[Any, list[str | int]]:
-    if isinstance(node, dict) and isinstance(way[0], str):
-        return node, way
+        texts = list(itertools.takewhile(lambda part: isinstance(part, str), way))
+        names = {count: ".".join(map(str, texts[:count])) for count in range(len(texts), 0, -1)}
+        count = next((count for count, name in names.items() if name in node), 1)
+        return names[count], way[count:]
     if isinstance(node, list) and isinstance(way[0], int):
         if way[0] < len(node):
-            return node, way
+            return way[0], way[1:]
         raise ConfigError(f"expected an index below {len(node)} in {key}, got {way[0]}. Correct the index.")
     kind = "a list" if isinstance(way[0], int) else "a mapping"
-    names = node if isinstance(node, dict) else ()
-    raise ConfigError(f"expected {kind} before {way[0]!r} in {key}, got {shown(node)}.{did_you_mean(way[0], names)}")
+    raise ConfigError(f"expected {kind} before {way[0]!r} in {key}, got {shown(node)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import pathlib
 import shutil
@@ -55,7 +56,8 @@ class Options(Common):
     A function returns a dict of the arguments of fxtrain.fit. Its own arguments are set by KEY=VALUE, or by a file
     with the key "function".
 
-    Examples:
+    In the shell, for example:
+
       fxtrain train run.yaml epochs=20 "callbacks[0].early_stopping.patience=5"
       fxtrain train my_package.runs:baseline width=128
       fxtrain train run.yaml --print-config > complete.yaml
@@ -100,6 +102,7 @@ class _Session:
     def __init__(self, call: Call, complete: dict[str, Any], options: Options) -> None:
         self.call, self.complete = call, complete
         self.resumes = options.resume is not None
+        self.creates_parent = not options.runs.exists()
         self.folder = options.resume or make_folder(options.runs, "train", complete)
         self.has_begun = False
         call.context.folder = self.folder.absolute()
@@ -111,6 +114,9 @@ class _Session:
         except BaseException:
             if not self.has_begun and not self.resumes:
                 shutil.rmtree(self.folder)
+                if self.creates_parent:
+                    with contextlib.suppress(OSError):  # another run has begun in it
+                        self.folder.parent.rmdir()
             raise
         print(f"\nrun         {self.folder}")
         print(f"resume      fxtrain train --resume {self.folder}")
@@ -167,7 +173,7 @@ def _config(options: Options, saved: Mapping[str, Any] | None) -> dict[str, Any]
     target = options.target
     if target is None:
         assert saved is not None
-        config = dict(saved)
+        config = copy.deepcopy(dict(saved))
     elif ":" in target and not pathlib.Path(target).exists():
         config = {_FUNCTION: target}
     else:

@@ -66,8 +66,7 @@ class _Loader(yaml.SafeLoader):
         made.update(self.construct_mapping(node))
 
 
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+class _Dumper(yaml.SafeDumper):  # quotes what is another scalar in YAML 1.1 or in 1.2
 
     def represent_anchored(self, data: Anchored) -> yaml.Node:
         node = self.represent_dict(data)
@@ -129,7 +128,7 @@ def dump(value: object) -> str:
           jsonl:
             path: x
         - *log
-        off: no
+        'off': 'no'
         rate: 1.0e-05
     """
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
