@@ -1,5 +1,6 @@
 """Configurations of ``fxtrain train``: factories, shared objects, changes on the command line, and the text of errors."""
 
+import pathlib
 import sys
 
 import pytest
@@ -258,3 +259,45 @@ def test_debug_shows_the_traceback_of_an_error(shop, capsys):
     err = capsys.readouterr().err
     assert 'return {}["nothing"]' in err
     assert err.splitlines()[-1].startswith("fxtrain train: data.shop.broken: KeyError: 'nothing' in ")
+
+
+GUIDE = (pathlib.Path(__file__).parents[1] / "notebooks/configuration.md").read_text()
+GUIDE_MODULE = """
+Classifier, load_all = Net, load
+
+
+def load(split: str):
+    return load_all(128 if split == "train" else 64)
+
+
+def stop_when_accurate(threshold: float):
+    return stop_when_good(1 - threshold)
+"""
+
+
+def test_configuration_of_the_guide_is_accepted(shop, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_package", raising=False)
+    (shop / "my_package.py").write_text(MODULE + GUIDE_MODULE)
+    (shop / "guide.yaml").write_text(GUIDE.split("```yaml\n")[1].split("```")[0])
+    assert main(["train", "guide.yaml", "steps=1", "compile=false"]) == 0
+    assert "reached 1 steps" in capsys.readouterr().out
+
+
+def test_errors_of_the_guide_are_the_errors(shop, capsys):
+    errors = GUIDE.split("```text\n")[1].split("```")[0].splitlines()
+    assert refused(capsys, "run.yaml", "callbacks[0].early_stopping.pateince=5") == errors[0]
+    assert refused(capsys, "run.yaml", "callbacks[0].early_stopping.patience=0") == errors[1]
+    assert refused(capsys, "run.yaml", "optimizer.chain[1].adamw.learning_rate={cosin: {}}") == errors[2]
+
+
+def test_rooms_of_the_guide_are_the_rooms(shop, capsys):
+    for key, name in (
+        ("model", "Linear"),
+        ("optimizer", "cosine"),
+        ("data", "windows"),
+        ("callbacks", "every"),
+        ("observers", "jsonl"),
+        ("eval_when", "every"),
+    ):
+        error = refused(capsys, "run.yaml", f"{key}={{{name}: {{nothing: 1}}}}")
+        assert error.startswith(f"expected an argument of {name}, got {key}.{name}.nothing."), error
