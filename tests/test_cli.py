@@ -169,3 +169,12 @@ def test_signal_sets_exit_code(tmp_path, number, code):
     _, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Traceback" not in err
+
+
+def test_runs_of_a_report_are_read_from_a_file(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.yaml").write_text("runs: [run]\nout: page.html\n")
+    assert cli.main(["report", "--config", "report.yaml"]) == 0
+    assert (tmp_path / "page.html").exists()
+    assert cli.main(["report", "run", "--print-config"]) == 0
+    assert capsys.readouterr().out == "page.html\nruns:\n- run\nout: null\n"

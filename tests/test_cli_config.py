@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import pytest
+import torch
 import yaml
 from trainings import CONFIG, MODULE
 
@@ -77,6 +78,17 @@ def test_shared_objects_may_be_defined_ahead(shop, capsys):
     assert main(["train", "run.yaml"]) == 0
     first, pair = sys.modules["shop"].MADE
     assert pair == (first, first)
+
+
+def test_values_without_a_literal_in_yaml_are_strings_and_lists(shop, capsys):
+    text = "{path: $RUN/a, speed: FAST, dtype: torch.bfloat16, kind: shop.Net, rest: [1, 2.5], b: 3}"
+    change = f"observers=[{{shop.typed: {text}}}]"
+    found = yaml.safe_load(printed(capsys, "run.yaml", change))["observers"][0]["shop.typed"]
+    assert found == yaml.safe_load(text)
+    assert main(["train", "run.yaml", change, "steps=0"]) == 0
+    [(path, speed, dtype, kind, rest, options)] = sys.modules["shop"].MADE
+    assert path == next((shop / "runs").iterdir()) / "a"
+    assert (speed.name, dtype, kind.__name__, rest, options) == ("FAST", torch.bfloat16, "Net", (1, 2.5), {"b": 3})
 
 
 @pytest.mark.parametrize(
@@ -207,15 +219,27 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
         ("epochs=1.5", "expected epochs to be an int or null, got 1.5."),
         ("epochs=null", "expected epochs, steps or both, got neither. Give the length of the run."),
         ("precision=bf17", "expected precision to be 'fp32', 'bf16', 'fp16', None or an fxtrain.Policy, got 'bf17'."),
-        ("differentiate=aut", "expected differentiate to be 'auto', 'func' or 'autograd', got 'aut'. Did you mean 'auto'?"),
+        (
+            "differentiate=aut",
+            "expected differentiate to be 'auto', 'func' or 'autograd', got 'aut'. Did you mean 'auto'?",
+        ),
         ("device=abacus", "expected device to be available, got abacus ("),
-        ("compile={fullgrap: true}", "expected an argument of compile, got compile.fullgrap. Did you mean 'fullgraph'?"),
+        (
+            "compile={fullgrap: true}",
+            "expected an argument of compile, got compile.fullgrap. Did you mean 'fullgraph'?",
+        ),
         ("run={nme: x}", "expected an argument of run, got run.nme. Did you mean 'name'?"),
         ("data.batches.batch_size=0", "expected data.batches.batch_size to be a positive int, got 0."),
         ("data={shop.broken: }", "data.shop.broken: KeyError: 'nothing' in "),
-        ("callbacks[7].save.every=1", "expected an index below 3 in callbacks[7].save.every, got 7. Correct the index."),
+        (
+            "callbacks[7].save.every=1",
+            "expected an index below 3 in callbacks[7].save.every, got 7. Correct the index.",
+        ),
         ("callbacks.save=1", "expected a mapping before 'save' in callbacks.save, got a list of length 3."),
-        ("callbacks[0=1", "expected a key such as callbacks[0].early_stopping.patience, got 'callbacks[0'. Correct it."),
+        (
+            "callbacks[0=1",
+            "expected a key such as callbacks[0].early_stopping.patience, got 'callbacks[0'. Correct it.",
+        ),
         ("steps", "expected KEY=VALUE, got 'steps'. Write a change as steps=100."),
         ("loss={", "expected YAML in the value of loss, got "),
         ("--steps=5", "expected one of the options --runs, --resume, --print-config, --debug, --help, got --steps=5. "),
@@ -240,7 +264,10 @@ def test_mistake_is_an_error_with_its_path_before_anything_is_created(shop, caps
         (["shop:baseline", "width=3.5"], "expected width to be an int, got 3.5."),
         (["no.py:baseline"], "expected a Python file, got no.py, which does not exist. Check the path."),
         (["bad.py:run"], "expected bad.py to be imported, got ZeroDivisionError: division by zero. Correct the file."),
-        (["shop:nothing"], "expected shop:nothing to return the arguments of fxtrain.fit, got None. Return dict(state="),
+        (
+            ["shop:nothing"],
+            "expected shop:nothing to return the arguments of fxtrain.fit, got None. Return dict(state=",
+        ),
         (["shop:incomplete"], "expected shop:incomplete to return the arguments of fxtrain.fit, got no step."),
         (["shop:misnamed"], "arguments of fxtrain.fit, got 'callback'. Did you mean 'callbacks'?"),
         (["shop:broken"], "KeyError: 'nothing' in "),

@@ -343,7 +343,14 @@ def test_resume_rejects_path_without_run(tmp_path, monkeypatch, capsys, text, pl
 
 @pytest.mark.slow
 def test_resume_without_checkpoint_starts_at_first_step(started, capsys):
-    assert main(["lm", "--resume", str(started)]) == 0
+    assert main(["lm", "--resume", str(started), "--eval-interval", "5"]) == 0
     captured = capsys.readouterr()
     assert captured.err == f"{started} has no checkpoint yet, so the run starts at its first step.\n"
     assert json.loads((started / "result.json").read_text())["step"] == 1
+    assert yaml.safe_load((started / "config.yaml").read_text())["eval_interval"] == 5
+
+
+def test_printed_config_of_a_resumed_run_is_that_of_the_run(started, capsys):
+    assert main(["lm", "--resume", str(started), "--keep", "3", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["keep"], printed["steps"], printed["width"]) == (3, 1, 16)

@@ -104,7 +104,10 @@ def test_damaged_record_and_control_characters_do_not_break_the_table(capsys, tm
         (["nowhere"], "expected a folder of runs, got nowhere (No such file or directory). Check the path."),
         (["empty"], "expected a folder of runs, got empty, which has none. Check the path."),
         (["some", "--metric", "eval/los"], "got 'eval/los'. Did you mean 'eval/loss'?"),
-        (["some", "--metric", "x"], "expected --metric to be a metric of a run, got 'x'. The runs have eval/accuracy, "),
+        (
+            ["some", "--metric", "x"],
+            "expected --metric to be a metric of a run, got 'x'. The runs have eval/accuracy, ",
+        ),
     ],
 )
 def test_folder_without_runs_and_unknown_metric_are_refused(capsys, monkeypatch, tmp_path, arguments, message):
@@ -117,3 +120,16 @@ def test_folder_without_runs_and_unknown_metric_are_refused(capsys, monkeypatch,
     assert captured.err.startswith("fxtrain runs: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_options_are_read_from_a_file_and_changed_on_the_command_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "some/a", session())
+    (tmp_path / "runs.yaml").write_text("folder: some\nmetric: eval/loss\nmode: max\n")
+    assert table(capsys, "--config", "runs.yaml")["a"]["best"] == "eval/loss 0.5000"
+    assert table(capsys, "--config", "runs.yaml", "--mode", "min")["a"]["best"] == "eval/loss 0.2500"
+    (tmp_path / "runs.yaml").write_text("mode: mx\n")
+    assert main(["runs", "--config", "runs.yaml"]) == 2
+    assert (
+        capsys.readouterr().err == "fxtrain runs: expected mode to be 'min' or 'max', got 'mx'. Did you mean 'max'?\n"
+    )

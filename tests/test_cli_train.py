@@ -154,7 +154,11 @@ def test_resume_refuses_changed_arguments_of_a_function(shop, capsys):
     ("folder", "code", "message"),
     [
         ("nowhere", 2, "expected the folder of a run for --resume, got nowhere (No such file or directory)."),
-        (".", 2, "expected the folder of a run for --resume, got ., which has no config.yaml. Give one that fxtrain train"),
+        (
+            ".",
+            2,
+            "expected the folder of a run for --resume, got ., which has no config.yaml. Give one that fxtrain train",
+        ),
         ("damaged", 1, "whose config.yaml is damaged: expected YAML in config.yaml, got "),
     ],
 )
@@ -168,8 +172,16 @@ def test_resume_refuses_a_folder_without_a_run(shop, capsys, folder, code, messa
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        ("callbacks[0].early_stopping.metric=los", 1, "expected the metric 'los' at EvalEnd for early_stopping, got 'loss'."),
-        ("observers=[{shop.pair: {first: $RUN, second: {shop.broken: }}}]", 2, "observers[0].shop.pair.second.shop.broken:"),
+        (
+            "callbacks[0].early_stopping.metric=los",
+            1,
+            "expected the metric 'los' at EvalEnd for early_stopping, got 'loss'.",
+        ),
+        (
+            "observers=[{shop.pair: {first: $RUN, second: {shop.broken: }}}]",
+            2,
+            "observers[0].shop.pair.second.shop.broken:",
+        ),
     ],
 )
 def test_run_that_fails_before_its_first_event_leaves_no_folder(shop, capsys, change, code, message):
@@ -234,5 +246,3 @@ def test_exit_codes_are_documented(capsys):
     out = capsys.readouterr().out
     assert "exit codes:" in out
     assert "130 for Ctrl-C" in out
-
-

@@ -1,6 +1,8 @@
 """A package and a configuration for tests of ``fxtrain train``, as a user writes them."""
 
-MODULE = '''
+MODULE = """
+import enum
+import pathlib
 import time
 
 import torch
@@ -42,6 +44,15 @@ def pair(first, second, *, healthy: tuple[float, float] = (0.5, 2.0)):
     return lambda state, event, control: None
 
 
+class Speed(enum.Enum):
+    FAST = 1
+
+
+def typed(path: pathlib.Path, speed: Speed, dtype: torch.dtype, kind: type[nn.Module], *rest: float, **options: int):
+    MADE.append((path, speed, dtype, kind, rest, options))
+    return lambda state, event, control: None
+
+
 def stop_when_good(threshold: float = 0.01):
     def stop(state, event: fx.EvalEnd):
         return state, fx.Control(stop=event.metrics["loss"] < threshold, reason="good enough")
@@ -80,7 +91,7 @@ def incomplete():
 
 def nothing():
     pass
-'''
+"""
 
 CONFIG = """
 model: {shop.Net: {width: 16}}

@@ -131,9 +131,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _options(arguments: Sequence[str]) -> Options:
     """Returns the given options, or those of the run to resume."""
-    given = parse(Options, "lm", arguments)
+    given = parse(Options, "lm", [each for each in arguments if each.replace("_", "-") != "--print-config"])
     if given.resume is None:
-        return given
+        return parse(Options, "lm", arguments)
     try:
         options = read_options(Options, read_config(given.resume, "lm"), CONFIG, resume=given.resume)
     except ConfigError as error:

@@ -67,7 +67,6 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):  # quotes what is another scalar in YAML 1.1 or in 1.2
-
     def represent_anchored(self, data: Anchored) -> yaml.Node:
         node = self.represent_dict(data)
         vars(node)["anchor"] = data.anchor
