@@ -1,4 +1,4 @@
-"""Configurations of ``fxtrain train``: factories, shared objects, changes on the command line, and the text of errors."""
+"""Configurations of ``fxtrain train``: factories, shared objects, changes on the command line, and texts of errors."""
 
 import pathlib
 import sys
@@ -126,7 +126,8 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
         ("modle=3", "expected an argument of the configuration, got modle. Did you mean 'model'?"),
         (
             "callbacks[0].early_stopping.pateince=5",
-            "expected an argument of early_stopping, got callbacks[0].early_stopping.pateince. Did you mean 'patience'?",
+            "expected an argument of early_stopping, got callbacks[0].early_stopping.pateince. "
+            "Did you mean 'patience'?",
         ),
         (
             "callbacks[0].early_stopping.patience=x",
@@ -160,14 +161,14 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
         ("callbacks={nan_guard: }", "expected callbacks to be a list of Callbacks, got a Handler."),
         (
             "callbacks=[{shop.stop_when_god: }]",
-            "expected callbacks[0].shop.stop_when_god to name an object, got 'shop.stop_when_god', which the module shop "
+            "expected callbacks[0].shop.stop_when_god to name an object, got 'shop.stop_when_god', which shop "
             "lacks. Did you mean 'stop_when_good'?",
         ),
         (
             "callbacks=[{nowhere.callback: }]",
-            "expected callbacks[0].nowhere.callback to name an object, got 'nowhere.callback', which cannot be imported "
-            "(ModuleNotFoundError: No module named 'nowhere'). Check the name, and run the command in the folder of the "
-            "package.",
+            "expected callbacks[0].nowhere.callback to name an object, got 'nowhere.callback', which cannot be "
+            "imported (ModuleNotFoundError: No module named 'nowhere'). Check the name, and run the command in the "
+            "folder of the package.",
         ),
         (
             "callbacks=[{math.pi: }]",
@@ -175,7 +176,8 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
         ),
         (
             "optimizer={adamm: {learning_rate: 1}}",
-            "expected optimizer to be a GradientTransformation, got {'adamm': {'learning_rate': 1}}. Did you mean 'adam'?",
+            "expected optimizer to be a GradientTransformation, got {'adamm': {'learning_rate': 1}}. "
+            "Did you mean 'adam'?",
         ),
         (
             "optimizer.chain[1].adamw.learning_rate={cosin: {init_value: 1}}",
@@ -203,12 +205,12 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
         ),
         (
             "loss=loss_fn",
-            "expected loss to be a name in torch.nn.functional, or a dotted name, got 'loss_fn'. Names of other packages "
-            "have a dot: my_package.my_function.",
+            "expected loss to be a name in torch.nn.functional, or a dotted name, got 'loss_fn'. Names of other "
+            "packages have a dot: my_package.my_function.",
         ),
         (
             "loss=shop.los_fn",
-            "expected loss to name an object, got 'shop.los_fn', which the module shop lacks. Did you mean 'loss_fn'?",
+            "expected loss to name an object, got 'shop.los_fn', which shop lacks. Did you mean 'loss_fn'?",
         ),
         ("observers=[{write: {writers: [3]}}]", "expected observers[0].write.writers[0] to be a Writer, got 3."),
         (
@@ -259,7 +261,7 @@ def test_mistake_is_an_error_with_its_path_before_anything_is_created(shop, caps
         (["shop.py"], "expected YAML in shop.py, got "),
         (["list.yaml"], "expected a mapping in list.yaml, got a list of length 1. Write key: value."),
         (["twice.yaml"], "expected YAML in twice.yaml, got the key 'a' twice in line 2. Correct the file."),
-        (["shop:baselin"], "which the module shop lacks. Did you mean 'baseline'?"),
+        (["shop:baselin"], "which shop lacks. Did you mean 'baseline'?"),
         (["shop:baseline", "widht=3"], "expected an argument of shop:baseline, got widht. Did you mean 'width'?"),
         (["shop:baseline", "width=3.5"], "expected width to be an int, got 3.5."),
         (["no.py:baseline"], "expected a Python file, got no.py, which does not exist. Check the path."),

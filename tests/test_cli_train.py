@@ -1,4 +1,4 @@
-"""Runs of ``fxtrain train``: the run folder, exit codes, signals, and resumes with the same or a changed configuration."""
+"""Runs of ``fxtrain train``: the run folder, exit codes, signals, and resumes with a kept or changed configuration."""
 
 import json
 import re
@@ -129,9 +129,9 @@ def test_resume_refuses_what_defines_the_run_and_shows_the_difference(shop, caps
         "  epochs: 1 -> 4",
         "  seed: 0 -> 3",
         "fxtrain train: expected optimizer.chain[1].adamw.learning_rate.cosine.decay_steps=100, with which "
-        f"{folder} was started, got 200 and 1 other change. Model, optimizer, loss, data, seed and precision define the "
-        "run. Its length, callbacks, observers, evaluations and checkpoints may change. Omit the others, or start a new "
-        "run.",
+        f"{folder} was started, got 200 and 1 other change. Model, optimizer, loss, data, seed and precision "
+        "define the run. Its length, callbacks, observers, evaluations and checkpoints may change. Omit the others, or "
+        "start a new run.",
     ]
     assert main(["train", "--resume", str(folder), "run.yaml", "data.batches.batch_size=8"]) == 2
     assert "  data.batches.batch_size: 16 -> 8" in capsys.readouterr().err.splitlines()
@@ -145,8 +145,8 @@ def test_resume_refuses_changed_arguments_of_a_function(shop, capsys):
     assert main(["train", "--resume", str(folder), "width=4"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "  width: 8 -> 4",
-        f"fxtrain train: expected width=8, with which {folder} was started, got 4. Of the arguments of a function, only "
-        "steps and epochs may change. Omit the change, or start a new run.",
+        f"fxtrain train: expected width=8, with which {folder} was started, got 4. Of the arguments of a function, "
+        "only steps and epochs may change. Omit the change, or start a new run.",
     ]
 
 

@@ -65,7 +65,7 @@ def parse(
 
     Raises:
         SystemExit: With code 0 after printing help or the configuration.
-        CommandError: An argument is invalid, or the file of ``--config`` cannot be read, or has a key or a value that is no option.
+        CommandError: An argument is invalid, or the file of ``--config`` cannot be read or has an invalid option.
     """
     file = _config_file(arguments) if issubclass(kind, Configurable) else None
     if file is not None:

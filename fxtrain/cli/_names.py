@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fxtrain.cli._errors import ConfigError
-from fxtrain.core import did_you_mean
+from fxtrain.core import describe, did_you_mean
 
 Rooms = Sequence[str]
 
@@ -26,6 +26,7 @@ _EVERYTHING = (
     "fxtrain",
 )
 _DATA = ("fxtrain.data",)
+_DOTTED = " Names of other packages have a dot: my_package.my_function."
 _ROOMS: dict[str, Rooms] = {
     "model": ("torch.nn",),
     "optimizer": ("fxtrain.optim", "fxtrain.schedules"),
@@ -78,11 +79,11 @@ def named(name: str, path: str, rooms: Rooms = ()) -> object:
     Example:
         >>> named("math.pi", "loss")
         3.141592653589793
-        >>> named("math.sqrtt", "x")
+        >>> named("math.sqr", "loss")
         Traceback (most recent call last):
         ...
-        fxtrain.cli._errors.ConfigError: expected x to name an object, got 'math.sqrtt', which the module math lacks. \
-Did you mean 'sqrt'?
+        fxtrain.cli._errors.ConfigError: expected loss to name an object, got 'math.sqr', which math lacks. Did you \
+mean 'sqrt'?
     """
     if name.isidentifier():
         found = find(name, rooms)
@@ -95,20 +96,16 @@ Did you mean 'sqrt'?
     try:
         return pkgutil.resolve_name(name)
     except AttributeError as error:
-        owner = getattr(error, "obj", None)
-        lacking = getattr(error, "name", None)
+        owner = getattr(error.obj, "__name__", describe(error.obj))
         raise ConfigError(
-            f"expected {path} to name an object, got {name!r}, which the module {getattr(owner, '__name__', owner)} "
-            f"lacks.{did_you_mean(lacking, dir(owner)) or ' Check the name.'}"
+            f"expected {path} to name an object, got {name!r}, which {owner} lacks."
+            f"{did_you_mean(error.name, dir(error.obj)) or ' Check the name.'}"
         ) from error
     except Exception as error:  # of the user's module too
         raise ConfigError(
             f"expected {path} to name an object, got {name!r}, which cannot be imported "
             f"({type(error).__name__}: {error}). Check the name, and run the command in the folder of the package."
         ) from error
-
-
-_DOTTED = " Names of other packages have a dot: my_package.my_function."
 
 
 def function_at(target: str) -> object:

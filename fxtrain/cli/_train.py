@@ -53,6 +53,8 @@ class Options(Common):
       callbacks: [{early_stopping: {metric: loss, patience: 3}}]
       epochs: 10
 
+    The keys are the arguments of fxtrain.init, train_step, eval_step, compile and fit. --print-config shows them.
+
     A function returns a dict of the arguments of fxtrain.fit. Its own arguments are set by KEY=VALUE, or by a file
     with the key "function".
 
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(dump(complete))
         return 0
     if saved is not None and options.resume is not None:
-        _refuse_changes(options.resume, saved, complete)
+        _refuse_changes(options.resume, _complete(_read(copy.deepcopy(saved))), complete)
     with _seeded(complete.get("seed", 0)):
         if options.resume is None:
             call.make_arguments()
