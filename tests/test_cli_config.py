@@ -80,6 +80,41 @@ def test_shared_objects_may_be_defined_ahead(shop, capsys):
     assert pair == (first, first)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "{adamw: {learning_rate: 0.1, mask: shop.is_matrix}}",
+        "{partition: {transforms: {matrix: {muon: [0.1]}, other: {sgd: [0.1]}}, labels: shop.label}}",
+        "{from_torch: {optimizer: torch.optim.SGD, lr: 0.1}}",
+        "{chain: {transforms: [{lion: [1e-3]}]}}",
+    ],
+)
+def test_optimizers_take_functions_classes_and_mappings_of_optimizers(shop, capsys, optimizer):
+    text = printed(capsys, "run.yaml", f"optimizer={optimizer}")
+    (shop / "complete.yaml").write_text(text)
+    assert printed(capsys, "complete.yaml") == text
+    assert main(["train", "complete.yaml", "steps=1", "observers=[]", "eval_data=null", "callbacks=[]"]) == 0
+    assert "reached 1 steps" in capsys.readouterr().out
+
+
+def test_a_mapping_of_one_optimizer_is_no_call(shop, capsys):
+    partition = "optimizer={partition: {transforms: {sgd: {adam: [0.1]}}, labels: shop.label}}"
+    found = yaml.safe_load(printed(capsys, "run.yaml", partition))["optimizer"]["partition"]
+    assert list(found["transforms"]["sgd"]) == ["adam"]
+
+
+def test_data_may_be_a_loader_of_torch(shop, capsys):
+    loader = "{torch.utils.data.DataLoader: {dataset: {shop.examples: }, batch_size: 8}}"
+    changes = [f"data={loader}", "steps=1", "observers=[]", "eval_data=null", "callbacks=[]"]
+    assert main(["train", "run.yaml", *changes]) == 0
+
+
+def test_interrupt_while_objects_are_made_leaves_nothing(shop, capsys):
+    assert main(["train", "run.yaml", "data={shop.interrupted: }"]) == 130
+    assert capsys.readouterr().err == "\nfxtrain: interrupted.\n"
+    assert not (shop / "runs").exists()
+
+
 def test_values_without_a_literal_in_yaml_are_strings_and_lists(shop, capsys):
     text = "{path: $RUN/a, speed: FAST, dtype: torch.bfloat16, kind: shop.Net, rest: [1, 2.5], b: 3}"
     change = f"observers=[{{shop.typed: {text}}}]"
@@ -110,6 +145,15 @@ def test_changes_on_the_command_line_have_priority(shop, capsys, change, path, v
     for key in path:
         found = found[key]
     assert found == value
+
+
+def test_config_option_has_the_arguments_of_a_function_or_the_configuration(shop, capsys):
+    (shop / "arguments.yaml").write_text("width: 4\nlr: 1e-3\n")
+    found = yaml.safe_load(printed(capsys, "shop:baseline", "--config", "arguments.yaml", "lr=1"))
+    assert found == {"function": "shop:baseline", "width": 4, "steps": 20, "lr": 1}
+    assert printed(capsys, "--config", "run.yaml", "epochs=2") == printed(capsys, "run.yaml", "epochs=2")
+    error = refused(capsys, "run.yaml", "--config", "arguments.yaml")
+    assert error == "expected one configuration, got run.yaml and --config arguments.yaml. Give one of them."
 
 
 def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
@@ -244,7 +288,7 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
         ),
         ("steps", "expected KEY=VALUE, got 'steps'. Write a change as steps=100."),
         ("loss={", "expected YAML in the value of loss, got "),
-        ("--steps=5", "expected one of the options --runs, --resume, --print-config, --debug, --help, got --steps=5. "),
+        ("--steps=5", "expected one of the options --config, --runs, --resume, --print-config, --debug, --help, got "),
         ("--rusume", "got --rusume. Did you mean 'resume'?"),
     ],
 )

@@ -45,6 +45,8 @@ HEAVY = (
     "psutil",
     "mlflow",
     "safetensors",
+    "pydantic",
+    "yaml",
 )
 
 

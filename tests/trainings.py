@@ -18,6 +18,14 @@ def load(count: int = 64):
     return {"x": x, "y": (x.sum(1) > 0).long()}
 
 
+def examples():
+    return [dict(zip("xy", pair)) for pair in zip(*load().values())]
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
 def loss_fn(model, batch):
     return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
 
@@ -42,6 +50,14 @@ class Log:
 def pair(first, second, *, healthy: tuple[float, float] = (0.5, 2.0)):
     MADE.append((first, second))
     return lambda state, event, control: None
+
+
+def is_matrix(path, leaf):
+    return leaf.ndim == 2
+
+
+def label(path, leaf):
+    return "matrix" if leaf.ndim == 2 else "other"
 
 
 class Speed(enum.Enum):

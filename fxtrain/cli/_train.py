@@ -72,6 +72,8 @@ class Options(Common):
     """A YAML file, or a function: MODULE:FUNCTION or FILE.py:FUNCTION. With --resume, that of the run by default."""
     changes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Changes of the configuration, such as optimizer.adamw.learning_rate=1e-3. Values are YAML."""
+    config: pathlib.Path | None = None
+    """A YAML file with the arguments of the function. Without a function, the same as CONFIG."""
     runs: pathlib.Path = pathlib.Path("runs")
     """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
@@ -157,14 +159,14 @@ def _options(arguments: Sequence[str]) -> Options:
             remedy = did_you_mean(name, _OPTIONS) or f" A key of the configuration has no dashes: {name}=VALUE."
             raise CommandError(f"expected one of the options --{', --'.join(_OPTIONS)}, got {argument}.{remedy}")
     options = parse(Options, "train", arguments)
-    if options.target is not None and options.resume is not None and _is_change(options.target):
+    if options.target is not None and _is_change(options.target):
         options = dataclasses.replace(options, target=None, changes=(options.target, *options.changes))
-    if options.target is None and options.resume is None:
+    if options.target is None and options.resume is None and options.config is None:
         raise CommandError("expected a YAML file or a function MODULE:FUNCTION, got none. See fxtrain train --help.")
     return options
 
 
-_OPTIONS = ("runs", "resume", "print-config", "debug", "help")
+_OPTIONS = ("config", "runs", "resume", "print-config", "debug", "help")
 
 
 def _is_change(text: str) -> bool:
@@ -172,16 +174,19 @@ def _is_change(text: str) -> bool:
 
 
 def _config(options: Options, saved: Mapping[str, Any] | None) -> dict[str, Any]:
-    target = options.target
-    if target is None:
-        assert saved is not None
-        config = copy.deepcopy(dict(saved))
-    elif ":" in target and not pathlib.Path(target).exists():
-        config = {_FUNCTION: target}
-    else:
-        config = load(read_text(pathlib.Path(target)), target)
+    target, file = options.target, options.config
+    function = {_FUNCTION: target} if target is not None and ":" in target and not pathlib.Path(target).exists() else {}
+    if target is not None and not function:
+        if file is not None:
+            raise CommandError(f"expected one configuration, got {target} and --config {file}. Give one of them.")
+        file = pathlib.Path(target)
+    if file is not None:
+        config = load(read_text(file), str(file))
         if not isinstance(config, dict):
-            raise ConfigError(f"expected a mapping in {target}, got {describe(config)}. Write key: value.")
+            raise ConfigError(f"expected a mapping in {file}, got {describe(config)}. Write key: value.")
+    else:
+        config = {} if function or saved is None else copy.deepcopy(dict(saved))
+    config |= function
     override(config, options.changes)
     return config
 

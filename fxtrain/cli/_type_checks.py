@@ -19,8 +19,8 @@ import pydantic
 from typing_extensions import TypeAliasType, get_protocol_members
 
 from fxtrain.cli._errors import ConfigError
+from fxtrain.core import Tree, did_you_mean, truncate
 from fxtrain.core import describe as described
-from fxtrain.core import did_you_mean, truncate
 
 _WORDS = {int: "an int", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 _MAX_SHOWN = 60  # characters
@@ -63,7 +63,8 @@ def fitting(
     adapter = _adapter(hint)
     if adapter is None:
         return value
-    for candidate in _candidates(value, hint):
+    is_name = isinstance(value, str) and "." in value and _is_tree_or_function(hint)
+    for candidate in () if is_name else _candidates(value, hint):
         if _fits(adapter, candidate):
             return candidate
     if isinstance(value, str) and imported is not None and not _is_plain(hint):
@@ -99,6 +100,12 @@ def _candidates(value: object, hint: Any) -> Iterator[object]:
 
 def _as_tuples(value: object) -> object:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_tree_or_function(hint: Any) -> bool:
+    """Whether an annotation accepts a pytree, which any value is, or a function, which a dotted name is."""
+    parts = typing.get_args(hint)
+    return Tree in parts and any(getattr(typing.get_origin(part), "__name__", "") == "Callable" for part in parts)
 
 
 def _is_plain(hint: Any) -> bool:
