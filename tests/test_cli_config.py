@@ -237,6 +237,7 @@ def test_function_takes_its_arguments_from_a_file_or_changes(shop, capsys):
             "optimizer={chain: {transforms: 3}}",
             "expected optimizer.chain.transforms to be a list, got 3. Give a list.",
         ),
+        ("model={shop.Wide: {width: x}}", "expected model.shop.Wide.width to be an int, got 'x'."),
         ("model=shop.Net", "expected model to be a Module, got shop.Net, which is the class Net."),
         (
             "model={Linear: [2]}",

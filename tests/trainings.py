@@ -39,6 +39,10 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+class Wide(Net):
+    width: str = "an attribute, not the argument"
+
+
 class Log:
     def __init__(self, name: str = "log"):
         MADE.append(self)

@@ -30,7 +30,8 @@ _NO_HINTS: Mapping[str, Any] = {}
 def hints_of(function: Callable[..., object]) -> Mapping[str, Any]:
     """Returns the evaluated annotations of a function or class, or none if they cannot be evaluated."""
     try:
-        if inspect.isclass(function) and "__init__" in vars(function) and not hasattr(function, "__dataclass_fields__"):
+        is_of_fields = hasattr(function, "__dataclass_fields__") or hasattr(function, "_fields")
+        if inspect.isclass(function) and not is_of_fields:
             return typing.get_type_hints(function.__init__)
         return typing.get_type_hints(function)
     except Exception:  # names that are imported for type checkers alone, or annotations that are no types
@@ -110,8 +111,8 @@ def _is_tree_or_function(hint: Any) -> bool:
 
 def _is_plain(hint: Any) -> bool:
     """Whether an annotation describes data alone, so that a string cannot be the name of an object."""
-    parts = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
-    return all(part in _WORDS or typing.get_origin(part) is typing.Literal or isinstance(part, str) for part in parts)
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return all(part in _WORDS or typing.get_origin(part) is typing.Literal for part in parts)
 
 
 @functools.lru_cache(maxsize=1024)
