@@ -1,7 +1,6 @@
 """The ``fxtrain lm`` command: output, run folder, interruption, resume and rejected arguments."""
 
 import concurrent.futures
-import dataclasses
 import datetime
 import json
 import os
@@ -12,11 +11,12 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from fxtrain import writers
 from fxtrain.cli import _lm as lm
 from fxtrain.cli import main
-from fxtrain.cli._arguments import parse
+from fxtrain.cli._arguments import parse, saved_options
 from fxtrain.cli._run_folder import make_folder
 
 SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]
@@ -32,7 +32,7 @@ def text(tmp_path):
 
 
 def start(*arguments, cwd):
-    command = [sys.executable, "-m", "fxtrain.cli", "lm", *arguments]
+    command = [sys.executable, "-m", "fxtrain", "lm", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -160,7 +160,11 @@ def test_resume_rejects_changed_options_and_text(tmp_path, monkeypatch, capsys, 
     assert main(["lm", "--dataset", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
     folder = only_run(tmp_path)
     assert main(["lm", "--resume", str(folder), "--lr", "0.5"]) == 2
-    assert "expected --lr 0.003, with which the run to resume was started, got 0.5" in capsys.readouterr().err
+    refused = capsys.readouterr().err.splitlines()
+    assert refused[0] == "  lr: 0.003 -> 0.5"
+    assert refused[1].startswith(
+        f"fxtrain lm: expected lr=0.003, with which {folder} was started, got 0.5. Text, model,"
+    )
     text.write_text(text.read_text() + "# changed\n")
     assert main(["lm", "--resume", str(folder)]) == 2
     assert "expected the text that " in capsys.readouterr().err
@@ -198,19 +202,23 @@ class AtOneTime(datetime.datetime):
         return cls(2024, 5, 17, 12, 30, 45)
 
 
+def number_in(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["number"]
+
+
 def test_runs_of_same_second_get_distinct_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("fxtrain.cli._run_folder.datetime.datetime", AtOneTime)
-    found = [make_folder(tmp_path / "runs", {"number": number}) for number in range(3)]
+    found = [make_folder(tmp_path / "runs", "lm", {"number": number}) for number in range(3)]
     names = ["lm-20240517-123045", "lm-20240517-123045-2", "lm-20240517-123045-3"]
     assert [folder.name for folder in found] == names
-    assert [json.loads((folder / "config.json").read_text())["number"] for folder in found] == [0, 1, 2]
+    assert [number_in(folder) for folder in found] == [0, 1, 2]
 
 
 def test_concurrent_runs_get_distinct_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("fxtrain.cli._run_folder.datetime.datetime", AtOneTime)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda number: make_folder(tmp_path, {"number": number}), range(64)))
-    assert [json.loads((folder / "config.json").read_text())["number"] for folder in found] == list(range(64))
+        found = list(pool.map(lambda number: make_folder(tmp_path, "lm", {"number": number}), range(64)))
+    assert [number_in(folder) for folder in found] == list(range(64))
 
 
 def refused(capsys, code, *arguments):
@@ -235,59 +243,96 @@ def test_unwritable_runs_folder_is_rejected(tmp_path, monkeypatch, capsys, text)
 def started(tmp_path, monkeypatch, text):
     """The folder of a run without a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    options = {**dataclasses.asdict(lm.Options()), "dataset": "text.py", "steps": 1, "compile": False, "runs": "runs"}
-    options |= {"layers": 1, "width": 16, "heads": 2, "length": 16, "batch_size": 4}
-    del options["resume"]
-    corpus = lm.read_corpus("text.py")
-    return make_folder(tmp_path / "runs", {"options": options, "corpus": {"digest": corpus.digest}})
+    small = ["--dataset", "text.py", "--steps", "1", "--no-compile", *SHAPE]
+    options = saved_options(parse(lm.Options, "lm", small))
+    folder = make_folder(tmp_path / "runs", "lm", options)
+    (folder / "corpus.json").write_text(json.dumps({"digest": lm.read_corpus("text.py").digest}))
+    return folder
 
 
 def changed(path, **options):
-    config = json.loads(path.read_text())
-    config["options"] |= options
-    config["options"] = {name: value for name, value in config["options"].items() if value != "MISSING"}
-    path.write_text(json.dumps(config))
+    config = yaml.safe_load(path.read_text()) | options
+    path.write_text(yaml.safe_dump({name: value for name, value in config.items() if value != "MISSING"}))
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "{}", "null", '{"options": []}', '{"options": {}}', "\0" * 100, "[" * 10_000, '{"corpus": 3}'],
-    ids=lambda content: content[:12],
+    "content", ["{", "[]", "null", "a: 1\na: 2", "\0" * 100, "[" * 10_000, "\xff"], ids=lambda content: content[:12]
 )
 def test_damaged_config_is_rejected(started, capsys, content):
-    (started / "config.json").write_text(content)
-    assert "is damaged" in refused(capsys, 1, "--resume", str(started))
+    (started / "config.yaml").write_bytes(content.encode("latin-1"))
+    assert "config.yaml is damaged: expected " in refused(capsys, 1, "--resume", str(started))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\0" * 100, "[" * 10_000], ids=lambda content: content[:12])
+def test_damaged_record_of_text_is_rejected(started, capsys, content):
+    (started / "corpus.json").write_text(content)
+    assert "corpus.json is damaged: expected " in refused(capsys, 1, "--resume", str(started))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": "MISSING"}, "got no option 'lr'"),
-        ({"later": 3}, "got an unknown option 'later'"),
-        ({"resume": "x"}, "got an unknown option 'resume'"),
-        ({"steps": "5"}, "expected a value of the option steps in config.json, got '5'"),
-        ({"steps": True}, "expected a value of the option steps in config.json, got True"),
-        ({"lr": None}, "expected a value of the option lr in config.json, got null"),
-        ({"compile": 0}, "expected a value of the option compile in config.json, got 0"),
-        ({"runs": ["a"]}, "expected a value of the option runs in config.json, got a list of 1"),
+        ({"zzz": 3}, "expected an argument of config.yaml, got zzz. It has dataset, steps,"),
+        ({"stepps": 3}, "expected an argument of config.yaml, got stepps. Did you mean 'steps'?"),
+        ({"resume": "x"}, "expected an argument of config.yaml, got resume."),
+        ({"steps": "5"}, "expected steps to be an int or null, got '5'."),
+        ({"steps": True}, "expected steps to be an int or null, got True."),
+        ({"lr": None}, "expected lr to be a number, got None."),
+        ({"compile": 0}, "expected compile to be true or false, got 0."),
+        ({"runs": ["a"]}, "expected runs to be a path, got ['a']."),
+        ({"patience_unit": "step"}, "expected patience_unit to be 'evaluations', 'steps' or 'epochs', got 'step'."),
     ],
 )
 def test_config_with_wrong_options_is_rejected(started, capsys, options, message):
-    changed(started / "config.json", **options)
+    changed(started / "config.yaml", **options)
     assert message in refused(capsys, 1, "--resume", str(started))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stepps: 3", "expected an argument of lm.yaml, got stepps. Did you mean 'steps'?"),
+        ("steps: '3'", "expected steps to be an int or null, got '3'."),
+        ("steps: [", "expected YAML in lm.yaml, got "),
+        ("- steps", "expected lm.yaml to be a mapping of arguments, got ['steps']. Write key: value."),
+        ("lr: -1", "expected --lr to be above 0, got -1"),
+    ],
+)
+def test_config_file_is_checked_before_start(tmp_path, monkeypatch, capsys, text, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm.yaml").write_text(content)
+    assert message in refused(capsys, 2, "--config", "lm.yaml", "--dataset", "text.py")
+    assert {path.name for path in tmp_path.iterdir()} == {"lm.yaml", "text.py"}
+
+
+def test_missing_config_file_is_rejected(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "expected a readable YAML file, got no.yaml (No such file" in refused(capsys, 2, "--config", "no.yaml")
+
+
+def test_printed_config_has_all_options_and_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm.yaml").write_text("steps: 5\nlr: 1e-4\n")
+    assert main(["lm", "--config", "lm.yaml", "--lr", "0.5", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    options = yaml.safe_load(printed)
+    assert (options["steps"], options["lr"], options["width"]) == (5, 0.5, 128)
+    (tmp_path / "lm.yaml").write_text(printed)
+    assert main(["lm", "--config", "lm.yaml", "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
 def test_config_with_out_of_range_value_is_rejected(started, capsys):
-    changed(started / "config.json", steps=0)
+    changed(started / "config.yaml", steps=0)
     assert "expected --steps to be at least 1" in refused(capsys, 2, "--resume", str(started))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
 def test_special_config_file_is_rejected(started, capsys, kind):
-    path = started / "config.json"
+    path = started / "config.yaml"
     path.unlink()
     {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to(path)}[kind]()
-    assert "config.json: " in refused(capsys, 1, "--resume", str(started))
+    assert "config.yaml: " in refused(capsys, 1, "--resume", str(started))
 
 
 @pytest.mark.parametrize("place", ["text.py", "", "nothing/at/all", "text.py/below", "a" * 5000])
@@ -298,7 +343,14 @@ def test_resume_rejects_path_without_run(tmp_path, monkeypatch, capsys, text, pl
 
 @pytest.mark.slow
 def test_resume_without_checkpoint_starts_at_first_step(started, capsys):
-    assert main(["lm", "--resume", str(started)]) == 0
+    assert main(["lm", "--resume", str(started), "--eval-interval", "5"]) == 0
     captured = capsys.readouterr()
     assert captured.err == f"{started} has no checkpoint yet, so the run starts at its first step.\n"
     assert json.loads((started / "result.json").read_text())["step"] == 1
+    assert yaml.safe_load((started / "config.yaml").read_text())["eval_interval"] == 5
+
+
+def test_printed_config_of_a_resumed_run_is_that_of_the_run(started, capsys):
+    assert main(["lm", "--resume", str(started), "--keep", "3", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["keep"], printed["steps"], printed["width"]) == (3, 1, 16)

@@ -27,6 +27,7 @@ LAYERS = [
     {"compiler", "loop"},
     {"diagnostics", "finders", "report"},
     {"testing", "cli"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = (
@@ -44,6 +45,8 @@ HEAVY = (
     "psutil",
     "mlflow",
     "safetensors",
+    "pydantic",
+    "yaml",
 )
 
 

@@ -27,6 +27,7 @@ ALLOWED = {
     "cli._lm": COMMAND,
     "cli._run_folder": COMMAND,
     "cli._streams": COMMAND,
+    "cli._train": COMMAND,
     "cli._transformer": COMMAND,
     "compiler._compiled": "a fuzzer runs compiled steps operation by operation",
     "compiler.call._memory": ENGINE,

@@ -696,8 +696,6 @@ def test_command_prints_errors_with_an_exit_code(tmp_path, capsys):
 
 
 def test_command_exits_with_2_in_a_subprocess(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "fxtrain.cli", "report", str(tmp_path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fxtrain", "report", str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "got none of metrics.jsonl, metrics.csv" in done.stderr

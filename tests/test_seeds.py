@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import fxtrain as fx
-from fxtrain.cli import _lm
+from fxtrain.cli import _lm, _train
 from fxtrain.cli._arguments import parse
 from fxtrain.core import EVENTS
 
@@ -27,7 +27,8 @@ ROWS = {  # the number of features in the documentation of each trainer
     "Keras": 16,
     "Lightning": 33,
 }
-MAX_PLANNED = 3
+MAX_PLANNED = 2
+OPTIONS = {"lm": _lm.Options, "train": _train.Options}
 NAMES = {"fx": fx, "help": help, "result": fx.Result, "state": fx.TrainState}
 NAMES |= {kind.__name__: kind for kind in (*EVENTS, fx.LoopEvent)}
 
@@ -81,8 +82,9 @@ def resolve(node):
 def mistake(snippet):
     """Returns what is wrong with a snippet of code or a command line, or None."""
     try:
-        if snippet.startswith("fxtrain lm "):
-            parse(_lm.Options, "lm", shlex.split(snippet)[2:])
+        if snippet.startswith("fxtrain "):
+            command, *arguments = shlex.split(snippet)[1:]
+            parse(OPTIONS[command], command, arguments)
             return None
         for node in ast.walk(ast.parse(snippet, mode="eval")):
             if isinstance(node, ast.Name) and re.match("[A-Z][a-z]", node.id) and node.id not in NAMES:
@@ -91,7 +93,7 @@ def mistake(snippet):
             if isinstance(node, ast.Call) and (function := resolve(node.func)) is not None:
                 keywords = {each.arg: each.value for each in node.keywords}
                 inspect.signature(function).bind_partial(*node.args, **keywords)
-    except (SyntaxError, AttributeError, TypeError, SystemExit) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -136,7 +138,8 @@ def test_code_is_valid():
         ("StepEnds", "StepEnds is no event"),
         ("StepEnd.metric", "no attribute 'metric'"),
         ("result.histories", "no attribute 'histories'"),
-        ("fxtrain lm --nothing 3", "SystemExit"),
+        ("fxtrain lm --nothing 3", "CommandError: Unrecognized options: --nothing"),
+        ("fxtrain train --nothing", "CommandError: Unrecognized options: --nothing"),
     ],
 )
 def test_mistakes_in_code_are_found(snippet, expected):

@@ -188,7 +188,7 @@ def read(
         if extra == "keep" and matched.extra:
             home = device_of(state)
             slots = {
-                name: rebuild([(row["entries"][2:], _read_leaf(file, row, home)) for row in own])
+                name: rebuild([(row["entries"][2:], read_leaf(file, row, home)) for row in own])
                 for name, own in matched.extra.items()
             }
             state = state.replace(slots={**state.slots, **slots})
@@ -245,7 +245,7 @@ def _read_leaves(
 
 def _read_elements(file: Leaves, like: Tensor, elements: Elements) -> Tensor:
     read = {
-        row["path"]: _read_leaf(file, row, like.device if not like.is_meta else torch.device("cpu"))
+        row["path"]: read_leaf(file, row, like.device if not like.is_meta else torch.device("cpu"))
         for _, row, _ in elements.sources
     }
     found = torch.zeros_like(like, device="cpu") if like.is_meta else like.clone()
@@ -254,7 +254,7 @@ def _read_elements(file: Leaves, like: Tensor, elements: Elements) -> Tensor:
     return found
 
 
-def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
+def read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
     leaf, memory = _allocate(row)
     file.read_into(memory, row)
     return leaf.to(device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain.cli._errors import CommandError
 from fxtrain.core import pluralize
 
 SHARE = 0.05
@@ -36,7 +37,7 @@ _NAMES = "stdlib, sklearn, wikitext or datasets:NAME"
 _WIKITEXT = "Salesforce/wikitext", "wikitext-2-raw-v1"  # its folder, and the configuration that is read by default
 
 
-class CorpusError(Exception):
+class CorpusError(CommandError):
     """There is no usable text to train on. The message is one line with the reason and a remedy."""
 
 

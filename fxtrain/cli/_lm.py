@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Annotated, Literal
 
 import torch
@@ -20,10 +18,19 @@ import fxtrain as fx
 from fxtrain.callbacks._generation_options import generation_options
 from fxtrain.callbacks._textgen import continuations
 from fxtrain.cli import _baselines as baselines
-from fxtrain.cli._arguments import parse
-from fxtrain.cli._corpus import CorpusError, check_fits, read_corpus
-from fxtrain.cli._run_folder import CommandError, FolderError, make_folder, read_config, saved_options, write_json
-from fxtrain.cli._streams import EXIT_FAILURE, EXIT_USAGE, fail
+from fxtrain.cli._arguments import Configurable, parse, read_options, saved_options
+from fxtrain.cli._corpus import check_fits, read_corpus
+from fxtrain.cli._device import device_named
+from fxtrain.cli._errors import CommandError, ConfigError, FailedError
+from fxtrain.cli._run_folder import (
+    CONFIG,
+    make_folder,
+    read_config,
+    read_json,
+    refuse_changes,
+    write_config,
+    write_json,
+)
 from fxtrain.cli._transformer import Config, Transformer
 from fxtrain.core import pluralize
 from fxtrain.data import Source
@@ -32,12 +39,26 @@ STEPS = 1000  # default if neither steps nor epochs are given
 MUON_LR_RATIO = 20 / 3  # to AdamW's learning rate
 PROMPT = "def "
 TEMPERATURE = 0.8
+_CORPUS = "corpus.json"
 _MAX_OPTION = 2**31  # for integers; a product of two fits into 64 bits
+_FIXED = frozenset(
+    ("dataset", "steps", "epochs", "batch_size", "length", "layers", "width", "heads", "dropout", "lr", "seed")
+)
+_WHY_FIXED = (
+    "Text, model, optimizer and length, over which the learning rate decays, are those of the whole run. Omit it, or "
+    "start a new run."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Trains a small byte-level transformer on real text, from scratch."""
+class Options(Configurable):
+    """Trains a small byte-level transformer on real text, from scratch.
+
+    Example: fxtrain lm --dataset "src/**/*.py" --epochs 3 --early-stopping
+
+    The folder of the run has its metrics, its checkpoints, and all options in config.yaml, for --config. Ctrl-C saves
+    the run, and fxtrain lm --resume FOLDER continues it.
+    """
 
     dataset: Annotated[str | None, tyro.conf.arg(aliases=["--text"])] = None
     """A file, a folder, a glob, or a name: stdlib (the source of the Python standard library, the default), sklearn
@@ -92,7 +113,8 @@ class Options:
     runs: pathlib.Path = pathlib.Path("runs")
     """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
-    """The folder of a run to resume, with its original options."""
+    """The folder of a run to resume, with its options. Options of evaluations, checkpoints, monitors, early stopping,
+    compilation and device may change; the others cannot."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -103,28 +125,25 @@ def main(arguments: Sequence[str]) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         return _Job(_options(arguments)).run()
-    except (CommandError, CorpusError) as error:
-        return fail("lm", error, EXIT_USAGE)
-    except (FolderError, fx.CheckpointError, OSError) as error:
-        return fail("lm", error, EXIT_FAILURE)
     finally:
         torch.use_deterministic_algorithms(before)
 
 
 def _options(arguments: Sequence[str]) -> Options:
     """Returns the given options, or those of the run to resume."""
-    given = parse(Options, "lm", arguments)
+    given = parse(Options, "lm", [each for each in arguments if each.replace("_", "-") != "--print-config"])
     if given.resume is None:
-        return given
-    options = saved_options(Options, read_config(given.resume).options, resume=given.resume)
+        return parse(Options, "lm", arguments)
+    try:
+        options = read_options(Options, read_config(given.resume, "lm"), CONFIG, resume=given.resume)
+    except ConfigError as error:
+        raise FailedError(
+            f"expected the options of this version of fxtrain in {given.resume / CONFIG}. {error} Resume with the "
+            "version that started the run, or start a new run."
+        ) from None
     again = parse(Options, "lm", arguments, default=options)
-    changed = [name for name, value in dataclasses.asdict(again).items() if value != getattr(options, name)]
-    if changed:
-        raise CommandError(
-            f"expected --{changed[0].replace('_', '-')} {getattr(options, changed[0])!r}, with which the run to resume "
-            f"was started, got {getattr(again, changed[0])!r}. Omit it, or start a new run."
-        )
-    return options
+    refuse_changes(given.resume, saved_options(options), saved_options(again), fixed=_FIXED, why=_WHY_FIXED)
+    return again
 
 
 class _Job:
@@ -133,7 +152,7 @@ class _Job:
     def __init__(self, options: Options) -> None:
         self.options = options
         _validate(options)
-        self.device = _device(options.device)
+        self.device = device_named(options.device, "--device")
         self.corpus = read_corpus(options.dataset)
         check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
         self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
@@ -187,7 +206,7 @@ class _Job:
                 fx.observers.record_run(self.folder),
                 fx.observers.summary(file=self.folder / "summary.txt"),
             ],
-            run=fx.RunInfo(project="fxtrain lm", name=self.folder.name, config=_as_json(options)),
+            run=fx.RunInfo(project="fxtrain lm", name=self.folder.name, config=saved_options(options)),
         )
         if not result.exit_code:
             self._report(result.state, eval_step)
@@ -286,17 +305,17 @@ class _Job:
 
     def _start_folder(self) -> pathlib.Path:
         """Creates a new folder, or checks that of the run to resume."""
-        folder = self.options.resume
+        folder, options = self.options.resume, saved_options(self.options)
         if folder is None:
-            corpus = {"digest": self.corpus.digest, "description": self.corpus.description}
-            versions = {"fxtrain": version("fxtrain"), "torch": torch.__version__, "python": platform.python_version()}
-            facts = {"options": _as_json(self.options), "corpus": corpus, "environment": versions}
-            return make_folder(self.options.runs, facts)
-        if read_config(folder).digest != self.corpus.digest:
+            folder = make_folder(self.options.runs, "lm", options)
+            write_json(folder / _CORPUS, {"digest": self.corpus.digest, "description": self.corpus.description})
+            return folder
+        if read_json(folder, _CORPUS, "lm").get("digest") != self.corpus.digest:
             raise CommandError(
                 f"expected the text that {folder} was started with, got another one ({self.corpus.description}). "
                 "Restore the text, or start a new run."
             )
+        write_config(folder, options)
         return folder
 
 
@@ -341,26 +360,6 @@ def _validate(options: Options) -> None:
         raise CommandError(str(error)) from None
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # meta tensors have no values
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise CommandError(
-            f"expected --device to be available, got {name} ({str(error).splitlines()[0]}). Use cpu, cuda or auto."
-        ) from None
-    return device
-
-
 def _steps(options: Options, epoch_length: int | None) -> int:
     by_epochs = None if options.epochs is None else options.epochs * (epoch_length or 1)
     return min((count for count in (options.steps, by_epochs) if count is not None), default=STEPS)
-
-
-def _as_json(options: Options) -> dict[str, object]:
-    """Returns the options as values that JSON can represent."""
-    saved = {**dataclasses.asdict(options), "runs": str(options.runs)}
-    del saved["resume"]
-    return saved

@@ -13,17 +13,19 @@ from typing import Annotated
 
 import tyro
 
-from fxtrain.cli._arguments import parse
-from fxtrain.cli._streams import EXIT_FAILURE, EXIT_USAGE, fail
+from fxtrain.cli._arguments import Configurable, parse
+from fxtrain.cli._errors import CommandError, FailedError
 from fxtrain.report import RunFolderError, page, read_run
 from fxtrain.report._folder import kind_of_file, reason
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Configurable):
     """Writes a self-contained HTML page of a run, with its curves, callback events, samples and summary.
 
     The page of several runs compares them: curves of one metric share a panel, with one color for each run.
+
+    Example: fxtrain report runs/lm-20250101-120000 runs/lm-20250102-090000 --out comparison.html
     """
 
     runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
@@ -36,18 +38,19 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     options = parse(Options, "report", arguments)
     if not options.runs:
-        return fail("report", "expected the folder of a run, got none. Name at least one.", EXIT_USAGE)
+        raise CommandError("expected the folder of a run, got none. Name at least one.")
     # Not among the folders of several runs, where a pattern such as runs/* would match it.
     path = options.out or (options.runs[0] if len(options.runs) == 1 else pathlib.Path()) / "report.html"
     try:
         text = page(*(read_run(run) for run in options.runs), path=path)
     except (RunFolderError, ValueError) as error:
-        return fail("report", error, EXIT_USAGE)
+        raise CommandError(str(error)) from error
     try:
         _put(path, text.encode(), follow=options.out is not None)
     except (OSError, ValueError) as error:
-        why = f"expected a writable path for the page, got {path} ({reason(error)}). Choose another one with --out."
-        return fail("report", why, EXIT_FAILURE)
+        raise FailedError(
+            f"expected a writable path for the page, got {path} ({reason(error)}). Choose another one with --out."
+        ) from error
     print(path)
     return 0
 

@@ -7,63 +7,51 @@ import datetime
 import itertools
 import json
 import pathlib
-import typing
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any
 
+from fxtrain.cli._arguments import differences
+from fxtrain.cli._errors import CommandError, ConfigError, FailedError
+from fxtrain.cli._type_checks import shown
+from fxtrain.cli._yaml import dump, load
+from fxtrain.core import pluralize
 from fxtrain.disk import replace_file
 from fxtrain.report import _validation as validation
 from fxtrain.report._folder import Folder, reason
 
-_CONFIG = "config.json"
+CONFIG = "config.yaml"
 _REMEDY = "Restore the file, or start a new run."
 
-Options = TypeVar("Options")
 
-
-class CommandError(Exception):
-    """Invalid arguments. The message has the reason and a remedy."""
-
-
-class FolderError(Exception):
-    """The folder of the run cannot be created or read. The message has the reason and a remedy."""
-
-
-class Started(NamedTuple):
-    """The options and text that a run was started with."""
-
-    options: Mapping[str, object]
-    digest: str  # of the text
-
-
-def make_folder(runs: pathlib.Path, config: Mapping[str, object]) -> pathlib.Path:
+def make_folder(runs: pathlib.Path, command: str, config: Mapping[str, Any]) -> pathlib.Path:
     """Creates a new folder for a run, named after the current time, and writes the configuration to it.
 
     Runs that start in the same second are numbered.
 
     Args:
         runs: The parent folder. It is created if it does not exist.
-        config: The configuration, as values that JSON can represent.
+        command: The name of the command, with which the name of the folder begins.
+        config: The configuration.
 
     Returns:
         The new folder.
 
     Raises:
-        FolderError: The folder cannot be created or written to.
+        FailedError: The folder cannot be created or written to.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        folder = _new_folder(runs)
-        write_json(folder / _CONFIG, config)
+        folder = _new_folder(runs, command)
+        write_config(folder, config)
     except OSError as error:
-        raise FolderError(
+        raise FailedError(
             f"expected a writable folder for runs, got {runs} ({reason(error)}). Choose another one with --runs."
         ) from None
     return folder
 
 
-def _new_folder(runs: pathlib.Path) -> pathlib.Path:
-    name = datetime.datetime.now().strftime("lm-%Y%m%d-%H%M%S")
+def _new_folder(runs: pathlib.Path, command: str) -> pathlib.Path:
+    name = f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for number in itertools.count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):  # another process may have just created it
@@ -72,63 +60,82 @@ def _new_folder(runs: pathlib.Path) -> pathlib.Path:
     raise AssertionError("itertools.count is infinite")
 
 
+def write_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Writes the configuration of a run to its folder, atomically."""
+    replace_file(folder / CONFIG, dump(config).encode())
+
+
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a JSON file atomically: a crash leaves the old file or the new one."""
     replace_file(path, json.dumps(value, indent=2).encode())
 
 
-def read_config(folder: pathlib.Path) -> Started:
-    """Reads the configuration that a run was started with.
+def read_config(folder: pathlib.Path, command: str) -> dict[str, Any]:
+    """Reads the configuration of a run.
+
+    Args:
+        folder: The folder of the run.
+        command: The command to resume, for errors.
 
     Raises:
         CommandError: The folder is not that of a run.
-        FolderError: The configuration is damaged.
+        FailedError: The configuration is damaged.
     """
+    content = _content(folder, CONFIG, command)
+    expected = f"expected the folder of a run for --resume, got {folder}"
+    try:
+        return validation.mapping(load(validation.decoded(content), CONFIG))
+    except (ValueError, ConfigError) as error:
+        raise FailedError(f"{expected}, whose {CONFIG} is damaged: {error} {_REMEDY}") from None
+
+
+def read_json(folder: pathlib.Path, name: str, command: str) -> dict[str, Any]:
+    """Reads a JSON file of a run, with the errors of ``read_config``."""
+    content = _content(folder, name, command)
+    try:
+        return validation.mapping(validation.parsed(content))
+    except ValueError as error:
+        raise FailedError(
+            f"expected the folder of a run for --resume, got {folder}, whose {name} is damaged: {error}. {_REMEDY}"
+        ) from None
+
+
+def _content(folder: pathlib.Path, name: str, command: str) -> bytes:
     expected = f"expected the folder of a run for --resume, got {folder}"
     try:
         run = Folder(folder)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{expected} ({reason(error)}). Give one that fxtrain lm made.") from None
-    if _CONFIG not in run.names:
-        raise CommandError(f"{expected}, which has no {_CONFIG}. Give one that fxtrain lm made.")
-    content = run.read(_CONFIG)
+        raise CommandError(f"{expected} ({reason(error)}). Give one that fxtrain {command} made.") from None
+    if name not in run.names:
+        raise CommandError(f"{expected}, which has no {name}. Give one that fxtrain {command} made.")
+    content = run.read(name)
     if content is None:
-        raise FolderError(f"{expected}, which cannot be read: {'; '.join(run.problems.lines())}. {_REMEDY}")
-    try:
-        found = validation.mapping(validation.parsed(content))
-        digest = validation.mapping(found.get("corpus")).get("digest")
-        return Started(validation.mapping(found.get("options")), validation.text(digest))
-    except ValueError as error:
-        raise FolderError(f"{expected}, whose {_CONFIG} is damaged: {error}. {_REMEDY}") from None
+        raise FailedError(f"{expected}, which cannot be read: {'; '.join(run.problems.lines())}. {_REMEDY}")
+    return content
 
 
-def saved_options(kind: type[Options], saved: Mapping[str, object], **given: object) -> Options:
-    """Returns the saved options of a run. Their types are checked here, because a wrong one would fail later.
+def refuse_changes(
+    folder: pathlib.Path, before: Mapping[str, Any], after: Mapping[str, Any], *, fixed: frozenset[str], why: str
+) -> None:
+    """Raises if a configuration cannot continue a run.
 
     Args:
-        kind: The dataclass of options.
-        saved: Its fields as read from JSON.
-        given: Values of the fields that are not saved.
+        folder: The folder of the run.
+        before: The configuration with which it was started.
+        after: The configuration with which it is resumed.
+        fixed: The keys that cannot change.
+        why: A sentence that explains these, with a remedy.
 
     Raises:
-        FolderError: A field is missing, unknown, or of a wrong type.
+        CommandError: A fixed key has changed. All differences are in its details.
     """
-    types = {name: each for name, each in typing.get_type_hints(kind).items() if name not in given}
-    for name in sorted(saved.keys() ^ types.keys()):
-        what = "an unknown option" if name in saved else "no option"
-        raise FolderError(
-            f"expected the options of this version of fxtrain in {_CONFIG}, got {what} {validation.named(name)}. "
-            "Resume with the version that started the run, or start a new run."
-        )
-    return kind(**{name: _as_type(name, value, types[name]) for name, value in saved.items()}, **given)
-
-
-def _as_type(name: str, value: object, kind: object) -> object:
-    for each in typing.get_args(kind) or (kind,):
-        if each is pathlib.Path and isinstance(value, str):
-            return pathlib.Path(value)
-        if each is float and type(value) is int:
-            return float(value)
-        if type(value) is each or (isinstance(each, str) and value == each):  # strings are choices
-            return value
-    raise FolderError(f"expected a value of the option {name} in {_CONFIG}, got {validation.named(value)}. {_REMEDY}")
+    changed = differences(before, after)
+    first = {key: pair for key, pair in changed.items() if key.split(".")[0].split("[")[0] in fixed}
+    if not first:
+        return
+    key, (then, now) = next(iter(first.items()))
+    others = f" and {pluralize(len(first) - 1, 'other change')}" if len(first) > 1 else ""
+    raise CommandError(
+        f"expected {key}={shown(then)}, with which {folder} was started, got {shown(now)}{others}. {why}",
+        [f"  {name}: {shown(then)} -> {shown(now)}" for name, (then, now) in changed.items()],
+    )

@@ -1,4 +1,4 @@
-"""Standard streams that do not raise when their reader is gone, exit codes, and error messages of one line."""
+"""Standard streams that do not raise when their reader is gone."""
 
 from __future__ import annotations
 
@@ -11,30 +11,7 @@ from typing import TextIO
 
 from typing_extensions import Buffer
 
-from fxtrain.core import printable
-
-EXIT_FAILURE = 1
-"""The exit code of a command that failed with valid arguments."""
-
-EXIT_USAGE = 2
-"""The exit code for invalid arguments."""
-
 _READER_GONE = frozenset((errno.EPIPE, errno.EIO, errno.ECONNRESET))  # errors of a pipe, a terminal and a socket
-
-
-def fail(command: str, error: object, code: int) -> int:
-    """Prints an error of a command in one line on standard error.
-
-    Args:
-        command: The name of the command.
-        error: The error or its message.
-        code: The exit code.
-
-    Returns:
-        ``code``.
-    """
-    print(f"fxtrain {command}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-    return code
 
 
 class _Lasting(io.FileIO):

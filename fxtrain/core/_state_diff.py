@@ -84,7 +84,7 @@ class StateDiff(Record):
 def state_diff(this: Tree, other: Tree) -> StateDiff:
     """Returns the differences between the leaves of two trees, in the order of the first, then of the other."""
     mine, others = _by_path(this), _by_path(other)
-    found = [diff for path, leaf in mine.items() if (diff := _compared(path, leaf, others.get(path)))]
+    found = [diff for path, leaf in mine.items() if (diff := leaf_diff(path, leaf, others.get(path)))]
     found += [LeafDiff(path, "structure", "missing", _shown(leaf)) for path, leaf in others.items() if path not in mine]
     return StateDiff(tuple(found), compared=len({**mine, **others}))
 
@@ -105,7 +105,8 @@ def _by_path(tree: Tree) -> dict[str, Any]:
     return {accessor.codify("state"): leaf for accessor, leaf in zip(accessors, leaves, strict=True)}
 
 
-def _compared(path: str, a: Any, b: Any) -> LeafDiff | None:
+def leaf_diff(path: str, a: Any, b: Any) -> LeafDiff | None:
+    """Returns how a leaf of one state differs from that of another, which is None if it is missing there."""
     if b is None:
         return LeafDiff(path, "structure", _shown(a), "missing")
     if a.shape != b.shape:

@@ -128,7 +128,8 @@ def _is_of_library(filename: str) -> bool:
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    return (FXTRAIN_FOLDER, *_folders("stdlib", "platstdlib"), *_folders("purelib", "platlib"))
+    # torch may be outside of the folder for packages, in one that PYTHONPATH or a .pth file names.
+    return (FXTRAIN_FOLDER, _TORCH_FOLDER, *_folders("stdlib", "platstdlib"), *_folders("purelib", "platlib"))
 
 
 @functools.cache

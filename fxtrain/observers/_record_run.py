@@ -295,6 +295,7 @@ def _environment(state: TrainState | None) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
+        "process": os.getpid(),
         "command": [*sys.argv],
         "device": None if device is None else str(device),
         "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
