@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,6 @@ from transformers.trainer_callback import ExportableState  # pyright: ignore[rep
 
 from fxtrain.core import Control, FitBegin, LoopEvent, StepBegin, StepEnd
 from fxtrain.interop._hf_memory import Json, ObjectMemory
-from fxtrain.observers._wrapped import rank
 
 # Set from each event, or on the history's own way to the slot.
 _NOT_MEMORY = frozenset(
@@ -148,8 +146,8 @@ class TrainerFacts:
         """Sets what is known at the start of a session."""
         state = self.state
         state.train_batch_size, state.epoch = event.batch_size, event.epoch or 0.0
-        state.is_world_process_zero = rank() == 0
-        state.is_local_process_zero = int(os.environ.get("LOCAL_RANK") or rank()) == 0
+        state.is_world_process_zero = self.args.process_index == 0
+        state.is_local_process_zero = self.args.local_process_index == 0
         state.compute_steps(self.args, _max_steps(event))
 
     def follow(self, event: LoopEvent) -> None:
