@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,6 +32,9 @@ class Metric:
         >>> Perplexity.from_model_output(torch.zeros(3)).compute()
         tensor(1.)
     """
+
+    growing: ClassVar[Sequence[str]] = ()
+    """Names of fields or states that grow with the data. Only evaluations accept such metrics."""
 
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)

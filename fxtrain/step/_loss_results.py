@@ -153,6 +153,25 @@ def loss_and_metrics(function: object, result: Tree) -> Returned:
     return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
 
 
+def refuse_growing(function: object, metrics: Metrics) -> None:
+    """Raises if a metric of a training step grows with the data, because its sums over an epoch are in the state.
+
+    Args:
+        function: The loss function, for errors.
+        metrics: Its metrics by name.
+
+    Raises:
+        TypeError: The message names the metric and its states.
+    """
+    for name, value in metrics.items():
+        if isinstance(value, Metric) and value.growing:
+            raise ContractError(
+                f"expected the metric {name!r} of {place_of(function)} to have a fixed size, got "
+                f"{type(value).__name__}, whose states {', '.join(value.growing)} grow with the data. Measure it in an "
+                "evaluation step, or bin it, as thresholds=100 does for curves."
+            )
+
+
 def measured(function: object, result: object) -> tuple[Metrics, Tensor | None]:
     """Splits the result of an evaluation function into metrics, including the loss, and weight.
 
