@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class MetricStates:
             part.reset()
             part.sync_on_compute = part._to_sync = False
             self._parts.append(part)
-            reductions: Mapping[str, Any] = part._reductions
+            reductions = cast(Mapping[str, Any], part._reductions)
             for name, default in part._defaults.items():
                 self._places[f"{path}.{name}".strip(".")] = _Place(part, name, default, reductions[name])
         self._cat = dim_zero_cat

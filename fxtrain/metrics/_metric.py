@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Tree, describe, did_you_mean, register_node, wide_dtype
+from fxtrain.equivalents import advice_on_metric
 
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
@@ -198,8 +199,8 @@ def _collection(classes: tuple[tuple[str, type[Metric]], ...]) -> type[Collectio
             )
         if not (isinstance(metric, type) and issubclass(metric, Metric)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"expected {name} to be a subclass of Metric, got {describe(metric)}. Use a class such as "
-                f"Average.from_output({name!r})."
+                f"expected {name} to be a subclass of Metric, got {describe(metric)}. "
+                + (advice_on_metric(metric) or f"Use a class such as Average.from_output({name!r}).")
             )
     space = {"__annotations__": dict(classes), "__module__": "fxtrain.metrics", "classes": dict(classes)}
     return type(f"Collection({', '.join(name for name, _ in classes)})", (Collection,), space)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Metrics, Tree, describe, wide_dtype
+from fxtrain.equivalents import advice_on_metric
 from fxtrain.metrics import Metric
 from fxtrain.step._check_function import ContractError, place_of
 
@@ -213,6 +214,7 @@ def checked_metrics(function: object, metrics: Metrics) -> Metrics:
         remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave it out."
         if isinstance(value, int | float):
             remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
+        remedy = advice_on_metric(value) or remedy
         raise ContractError(
             f"expected the metric {name!r} of {place_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
             f"{describe(value)}. {remedy}"
