@@ -118,7 +118,12 @@ def _keras_counterpart(value: object) -> str | None:
 
 _KERAS = {
     **{name: f"fx.optim.{name.lower()}" for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW")},
-    **{name: f"fx.optim.{name.lower()}" for name in ("Lion", "Muon", "Nadam", "RMSprop", "SGD")},
+    **{name: f"fx.optim.{name.lower()}" for name in ("Lamb", "Lion", "Muon", "Nadam", "RMSprop", "SGD")},
+    "ScheduleFreeAdamW": "fx.optim.adamw",
+    "MultiOptimizer": "fx.optim.partition",
+    "OptimizerMap": "fx.optim.partition",
+    "Optimizer": "an optimizer of fx.optim",
+    "LearningRateSchedule": "a schedule of fx.schedules",
     "CosineDecay": "fx.schedules.cosine",
     "CosineDecayRestarts": "fx.schedules.cycle and fx.schedules.cosine",
     "ExponentialDecay": "fx.schedules.exponential",
