@@ -224,6 +224,10 @@ def test_compiled_evaluation_is_one_graph_and_equals_the_eager_one():
     step = fx.eval_step(measured)
     compiled = fx.compile(step, fullgraph=True)
     assert fx.evaluate(start(), compiled, DATA) == fx.evaluate(start(), step, DATA)
+    batch = DATA[0]
+    compiled(start(), batch)
+    again = Confusion.from_model_output(torch.eye(CLASSES), torch.arange(CLASSES))
+    assert int(again.states["confmat"].trace()) == CLASSES
 
 
 def test_training_metrics_merge_over_microbatches_and_epochs(tmp_path):

@@ -70,7 +70,7 @@ def torchmetric(
         ) from error
     if convert is not None and not callable(convert):
         raise TypeError(f"expected convert to be a function of the metric's result, got {describe(convert)}.")
-    taken = wrapped.arguments()
+    taken = wrapped.arguments
     for name in outputs:
         if taken is not None and name not in taken:
             raise ValueError(
@@ -133,7 +133,7 @@ class TorchMetric(Metric):
                 f"{describe(outputs['mask'])}. Set masked targets to the metric's ignore_index, or pass selected "
                 "examples, as in preds[mask]."
             )
-        for argument, parameter in (cls.wrapped.arguments() or {}).items() if not args else ():
+        for argument, parameter in (cls.wrapped.arguments or {}).items() if not args else ():
             name = cls.outputs.get(argument, argument)
             if parameter.default is parameter.empty and name not in outputs:
                 raise KeyError(

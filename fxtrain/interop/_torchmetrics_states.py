@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
+from fxtrain._torch_internals.dispatch import outside_of_traces
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, describe
 
@@ -64,6 +65,7 @@ class MetricStates:
     Attributes:
         name: The name of the metric's class.
         growing: The names of the states that grow with the data.
+        arguments: The arguments of ``update`` by name, or None if it takes any.
     """
 
     def __init__(self, metric: object) -> None:
@@ -101,10 +103,11 @@ class MetricStates:
                 self._places[f"{path}.{name}".strip(".")] = _Place(part, name, default, reductions[name])
         self._cat = dim_zero_cat
         self.growing = [name for name, place in self._places.items() if place.is_tuple or place.reduce is dim_zero_cat]
+        self.arguments = self._arguments()
         self._lock = threading.RLock()
 
-    def arguments(self) -> dict[str, inspect.Parameter] | None:
-        """Returns the arguments of ``update`` of the metric, or of those inside it; None if it takes any."""
+    def _arguments(self) -> dict[str, inspect.Parameter] | None:
+        """Returns the arguments of ``update``, of the metric or of those inside it; None if it takes any."""
         found: dict[str, inspect.Parameter] = {}
         for part in self._parts:
             parameters = inspect.signature(part.update).parameters.values()
@@ -128,13 +131,13 @@ class MetricStates:
             args: Positional arguments of ``update``.
             outputs: Its keyword arguments, and others, which are ignored.
         """
-        taken = self.arguments()
+        taken = self.arguments
         kwargs = {name: value for name, value in outputs.items() if taken is None or name in taken}
         where = next((leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)), torch.empty(())).device
         with self._at(where):
             for place in self._places.values():
-                start = [] if isinstance(place.default, list) else place.default.detach().clone().to(where)
-                setattr(place.owner, place.name, start)
+                default = place.owner._defaults[place.name]  # on the device
+                setattr(place.owner, place.name, [] if isinstance(default, list) else default.detach().clone())
             self._metric.update(*args, **kwargs)
             return {name: place.value() for name, place in self._places.items()}, where
 
@@ -192,7 +195,8 @@ class MetricStates:
         with self._lock:
             try:
                 if any(part.device != device for part in self._parts):
-                    self._metric.to(device)
+                    with outside_of_traces():
+                        self._metric.to(device)
                 for part in checking:
                     part.validate_args = False
                 with _FixedBincounts() if is_traced() else nullcontext():
@@ -200,8 +204,9 @@ class MetricStates:
             finally:
                 for part in checking:
                     part.validate_args = True
-                for part in self._parts:
-                    part.reset()
+                with outside_of_traces():  # a trace would leave tensors without values in the metric
+                    for part in self._parts:
+                        part.reset()
 
 
 class _FixedBincounts(TorchFunctionMode):
