@@ -242,7 +242,7 @@ def test_every_optimizer_and_schedule_of_keras_has_a_counterpart():
     for room, found in ((keras.optimizers, names), (keras.optimizers.schedules, schedules)):
         for name in found:
             message = error_of(fx.init, nn.Linear(1, 1), getattr(room, name))
-            assert "of Keras. Use " in message, name
+            assert f"got {getattr(room, name).__name__} of Keras. Use " in message, name
 
 
 def test_trainer_is_told_that_fit_takes_its_place():

@@ -266,6 +266,19 @@ def test_growing_states_are_refused_in_training():
         step(start(), DATA[0])
 
 
+def test_growing_states_of_a_collection_are_refused_in_training():
+    both = metrics.Collection.create(accuracy=Accuracy, auroc=ExactAUROC)
+
+    def loss_fn(model, batch):
+        found = both.from_model_output(
+            logits=model(batch["x"]), preds=model(batch["x"]).softmax(-1), target=batch["y"], **batch
+        )
+        return model(batch["x"]).sum(), {"both": found}
+
+    with pytest.raises(TypeError, match=r"metric 'both' of .* states auroc\.preds, auroc\.target grow"):
+        fx.train_step(loss_fn, TX)(start(), DATA[0])
+
+
 def test_collections_of_both_libraries_take_outputs_by_name():
     both = metrics.Collection.create(accuracy=Accuracy, loss=metrics.Average.from_output("loss"))
     logits, labels = torch.eye(CLASSES), torch.tensor([0, 1, 0])

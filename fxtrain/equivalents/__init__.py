@@ -48,6 +48,11 @@ def refuse_foreign(
 _LIBRARIES = ("lightning", "pytorch_lightning", "transformers", "keras", "tf_keras", "ignite", "fastai", "composer")
 
 
+def class_of(value: object) -> type[object]:
+    """Returns a class itself, and of any other value its class."""
+    return value if isinstance(value, type) else type(value)
+
+
 def library_of(value: object) -> str | None:
     """Returns the name of the training library that a value or a class belongs to, or None.
 
@@ -55,8 +60,9 @@ def library_of(value: object) -> str | None:
         >>> library_of(type("EarlyStopping", (), {"__module__": "keras.src.callbacks"}))
         'keras'
     """
-    kind: type[object] = value if isinstance(value, type) else type(value)
-    return next((root for base in kind.__mro__ if (root := base.__module__.partition(".")[0]) in _LIBRARIES), None)
+    return next(
+        (root for base in class_of(value).__mro__ if (root := base.__module__.partition(".")[0]) in _LIBRARIES), None
+    )
 
 
 def refuse_foreign_callback(argument: str, expected: str, value: object) -> None:
@@ -74,16 +80,13 @@ def refuse_foreign_callback(argument: str, expected: str, value: object) -> None
     if library is not None:
         from fxtrain.equivalents._classes import advice_on_callback
 
-        kind: type[object] = value if isinstance(value, type) else type(value)
-        raise TypeError(
-            f"{argument}: expected {expected}, got {kind.__name__} of {library}. {advice_on_callback(value)}"
-        )
+        name = class_of(value).__name__
+        raise TypeError(f"{argument}: expected {expected}, got {name} of {library}. {advice_on_callback(value)}")
 
 
 def advice_on_metric(value: object) -> str | None:
     """Returns advice on a metric of torchmetrics or Keras; None for other values."""
-    kind: type[object] = value if isinstance(value, type) else type(value)
-    roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    roots = {base.__module__.partition(".")[0] for base in class_of(value).__mro__}
     if "torchmetrics" in roots:
         return (
             "Make its class once, Measure = fxtrain.interop.torchmetric(metric), and measure with "

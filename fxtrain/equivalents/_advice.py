@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
-from fxtrain.equivalents import library_of
+from fxtrain.equivalents import class_of, library_of
 from fxtrain.equivalents._expressions import NoEquivalentError
 from fxtrain.equivalents._optax import chained_from_optax, is_from_optax, schedule_from_optax
 from fxtrain.equivalents._optimizers import optimizer, optimizer_class
@@ -40,7 +40,7 @@ def advice_on(value: object, model: object, *, as_schedule: bool) -> tuple[str, 
             advice = f"Pass the scheduler, {value.__name__}(optimizer, ...), to see its equivalent."
             return f"the class {_name(value)}", advice
         case _ if library_of(value) in ("keras", "tf_keras") and (found := _keras_counterpart(value)):
-            return f"{type(value).__name__} of Keras", f"Use {found} with the same values."
+            return f"{class_of(value).__name__} of Keras", f"Use {found} with the same values."
         case _ if is_from_optax(value) and callable(value):
             name = schedule_from_optax(value)
             return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same values."
@@ -112,8 +112,7 @@ def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: object) -> str:
 
 
 def _keras_counterpart(value: object) -> str | None:
-    kind: type[object] = value if isinstance(value, type) else type(value)
-    return next((_KERAS[base.__name__] for base in kind.__mro__ if base.__name__ in _KERAS), None)
+    return next((_KERAS[base.__name__] for base in class_of(value).__mro__ if base.__name__ in _KERAS), None)
 
 
 _KERAS = {

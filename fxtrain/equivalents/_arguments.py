@@ -130,7 +130,7 @@ ARGUMENTS: Mapping[str, str] = {
     "val_dataloaders": _EVALUATION,
     "weights_only": "fxtrain.restore reads tensors only, and runs no code of a checkpoint.",
     # transformers: Trainer
-    "args": "Each argument has its own place: fxtrain.fit names them one by one, as in fit(..., max_steps=...).",
+    "args": "Each argument has a place of its own. Give one to fxtrain.fit by name, and the error says where it went.",
     "model": "Give the module to fxtrain.init(module, tx), whose state is the first argument.",
     "data_collator": "Use fxtrain.data.batches(data, 32, collate=collate).",
     "train_dataset": "Give data of batches as the third argument: fxtrain.data.batches(dataset, 32).",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fxtrain.equivalents import class_of
+
 _PROGRESS = "Use observers=[fxtrain.observers.progress()]."
 _SUMMARY = "Use observers=[fxtrain.observers.summary()]."
 _SCHEDULE = "Use a schedule as the learning rate, such as fxtrain.optim.adamw(fxtrain.schedules.cosine(1e-3, 1000))."
@@ -53,7 +55,7 @@ CALLBACKS: Mapping[str, str] = {
         "Continue with another step: fxtrain.fit(result.state, step, data, epochs=10)."
     ),
     "LearningRateFinder": "Use fxtrain.find_learning_rate before the run.",
-    "LearningRateMonitor": "Use nothing: fxtrain.train_step adds the metric learning_rate.",
+    "LearningRateMonitor": "Leave it out: fxtrain.train_step adds the metric learning_rate.",
     "ModelPruning": "There is no counterpart. Set parameters to zero with state.replace(params=...) in a callback.",
     "ModelSummary": _SUMMARY,
     "OnExceptionCheckpoint": "Use checkpointer=fxtrain.checkpointer(folder) with fxtrain.callbacks.save(every=100).",
@@ -88,7 +90,7 @@ CALLBACKS: Mapping[str, str] = {
         "each argument."
     ),
     "TrainingArguments": (
-        "Each argument has a place of its own, which the error for its name says: fxtrain.fit(..., max_steps=1000)."
+        "Each argument has a place of its own. Give one to fxtrain.fit by name, and the error says where it went."
     ),
     "WandbCallback": _WRITE.format("fxtrain.writers.wandb(folder)"),
 }
@@ -124,7 +126,7 @@ def advice_on_callback(value: object) -> str:
         >>> advice_on_callback(type("Timer", (), {"__module__": "lightning.pytorch.callbacks"}))
         'Use fxtrain.callbacks.time_limit(hours=8).'
     """
-    kind: type[object] = value if isinstance(value, type) else type(value)
+    kind = class_of(value)
     names = [base.__name__ for base in kind.__mro__]
     by_base = next((CALLBACKS[name] for name in names if name in CALLBACKS), None)
     name = kind.__name__.lower()

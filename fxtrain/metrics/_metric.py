@@ -202,5 +202,11 @@ def _collection(classes: tuple[tuple[str, type[Metric]], ...]) -> type[Collectio
                 f"expected {name} to be a subclass of Metric, got {describe(metric)}. "
                 + (advice_on_metric(metric) or f"Use a class such as Average.from_output({name!r}).")
             )
-    space = {"__annotations__": dict(classes), "__module__": "fxtrain.metrics", "classes": dict(classes)}
+    growing = tuple(f"{name}.{state}" for name, metric in classes for state in metric.growing)
+    space = {
+        "__annotations__": dict(classes),
+        "__module__": "fxtrain.metrics",
+        "classes": dict(classes),
+        "growing": growing,
+    }
     return type(f"Collection({', '.join(name for name, _ in classes)})", (Collection,), space)
