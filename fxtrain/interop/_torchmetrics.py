@@ -32,7 +32,8 @@ def torchmetric(
     number of updates. List states, such as those of an exact AUROC, grow with the data. Evaluations merge these on the
     host, and training steps refuse them, because callback state has a fixed size: bin them, as ``thresholds=100`` does.
 
-    A compiled step needs an update that can be traced. It skips the checks that ``validate_args`` makes.
+    A compiled step needs an update that can be traced, and skips the checks that ``validate_args`` makes. Updates that
+    write into a state in place, as most do, do not run under ``vmap``.
 
     Args:
         metric: A metric, a collection, a composition such as ``2 * metric``, or a wrapper without state of its own. It
