@@ -299,7 +299,7 @@ OF_FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "beta_2": "Use b2=0.999.",
         "epsilon": "Use eps=1e-8.",
         "params": "Parameters are given to fxtrain.init(module, tx). The learning rate comes first: {function}(1e-3).",
-        "weight_decay": "Use fxtrain.optim.adamw, or fxtrain.optim.add_decayed_weights(1e-4) before it in a chain.",
+        "weight_decay": "Add the decay before it: fxtrain.optim.chain(fxtrain.optim.add_decayed_weights(1e-4), tx).",
         "decoupled_weight_decay": "Use fxtrain.optim.adamw(1e-3, weight_decay=0.01), whose decay is decoupled.",
         "alpha": "Use fxtrain.optim.rmsprop(1e-3, decay=0.99).",
         "lr_decay": "Give it a schedule: fxtrain.optim.adagrad(lambda step: 0.1 / (1 + 0.01 * step)).",
