@@ -85,10 +85,16 @@ def test_fit_rejects_options_of_wrong_type(options, message):
         ),
         (fx.callbacks.nan_guard, r"expected the result of fxtrain.callbacks.nan_guard\(...\)"),
         (fx.observers.progress, r"expected the result of fxtrain.observers.progress\(...\), .* Call it"),
-        (of("lightning.pytorch", "EarlyStopping")(), r"got EarlyStopping of lightning\. Use .*early_stopping\(metric"),
-        (of("lightning.pytorch", "ModelCheckpoint"), r"got ModelCheckpoint of lightning\. Use checkpointer=fxtrain"),
-        (of("transformers", "TrainerCallback")(), r"got TrainerCallback of transformers\. See fxtrain.callbacks"),
-        (of("keras.src", "ReduceLROnPlateau")(), r"got ReduceLROnPlateau of keras\. Use .*reduce_on_plateau\(metric\)"),
+        (
+            of("lightning.pytorch", "EarlyStopping")(),
+            r"got EarlyStopping of lightning\. Use .*early_stopping\(\"loss\"",
+        ),
+        (of("lightning.pytorch", "ModelCheckpoint"), r"got ModelCheckpoint of lightning\. Use .*checkpointer=fxtrain"),
+        (of("transformers", "TrainerCallback")(), r"got TrainerCallback of transformers\. Give fxtrain.interop.hf"),
+        (
+            of("keras.src", "ReduceLROnPlateau")(),
+            r"got ReduceLROnPlateau of keras\. Use .*reduce_on_plateau\(\"loss\"\)",
+        ),
         (of("ignite", "Timer", __call__=lambda self, engine: None)(), r"got Timer of ignite\. Use .*time_limit"),
         (type("Mine", (of("lightning", "Callback"),), {})(), r"got Mine of lightning"),
         (

@@ -26,6 +26,7 @@ ROWS = {  # the number of features in the documentation of each trainer
     "The plugin-style LM trainer": 28,
     "Keras": 16,
     "Lightning": 33,
+    "Classes and arguments": 22,
 }
 MAX_PLANNED = 2
 OPTIONS = {"lm": _lm.Options, "train": _train.Options}

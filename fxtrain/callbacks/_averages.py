@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Control, Scalar, TrainState, Tree, Updated, check_int, describe, did_you_mean, wide_dtype
+from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, When, as_trigger, stateful
 from fxtrain.optim._leafwise import wide
 
@@ -27,6 +28,7 @@ _Mean = Callable[[AveragedState], tuple[Scalar, Tensor]]
 """Maps the callback state to the new value's share of the average and to the new weight, [] each."""
 
 
+@with_known_arguments
 def ema(
     decay: float,
     *,
@@ -91,6 +93,7 @@ def ema(
     return _averaging(name, mean, every=every, start=start, buffers=buffers, model=model, weight=0.0 if debias else 1.0)
 
 
+@with_known_arguments
 def swa(*, start: int, every: When = 1, buffers: bool = False, model: str | None = None, name: str = "swa") -> Handler:
     """Keeps the equal-weight mean of the parameters at the steps of ``every`` after ``start``.
 

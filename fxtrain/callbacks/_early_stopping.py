@@ -34,6 +34,7 @@ from fxtrain.core import (
     fractional_epoch,
     wide_dtype,
 )
+from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, stateful
 
 
@@ -46,6 +47,7 @@ class EarlyStoppingState(NamedTuple):
     since: Tensor  # []: start of the wait: int64 in evaluations or steps, float64 in epochs
 
 
+@with_known_arguments
 def early_stopping(
     metric: Metric,
     *,

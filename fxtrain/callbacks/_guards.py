@@ -24,6 +24,7 @@ from fxtrain.core import (
     describe,
     wide_dtype,
 )
+from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, on, slotted
 from fxtrain.model import model_of
 from fxtrain.precision import finite_leaves
@@ -39,6 +40,7 @@ class NanGuardState(NamedTuple):
     first: Tensor  # int64 []: leaf index of its first non-finite gradient; -1 if only the loss was non-finite
 
 
+@with_known_arguments
 def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
     """Skips updates with a non-finite loss or gradient, and stops the run after ``patience`` in a row.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import optim
 from fxtrain.callbacks._watched_metric import Better, Metric, direction, measured, needing
 from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, describe, wide_dtype
-from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents import refuse_foreign, with_known_arguments
 from fxtrain.fold import Handler, slotted
 
 
@@ -24,6 +24,7 @@ class ReduceOnPlateauState(NamedTuple):
     reductions: Tensor  # int64 []: reductions so far
 
 
+@with_known_arguments
 def reduce_on_plateau(
     metric: Metric,
     *,

@@ -21,6 +21,7 @@ from fxtrain.callbacks._watched_metric import (
     sign_of,
 )
 from fxtrain.core import Callback, Control, EvalEnd, StepEnd, TrainState, describe
+from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, When, as_trigger, stateful, when
 
 
@@ -108,6 +109,7 @@ class TimeLimitState(NamedTuple):
     seconds: Tensor  # float64 []: elapsed time of all sessions so far
 
 
+@with_known_arguments
 def time_limit(*, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0, name: str = "time_limit") -> Handler:
     """Stops the run after a total time, earlier sessions included.
 
@@ -147,6 +149,7 @@ def time_limit(*, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0
     return stateful(name, init, update)
 
 
+@with_known_arguments
 def save(every: When = 1) -> Callback:
     """Requests checkpoints.
 
@@ -163,6 +166,7 @@ def save(every: When = 1) -> Callback:
     return _requesting("save", Control(save=True, reason="a save is due"), every)
 
 
+@with_known_arguments
 def save_best(
     metric: Metric,
     *,

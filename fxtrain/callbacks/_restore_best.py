@@ -19,6 +19,7 @@ from fxtrain.callbacks._watched_metric import (
     no_best,
 )
 from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, Tree, describe
+from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, slotted
 
 
@@ -38,6 +39,7 @@ class RestoreBestState(NamedTuple):
     kept: Tree  # its (params, buffers), or () with a checkpointer
 
 
+@with_known_arguments
 def restore_best(
     metric: Metric,
     *,

@@ -20,6 +20,7 @@ from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
 from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean, warn
+from fxtrain.equivalents import with_known_arguments
 
 
 class Checkpointer(Reader):
@@ -311,6 +312,7 @@ class Checkpointer(Reader):
         self._deletion.delete(entry for entry in snapshots if entry.step not in kept)
 
 
+@with_known_arguments
 def checkpointer(
     folder: str | os.PathLike[str],
     *,

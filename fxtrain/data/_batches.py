@@ -22,9 +22,11 @@ from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._stateful_loaders import from_stateful_loader
 from fxtrain.data._types import MapDataset, Sample, StatefulLoader
+from fxtrain.equivalents import with_known_arguments
 
 
 @with_short_traceback
+@with_known_arguments
 def batches(
     source: Tree | MapDataset[Sample] | Iterable[Sample],
     batch_size: int,

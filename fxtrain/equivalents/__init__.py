@@ -1,8 +1,19 @@
-"""Translates optimizers and schedulers of ``torch.optim``, transformers and optax to expressions of fxtrain."""
+"""Translates what other libraries offer: optimizers and schedulers, callbacks, metrics, and arguments."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+import torch
 from torch import Tensor
+
+from fxtrain.core import did_you_mean
+
+Options = ParamSpec("Options")
+R = TypeVar("R")
 
 
 def refuse_foreign(
@@ -32,3 +43,117 @@ def refuse_foreign(
     if found is not None:
         kind, advice = found
         raise TypeError(f"expected {argument} to be {expected}, got {kind}. {advice}")
+
+
+_LIBRARIES = ("lightning", "pytorch_lightning", "transformers", "keras", "tf_keras", "ignite", "fastai", "composer")
+
+
+def class_of(value: object) -> type[object]:
+    """Returns a class itself, and of any other value its class."""
+    return value if isinstance(value, type) else type(value)
+
+
+def library_of(value: object) -> str | None:
+    """Returns the name of the training library that a value or a class belongs to, or None.
+
+    Example:
+        >>> library_of(type("EarlyStopping", (), {"__module__": "keras.src.callbacks"}))
+        'keras'
+    """
+    return next(
+        (root for base in class_of(value).__mro__ if (root := base.__module__.partition(".")[0]) in _LIBRARIES), None
+    )
+
+
+def refuse_foreign_callback(argument: str, expected: str, value: object) -> None:
+    """Raises if ``value`` is a callback or a logger of another library, or a class of either.
+
+    Args:
+        argument: The argument's name.
+        expected: A noun phrase for what is expected there.
+        value: The value that was passed.
+
+    Raises:
+        TypeError: The message names the counterpart.
+    """
+    library = library_of(value)
+    if library is not None:
+        from fxtrain.equivalents._classes import advice_on_callback
+
+        name = class_of(value).__name__
+        raise TypeError(f"{argument}: expected {expected}, got {name} of {library}. {advice_on_callback(value)}")
+
+
+def advice_on_metric(value: object) -> str | None:
+    """Returns advice on a metric of torchmetrics or Keras; None for other values."""
+    roots = {base.__module__.partition(".")[0] for base in class_of(value).__mro__}
+    if "torchmetrics" in roots:
+        return (
+            "Make its class once, Measure = fxtrain.interop.torchmetric(metric), and measure with "
+            "Measure.from_model_output(predictions, targets)."
+        )
+    if "keras" in roots:
+        return "Use a class of fxtrain.metrics, or one of torchmetrics with fxtrain.interop.torchmetric(metric)."
+    return None
+
+
+def with_known_arguments(function: Callable[Options, R]) -> Callable[Options, R]:
+    """Returns ``function``, whose error for an argument of another library says where it went.
+
+    Example:
+        >>> @with_known_arguments
+        ... def early_stopping(metric, *, patience): ...
+        >>> early_stopping(monitor="loss")
+        Traceback (most recent call last):
+        ...
+        TypeError: early_stopping: expected the arguments metric, patience, got 'monitor'. The metric comes first: ...
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Options.args, **kwargs: Options.kwargs) -> R:
+        if torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            refuse_unknown_arguments(function, kwargs)
+            raise
+
+    return checked
+
+
+def refuse_unknown_arguments(function: Callable[..., object], given: Iterable[str]) -> None:
+    """Raises if a function has no keyword argument of a name.
+
+    Args:
+        function: The function.
+        given: The names of the keyword arguments that were passed.
+
+    Raises:
+        TypeError: The message says where the argument of another library went, or suggests the nearest spelling.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    unknown = next((name for name in given if name not in parameters), None)
+    if unknown is not None:
+        raise unknown_argument(function, unknown, list(parameters))
+
+
+def unknown_argument(function: Callable[..., object], name: str, known: Iterable[str]) -> TypeError:
+    """Returns the error for an argument that a function does not have.
+
+    Args:
+        function: The function.
+        name: The argument.
+        known: The arguments that the function has.
+    """
+    # Imported lazily to keep `import fxtrain` fast.
+    from fxtrain.equivalents._arguments import advice_on_argument
+
+    called = getattr(function, "__name__", repr(function))
+    room = (getattr(function, "__module__", None) or "").removeprefix("fxtrain.").partition(".")[0]
+    known = list(known)
+    advice = advice_on_argument(called, name, room)
+    suggestion = f" {advice}" if advice else did_you_mean(name, known)
+    return TypeError(f"{called}: expected the arguments {', '.join(known)}, got {name!r}.{suggestion}")

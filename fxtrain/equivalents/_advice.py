@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
+from fxtrain.equivalents import class_of, library_of
 from fxtrain.equivalents._expressions import NoEquivalentError
 from fxtrain.equivalents._optax import chained_from_optax, is_from_optax, schedule_from_optax
 from fxtrain.equivalents._optimizers import optimizer, optimizer_class
@@ -38,6 +39,8 @@ def advice_on(value: object, model: object, *, as_schedule: bool) -> tuple[str, 
         case type() if issubclass(value, lr_scheduler.LRScheduler):
             advice = f"Pass the scheduler, {value.__name__}(optimizer, ...), to see its equivalent."
             return f"the class {_name(value)}", advice
+        case _ if library_of(value) in ("keras", "tf_keras") and (found := _keras_counterpart(value)):
+            return f"{class_of(value).__name__} of Keras", f"Use {found} with the same values."
         case _ if is_from_optax(value) and callable(value):
             name = schedule_from_optax(value)
             return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same values."
@@ -107,6 +110,27 @@ def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: object) -> str:
         "the metric at EvalEnd."
     )
 
+
+def _keras_counterpart(value: object) -> str | None:
+    return next((_KERAS[base.__name__] for base in class_of(value).__mro__ if base.__name__ in _KERAS), None)
+
+
+_KERAS = {
+    **{name: f"fx.optim.{name.lower()}" for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW")},
+    **{name: f"fx.optim.{name.lower()}" for name in ("Lamb", "Lion", "Muon", "Nadam", "RMSprop", "SGD")},
+    "ScheduleFreeAdamW": "fx.optim.adamw",
+    "MultiOptimizer": "fx.optim.partition",
+    "OptimizerMap": "fx.optim.partition",
+    "Optimizer": "an optimizer of fx.optim",
+    "LearningRateSchedule": "a schedule of fx.schedules",
+    "CosineDecay": "fx.schedules.cosine",
+    "CosineDecayRestarts": "fx.schedules.cycle and fx.schedules.cosine",
+    "ExponentialDecay": "fx.schedules.exponential",
+    "InverseTimeDecay": "the function lambda step: rate / (1 + decay * step / decay_steps)",
+    "PiecewiseConstantDecay": "fx.schedules.piecewise",
+    "PolynomialDecay": "fx.schedules.polynomial",
+}
+"""Optimizers and schedules of Keras by class name."""
 
 _SCHEDULES = {
     "constant_schedule": "constant",

@@ -1,4 +1,4 @@
-"""Weights and optimizer states in other formats, and callbacks of transformers.
+"""Weights and optimizer states in other formats, callbacks of transformers, and metrics of torchmetrics.
 
 The formats are safetensors, ``torch.save``, and folders of Hugging Face libraries.
 
@@ -25,6 +25,11 @@ Use weights in other code::
     fx.to_module(fx.callbacks.averaged(state), module)  # a copy of this module, with averaged weights
     module.load_state_dict(fx.state_dict(state))  # into an existing module
 
+Use metrics of torchmetrics::
+
+    Accuracy = fx.interop.torchmetric(torchmetrics.Accuracy("multiclass", num_classes=10))
+    fx.eval_step(lambda model, batch: {"accuracy": Accuracy.from_model_output(model(batch["x"]), batch["y"])})
+
 Convert optimizer states::
 
     fx.load_optimizer_state(state, optimizer)  # from torch; or its state_dict(), or a file that contains it
@@ -46,6 +51,7 @@ from fxtrain.interop._load_weights import load_weights
 from fxtrain.interop._optimizer_states import load_optimizer_state, optimizer_state_dict
 from fxtrain.interop._read_weights import read_weights
 from fxtrain.interop._save_weights import save_weights
+from fxtrain.interop._torchmetrics import torchmetric
 
 __all__ = [
     "hf",
@@ -55,4 +61,5 @@ __all__ = [
     "optimizer_state_dict",
     "read_weights",
     "save_weights",
+    "torchmetric",
 ]

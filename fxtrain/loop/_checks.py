@@ -14,6 +14,7 @@ from fxtrain import tree, writers
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
 from fxtrain.data import Source, map_tensors, to_device
+from fxtrain.equivalents import refuse_foreign_callback
 from fxtrain.fold import Composed
 from fxtrain.loop._types import EvalFn, LoopStep
 from fxtrain.observers._wrapped import rank
@@ -37,6 +38,8 @@ def check_state(state: object, order: str) -> None:
             a function of its arguments.
     """
     if not isinstance(state, TrainState):
+        if not isinstance(state, nn.Module):
+            refuse_foreign_callback(order, "a TrainState as the first argument", state)
         raise TypeError(
             f"expected a TrainState as the first argument of {order}, got {describe(state)}. {_state_of(state)}"
         )
@@ -66,6 +69,8 @@ def check_unchanged_at_end(state: TrainState) -> None:
 
 def check_step(step: object) -> None:
     """Raises TypeError unless ``step`` is a training step. The message says how to make one."""
+    if not isinstance(step, nn.Module):
+        refuse_foreign_callback("fit(state, step, data)", "a step as the second argument", step)
     if isinstance(step, TrainState) or not callable(step):
         optimizer = isinstance(step, torch.optim.Optimizer)
         order = "Give the arguments in this order: fit(state, step, data)."
@@ -102,6 +107,7 @@ def check_checkpointer(checkpointer: object) -> None:
             f"expected a checkpointer, got the path {os.fspath(checkpointer)!r}. Make one: "
             f"fxtrain.checkpointer({os.fspath(checkpointer)!r})."
         )
+    refuse_foreign_callback("checkpointer", "a checkpointer", checkpointer)
     if inspect.isfunction(checkpointer) or isinstance(checkpointer, type):
         raise TypeError(
             f"expected a checkpointer, got {checkpointer.__name__} itself. Call it: fxtrain.checkpointer(folder)."

@@ -119,7 +119,7 @@ class EpochMetrics:
             weight = next(values)
             for name, value in measured.items():
                 if isinstance(value, metrics.Metric):
-                    leaves = [torch.tensor(next(values), dtype=leaf.dtype) for leaf in tree.leaves(value)]
+                    leaves = [_on_host(next(values), leaf.dtype) for leaf in tree.leaves(value)]
                     self._merge(name, tree.unflatten(tree.structure(value), leaves))
                     continue
                 scalar = next(values)
@@ -132,3 +132,8 @@ class EpochMetrics:
         if isinstance(before, _Stored):
             before = tree.unflatten(tree.structure(metric), before.leaves)
         self._merged[name] = metric if before is None else before.merge(metric)
+
+
+def _on_host(value: Any, dtype: torch.dtype) -> Tensor:
+    """Returns a leaf of a metric on the host, of which only scalars were copied in a group."""
+    return value.cpu() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)

@@ -20,10 +20,10 @@ from fxtrain.core import (
     check_int,
     check_positive_int,
     describe,
-    did_you_mean,
 )
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import SourceLike
+from fxtrain.equivalents import refuse_foreign_callback, unknown_argument
 from fxtrain.fold import When, as_trigger
 from fxtrain.loop._checks import check_checkpointer, check_eval_step
 from fxtrain.loop._types import EvalFn
@@ -155,10 +155,9 @@ def with_options(
             try:
                 unknown = next((name for name in given if name not in options), None)
                 if unknown is not None:
-                    raise TypeError(
-                        f"{function.__name__}: expected one of the options {', '.join(options)}, got {unknown!r}."
-                        f"{did_you_mean(unknown, options)}"
-                    )
+                    raise unknown_argument(function, unknown, options)
+                for other in others:
+                    refuse_foreign_callback(function.__name__, "options by name", other)
                 if others:
                     raise TypeError(
                         f"{function.__name__}: expected three positional arguments, got {3 + len(others)}. Give the "

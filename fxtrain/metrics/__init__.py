@@ -1,8 +1,9 @@
 """Mergeable metrics as pytrees, in the manner of clu.
 
-A metric holds sufficient statistics: merging the metrics of two batches gives the metric of both. Its leaves are 0-d
-tensors, so a metric works inside a compiled step, under ``vmap``, and in a state. Leaves are float64, so that sums over
-hundreds of millions of values do not lose precision; devices without float64 (MPS) use float32. ``compute`` returns
+A metric holds sufficient statistics: merging the metrics of two batches gives the metric of both. Its leaves are
+tensors, so a metric works inside a compiled step, under ``vmap``, and in a state. Those of this package are 0-d and
+float64, so that sums over hundreds of millions of values do not lose precision; devices without float64 (MPS) use
+float32. ``fxtrain.interop.torchmetric`` makes metrics of those of torchmetrics. ``compute`` returns
 torch's default dtype, or float32 if that is wider. Averages that ``lift`` makes of float64 values stay float64.
 """
 

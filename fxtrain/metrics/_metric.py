@@ -7,13 +7,14 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fxtrain.core import Tree, describe, did_you_mean, register_node, wide_dtype
+from fxtrain.equivalents import advice_on_metric
 
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
@@ -32,6 +33,9 @@ class Metric:
         >>> Perplexity.from_model_output(torch.zeros(3)).compute()
         tensor(1.)
     """
+
+    growing: ClassVar[Sequence[str]] = ()
+    """Names of fields or states that grow with the data. Only evaluations accept such metrics."""
 
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
@@ -195,8 +199,14 @@ def _collection(classes: tuple[tuple[str, type[Metric]], ...]) -> type[Collectio
             )
         if not (isinstance(metric, type) and issubclass(metric, Metric)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"expected {name} to be a subclass of Metric, got {describe(metric)}. Use a class such as "
-                f"Average.from_output({name!r})."
+                f"expected {name} to be a subclass of Metric, got {describe(metric)}. "
+                + (advice_on_metric(metric) or f"Use a class such as Average.from_output({name!r}).")
             )
-    space = {"__annotations__": dict(classes), "__module__": "fxtrain.metrics", "classes": dict(classes)}
+    growing = tuple(f"{name}.{state}" for name, metric in classes for state in metric.growing)
+    space = {
+        "__annotations__": dict(classes),
+        "__module__": "fxtrain.metrics",
+        "classes": dict(classes),
+        "growing": growing,
+    }
     return type(f"Collection({', '.join(name for name, _ in classes)})", (Collection,), space)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.core import Due, TrainState, Tree, describe
 from fxtrain.core._short_tracebacks import with_short_traceback
-from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents import refuse_foreign, with_known_arguments
 from fxtrain.model._model import Model
 from fxtrain.model._types import Modules, Transforms
 from fxtrain.optim import GradientTransformation
 
 
 @with_short_traceback
+@with_known_arguments
 def init(
     model: Modules,
     tx: Transforms = None,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Call, Tree, describe, name_of, records_call
-from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents import refuse_foreign, with_known_arguments
 from fxtrain.optim._leafwise import combine, map_with_state, widest
 from fxtrain.optim._learning_rates import LearningRates, by_group, inside
+
+P = ParamSpec("P")
 
 
 class UpdateFn(Protocol):
@@ -65,8 +67,9 @@ def _with_call(tx: GradientTransformation, call: Call) -> GradientTransformation
     return tx._replace(call=call)
 
 
-described = records_call(_with_call)
-"""Decorates a function that makes transformations, so that they show the call that made them."""
+def described(function: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:
+    """Decorates a function that makes transformations, so that they show the call that made them."""
+    return records_call(_with_call)(with_known_arguments(function))
 
 
 def refuse_unless_transformation(argument: str, value: object) -> None:

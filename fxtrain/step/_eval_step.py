@@ -11,6 +11,7 @@ from fxtrain import rng
 from fxtrain.core import Batch, StepOutput, TrainState, name_of
 from fxtrain.core._short_tracebacks import shorten_traceback, with_short_traceback
 from fxtrain.data import for_step
+from fxtrain.equivalents import with_known_arguments
 from fxtrain.precision import Policy, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._forward_pass import forward
@@ -57,6 +58,7 @@ class EvalFunction:
 
 
 @with_short_traceback
+@with_known_arguments
 def eval_step(
     measure: Callable[..., object],
     *,

@@ -21,7 +21,7 @@ from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode, rerun
 from fxtrain.step._forward_pass import forward
 from fxtrain.step._loss_mistakes import missing_gradient, torch_optimizers_refused
-from fxtrain.step._loss_results import detached_outputs, loss_and_metrics, without_outputs
+from fxtrain.step._loss_results import detached_outputs, loss_and_metrics, refuse_growing, without_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +165,7 @@ def gradients(
                         result, extra = without_outputs(loss_fn, result, "loss")
                         extra = detached_outputs(loss_fn, extra)
                     loss, measured, weight = loss_and_metrics(loss_fn, result)
+                    refuse_growing(loss_fn, measured)
                     if torch.compiler.is_dynamo_compiling() and _depends_on_none(loss, trainable):
                         raise ValueError(
                             "expected a loss that depends on a trainable parameter, got one that depends on none"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Metrics, Tree, describe, wide_dtype
+from fxtrain.equivalents import advice_on_metric
 from fxtrain.metrics import Metric
 from fxtrain.step._check_function import ContractError, place_of
 
@@ -153,6 +154,25 @@ def loss_and_metrics(function: object, result: Tree) -> Returned:
     return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
 
 
+def refuse_growing(function: object, metrics: Metrics) -> None:
+    """Raises if a metric of a training step grows with the data, because its sums over an epoch are in the state.
+
+    Args:
+        function: The loss function, for errors.
+        metrics: Its metrics by name.
+
+    Raises:
+        TypeError: The message names the metric and its states.
+    """
+    for name, value in metrics.items():
+        if isinstance(value, Metric) and value.growing:
+            raise ContractError(
+                f"expected the metric {name!r} of {place_of(function)} to have a fixed size, got "
+                f"{type(value).__name__}, whose states {', '.join(value.growing)} grow with the data. Measure it in an "
+                "evaluation step, or bin it, as thresholds=100 does for curves."
+            )
+
+
 def measured(function: object, result: object) -> tuple[Metrics, Tensor | None]:
     """Splits the result of an evaluation function into metrics, including the loss, and weight.
 
@@ -194,6 +214,7 @@ def checked_metrics(function: object, metrics: Metrics) -> Metrics:
         remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave it out."
         if isinstance(value, int | float):
             remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
+        remedy = advice_on_metric(value) or remedy
         raise ContractError(
             f"expected the metric {name!r} of {place_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
             f"{describe(value)}. {remedy}"

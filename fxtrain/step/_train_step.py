@@ -23,7 +23,7 @@ from fxtrain.core import (
     public_name,
 )
 from fxtrain.core._short_tracebacks import with_short_traceback
-from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents import refuse_foreign, with_known_arguments
 from fxtrain.fold import Composed, as_composed, compose
 from fxtrain.optim._hyperparams import learning_rates_by_name
 from fxtrain.optim._wrappers import steps_per_update
@@ -38,6 +38,7 @@ from fxtrain.step._update import merged, update
 
 
 @with_short_traceback
+@with_known_arguments
 def train_step(
     loss_fn: Callable[..., object],
     tx: optim.GradientTransformation,

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 from fxtrain.core import LoopEvent, try_all
+from fxtrain.equivalents import refuse_foreign_callback
 from fxtrain.values import KINDS, Kind, Value, is_kept
 from fxtrain.writers._channel import Channel
 from fxtrain.writers._interface import Backend, Writer
@@ -51,6 +52,7 @@ class MultiWriter(Backend):
         writers: Writers of ``fxtrain.writers``, or clu's.
 
     Raises:
+        TypeError: A logger of another library is given.
         ValueError: There is no writer.
     """
 
@@ -62,6 +64,8 @@ class MultiWriter(Backend):
                 f"expected at least one writer for {owner}(), got none. Pass one, such as "
                 "fxtrain.writers.tensorboard(folder)."
             )
+        for writer in writers:
+            refuse_foreign_callback(owner, "writers of fxtrain.writers", writer)
         self._channels = [_channel_of(writer) for writer in writers]
         selections = [channel.selection for channel in self._channels]
         for selection in selections:
