@@ -128,7 +128,7 @@ def _is_of_library(filename: str) -> bool:
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    return (FXTRAIN_FOLDER, *_folders("stdlib", "platstdlib"), *_folders("purelib", "platlib"))
+    return (FXTRAIN_FOLDER, *_standard_library(), *_packages())
 
 
 @functools.cache
@@ -144,7 +144,9 @@ def _standard_library() -> tuple[str, ...]:
 
 @functools.cache
 def _packages() -> tuple[str, ...]:
-    return tuple(folder + os.sep for folder in _folders("purelib", "platlib"))
+    # An environment can be layered on others, as by --system-site-packages, so several folders hold packages.
+    listed = {folder for folder in sys.path if os.path.basename(folder) in ("site-packages", "dist-packages")}
+    return tuple(os.path.abspath(folder) + os.sep for folder in listed | _folders("purelib", "platlib"))
 
 
 def _folders(*names: str) -> set[str]:
