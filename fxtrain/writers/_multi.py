@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fxtrain.core import LoopEvent, try_all
 from fxtrain.values import KINDS, Kind, Value, is_kept
 from fxtrain.writers._channel import Channel
-from fxtrain.writers._interface import Backend, Writer
+from fxtrain.writers._interface import Backend, Writer, check_writer
 
 # MultiWriters that share a writer share its channel, so that its values keep their order. A channel references its
 # writer, so an id is not used again while its channel exists.
@@ -51,6 +51,7 @@ class MultiWriter(Backend):
         writers: Writers of ``fxtrain.writers``, or clu's.
 
     Raises:
+        TypeError: One is not a writer.
         ValueError: There is no writer.
     """
 
@@ -62,6 +63,8 @@ class MultiWriter(Backend):
                 f"expected at least one writer for {owner}(), got none. Pass one, such as "
                 "fxtrain.writers.tensorboard(folder)."
             )
+        for writer in writers:
+            check_writer(owner, writer)
         self._channels = [_channel_of(writer) for writer in writers]
         selections = [channel.selection for channel in self._channels]
         for selection in selections:
