@@ -15,7 +15,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.modules import own_parameters
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._temporary_folder import clear_abandoned, unfinished_folder
-from fxtrain.core import TrainState, check_choice, describe
+from fxtrain.core import TrainState, check_choice, check_path, check_train_state, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
 from fxtrain.model import model_of, refuse_in_place_writes, versions
 from fxtrain.model._named_tensors import NamedTensors
@@ -69,6 +69,8 @@ def save_weights(
         >>> bool((loaded.params["weight"] == state.params["weight"]).all())
         True
     """
+    check_path("path", path, "Give the arguments in this order: save_weights(path, state).")
+    check_train_state(state, "save_weights(path, state)")
     check_choice("format", format, get_args(Format))
     folder = pathlib.Path(path)
     if folder.exists():
