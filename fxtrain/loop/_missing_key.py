@@ -21,8 +21,12 @@ def note_existing_keys(error: KeyError, state: TrainState, event: Event) -> None
         return
     metrics = list(getattr(event, "metrics", {}))
     slots = [slot for slot in state.slots if not slot.startswith(LOOP)]
+    evaluation = getattr(event, "evaluation", None) or {}
+    remedy = did_you_mean(key, [*metrics, *slots])
+    if key in evaluation:
+        remedy = f" Read event.evaluation[{key!r}]."
     listed = [first_names(list(map(repr, keys)), _MAX_KEYS) for keys in (metrics, slots)]
     error.add_note(
         f"expected a key of event.metrics ({listed[0]}) or of state.slots ({listed[1]}) at "
-        f"{type(event).__name__}, got {key!r}.{did_you_mean(key, [*metrics, *slots])}"
+        f"{type(event).__name__}, got {key!r}.{remedy}"
     )
