@@ -448,7 +448,7 @@ REFUSALS = [
     (
         lambda: one(optim.masked(optim.sgd(0.1), lambda path, leaf: leaf.ndim)),
         ValueError,
-        "expected mask to be True or False at params['body.bias'], got 1.",
+        "expected mask to be True or False at params['body.bias'], got 1. Return a bool.",
     ),
     (
         lambda: one(optim.partition({"a": optim.sgd(0.1)}, lambda path, leaf: "b")),

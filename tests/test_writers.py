@@ -422,6 +422,8 @@ def open_files():
 
 def test_multi_closes_every_writer_and_then_raises_the_first_error(tmp_path):
     class Failing:
+        def write(self, step, values, event): ...
+
         def close(self):
             raise OSError("full")
 

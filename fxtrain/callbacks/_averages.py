@@ -156,7 +156,7 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
         there = [key for key, value in state.slots.items() if isinstance(value, AveragedState)]
         raise KeyError(
             f"expected a state with the average {name!r}, got one with {', '.join(map(repr, there)) or 'none'}."
-            f"{did_you_mean(name, there)}"
+            f"{did_you_mean(name, there)} Give fit the callback that keeps it, such as fxtrain.callbacks.ema(0.99)."
         )
     params, buffers = state.slots[name].average
     live = (state.params, () if buffers == () else state.buffers)

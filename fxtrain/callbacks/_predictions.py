@@ -21,6 +21,7 @@ from fxtrain.core import (
     EvalStep,
     TrainState,
     Tree,
+    check_callable,
     check_choice,
     check_int,
     check_positive_int,
@@ -89,6 +90,7 @@ def predictions(
         | 1 | dog | cat | 0.9999 |
         | 2 | dog | dog | 0.9999 |
     """
+    check_callable("show", show, "(batch) -> values")
     check_positive_int("limit", limit)
     check_choice("sample", sample, ("first", "random"))
     check_int("input_bytes", input_bytes, minimum=_MIN_BYTES)

@@ -171,7 +171,7 @@ def epoch_mean(*names: str) -> Handler:
                 there = ", ".join(map(repr, event.metrics))
                 raise KeyError(
                     f"expected the step metric {metric!r} for epoch_mean, got {there}."
-                    f"{did_you_mean(metric, event.metrics)}"
+                    f"{did_you_mean(metric, event.metrics)} Return it from the loss function, or name one of these."
                 )
         return state, Control()
 

@@ -45,8 +45,8 @@ def stop_at(metric: Metric, value: float, *, mode: str = "min", on: type[EvalEnd
         >>> callback(fx.init(torch.nn.Linear(1, 1)), event)[1].reasons("stop")
         ['accuracy reached 0.9']
     """
-    _check_limit("value", value, on)
     sign, what = sign_of(mode), called(metric)
+    _check_limit("value", value, on)
 
     def reached(state: TrainState, event: EvalEnd | StepEnd) -> tuple[TrainState, Control]:
         now = measured(event, metric, "stop_at", state.step.device)
@@ -79,8 +79,8 @@ def stop_on_divergence(
         >>> callback(fx.init(torch.nn.Linear(1, 1)), event)[1].reasons("stop")
         ['loss diverged: it reached 10']
     """
-    _check_limit("limit", 0.0 if limit is None else limit, on)
     sign, what = sign_of(mode), called(metric)
+    _check_limit("limit", 0.0 if limit is None else limit, on)
 
     def diverged(state: TrainState, event: EvalEnd | StepEnd) -> tuple[TrainState, Control]:
         now = measured(event, metric, "stop_on_divergence", state.step.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fxtrain import fold, rng
-from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState
+from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, check_callable
 from fxtrain.fold import Handler
 from fxtrain.model import View, view
 
@@ -47,6 +47,8 @@ def samples(
         >>> callback(state, fx.EvalEnd(step=10, metrics={}))[1].log["attention"].value
         Image 2 of 5 x 5, gray
     """
+
+    check_callable("make", make, "(view, key) -> value")
 
     def callback(state: TrainState, event: LoopEvent) -> tuple[TrainState, Control]:
         key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=event.step)

@@ -30,7 +30,16 @@ Better = Callable[[Tensor, Tensor], Tensor]
 
 
 def called(metric: Metric) -> str:
-    """Returns the metric's name, for reasons and errors."""
+    """Returns the metric's name, for reasons and errors.
+
+    Raises:
+        TypeError: If the metric is neither a string nor a function.
+    """
+    if not isinstance(metric, str) and not callable(metric):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected metric to be a name or a function of all metrics, got {describe(metric)}. Name it first, as in "
+            'early_stopping("loss", patience=5).'
+        )
     return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
 
 

@@ -10,7 +10,7 @@ class CheckpointError(Exception):
         ...     fx.restore("nowhere", like={})
         ... except fx.CheckpointError as error:
         ...     print(error)
-        expected a checkpoint at nowhere, got no manifest.jsonl in it.
+        expected a checkpoint at nowhere, got no such folder. Check the path.
     """
 
 

@@ -57,7 +57,10 @@ def read_at_most(path: pathlib.Path, limit: int) -> bytes:
 def unreadable(path: pathlib.Path, error: OSError) -> CheckpointError:
     """Returns the error for a file that could not be opened or read: a ``DamagedError`` unless it may be temporary."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return DamagedError(f"expected a checkpoint at {path.parent}, got no {path.name} in it.")
+        return DamagedError(
+            f"expected a checkpoint at {path.parent}, got no {path.name} in it. "
+            "Give a folder written by fxtrain.save or a checkpointer."
+        )
     if error.errno in _NO_FILE:
         return DamagedError(f"expected a regular file at {path}, got another kind of file ({error.strerror}).")
     return CheckpointError(

@@ -143,7 +143,9 @@ def dense_leaves(state: Tree) -> tuple[list[Tensor], PyTreeSpec]:
         problem = _problem(leaf)
         if problem:
             path = tree.paths(state, root_of(structure))[index]
-            raise CheckpointError(f"expected a dense tensor at {path}, got {problem}.")
+            raise CheckpointError(
+                f"expected a dense tensor at {path}, got {problem}. Save a state, or a tree of tensors."
+            )
     return leaves, structure
 
 

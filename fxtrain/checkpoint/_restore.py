@@ -18,11 +18,23 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._folder import Leaves
 from fxtrain.checkpoint._host_copy import bytes_of
 from fxtrain.checkpoint._leaf_table import Leaf
-from fxtrain.checkpoint._manifest import Manifest, dtype_of, read_manifest
+from fxtrain.checkpoint._manifest import MANIFEST, Manifest, dtype_of, read_manifest
 from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._save import device_of, environment
-from fxtrain.core import CHANGED_AT_END, LOOP, Record, Tree, check_choice, warn
+from fxtrain.core import (
+    CHANGED_AT_END,
+    LOOP,
+    Record,
+    Tree,
+    check_choice,
+    check_device,
+    check_path,
+    describe,
+    first_names,
+    pluralize,
+    warn,
+)
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.model._freezing import refuse_shared_counts
 
@@ -145,9 +157,46 @@ def restore(
         >>> int(tuned.seed), int(whole.seed)
         (0, 3)
     """
-    report = read(pathlib.Path(path), like, where=where, fresh=fresh, extra=extra, device=device)
+    report = read(_checkpoint_at(path), like, where=where, fresh=fresh, extra=extra, device=device)
     report.warn()
     return report.state
+
+
+def _checkpoint_at(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path of one checkpoint.
+
+    Raises:
+        TypeError: If it is not a path.
+        CheckpointError: If it is another kind of file or folder. The message says what it contains.
+    """
+    if isinstance(path, int):
+        remedy = f"To restore a step of a run, call fxtrain.checkpointer(folder).restore(like, step={path})."
+    else:
+        remedy = "Give the arguments in this order: restore(path, like)."
+    check_path("path", path, remedy)
+    folder = pathlib.Path(path)
+    if (folder / MANIFEST).exists():
+        return folder
+    expected = f"expected a checkpoint at {folder}, got"
+    if not folder.exists():
+        inside = [each.name for each in _checkpoints_in(folder.parent)]
+        found = f" {folder.parent} has the checkpoints {first_names(inside)}." if inside else ""
+        raise CheckpointError(f"{expected} no such folder. Check the path.{found}")
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{expected} a file. Give a folder written by fxtrain.save, or load weights with fxtrain.load_weights."
+        )
+    inside = _checkpoints_in(folder)
+    if not inside:
+        return folder  # reading it raises
+    raise CheckpointError(
+        f"{expected} a folder of {pluralize(len(inside), 'checkpoint')}. Restore the newest with "
+        f"fxtrain.checkpointer(folder).restore(like), or give the path of one, such as {inside[-1].name}."
+    )
+
+
+def _checkpoints_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}"))
 
 
 def read(
@@ -174,6 +223,13 @@ def read(
         manifest: The manifest, if the caller has read it already.
     """
     check_choice("extra", extra, ("keep", "drop"))
+    check_device("device", device)
+    for leaf in tree.leaves(like):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"expected like to be a tree of tensors, got {describe(leaf)} in it. Make a state of the same model "
+                "and optimizer: fxtrain.init(module, tx)."
+            )
     manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, like, stored, where, fresh)

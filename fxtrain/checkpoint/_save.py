@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import time
+import typing
 from collections.abc import Mapping
 from importlib import metadata
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from fxtrain.checkpoint._leaf_table import root_of
 from fxtrain.checkpoint._manifest import Facts
 from fxtrain.checkpoint._retention import Role
 from fxtrain.checkpoint._temporary_folder import clear_abandoned
-from fxtrain.core import Tree, device_name
+from fxtrain.core import Tree, check_path, describe, device_name
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.disk import make_folder
 
@@ -76,6 +77,8 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
         >>> int(restored.seed), bool((restored.params["weight"] == state.params["weight"]).all())
         (3, True)
     """
+    check_path("path", path, "Give the arguments in this order: save(path, state).")
+    check_metrics(metrics)
     folder = pathlib.Path(path)
     contents = Direct(state)
     try:
@@ -87,6 +90,20 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
         ) from error
     write(folder, contents, facts(contents, metrics, environment(device_of(state))))
     return folder
+
+
+def check_metrics(metrics: object) -> None:
+    """Raises TypeError unless ``metrics`` is None or a mapping from names to scalars."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"expected metrics to be a mapping from names to scalars, got {describe(metrics)}. Pass a dict, as in "
+            'save(path, state, metrics={"loss": 0.5}).'
+        )
+    for name, value in typing.cast("Mapping[object, object]", metrics).items():
+        if getattr(value, "ndim", 0) != 0:
+            raise TypeError(f"expected metrics[{name!r}] to be a scalar, got {describe(value)}. Reduce it first.")
 
 
 def facts(contents: Direct | HostCopy, metrics: Mapping[str, float] | None, conditions: dict[str, str | int]) -> Facts:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from fxtrain.compiler._compiled import Compiled
 from fxtrain.compiler._recompiles import OnRecompile
 from fxtrain.compiler.lowering._executable import Backend
-from fxtrain.compiler.lowering._modes import AHEAD
+from fxtrain.compiler.lowering._modes import AHEAD, MODES
 from fxtrain.compiler.lowering._routes import Routes
-from fxtrain.core import check_choice, check_positive_int, describe
+from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.step import EvalFunction, Step
 
@@ -118,6 +120,13 @@ def compile(  # noqa: A001
         raise TypeError(f"expected a step that is not compiled, got {step!r}. Compile its .step for other options.")
     check_choice("on_recompile", on_recompile, ("warn", "error", "allow"))
     check_positive_int("steps_per_call", steps_per_call)
+    if backend is None:
+        check_choice("mode", mode, MODES)
+    elif isinstance(backend, str) and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(
+            f"expected backend to be a function or the name of a backend of torch.compile, got {describe(backend)}."
+            f"{did_you_mean(backend, known)} torch.compiler.list_backends() lists the names."
+        )
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
     if steps_per_call > 1 and isinstance(pure, EvalFunction):
         raise ValueError(

@@ -221,6 +221,9 @@ class Compiled:
                 state = self.step.attached(state)
                 found = self._found(state, batch)
             if found is None:
+                check: Callable[[TrainState], None] | None = getattr(self.step, "check_state", None)
+                if check is not None:
+                    check(state)
                 self._make(state, batch)
                 found = self._found(state, batch)
                 assert found is not None

@@ -3,10 +3,13 @@
 
 from fxtrain.core._calls import Call, argument_text, records_call
 from fxtrain.core._checks import (
+    check_callable,
     check_choice,
+    check_device,
     check_fraction,
     check_int,
     check_non_negative,
+    check_path,
     check_positive,
     check_positive_int,
     describe,
@@ -85,7 +88,7 @@ from fxtrain.core._slots import (
     Epoch,
     fractional_epoch,
 )
-from fxtrain.core._state import Donated, DonatedError, Due, TrainState, invalidate
+from fxtrain.core._state import Donated, DonatedError, Due, TrainState, check_train_state, invalidate
 from fxtrain.core._state_diff import LeafDiff, StateDiff, same_bits
 from fxtrain.core._timestamps import WallClock, timestamp, utc_now
 from fxtrain.core._tracebacks import warn

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import os
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxtrain.core._formats import dtype_name
@@ -152,6 +155,79 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     raise ValueError(f"expected {name} to be one of {listed}, got {describe(value)}.{did_you_mean(value, choices)}")
 
 
+def check_callable(name: str, value: object, signature: str) -> None:
+    """Raises unless ``value`` can be called.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        signature: Its parameters and its result, for the error.
+
+    Raises:
+        TypeError: ``value`` cannot be called.
+
+    Example:
+        >>> check_callable("make", 3, "(view, key) -> value")
+        Traceback (most recent call last):
+        ...
+        TypeError: expected make to be a function (view, key) -> value, got 3. Pass a function.
+    """
+    if not callable(value):
+        raise TypeError(f"expected {name} to be a function {signature}, got {describe(value)}. Pass a function.")
+
+
+def check_path(name: str, value: object, remedy: str = "Pass a str or a pathlib.Path.") -> None:
+    """Raises unless ``value`` is a path.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        remedy: What to do instead, for the error.
+
+    Raises:
+        TypeError: ``value`` is neither a str nor an ``os.PathLike``.
+
+    Example:
+        >>> check_path("folder", None)
+        Traceback (most recent call last):
+        ...
+        TypeError: expected folder to be a path, got None. Pass a str or a pathlib.Path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"expected {name} to be a path, got {describe(value)}. {remedy}")
+
+
+def check_device(name: str, value: object) -> None:
+    """Raises unless ``value`` is None or names a device.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+
+    Raises:
+        TypeError: ``value`` is neither a str, an int nor a device.
+        ValueError: torch knows no such device.
+
+    Example:
+        >>> check_device("device", "gpu")
+        Traceback (most recent call last):
+        ...
+        ValueError: expected device to be a device, got 'gpu'. Name one as in torch, such as 'cuda', 'cuda:1' or 'cpu'.
+    """
+    if value is None or isinstance(value, torch.device):
+        return
+    kind: type[Exception] = TypeError
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        kind = ValueError
+        with contextlib.suppress(RuntimeError):
+            torch.device(value)
+            return
+    raise kind(
+        f"expected {name} to be a device, got {describe(value)}. Name one as in torch, such as 'cuda', 'cuda:1' or "
+        "'cpu'."
+    )
+
+
 def did_you_mean(name: object, names: Iterable[object]) -> str:
     """Returns `` Did you mean 'x'?`` for the nearest spelling among ``names``, or an empty string.
 
@@ -173,6 +249,7 @@ def did_you_mean(name: object, names: Iterable[object]) -> str:
     spellings = [other for other in names if isinstance(other, str)]
     last = name.rpartition("/")[2]
     nearest = [other for other in spellings if other.rpartition("/")[2] == last][:_MAX_SUGGESTIONS]
+    nearest = nearest or [other for other in spellings if other.casefold() == name.casefold()][:1]
     nearest = nearest or difflib.get_close_matches(name, spellings, n=1)
     return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 

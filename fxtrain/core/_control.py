@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Never, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core._checks import describe
+from fxtrain.core._assignment import refusing_assignment
+from fxtrain.core._checks import describe, did_you_mean
 from fxtrain.core._pytrees import register_node
 from fxtrain.core._types import Tree
 
@@ -35,6 +37,7 @@ class Logged:
     owner: str = ""
 
 
+@refusing_assignment(lambda name: f"Unite it with another: control | fxtrain.Control({name}=...).")
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class Control:
     """The requests of a callback to the loop. ``Control()`` requests nothing; ``a | b`` requests both.
@@ -57,6 +60,7 @@ class Control:
         final_save: Whether a stop saves a final checkpoint. A single request with False prevents it.
 
     Raises:
+        TypeError: If a flag is not a bool, or ``log`` not a mapping from names to values.
         ValueError: On ``|``, if both sides log the same name.
 
     Example:
@@ -72,7 +76,7 @@ class Control:
 
     def __new__(
         cls,
-        *,
+        *positional: Never,
         stop: Flag | Mapping[str, Flag] = False,
         end_epoch: Flag | Mapping[str, Flag] = False,
         evaluate: Flag | Mapping[str, Flag] = False,
@@ -83,7 +87,10 @@ class Control:
         log: Mapping[str, object] | None = None,
         reason: str = "",
         final_save: bool = True,
+        **unknown: Never,
     ) -> Control:
+        if positional or unknown:
+            raise _unexpected(positional, unknown)
         # The fast path: most callbacks request nothing at most events.
         is_empty = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
         if is_empty and type(rewind) is int and rewind == 0 and not log:
@@ -97,8 +104,7 @@ class Control:
             _add_request(requests, "rewind", rewind, reason)
         if not final_save and "stop" in requests:
             requests["skip_final_save"] = requests["stop"]
-        logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
-        return _control_of(requests, logged)
+        return _control_of(requests, _logged(log) if log else {})
 
     @property
     def stop(self) -> Mapping[str, Flag]:
@@ -235,8 +241,34 @@ def _control_of(requests: dict[str, dict[str, Any]], log: Mapping[str, Logged]) 
 _EMPTY = _control_of({}, {})
 
 
+_NUMPY = (np.bool_, np.integer)
+
+
+def _unexpected(positional: Sequence[object], unknown: Mapping[str, object]) -> TypeError:
+    requests = ("stop", "end_epoch", "evaluate", "save", "skip_batch", "skip_update", "rewind")
+    if unknown:
+        name = next(iter(unknown))
+        got = f"{name!r}.{did_you_mean(name, (*requests, 'log', 'reason', 'final_save'))}"
+    else:
+        got = f"{describe(positional[0])} without a name. Name the request, as in Control(stop=True)."
+    return TypeError(f"expected requests of Control ({', '.join(requests)}), or log, reason and final_save, got {got}")
+
+
+def _logged(log: Mapping[str, object]) -> dict[str, Logged]:
+    if not isinstance(log, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected log to be a mapping from names to values, got {describe(log)}. Pass a dict, as in "
+            'Control(log={"accuracy": accuracy}).'
+        )
+    for name in log:
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"expected the names in log to be strings, got {describe(name)}. Convert it with str.")
+    return {name: value if isinstance(value, Logged) else Logged(value) for name, value in log.items()}
+
+
 def _add_request(requests: dict[str, dict[str, Any]], kind: str, request: object, reason: str) -> None:
-    items = cast("Mapping[str, object]", request) if isinstance(request, Mapping) else {reason: request}
+    given = cast("Mapping[str, object]", request) if isinstance(request, Mapping) else {reason: request}
+    items = {name: _plain(flag) for name, flag in given.items()}
     for flag in items.values():
         _check_flag(kind, flag)
     # A Python False requests nothing, so it is dropped. A tensor stays, because its value is not read here.
@@ -245,10 +277,20 @@ def _add_request(requests: dict[str, dict[str, Any]], kind: str, request: object
         requests[kind] = flags
 
 
+def _plain(flag: object) -> object:
+    if isinstance(flag, Tensor | int):
+        return flag
+    # A comparison of numpy numbers gives a numpy bool.
+    return cast(Any, flag).item() if isinstance(flag, _NUMPY) else flag
+
+
 def _check_flag(kind: str, flag: object) -> None:
     if kind == "rewind":
         if isinstance(flag, bool) or not isinstance(flag, int | Tensor) or (isinstance(flag, int) and flag < 0):
-            raise TypeError(f"expected rewind to be an int of at least 0 or an int tensor, got {describe(flag)}.")
+            raise TypeError(
+                "expected rewind to be an int of at least 0 or an int tensor, got "
+                f"{describe(flag)}. Give the number of steps to go back."
+            )
     elif not isinstance(flag, bool) and not (isinstance(flag, Tensor) and flag.dtype == torch.bool and flag.ndim == 0):
         raise TypeError(
             f"expected {kind} to be a bool, a bool tensor of shape [], or a mapping from reasons to these, got "

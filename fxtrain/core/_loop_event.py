@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from fxtrain.core._checks import did_you_mean
 from fxtrain.core._record import Record
 
 
@@ -36,6 +37,19 @@ class LoopEvent(Record):
     time: float = 0.0
     previous_time: float = 0.0
     data_wait: float = 0.0
+
+    def __getattr__(self, name: str) -> NoReturn:
+        kind = type(self).__name__
+        if name.startswith("__"):  # a protocol of Python that an event does not have
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
+        fields = [field.name for field in dataclasses.fields(self)]
+        if name == "metrics":
+            remedy = " Subscribe to an event that has metrics: StepEnd, EvalStep, EvalEnd or EpochEnd."
+        elif name in self.__dict__.get("metrics", ()):
+            remedy = f" Read event.metrics[{name!r}]."
+        else:
+            remedy = did_you_mean(name, fields) or f" help(fxtrain.{kind}) describes the fields."
+        raise AttributeError(f"expected a field of {kind} ({', '.join(fields)}), got {name!r}.{remedy}")
 
     @property
     def epoch(self) -> float | None:

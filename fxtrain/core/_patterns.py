@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from fxtrain._torch_internals.dynamo import constant_in_dynamo
+from fxtrain.core._checks import describe
 
 _SHOWN = 8
 
@@ -33,12 +34,19 @@ def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: s
     """
     chosen = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for pattern in chosen:
+        if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected patterns that match a {what} as strings, got {describe(patterns)}. Use a shell pattern such "
+                "as 'blocks.*.attn'."
+            )
         if not fnmatch.filter(names, pattern):
             shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            raise ValueError(
-                f"expected {pattern!r} to match a {what}, got no match among {shown}. Use a shell pattern such as "
-                "'blocks.*.attn'."
+            got, remedy = (
+                (f"no match among {shown}", "Use a shell pattern such as 'blocks.*.attn'")
+                if any(names)
+                else ("a model without any", "Leave the pattern out")
             )
+            raise ValueError(f"expected {pattern!r} to match a {what}, got {got}. {remedy}.")
     return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)]
 
 

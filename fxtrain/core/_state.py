@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 import torch
 from torch import Tensor
 
+from fxtrain.core._assignment import refusing_assignment
 from fxtrain.core._checks import describe, did_you_mean
 from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._html import html_view, view
@@ -47,6 +48,7 @@ class Due(NamedTuple):
         return cls(*(torch.tensor(start.get(name, False), device=device) for name in cls._fields))
 
 
+@refusing_assignment(lambda name: f"Make a new state: state = state.replace({name}=...).")
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class TrainState:
     """The complete state of a training run: a frozen dataclass and a pytree whose leaves are all tensors.
@@ -92,6 +94,12 @@ class TrainState:
     def __post_init__(self) -> None:
         for name in FIELDS:
             _refuse_non_tensors(name, getattr(self, name))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # a protocol of Python that a state does not have
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        remedy = _ELSEWHERE.get(name) or did_you_mean(name, FIELDS).strip() or _VIEW
+        raise AttributeError(f"expected a field of TrainState ({', '.join(FIELDS)}), got {name!r}. {remedy}")
 
     def replace(self, **changes: object) -> Self:
         """Returns a new state with some fields replaced. Only the new values are checked."""
@@ -169,6 +177,17 @@ class TrainState:
         return state_view(self)
 
 
+_VIEW = "The model with its weights is fxtrain.view(state)."
+_METRICS = "Metrics are in the output of a step, in the events and in result.history."
+_ELSEWHERE = {
+    "loss": _METRICS,
+    "metrics": _METRICS,
+    "history": _METRICS,
+    "state_dict": "Use fxtrain.state_dict(state).",
+    "parameters": "The parameters are state.params.",
+    "epoch": "The epoch is in the events: event.epoch.",
+}
+
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "model")
 
 
@@ -229,6 +248,26 @@ def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
         rest = format_bytes(sum(sizes[_SHOWN:]))
         rows = [*rows[:_SHOWN], (f"... and {len(leaves) - _SHOWN} more", "", "", rest)]
     return rows, total
+
+
+def check_train_state(value: object, call: str) -> None:
+    """Raises TypeError unless ``value`` is a TrainState.
+
+    Args:
+        value: The first argument of a call.
+        call: The call with its arguments in order, for the error.
+
+    Example:
+        >>> check_train_state("runs/1", "save_weights(path, state)")
+        Traceback (most recent call last):
+        ...
+        TypeError: expected a TrainState in save_weights(path, state), got 'runs/1'. Make one with fxtrain.init(...
+    """
+    if not isinstance(value, TrainState):
+        raise TypeError(
+            f"expected a TrainState in {call}, got {describe(value)}. Make one with fxtrain.init(module, tx), and give "
+            "the arguments in this order."
+        )
 
 
 class DonatedError(RuntimeError):

@@ -128,8 +128,8 @@ def _is_of_library(filename: str) -> bool:
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    # torch may be outside of the folder for packages, in one that PYTHONPATH or a .pth file names.
-    return (FXTRAIN_FOLDER, _TORCH_FOLDER, *_folders("stdlib", "platstdlib"), *_folders("purelib", "platlib"))
+    # torch may be outside of the folders of packages, in one that PYTHONPATH names.
+    return (FXTRAIN_FOLDER, _TORCH_FOLDER, *_standard_library(), *_packages())
 
 
 @functools.cache
@@ -145,7 +145,9 @@ def _standard_library() -> tuple[str, ...]:
 
 @functools.cache
 def _packages() -> tuple[str, ...]:
-    return tuple(folder + os.sep for folder in _folders("purelib", "platlib"))
+    # An environment can be layered on others, as by --system-site-packages, so several folders hold packages.
+    listed = {folder for folder in sys.path if os.path.basename(folder) in ("site-packages", "dist-packages")}
+    return tuple(os.path.abspath(folder) + os.sep for folder in listed | _folders("purelib", "platlib"))
 
 
 def _folders(*names: str) -> set[str]:

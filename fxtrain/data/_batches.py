@@ -101,7 +101,14 @@ def batches(
             return tree.map(lambda leaf: take_rows(leaf, items), source)
 
     data = IndexedBatches(
-        take, size, batch_size, seed=seed, shuffle=shuffle is not False, drop_last=drop_last, what=what, dynamic=dynamic
+        take,
+        size,
+        batch_size,
+        seed=seed,
+        shuffle=True if shuffle is None else shuffle,
+        drop_last=drop_last,
+        what=what,
+        dynamic=dynamic,
     )
     data.is_in_memory = not _is_dataset(source)
     return data

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fxtrain.core import Batch
+from fxtrain.core import Batch, describe
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._collate import samples
@@ -42,6 +42,11 @@ def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = Fa
         >>> data.epoch_length, data[4].equal(from_loader(loader)[4])
         (3, True)
     """
+    if not isinstance(loader, DataLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected loader to be a DataLoader, got {describe(loader)}. Batch a dataset with "
+            "fxtrain.data.batches(dataset, batch_size)."
+        )
     if _can_jump(loader):
         return LoaderBatches(loader, seed=seed, dynamic=dynamic)
     read: list[int] = []

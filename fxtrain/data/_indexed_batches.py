@@ -47,6 +47,11 @@ class IndexedBatches(Source):
     ) -> None:
         super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
         check_positive_int("batch_size", batch_size)
+        check_choice("shuffle", shuffle, (True, False))
+        if not isinstance(seed, int) or isinstance(seed, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected seed to be an int, got {describe(seed)}. A run can only be repeated and resumed with a seed."
+            )
         check_choice("drop_last", drop_last, (True, False, "pad"))
         if size == 0 or (drop_last is True and batch_size > size):
             raise ValueError(
@@ -135,9 +140,16 @@ def windows(
         {'x': tensor([[ 6,  7,  8], [ 9, 10, 11]]), 'y': tensor([[ 7,  8,  9], [10, 11, 12]])}
     """
     check_positive_int("length", length)
+    if not isinstance(tokens, Tensor) and not hasattr(tokens, "shape"):
+        raise TypeError(
+            f"expected tokens to be a tensor or an array, got {describe(tokens)}. Convert it with torch.tensor(tokens)."
+        )
     head = as_tensors(tokens[:0]) if len(tokens.shape) == 1 else None
     if head is None or head.dtype == torch.bool or head.is_floating_point() or head.is_complex():
-        raise ValueError(f"expected tokens to be integers of shape [n], got {tokens.dtype} {list(tokens.shape)}.")
+        raise ValueError(
+            f"expected tokens to be integers of shape [n], got {describe(tokens)}. Concatenate "
+            "all documents to one vector of token ids."
+        )
     total = len(tokens)
     # Shuffling uses one window less, which leaves room for any offset.
     size = max((total - length) // length if shuffle else (total - 1) // length, 0)

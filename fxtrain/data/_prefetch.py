@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Batch, check_positive_int
+from fxtrain.core import Batch, check_device, check_positive_int
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data._as_source import as_source
 from fxtrain.data._as_tensors import map_tensors
@@ -50,6 +50,7 @@ def prefetch(data: SourceLike, size: int = 2, *, seed: int = 0, device: torch.de
         >>> data.close()
     """
     check_positive_int("size", size)
+    check_device("device", device)
     return PrefetchedBatches(as_source(data, seed=seed), size, device)
 
 

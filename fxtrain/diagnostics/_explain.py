@@ -19,7 +19,7 @@ from fxtrain.compiler.lowering._executable import Run
 from fxtrain.compiler.lowering._graph_breaks import break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Choice
-from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
+from fxtrain.core import Batch, StepFn, TrainState, check_int, check_train_state, describe
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._explanation import Explanation
@@ -79,6 +79,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     # Imported here, because it loads the compiler.
     from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
 
+    check_train_state(state, "explain(step, state, batch)")
     check_int("calls", calls, minimum=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step

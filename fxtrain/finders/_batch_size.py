@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fxtrain.compiler import Compiled
-from fxtrain.core import Batch, StepFn, TrainState, check_positive_int
+from fxtrain.core import Batch, StepFn, TrainState, check_callable, check_positive_int, check_train_state
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import to_device
 from fxtrain.fold import attach
@@ -69,6 +69,8 @@ def find_batch_size(
         >>> find_batch_size(state, step, lambda size: torch.ones(size, 4), limit=48)
         48
     """
+    check_train_state(state, "find_batch_size(state, step, make_batch)")
+    check_callable("make_batch", make_batch, "(size) -> batch")
     for name, value in (("start", 1 if start is None else start), ("limit", limit), ("multiple", multiple)):
         check_positive_int(name, value)
     if start is None:

@@ -14,6 +14,7 @@ from fxtrain.core import (
     Event,
     StepFn,
     TrainState,
+    check_train_state,
     describe,
     did_you_mean,
     name_of,
@@ -209,7 +210,7 @@ def as_composed(callbacks: object) -> Composed:
     folded = getattr(callbacks, "callbacks", callbacks)
     if isinstance(folded, Composed):
         return folded
-    if isinstance(folded, Iterable):
+    if isinstance(folded, Iterable) and not isinstance(folded, Mapping):
         return compose(*cast("Iterable[Callback]", folded))
     return compose(cast("Callback", folded))
 
@@ -234,6 +235,7 @@ def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback])
         >>> list(attach(state, fx.callbacks.early_stopping("loss", patience=2)).slots)
         ['early_stopping']
     """
+    check_train_state(state, "attach(state, callbacks)")
     for name, handler in as_composed(callbacks).slots.items():
         content = state.slots.get(name)
         is_orphaned = isinstance(content, OrphanedSlot)

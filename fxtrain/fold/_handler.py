@@ -20,6 +20,7 @@ from fxtrain.core import (
     Record,
     TrainState,
     Tree,
+    check_callable,
     check_choice,
     describe,
     name_of,
@@ -27,6 +28,7 @@ from fxtrain.core import (
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
+from fxtrain.fold._misplaced import refuse_misplaced
 from fxtrain.fold._subscription import kinds, subscription, takes
 from fxtrain.values import KINDS_BY_NAME
 
@@ -122,6 +124,7 @@ def handler_of(callback: object) -> Handler:
         _refuse_observer(callback.function)
         return callback
     refuse_lookalikes(callback, "callbacks")
+    refuse_misplaced(callback, "callbacks")
     refuse_foreign("each callback", "a function (state, event) -> (state, control)", callback)
     if not callable(callback):
         raise TypeError(
@@ -242,7 +245,7 @@ def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *
         label: The callback's name; the slot's name by default.
 
     Raises:
-        TypeError: If ``callback`` is no function of a state and an event.
+        TypeError: If ``callback`` is no function of a state and an event, or ``init`` no function of a state.
         ValueError: If the name is empty or reserved.
 
     Example:
@@ -253,9 +256,15 @@ def slotted(name: str, init: Callable[[TrainState], Tree], callback: Callback, *
         <callback counter on StepEnd, slot 'counter'>
     """
     if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"expected a non-empty string as the slot's name, got {describe(name)}.")
+        raise ValueError(f"expected a non-empty string as the slot's name, got {describe(name)}. Give the name first.")
     if name.startswith(LOOP):
         raise ValueError(f"expected a slot name without the prefix {LOOP!r}, which the loop reserves, got {name!r}.")
+    check_callable(f"init of slot {name!r}", init, "(state) -> content")
+    if not takes(init, 1):
+        raise TypeError(
+            f"expected init of slot {name!r} to be a function (state) -> content, got {name_of(init)}, which does not "
+            "take one argument. Take the state: lambda state: torch.tensor(0)."
+        )
     function = callback.function if isinstance(callback, Handler) else callback
     if takes(function, 3) and not takes(function, 2):
         raise TypeError(
@@ -288,6 +297,7 @@ def stateful(name: str, init: Callable[[TrainState], Tree], update: Callable[...
         <callback counter on StepEnd, slot 'counter'>
     """
 
+    check_callable(f"the update of slot {describe(name)}", update, "(state, event, content) -> (content, control)")
     # A handler made by `on` carries its subscription and has no annotation to read.
     events = update.events if isinstance(update, Handler) else subscription(update)
     function = cast("Callable[..., object]", update.function if isinstance(update, Handler) else update)

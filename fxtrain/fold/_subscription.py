@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import types
@@ -47,17 +48,40 @@ def subscription(callback: Callable[..., object]) -> Iterable[type[Event]]:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2:
         raise TypeError(
-            f"{name_of(callback)}: expected the parameters (state, event), got ({', '.join(map(str, parameters))}). "
-            "Decorate a wrapper with functools.wraps, or subscribe it explicitly: "
-            "fxtrain.on(fxtrain.StepEnd, callback)."
+            f"{name_of(callback)}: expected the parameters (state, event), got ({_names(parameters)}). Define it with "
+            "both, or decorate a wrapper with functools.wraps."
         )
+    if inspect.iscoroutinefunction(callback) or inspect.isgeneratorfunction(callback):
+        kind, remedy = (
+            ("an async function", "Define it without async")
+            if inspect.iscoroutinefunction(callback)
+            else ("a generator function", "Return the result instead of yielding it")
+        )
+        raise TypeError(f"{name_of(callback)}: expected a plain function, got {kind}. {remedy}.")
     annotation = positional[1].annotation
+    if annotation is inspect.Parameter.empty and _names_event(positional[0].annotation, _globals(callback)):
+        raise TypeError(
+            f"{name_of(callback)}: expected the parameters (state, event), got an event as the first one, "
+            f"({_names(positional)}). Swap the parameters."
+        )
     if annotation is inspect.Parameter.empty or annotation is Any or annotation is object:
         return TRAJECTORY
     try:
         return kinds(annotation, _globals(callback))
     except TypeError as error:
         raise TypeError(f"{name_of(callback)}: {error}") from None
+
+
+def _names(parameters: Iterable[inspect.Parameter]) -> str:
+    return ", ".join(str(each.replace(annotation=each.empty, default=each.empty)) for each in parameters)
+
+
+def _names_event(annotation: object, names: Mapping[str, object]) -> bool:
+    if annotation in (inspect.Parameter.empty, Any, object, "Any", "object"):
+        return False
+    with contextlib.suppress(TypeError):
+        return bool(kinds(annotation, names))
+    return False
 
 
 def _globals(callback: Callable[..., object]) -> Mapping[str, object]:

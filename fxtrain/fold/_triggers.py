@@ -26,6 +26,7 @@ from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.fold._checks import refuse_other_structure
 from fxtrain.fold._compose import Composed
 from fxtrain.fold._handler import Handler, checked_result, handler_of
+from fxtrain.fold._subscription import takes
 
 Predicate = Callable[[Any], Flag]
 """Maps an event to a bool, or to a bool tensor of shape [] inside the step."""
@@ -53,9 +54,11 @@ class Trigger:
         return self.predicate(event)
 
     def __and__(self, other: Predicate) -> Trigger:
+        _refuse_unless_trigger("&", other)
         return Trigger(f"({self} & {other})", lambda event: self(event) & other(event))
 
     def __or__(self, other: Predicate) -> Trigger:
+        _refuse_unless_trigger("|", other)
         return Trigger(f"({self} | {other})", lambda event: self(event) | other(event))
 
     def __invert__(self) -> Trigger:
@@ -65,8 +68,16 @@ class Trigger:
 
         return Trigger(f"~{self}", negated)
 
+    def __bool__(self) -> bool:
+        raise TypeError(f"expected {self} to be called with an event, got bool(). Combine triggers with &, | and ~.")
+
     def __repr__(self) -> str:
         return self.text
+
+
+def _refuse_unless_trigger(operator: str, other: object) -> None:
+    if not callable(other):
+        raise TypeError(f"expected a trigger after {operator}, got {describe(other)}. Make one: fxtrain.every(100).")
 
 
 When = int | Predicate
@@ -203,6 +214,11 @@ def as_trigger(when: When, argument: str = "every") -> Predicate:
         (every(100), after(5))
     """
     if callable(when):
+        if not takes(when, 1):
+            raise TypeError(
+                f"expected {argument} to be a function of the event, got {name_of(when)}, which does not take one "
+                "argument. Define it as lambda event: ..., and give it before the callback."
+            )
         return when
     is_int = isinstance(when, int) and not isinstance(when, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
     if is_int and when >= 1:

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fxtrain.core import TrainState, args_from
+from fxtrain.core import TrainState, args_from, check_path, check_train_state
 from fxtrain.interop._library_folders import CONFIG, as_its_library_loads, is_adapted
 from fxtrain.interop._read_weights import listed_entries, read_weights
 from fxtrain.model import load_state_dict, model_of
@@ -79,6 +79,8 @@ def load_weights(
         ...     torch.save({"state_dict": torch.nn.Linear(2, 1).state_dict()}, f"{folder}/last.ckpt")
         ...     state = fx.load_weights(fx.init(torch.nn.Linear(2, 1)), f"{folder}/last.ckpt", entry="state_dict")
     """
+    check_train_state(state, "load_weights(state, path)")
+    check_path("path", path)
     contents: Any = read_weights(path, entry=entry)
     folder = pathlib.Path(path)
     # The template has the module's class, configuration and names, but no values.

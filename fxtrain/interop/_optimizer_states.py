@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, Tree
+from fxtrain.core import TrainState, Tree, describe
 from fxtrain.interop._read_optimizer import StateDict, is_scaler, read_optimizer
 from fxtrain.model import model_of
 from fxtrain.optim._torch_state_conversion import TorchState, as_torch_state, with_torch_state
@@ -128,6 +128,11 @@ def optimizer_state_dict(
         >>> optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
         >>> optimizer.load_state_dict(fx.optimizer_state_dict(state, optimizer))
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected optimizer to be a torch optimizer, got {describe(optimizer)}. Make the one to load the state "
+            "into, such as torch.optim.AdamW(module.parameters())."
+        )
     own = optimizer.state_dict()
     groups = own["param_groups"]
     named = _parameter_names(state, {"state": {}, "param_groups": groups}, names, shapes=optimizer.param_groups)

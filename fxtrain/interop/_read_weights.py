@@ -49,7 +49,9 @@ def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> M
     if file.is_dir():
         file = _weights_in(file)
     if not file.is_file():
-        raise CheckpointError(f"expected a file or a folder of weights, got {file}, which does not exist.")
+        raise CheckpointError(
+            f"expected a file or a folder of weights, got {file}, which does not exist. Check the path."
+        )
     contents = _read_shards(file) if file.name.endswith(".index.json") else _read_file(file)
     return contents if entry is None else _entry(file, contents, entry)
 
@@ -59,9 +61,14 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
         for stem in _STEMS:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
+    if (folder / "manifest.jsonl").is_file():
+        raise CheckpointError(
+            f"expected a folder with weights, such as model.safetensors, got the checkpoint {folder}. Restore it: "
+            "fxtrain.restore(path, like=state, where=['state.params', 'state.buffers'])."
+        )
     there = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
     raise CheckpointError(
-        f"expected a folder with weights, such as model.safetensors, got {folder} with {there}. Pass a file."
+        f"expected a folder with weights, such as model.safetensors, got {folder} with {there}. Pass one file."
     )
 
 

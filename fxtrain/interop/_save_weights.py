@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._temporary_folder import clear_abandoned, unfinished_folder
-from fxtrain.core import TrainState, check_choice, describe
+from fxtrain.core import TrainState, check_choice, check_path, check_train_state, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
 from fxtrain.model import model_of, refuse_in_place_writes, to_module, versions
 from fxtrain.model._named_tensors import NamedTensors
@@ -67,6 +67,8 @@ def save_weights(
         >>> bool((loaded.params["weight"] == state.params["weight"]).all())
         True
     """
+    check_path("path", path, "Give the arguments in this order: save_weights(path, state).")
+    check_train_state(state, "save_weights(path, state)")
     check_choice("format", format, get_args(Format))
     folder = pathlib.Path(path)
     if folder.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,20 @@ def check_state(state: object, order: str) -> None:
 
     Raises:
         TypeError: If it is not a TrainState. The message says how to make one from it.
-        ValueError: If the state is on the meta device, or the call is inside torch.autocast, where a step would not be
-            a function of its arguments.
+        ValueError: If the state is that of several runs or on the meta device, or the call is inside torch.autocast,
+            where a step would not be a function of its arguments.
     """
     if not isinstance(state, TrainState):
         if not isinstance(state, nn.Module):
             refuse_foreign_callback(order, "a TrainState as the first argument", state)
         raise TypeError(
             f"expected a TrainState as the first argument of {order}, got {describe(state)}. {_state_of(state)}"
+        )
+    if state.step.ndim != 0:
+        raise ValueError(
+            f"expected the state of one run, got state.step of shape {list(state.step.shape)}, as of several runs "
+            f"stacked for vmap. Call {order.partition('(')[0]} with each run's own state, or call the step itself "
+            "inside torch.func.vmap."
         )
     leaves = tree.leaves(state)
     empty = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_meta), None)
@@ -101,7 +107,7 @@ def check_eval_step(eval_step: object) -> None:
 
 
 def check_checkpointer(checkpointer: object) -> None:
-    """Raises TypeError if ``checkpointer`` is a path, a function or a class. The message says how to make one."""
+    """Raises TypeError unless ``checkpointer`` is a checkpointer or None. The message says how to make one."""
     if isinstance(checkpointer, str | os.PathLike):
         raise TypeError(
             f"expected a checkpointer, got the path {os.fspath(checkpointer)!r}. Make one: "
@@ -111,6 +117,10 @@ def check_checkpointer(checkpointer: object) -> None:
     if inspect.isfunction(checkpointer) or isinstance(checkpointer, type):
         raise TypeError(
             f"expected a checkpointer, got {checkpointer.__name__} itself. Call it: fxtrain.checkpointer(folder)."
+        )
+    if checkpointer is not None and not (hasattr(checkpointer, "save") and hasattr(checkpointer, "close")):
+        raise TypeError(
+            f"expected a checkpointer, got {describe(checkpointer)}. Make one: fxtrain.checkpointer(folder)."
         )
 
 
@@ -163,7 +173,15 @@ def check_needs(
                 f"expected the metric {metric!r} at EvalEnd for {handler.name}, got no evaluation. Give fit an "
                 "eval_step and eval_data."
             )
+    check: Callable[[TrainState], None] | None = getattr(getattr(step, "step", step), "check_state", None)
+    if check is not None:
+        check(state)
     if eval_step is None:
+        if best is not None:
+            raise ValueError(
+                f"expected the metric {best!r} at EvalEnd for checkpointer(best=...), got no evaluation. Give fit an "
+                "eval_step and eval_data."
+            )
         return
     needed = [(metric, handler.name) for handler in callbacks.handlers for metric in handler.needs.eval_metrics]
     needed += [] if best is None else [(best, "checkpointer(best=...)")]

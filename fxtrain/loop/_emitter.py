@@ -99,7 +99,13 @@ class Emitter:
         )
         self._times[kind] = time
         before = now.state
-        now.state, control = self.callbacks(before, event)
+        try:
+            now.state, control = self.callbacks(before, event)
+        except KeyError as error:
+            from fxtrain.loop._missing_key import note_existing_keys  # keeps the import of fxtrain fast
+
+            note_existing_keys(error, before, event)
+            raise
         if also:
             control = also | control
         if self._shows_published:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NoReturn
 
 from fxtrain.core import Donated, History, StepFn, TrainState, leaf_values, pluralize
 from fxtrain.core._html import html_view, view
@@ -43,6 +44,15 @@ class Result:
     reason: str
     history: History
     exit_code: int = 0
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # a protocol of Python that a result does not have
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        fields = [field.name for field in dataclasses.fields(self)]
+        raise AttributeError(
+            f"expected a field of Result ({', '.join(fields)}), got {name!r}. Curves are in result.history, and the "
+            "parameters in result.state.params."
+        )
 
     def __repr__(self) -> str:
         return f"Result {self._where()}: {self.reason}\n{self.history!r}"

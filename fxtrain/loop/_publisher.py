@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import torch
 
@@ -33,8 +34,10 @@ from fxtrain.core import (
     try_all,
     warn,
 )
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
+from fxtrain.fold._misplaced import refuse_misplaced
 from fxtrain.fold._subscription import subscription, takes
 from fxtrain.fold._watched import Outcome, Watched
 from fxtrain.loop._history import HistoryRecorder, Moment
@@ -71,7 +74,8 @@ class Publisher:
     """
 
     def __init__(self, observers: Observer | Iterable[Observer], device: torch.device) -> None:
-        given = list(observers) if isinstance(observers, Iterable) else [observers]
+        is_one = isinstance(observers, Mapping) or not isinstance(observers, Iterable)
+        given = [cast("Observer", observers)] if is_one else list(cast("Iterable[Observer]", observers))
         for observer in given:
             _check_observer(observer)
         self._use(given)
@@ -257,6 +261,8 @@ def _call(observer: Callable[..., None], name: str, *arguments: object) -> None:
 
 def _check_observer(observer: Callable[..., None]) -> None:
     refuse_lookalikes(observer, "observers")
+    refuse_misplaced(observer, "observers")
+    refuse_foreign("each observer", "a function (state, event, control)", observer)
     if isinstance(observer, Composed):
         name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
     else:

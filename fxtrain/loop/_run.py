@@ -9,7 +9,10 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, cast
+
+import numpy as np
 
 from fxtrain.checkpoint import Restoration
 from fxtrain.core import (
@@ -185,10 +188,19 @@ class Run:
         if now.due["stop"]:
             self.reason = "; ".join(dict.fromkeys(now.why)) or "stopped before this session began"
         elif out_of_steps:
-            self.reason = f"reached {plan.steps} steps"
+            self.reason = f"reached {plan.steps} steps{self._divergence()}"
         elif out_of_epochs:
-            self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}"
+            self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}{self._divergence()}"
         return bool(self.reason)
+
+    def _divergence(self) -> str:
+        """Returns a clause for the reason if the last loss is not finite, or else an empty string."""
+        losses = self._publish.history.get("train/loss")
+        if losses is None or math.isfinite(losses.values[-1]):
+            return ""
+        finite = np.flatnonzero(np.isfinite(losses.values))
+        first = losses.steps[finite[-1] + 1 if len(finite) else 0]
+        return f", but train/loss is {losses.values[-1]} since step {first}"
 
     # Begin and end of the session
 

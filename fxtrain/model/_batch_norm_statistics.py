@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxtrain import rng, tree
 from fxtrain._torch_internals.modules import batch_norms
-from fxtrain.core import Batch, TrainState, Tree
+from fxtrain.core import Batch, TrainState, Tree, describe
 from fxtrain.model._model import model_of
 
 
@@ -43,6 +43,10 @@ def recompute_statistics(
         Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018, section 3.2.
     """
     model, buffers = model_of(state), state.buffers
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError(
+            f"expected batches to be an iterable of batches, got {describe(batches)}, which is one. Put it in a list."
+        )
 
     def counting(modules: Tree, batch: Batch, first: bool) -> object:
         roots = [leaf for leaf in tree.leaves(modules) if isinstance(leaf, nn.Module)]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, Tree, matching
+from fxtrain.core import TrainState, Tree, check_train_state, matching
 from fxtrain.model._init import init_optimizer
 from fxtrain.model._model import model_of
 from fxtrain.model._types import Transforms
@@ -49,6 +49,7 @@ def with_trainable(state: TrainState, tx: Transforms, parameters: str | Sequence
         ... )
         (True, False)
     """
+    check_train_state(state, "with_trainable(state, tx, parameters)")
     leaves, structure = tree.flatten(state.params)
     names = [as_name(path) for path in leaf_paths(state.params)]
     able = [name for name, leaf in zip(names, leaves, strict=True) if _is_differentiable(leaf)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import Due, TrainState, Tree, describe
+from fxtrain.core import Due, TrainState, Tree, check_device, describe
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.equivalents import refuse_foreign, with_known_arguments
 from fxtrain.model._model import Model
@@ -60,6 +60,12 @@ def init(
     _refuse_overlaps(model)
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise TypeError(f"expected seed to be a 64-bit int, got {describe(seed)}.")
+    check_device("device", device)
+    if dtype is not None and not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected dtype to be a floating-point dtype such as torch.bfloat16, got {describe(dtype)}. Pass a "
+            "torch.dtype."
+        )
     architecture = Model(model)
     params, buffers = architecture.clone_tensors(model)
     params = tree.map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), params)

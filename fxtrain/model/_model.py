@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain._torch_internals.modules import has_gradient_hooks
-from fxtrain.core import TrainState, Tree
+from fxtrain.core import TrainState, Tree, describe
 from fxtrain.model._first_call_checks import hooks_error
 from fxtrain.model._meta_modules import MetaModules, in_eval_mode, on_meta_device
 from fxtrain.model._model_calls import ModelCalls
@@ -119,8 +119,14 @@ def model_of(state: TrainState) -> Model:
     """Returns the state's model.
 
     Raises:
+        TypeError: If ``state`` is not a TrainState.
         ValueError: If the state has none.
     """
+    if not isinstance(state, TrainState):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected a TrainState, got {describe(state)}. Make one with fxtrain.init(module, tx), and give it as the "
+            "state."
+        )
     if state.model is None:
         raise ValueError("expected a state with a model, got one without. Create it with fxtrain.init(module, tx).")
     return state.model

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fxtrain import tree
-from fxtrain.core import Record, TrainState, Tree, dtype_name, first_lines, first_names, matching, warn
+from fxtrain.core import (
+    Record,
+    TrainState,
+    Tree,
+    check_train_state,
+    dtype_name,
+    first_lines,
+    first_names,
+    matching,
+    warn,
+)
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors, Rename, proposed, renamed
 from fxtrain.model._tensor_access import copies
@@ -177,6 +187,7 @@ def load_state_dict(
         >>> found.loaded, found.missing
         (['weight'], ['bias'])
     """
+    check_train_state(state, "load_state_dict(state, state_dict)")
     if any(leaf.is_meta for leaf in tree.leaves((state.params, state.buffers))):
         raise ValueError(
             "expected a state with values, got one on the meta device. Create it on another device to load into it."

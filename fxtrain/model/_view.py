@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from torch import nn
 
 from fxtrain import rng, tree
-from fxtrain.core import TrainState, Tree
+from fxtrain.core import TrainState, Tree, describe
 from fxtrain.model._model import model_of
 
 
@@ -32,6 +32,10 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
         (torch.Size([4, 2]), torch.Size([2, 3]))
     """
     model_of(state)
+    if key is not None and not isinstance(key, rng.Key):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected key to be a key of fxtrain.rng, got {describe(key)}. Make one: fxtrain.rng.key(seed)."
+        )
     key = key if key is not None else rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step)
     return View(state, train, key, lambda model: model)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of
+from fxtrain.fold._misplaced import refuse_misplaced
+from fxtrain.fold._subscription import takes
 
 
 def rank_zero(observer: Observer) -> Observer:
@@ -30,7 +32,18 @@ def rank_zero(observer: Observer) -> Observer:
         >>> rank_zero(announce)(None, FitEnd(step=3, reason="reached 3 steps"), Control())
         reached 3 steps
     """
+    _refuse_others("rank_zero", observer)
     return observer if rank() == 0 else _do_nothing
+
+
+def _refuse_others(function: str, observer: Callable[..., object]) -> None:
+    refuse_misplaced(observer, "observers")
+    if not takes(observer, 3):
+        name = getattr(observer, "name", name_of(observer))
+        raise TypeError(
+            f"expected an observer for {function}(), got {name}, which does not take (state, event, control). Pass "
+            "callbacks to fit in callbacks=."
+        )
 
 
 def rank() -> int:
@@ -61,6 +74,7 @@ def required(observer: Observer) -> Observer:
         >>> required(watch).required
         True
     """
+    _refuse_others("required", observer)
     take_failure: Callable[[], Exception | None] = getattr(observer, "take_failure", lambda: None)
 
     def strict(act: Callable[..., None]) -> Callable[..., None]:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Call, Scalar, TrainState, Tree, describe, did_you_mean, name_of
+from fxtrain.core import Call, Scalar, TrainState, Tree, check_callable, describe, did_you_mean, name_of
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leafwise import widest
 from fxtrain.optim._learning_rates import LearningRate, LearningRates, by_group, inside
 from fxtrain.optim._state import start_count
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 from fxtrain.schedules import Schedule
+from fxtrain.schedules._schedule import refuse_unusable_function
 from fxtrain.tree import Path, as_code, children, rebuilt
 
 
@@ -74,6 +75,12 @@ def inject_hyperparams(
         tensor(3.0000e-05)
     """
     refuse_foreign("factory", "a function that makes a gradient transformation", factory)
+    if isinstance(factory, GradientTransformation):
+        raise TypeError(
+            f"expected factory to be a function that makes a gradient transformation, got {factory} already made. Pass "
+            "the function, and its arguments to the result, as in inject_hyperparams(optim.sgd)(learning_rate=0.1)."
+        )
+    check_callable("factory", factory, "that makes a gradient transformation")
     signature = inspect.signature(factory)
     never_schedules = frozenset(static)
 
@@ -86,6 +93,7 @@ def inject_hyperparams(
             if not isinstance(value, type):
                 refuse_foreign(name, "a number or a schedule", value, as_schedule=True)
             if callable(value) and not isinstance(value, type) and name not in never_schedules:
+                refuse_unusable_function(name, value)
                 schedules[name] = cast(Schedule, value)
             elif isinstance(value, float | Tensor):
                 unscheduled[name] = value

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, describe
+from fxtrain.core import Tree, describe, name_of
 from fxtrain.optim._learning_rates import by_group, inner_state_of, inside
 from fxtrain.optim._state import start_count
 from fxtrain.optim._transform import GradientTransformation, described, refuse_unless_transformation, set_to_zero
@@ -145,7 +146,9 @@ def _selected(mask: Mask, values: Tree) -> list[bool]:
     found = _of_leaves("mask", mask, values)
     for path, chosen in zip(leaf_paths(values), found, strict=True):
         if not isinstance(chosen, bool):
-            raise ValueError(f"expected mask to be True or False at params{as_code(path)}, got {describe(chosen)}.")
+            raise ValueError(
+                f"expected mask to be True or False at params{as_code(path)}, got {describe(chosen)}. Return a bool."
+            )
     return found
 
 
@@ -153,6 +156,7 @@ def _of_leaves(name: str, of: Mask | Labels, values: Tree) -> list[Any]:
     """Returns the mask value or label of each leaf of ``values``."""
     paths = leaf_paths(values)
     if callable(of):
+        _refuse_other_arguments(name, of)
         return [of(as_name(path), leaf) for path, leaf in zip(paths, tree.leaves(values), strict=True)]
     by_path = dict(zip(leaf_paths(of), tree.leaves(of), strict=True))
     for path in paths:
@@ -163,6 +167,18 @@ def _of_leaves(name: str, of: Mask | Labels, values: Tree) -> list[Any]:
             )
     # The tree may have more leaves, because inside another mask only some of the parameters are visible.
     return [by_path[path] for path in paths]
+
+
+def _refuse_other_arguments(name: str, of: Callable[..., object]) -> None:
+    try:
+        inspect.signature(of).bind("", None)
+    except TypeError:
+        raise TypeError(
+            f"expected {name} to be a function (path, leaf), got {name_of(of)}{inspect.signature(of)}. It is called "
+            "for each parameter, as in lambda path, leaf: leaf.ndim > 1, and not with the tree, as in optax."
+        ) from None
+    except ValueError:  # without a readable signature
+        pass
 
 
 def _where(chosen: list[bool], values: Tree) -> Tree:
@@ -255,6 +271,11 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
         ({'body.w': tensor(0.), 'head.w': tensor(-1.)}, {'body.w': tensor(-1.), 'head.w': tensor(-1.)})
     """
     refuse_unless_transformation("tx", tx)
+    if not isinstance(phases, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected phases to be a mapping from patterns to phases, got {describe(phases)}. Pass a dict, as in "
+            'unfreeze(tx, {"head.*": 0, "*": 1000}).'
+        )
     transforms = {pattern: _during(tx, pattern, phase) for pattern, phase in phases.items()}
 
     def matched(path: str) -> str:

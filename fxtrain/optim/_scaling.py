@@ -19,6 +19,7 @@ from fxtrain.optim._masking import Mask, masked
 from fxtrain.optim._state import start_count
 from fxtrain.optim._transform import GradientTransformation, described, identity, stateless
 from fxtrain.schedules import Schedule
+from fxtrain.schedules._schedule import refuse_unusable_function
 
 
 @described
@@ -64,6 +65,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
             f"expected schedule to be a function of the step, got {describe(schedule)}. For a number, use "
             "fx.optim.scale."
         )
+    refuse_unusable_function("schedule", schedule)
 
     def update(
         updates: Tree, opt_state: ScaleByScheduleState, params: Tree | None = None
@@ -102,6 +104,8 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
     """
     sign = -1 if flip_sign else 1
     refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
+    if callable(learning_rate):
+        refuse_unusable_function("learning_rate", learning_rate)
 
     def value(opt_state: Any) -> Scalar:
         return learning_rate(opt_state.count) if callable(learning_rate) else learning_rate
@@ -257,6 +261,8 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None 
         (1.0, 1.10...)
     """
     refuse_foreign("weight_decay", "a number or a schedule", weight_decay, as_schedule=True)
+    if callable(weight_decay):
+        refuse_unusable_function("weight_decay", weight_decay)
     tx = _scheduled(weight_decay) if callable(weight_decay) else _constant(weight_decay)
     return tx if mask is None else masked(tx, mask)
 

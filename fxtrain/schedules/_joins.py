@@ -181,6 +181,11 @@ def piecewise(
         tensor(0.5000, dtype=torch.float64)
     """
     check_choice("interpolation", interpolation, ("constant", "linear", "cosine"))
+    if not isinstance(boundaries_and_scales, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected boundaries_and_scales to be a mapping from steps to factors, got "
+            f"{describe(boundaries_and_scales)}. Pass a dict, as in piecewise(0.1, {{1000: 0.5}})."
+        )
     boundaries = [0, *sorted(boundaries_and_scales)]
     values = [init_value]
     for boundary in boundaries[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import cast
@@ -9,7 +10,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fxtrain.core import Call, Scalar, check_int, check_positive, check_positive_int, describe, records_call, wide_dtype
+from fxtrain.core import (
+    Call,
+    Scalar,
+    check_int,
+    check_positive,
+    check_positive_int,
+    describe,
+    name_of,
+    records_call,
+    wide_dtype,
+)
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Tensor], Tensor]
@@ -74,6 +85,34 @@ def refuse_unless_schedule(argument: str, schedule: object) -> None:
             f"expected {argument} to be a function of the step, got {describe(schedule)}. For a constant, use "
             "fx.schedules.constant."
         )
+    refuse_unusable_function(argument, schedule)
+
+
+def refuse_unusable_function(argument: str, schedule: Callable[..., object]) -> None:
+    """Raises if a schedule is a factory of this package that was not called, or does not take a step.
+
+    Args:
+        argument: The argument's name, for errors.
+        schedule: The function.
+
+    Raises:
+        TypeError: The message names the function.
+    """
+    is_ours = (getattr(schedule, "__module__", None) or "").startswith("fxtrain.schedules.")
+    if is_ours and "." not in getattr(schedule, "__qualname__", "."):
+        raise TypeError(
+            f"expected {argument} to be a schedule, got the function {name_of(schedule)} of fxtrain.schedules. Call "
+            f"it, as in fx.schedules.{name_of(schedule)}(...)."
+        )
+    try:
+        inspect.signature(schedule).bind(0)
+    except TypeError:
+        raise TypeError(
+            f"expected {argument} to be a function of the step, got {name_of(schedule)}{inspect.signature(schedule)}. "
+            "Give it one parameter, the step."
+        ) from None
+    except ValueError:  # without a readable signature
+        pass
 
 
 def wide(step: Tensor) -> Tensor:

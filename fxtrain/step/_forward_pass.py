@@ -21,6 +21,7 @@ from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
 from fxtrain.core._tracebacks import place
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy
+from fxtrain.step._batch_note import noting_batch
 from fxtrain.tree import as_name, leaf_paths
 
 
@@ -57,7 +58,8 @@ def forward(
     if policy.keep:
         params, buffers = _kept(policy, params), _kept(policy, buffers)
         inside = functools.partial(_in_float32, policy, state.step.device)
-    with policy.autocast(state.step.device), _naming_module(model, policy, train):
+    device = state.step.device
+    with noting_batch(batch, device), policy.autocast(device), _naming_module(model, policy, train):
         called = model.call(
             params, buffers, function, batch, train=train, key=key, check=True, finish=finish, inside=inside
         )
@@ -153,7 +155,7 @@ _DTYPE_ERROR = re.compile(
     r"dtype|scalar type|data type|Input type|result type|not implemented for '(BFloat16|Half|Float|Double)'"
 )
 _DTYPES = {"bfloat16": "bfloat16", "half": "float16", "float16": "float16", "float": "float32", "float32": "float32"}
-_DTYPES |= {"double": "float64", "float64": "float64"}
+_DTYPES |= {"double": "float64", "float64": "float64", "long": "int64", "int": "int32"}
 
 
 @contextlib.contextmanager
@@ -187,7 +189,7 @@ def _owner(frame: FrameType) -> object:
 
 
 def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exception) -> RuntimeError:
-    said = re.findall(r"\b(?:c10::)?(BFloat16|Half|[Ff]loat(?:16|32|64)?|[Dd]ouble|bfloat16)\b", str(error))
+    said = re.findall(r"\b(?:c10::)?(BFloat16|Half|[Ff]loat(?:16|32|64)?|[Dd]ouble|bfloat16|Long|Int)\b", str(error))
     dtypes = dict.fromkeys(_DTYPES[dtype.lower()] for dtype in said)
     if len(dtypes) < 2:
         read = (value for value in frame.f_locals.values() if isinstance(value, Tensor) and value.is_floating_point())

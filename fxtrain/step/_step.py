@@ -39,6 +39,8 @@ class Step:
             resuming with others warns.
         description: What else describes the step in summaries and logs, such as its optimizer, by name. Values are
             converted to text when they are read.
+        check_state: ``check_state(state)`` raises if the step cannot train such a state. ``fit`` calls it before the
+            first step, and the first call of the step does.
 
     Raises:
         TypeError: If the function does not take a state and a batch. When it runs, if its arguments or its result have
@@ -67,6 +69,7 @@ class Step:
         rebuild: Callable[[Composed], Step] | None = None,
         settings: Mapping[str, str] | None = None,
         description: Mapping[str, object] | None = None,
+        check_state: Callable[[TrainState], None] | None = None,
     ) -> None:
         refuse_unless_step(function)
         self.function = function
@@ -75,6 +78,8 @@ class Step:
         self.settings = dict(settings or {})
         self._description = dict(description or {})
         self._rebuild = rebuild
+        self.check_state = check_state
+        self._is_state_checked = check_state is None
         unknown = self.fires - set(TRACED)
         if unknown:
             raise ValueError(
@@ -96,6 +101,10 @@ class Step:
 
     def _take(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
+        if not self._is_state_checked and not torch.compiler.is_dynamo_compiling():
+            self._is_state_checked = True
+            assert self.check_state is not None
+            self.check_state(state)
         name, before = self._name, versions(state)
         with recording_replaced() as replaced:
             result = self.function(state, for_step(batch))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import Metrics, Tree, matching
+from fxtrain.core import Metrics, Tree, check_callable, matching
 from fxtrain.model._model_calls import named_modules
+from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._forward_pass import forwards_wrapped
 from fxtrain.step._loss_results import Weighted, loss_and_metrics, weighted
 
@@ -51,6 +52,9 @@ def tap(
         >>> sorted(found.metrics)
         ['activations/1', 'loss']
     """
+
+    refuse_unless_loss(loss_fn)
+    check_callable("statistic", statistic, "(output) -> tensor or dict of tensors")
 
     @functools.wraps(loss_fn)
     def tapped(model: Tree, *arguments: object) -> tuple[Tensor | Weighted, Metrics]:

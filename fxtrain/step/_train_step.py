@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -34,7 +35,7 @@ from fxtrain.step._gradients import gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches
 from fxtrain.step._step import Step
 from fxtrain.step._transform_batch import TransformBatch, seeded_transform
-from fxtrain.step._update import merged, update
+from fxtrain.step._update import check_optimizer_state, merged, update
 
 
 @with_short_traceback
@@ -170,6 +171,14 @@ def train_step(
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
         step.__doc__ = loss_fn.__doc__
-        return Step(step, callbacks=folded, fires=TRACED, rebuild=build, settings=settings, description=description)
+        return Step(
+            step,
+            callbacks=folded,
+            fires=TRACED,
+            rebuild=build,
+            settings=settings,
+            description=description,
+            check_state=functools.partial(check_optimizer_state, tx),
+        )
 
     return build(folded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -166,6 +167,37 @@ def _check_transformation(state: TrainState, tx: optim.GradientTransformation, w
         raise ValueError(
             f"expected wrt to be one of {first_names(models, 8)}, because each has its own optimizer, got {wrt!r}. "
             "Give the same wrt= to fxtrain.gradients and to update."
+        )
+
+
+def check_optimizer_state(tx: optim.GradientTransformation, state: TrainState) -> None:
+    """Raises if the optimizer state is that of another transformation.
+
+    Only the paths are compared, because the shapes may be those of a shard.
+
+    Args:
+        tx: The transformation of the step.
+        state: The state to train.
+
+    Raises:
+        ValueError: The message names the transformation and the first path that differs.
+    """
+    if models_of(state):  # each has its own optimizer, which the update checks
+        return
+    expected: Tree = None
+    with contextlib.suppress(Exception):  # an init that reads values, which the meta device does not have
+        trainable = model_of(state).split(state.params, None)
+        expected = tx.init(tree.map(lambda leaf: leaf.to("meta"), trainable))
+    if expected is None:
+        return
+    found, wanted = (dict.fromkeys(tree.paths(part, "state.opt_state")) for part in (state.opt_state, expected))
+    missing, extra = [path for path in wanted if path not in found], [path for path in found if path not in wanted]
+    if missing or extra:
+        path, *others = missing or extra
+        more = f" and {len(others)} more" if others else ""
+        raise ValueError(
+            f"expected the optimizer state of {tx}, got one {'without' if missing else 'with'} {path}{more}. Give the "
+            "same tx to fxtrain.init and to fxtrain.train_step."
         )
 
 

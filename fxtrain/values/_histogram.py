@@ -41,7 +41,10 @@ class Histogram:
         given = {name: value for name in _HISTOGRAM if (value := getattr(self, name)) is not None}
         if tuple(given) not in (("values",), ("counts", "edges")):
             names = " and ".join(given) or "nothing"
-            raise ValueError(f"expected Histogram of values, or of counts and edges, got {names}.")
+            raise ValueError(
+                f"expected Histogram of values, or of counts and edges, got {names}. Pass the values: "
+                "Histogram(values)."
+            )
         for name, value in given.items():
             if not isinstance(value, Tensor) or value.is_complex():
                 raise TypeError(f"expected {name} of Histogram to be a real tensor, got {describe(value)}.")

@@ -92,7 +92,7 @@ class PointCloud:
         if not points.is_floating_point():
             raise TypeError(f"expected points of a floating-point dtype, got {points.dtype}. Convert them.")
         if points.ndim != 2 or points.shape[1] != 3 or not len(points):
-            raise ValueError(f"expected points of shape [N, 3] with N above 0, got {list(points.shape)}.")
+            raise ValueError(f"expected points of shape [N, 3] with N above 0, got {list(points.shape)}. Reshape them.")
         if self.colors is None:
             return
         colors = set_tensor(self, "colors")

@@ -61,7 +61,10 @@ def set_tensor(owner: object, field: str) -> Tensor:
         # Copied, because refilling the array would change the logged value.
         value = torch.from_numpy(np.array(value))
     elif not isinstance(value, Tensor) or value.is_complex():
-        raise TypeError(f"expected a real tensor or array for {type(owner).__name__}, got {describe(value)}.")
+        raise TypeError(
+            f"expected a real tensor or array for {type(owner).__name__}, got {describe(value)}. Convert it with "
+            "torch.as_tensor."
+        )
     value = value.detach()
     object.__setattr__(owner, field, value)
     return value

@@ -49,11 +49,14 @@ class Table:
 
     def __post_init__(self) -> None:
         if not isinstance(self.columns, Mapping) or not self.columns:
-            raise ValueError(f"expected a nonempty mapping from names to columns, got {describe(self.columns)}.")
+            raise ValueError(
+                f"expected a nonempty mapping from names to columns, got {describe(self.columns)}. "
+                'Pass a dict, as in Table({"loss": [0.5, 0.4]}).'
+            )
         columns = {str(name): _column(name, column) for name, column in self.columns.items()}
         lengths = {name: _length(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"expected columns of equal length, got {lengths}.")
+            raise ValueError(f"expected columns of equal length, got {lengths}. Fill the shorter ones.")
         object.__setattr__(self, "columns", columns)
 
     @classmethod
@@ -151,7 +154,9 @@ class ConfusionMatrix:
     def __post_init__(self) -> None:
         counts = set_tensor(self, "counts")
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not len(counts):
-            raise ValueError(f"expected counts of shape [C, C], got {list(counts.shape)}.")
+            raise ValueError(
+                f"expected counts of shape [C, C], got {list(counts.shape)}. Count targets by predictions."
+            )
         labels: Sequence[str] = self.labels or [str(index) for index in range(len(counts))]
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
             raise TypeError(f"expected labels to be a sequence of strings, one per class, got {describe(labels)}.")

@@ -118,7 +118,7 @@ class HParams(Record):
                 leaves[prefix] = value
 
         if not isinstance(self.values, Mapping):
-            raise TypeError(f"expected HParams of a mapping, got {describe(self.values)}.")
+            raise TypeError(f"expected HParams of a mapping, got {describe(self.values)}. Pass a dict.")
         collect("", plain_config(self.values))
         return leaves
 

@@ -11,7 +11,7 @@ from fxtrain.core import LoopEvent, check_positive_int, try_all
 from fxtrain.values import KINDS, Kind, Value
 from fxtrain.writers._backlog import on_host_copy
 from fxtrain.writers._channel import Channel
-from fxtrain.writers._interface import Backend, Writer
+from fxtrain.writers._interface import Backend, Writer, check_writer
 
 
 def asynchronous(writer: Writer, *, size: int = 100) -> AsynchronousWriter:
@@ -42,6 +42,7 @@ def asynchronous(writer: Writer, *, size: int = 100) -> AsynchronousWriter:
         {"step": 2, "metrics": {"loss": 0.5}}
     """
     check_positive_int("size", size)
+    check_writer("asynchronous", writer)
     return AsynchronousWriter(writer, size)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-from fxtrain.core import LoopEvent, RunInfo, encodable, printable, printable_lines
+from fxtrain.core import LoopEvent, RunInfo, describe, encodable, printable, printable_lines
 from fxtrain.values import HParams, Scalar, Text, Value
 from fxtrain.writers._interface import Backend
 
@@ -26,6 +26,10 @@ def console(file: TextIO | None = None) -> ConsoleWriter:
           once upon
           a time
     """
+    if file is not None and not hasattr(file, "write"):  # pyright: ignore[reportUnnecessaryComparison]
+        raise TypeError(
+            f"expected file to be an open text file, got {describe(file)}. Open it first, as in open('log.txt', 'a')."
+        )
     return ConsoleWriter(file)
 
 

@@ -10,7 +10,7 @@ from csv import reader as read_rows
 from csv import writer as row_writer
 from pathlib import Path
 
-from fxtrain.core import LoopEvent
+from fxtrain.core import LoopEvent, check_path
 from fxtrain.disk import Appendable, replace_file, set_aside
 from fxtrain.values import Value
 from fxtrain.writers._append_only import Rewinds, RunLog
@@ -54,6 +54,7 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
         2,,,0.25,0.9
         >>> writer.close()
     """
+    check_path("path", path)
     return CsvWriter(Path(path))
 
 

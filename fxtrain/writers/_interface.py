@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from fxtrain.core import LoopEvent, RunInfo, warn
+from fxtrain.core import LoopEvent, RunInfo, describe, warn
 from fxtrain.values import (
     KINDS,
     Artifact,
@@ -86,6 +87,29 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Flushes and closes the files. The writers here reopen them for further values."""
+
+
+def check_writer(owner: str, writer: object) -> None:
+    """Raises TypeError unless ``writer`` has a method of writers.
+
+    Args:
+        owner: The function that it was passed to, for the error.
+        writer: The value that was passed.
+    """
+    is_writer = any(callable(getattr(writer, name, None)) for name in ("write", "write_scalars"))
+    if is_writer and not isinstance(writer, type):
+        return
+    if isinstance(writer, list | tuple):
+        remedy = f"Unpack it: {owner}(*writers)."
+    elif isinstance(writer, str | os.PathLike):
+        remedy = f"Make a writer of the path, such as fxtrain.writers.tensorboard({os.fspath(writer)!r})."
+    elif callable(getattr(writer, "add_scalar", None)):
+        remedy = "Use fxtrain.writers.tensorboard(folder), which takes the folder."
+    elif callable(writer):
+        remedy = "Call it, as in fxtrain.writers.csv(path)."
+    else:
+        remedy = "Make one with a function of fxtrain.writers."
+    raise TypeError(f"expected writers for {owner}(), got {describe(writer)}. {remedy}")
 
 
 class Selection:

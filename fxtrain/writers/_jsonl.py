@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxtrain.core import EvalStep, LoopEvent, RunInfo, WallClock, timestamp, utc_now
+from fxtrain.core import EvalStep, LoopEvent, RunInfo, WallClock, check_path, timestamp, utc_now
 from fxtrain.disk import Appendable
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
 from fxtrain.writers._append_only import REWOUND, Rewinds, RunLog
@@ -57,6 +57,7 @@ def jsonl(path: str | os.PathLike[str], *, clock: WallClock | None = utc_now) ->
         '{"step": 1, "metrics": {"loss": "Infinity"}}\\n'
         >>> writer.close()
     """
+    check_path("path", path)
     return JsonLinesWriter(Path(path), clock)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from fxtrain.core import LoopEvent, describe
+from fxtrain.core import LoopEvent, check_path, describe
 from fxtrain.disk import append_lines, make_folder, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Image, PointCloud, Table, Text, Value, Video, jsonable
 from fxtrain.values._encoders import png, video, wav
@@ -58,6 +58,7 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
         >>> sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
         ['samples/00000100-0.png', 'samples/00000100-1.png']
     """
+    check_path("folder", folder)
     return MediaWriter(Path(folder))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxtrain.core import RunInfo
+from fxtrain.core import RunInfo, check_path
 from fxtrain.values import Artifact, HParams
 from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._media import MediaWriter
@@ -74,6 +74,7 @@ def mlflow(
         [['0.5', '1']]
         >>> del os.environ["MLFLOW_ALLOW_FILE_STORE"]
     """
+    check_path("folder", folder)
     try:
         from mlflow import MlflowClient
     except ImportError as error:

@@ -9,7 +9,7 @@ from fxtrain.core import LoopEvent, try_all
 from fxtrain.equivalents import refuse_foreign_callback
 from fxtrain.values import KINDS, Kind, Value, is_kept
 from fxtrain.writers._channel import Channel
-from fxtrain.writers._interface import Backend, Writer
+from fxtrain.writers._interface import Backend, Writer, check_writer
 
 # MultiWriters that share a writer share its channel, so that its values keep their order. A channel references its
 # writer, so an id is not used again while its channel exists.
@@ -52,7 +52,7 @@ class MultiWriter(Backend):
         writers: Writers of ``fxtrain.writers``, or clu's.
 
     Raises:
-        TypeError: A logger of another library is given.
+        TypeError: One is not a writer, such as a logger of another library.
         ValueError: There is no writer.
     """
 
@@ -66,6 +66,7 @@ class MultiWriter(Backend):
             )
         for writer in writers:
             refuse_foreign_callback(owner, "writers of fxtrain.writers", writer)
+            check_writer(owner, writer)
         self._channels = [_channel_of(writer) for writer in writers]
         selections = [channel.selection for channel in self._channels]
         for selection in selections:

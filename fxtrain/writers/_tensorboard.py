@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fxtrain.core import LoopEvent, describe, warn
+from fxtrain.core import LoopEvent, check_path, describe, warn
 from fxtrain.disk import Appendable, make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
 from fxtrain.values._encoders import gif, png, wav
@@ -55,6 +55,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
         >>> writer.write_scalars(1, {"train/loss": 0.5})
         >>> writer.close()
     """
+    check_path("folder", folder)
     path = Path(folder)
     with explain_failure("tensorboard", path):
         make_folder(path)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxtrain.core import RunInfo, escape_html
+from fxtrain.core import RunInfo, check_path, escape_html
 from fxtrain.values import (
     Artifact,
     Audio,
@@ -87,6 +87,7 @@ def wandb(
         >>> writer.write_scalars(1, {"train/loss": 0.5})
         >>> writer.close()
     """
+    check_path("folder", folder)
     try:
         import wandb  # noqa: F401
     except ImportError as error:

@@ -24,6 +24,8 @@ from fxtrain.core import Tree
 
 AHEAD = "ahead-of-time"
 REPLAYED = "reduce-overhead"
+MODES = (None, AHEAD, REPLAYED, "default", "lite", "max-autotune", "max-autotune-no-cudagraphs")
+"""All modes: those above, and those of ``torch.compile``."""
 
 Call = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
