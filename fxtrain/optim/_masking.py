@@ -58,6 +58,7 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         mask: A pytree of bools like the parameters, or a function ``(path, leaf) -> bool``.
 
     Raises:
+        TypeError: If the mask is a function that does not take a path and a leaf.
         ValueError: At ``init`` or ``update``, if the mask lacks a leaf or has a value that is not a bool.
 
     Example:
@@ -70,6 +71,7 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
     """
 
     refuse_unless_transformation("tx", tx)
+    _refuse_other_arguments("mask", mask)
 
     def init(params: Tree) -> MaskedState:
         return MaskedState(tx.init(_where(_selected(mask, params), params)))
@@ -108,6 +110,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
     """
     for label, tx in transforms.items():
         refuse_unless_transformation(f"transforms[{label!r}]", tx)
+    _refuse_other_arguments("labels", labels)
 
     def groups(values: Tree) -> dict[str, list[bool]]:
         found = _of_leaves("labels", labels, values)
@@ -156,7 +159,6 @@ def _of_leaves(name: str, of: Mask | Labels, values: Tree) -> list[Any]:
     """Returns the mask value or label of each leaf of ``values``."""
     paths = leaf_paths(values)
     if callable(of):
-        _refuse_other_arguments(name, of)
         return [of(as_name(path), leaf) for path, leaf in zip(paths, tree.leaves(values), strict=True)]
     by_path = dict(zip(leaf_paths(of), tree.leaves(of), strict=True))
     for path in paths:
@@ -169,7 +171,10 @@ def _of_leaves(name: str, of: Mask | Labels, values: Tree) -> list[Any]:
     return [by_path[path] for path in paths]
 
 
-def _refuse_other_arguments(name: str, of: Callable[..., object]) -> None:
+def _refuse_other_arguments(name: str, of: Mask | Labels) -> None:
+    """Raises if a function of a mask or of labels does not take a path and a leaf."""
+    if torch.compiler.is_dynamo_compiling() or not callable(of):  # Dynamo cannot trace signatures
+        return
     try:
         inspect.signature(of).bind("", None)
     except TypeError:

@@ -98,6 +98,8 @@ def refuse_unusable_function(argument: str, schedule: Callable[..., object]) -> 
     Raises:
         TypeError: The message names the function.
     """
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace signatures
+        return
     is_ours = (getattr(schedule, "__module__", None) or "").startswith("fxtrain.schedules.")
     if is_ours and "." not in getattr(schedule, "__qualname__", "."):
         raise TypeError(

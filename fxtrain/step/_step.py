@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import TRACED, Batch, Callback, Control, Due, Event, StepFn, StepOutput, TrainState, describe, name_of
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import for_step
@@ -101,7 +102,8 @@ class Step:
 
     def _take(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
-        if not self._is_state_checked and not torch.compiler.is_dynamo_compiling():
+        # Not in a trace, which would record the operations of the check. A compiled step makes it before.
+        if not self._is_state_checked and not torch.compiler.is_dynamo_compiling() and not is_traced():
             self._is_state_checked = True
             assert self.check_state is not None
             self.check_state(state)
