@@ -33,6 +33,12 @@ def by_assignment(model, **kwargs):
     model.linear.weight.data = model.linear.weight.data * 0.5
 
 
+def by_a_reversed_view(model, **kwargs):
+    model.linear.weight.data = model.linear.weight.data.flip(1)
+    model.linear.weight.data = model.linear.weight.data.flip(1)
+    model.linear.weight.data *= 0.5
+
+
 def by_state_dict(model, **kwargs):
     values = {name: value * 0.5 if name == "linear.weight" else value for name, value in model.state_dict().items()}
     model.load_state_dict(values)
@@ -42,7 +48,7 @@ def by_a_view(model, **kwargs):
     model.linear.weight.detach()[0].copy_(model.linear.weight.detach()[0] * 0.5)
 
 
-WRITES = [in_place, through_data, by_assignment, by_state_dict, by_a_view]
+WRITES = [in_place, through_data, by_assignment, by_a_reversed_view, by_state_dict, by_a_view]
 
 
 @pytest.mark.parametrize("write", WRITES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,6 +17,8 @@ from fxtrain.model import to_module
 from fxtrain.model._tensor_access import memory_of, written_by
 
 _SETTINGS = (type(None), bool, int, float, str)
+_TABLES = ("_parameters", "_buffers", "_modules")
+_NO_SETTINGS: dict[str, object] = {}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -40,7 +44,7 @@ class ShownModule:
         self.module = made
         self._params, self._buffers = dict(made.named_parameters()), dict(made.named_buffers())
         self._model, self._device = state.model, state.step.device
-        self._settings = self._read_settings()
+        self._settings, self._contents = self._read_settings(), self._read_contents()
         self._release()
 
     def fits(self, state: TrainState) -> bool:
@@ -83,6 +87,16 @@ class ShownModule:
         for target in self._params.values():
             target.grad = None
 
+    def _read_contents(self) -> list[object]:
+        """Returns everything that the modules and their configurations contain. Faster to compare than settings."""
+        containers: list[dict[str, object]] = []
+        for module in self.module.modules():
+            attributes = vars(module)
+            containers += [attributes, *(attributes[name] for name in (*_TABLES, *_HOOKS))]
+            containers.append(getattr(attributes.get("config"), "__dict__", _NO_SETTINGS))
+        trained = [value.requires_grad for value in self._params.values()]
+        return [*itertools.chain.from_iterable(map(dict.values, containers)), *trained]
+
     def _read_settings(self) -> dict[str, object]:
         """Returns what a callback may have changed besides values: settings, hooks, structure, and what is trained."""
         found: dict[str, object] = {}
@@ -105,7 +119,10 @@ class ShownModule:
 
     def refuse_other_settings(self, who: str) -> None:
         """Raises if a callback changed the module in a way that no state can hold, and undoes nothing."""
-        if (now := self._read_settings()) == self._settings:
+        before, self._contents = self._contents, self._read_contents()
+        if len(before) == len(self._contents) and all(map(operator.is_, before, self._contents)):
+            return
+        if (now := self._read_settings()) == self._settings:  # in another mode, for example
             return
         names = [*self._settings, *(name for name in now if name not in self._settings)]
         name = next(name for name in names if self._settings.get(name, _MISSING) != now.get(name, _MISSING))
@@ -121,7 +138,7 @@ class ShownModule:
         return {
             name: target.detach().clone()
             for name, target in (*self._params.items(), *self._buffers.items())
-            if memory_of(target) in written or memory_of(target) != memory_of(self._shown[name])
+            if _place(target) != _place(self._shown[name]) or (written and memory_of(target) in written)
         }
 
     def shown_memory(self) -> dict[int, list[tuple[str, Tensor]]]:
@@ -133,6 +150,10 @@ class ShownModule:
 
 
 _MISSING = object()
+
+
+def _place(value: Tensor) -> tuple[object, ...]:
+    return value.data_ptr(), value.shape, value.stride()
 
 
 @inlined_only
