@@ -178,6 +178,12 @@ def test_argument_of_another_library_is_told_where_it_went(call, message):
     assert not mistakes(found), mistakes(found)
 
 
+def test_error_for_an_unknown_argument_is_printed_alone():
+    with pytest.raises(TypeError) as raised:
+        fx.callbacks.early_stopping(monitor="loss")
+    assert raised.value.__context__ is None
+
+
 def test_type_errors_of_right_arguments_stay():
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'patience'"):
         fx.callbacks.early_stopping("loss")

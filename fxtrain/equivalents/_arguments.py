@@ -292,6 +292,17 @@ OF_FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "momentum": "Use fxtrain.callbacks.ema(0.999).",
         "update_freq": "Use fxtrain.callbacks.ema(0.999, every=5).",
     },
+    "adam": {
+        "weight_decay": (
+            "Use fxtrain.optim.adamw(1e-3, weight_decay=0.01), or add the decay to the gradients: "
+            "fxtrain.optim.chain(fxtrain.optim.add_decayed_weights(0.01), tx)."
+        ),
+    },
+    "cosine": {
+        "T_max": "Use {function}(1e-3, decay_steps=1000).",
+        "eta_min": "Use {function}(1e-3, 1000, alpha=0.1), a fraction of the initial value.",
+    },
+    "exponential": {"gamma": "Use {function}(1e-3, 1, decay_rate=0.99)."},
     "optim": {
         "lr": "The learning rate comes first: {function}(1e-3).",
         "betas": "Use fxtrain.optim.adamw(1e-3, b1=0.9, b2=0.999).",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from fxtrain.core import (
     records_call,
     wide_dtype,
 )
-from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents import refuse_foreign, with_known_arguments
+
+P = ParamSpec("P")
 
 Schedule = Callable[[Tensor], Tensor]
 """Maps the step (int64 []) to a value (float64 []). Those of this package take Python ints too."""
@@ -55,8 +57,9 @@ def _described(schedule: Schedule, call: Call) -> Schedule:
     return DescribedSchedule(schedule.function if isinstance(schedule, DescribedSchedule) else schedule, call)
 
 
-described = records_call(_described)
-"""Decorates a function that makes schedules, so that they show the call that made them."""
+def described(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
+    """Decorates a function that makes schedules, so that they show the call that made them."""
+    return records_call(_described)(with_known_arguments(function))
 
 
 def schedule_of(value: Callable[[Tensor], Scalar]) -> Schedule:
