@@ -24,12 +24,13 @@ from fxtrain.core import (
     check_choice,
     describe,
     name_of,
+    takes,
 )
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._misplaced import refuse_misplaced
-from fxtrain.fold._subscription import kinds, subscription, takes
+from fxtrain.fold._subscription import kinds, subscription
 from fxtrain.values import KINDS_BY_NAME
 
 EventTypes = type[Event] | type[LoopEvent] | types.UnionType

@@ -31,6 +31,7 @@ from fxtrain.core import (
     name_of,
     printable,
     printable_lines,
+    takes,
     try_all,
     warn,
 )
@@ -38,7 +39,7 @@ from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._misplaced import refuse_misplaced
-from fxtrain.fold._subscription import subscription, takes
+from fxtrain.fold._subscription import subscription
 from fxtrain.fold._watched import Outcome, Watched
 from fxtrain.loop._history import HistoryRecorder, Moment
 from fxtrain.loop._published import published_after

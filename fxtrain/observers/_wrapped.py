@@ -9,9 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of
+from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of, takes
 from fxtrain.fold._misplaced import refuse_misplaced
-from fxtrain.fold._subscription import takes
 
 
 def rank_zero(observer: Observer) -> Observer:

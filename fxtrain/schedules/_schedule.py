@@ -19,6 +19,7 @@ from fxtrain.core import (
     describe,
     name_of,
     records_call,
+    takes,
     wide_dtype,
 )
 from fxtrain.equivalents import refuse_foreign, with_known_arguments
@@ -109,15 +110,11 @@ def refuse_unusable_function(argument: str, schedule: Callable[..., object]) -> 
             f"expected {argument} to be a schedule, got the function {name_of(schedule)} of fxtrain.schedules. Call "
             f"it, as in fx.schedules.{name_of(schedule)}(...)."
         )
-    try:
-        inspect.signature(schedule).bind(0)
-    except TypeError:
+    if not takes(schedule, 1):
         raise TypeError(
             f"expected {argument} to be a function of the step, got {name_of(schedule)}{inspect.signature(schedule)}. "
             "Give it one parameter, the step."
-        ) from None
-    except ValueError:  # without a readable signature
-        pass
+        )
 
 
 def wide(step: Tensor) -> Tensor:
