@@ -28,7 +28,7 @@ _SPLIT = "Split the data first, as in torch.utils.data.random_split, and give on
 _SHUFFLE = "The order belongs to the data: fxtrain.data.batches(data, 32, shuffle=True, seed=0)."
 _DROP = "Use fxtrain.data.batches(data, 32, drop_last=True)."
 _LOADER = "Loading belongs to the data: fxtrain.data.from_loader(torch.utils.data.DataLoader(...))."
-_PREFETCH = "Use fxtrain.data.prefetch(source), or fxtrain.data.from_loader(loader) with workers of its own."
+_PREFETCH = "Use fxtrain.data.prefetch(source), or fxtrain.data.from_loader(loader), whose workers load ahead."
 _LIMIT = "Give data with fewer batches, or fxtrain.fit(state, step, data, steps=100)."
 _PROGRESS = "Use fxtrain.fit(state, step, data, epochs=1, progress=True)."
 _WRITE = "Use observers=[fxtrain.observers.write(fxtrain.writers.tensorboard(folder), every=50)]."
@@ -130,7 +130,7 @@ ARGUMENTS: Mapping[str, str] = {
     "val_dataloaders": _EVALUATION,
     "weights_only": "fxtrain.restore reads tensors only, and runs no code of a checkpoint.",
     # transformers: Trainer
-    "args": "Each argument has a place of its own. Give one to fxtrain.fit by name, and the error says where it went.",
+    "args": "Give one of these arguments to fxtrain.fit by name, and the error says where it went.",
     "model": "Give the module to fxtrain.init(module, tx), whose state is the first argument.",
     "data_collator": "Use fxtrain.data.batches(data, 32, collate=collate).",
     "train_dataset": "Give data of batches as the third argument: fxtrain.data.batches(dataset, 32).",
