@@ -52,6 +52,12 @@ def test_printed_config_is_complete_and_prints_itself(shop, capsys):
     assert printed(capsys, "complete.yaml") == first
 
 
+def test_change_inside_an_empty_value_makes_a_mapping(shop, capsys):
+    (shop / "complete.yaml").write_text(printed(capsys, "run.yaml"))
+    found = yaml.safe_load(printed(capsys, "complete.yaml", "run.name=first"))
+    assert found["run"] == {"name": "first"}
+
+
 def test_printed_config_keeps_anchors(shop, capsys):
     text = printed(capsys, "run.yaml")
     assert "- &log\n      jsonl:" in text

@@ -340,3 +340,8 @@ def test_image_slightly_out_of_range_is_written(tmp_path, monkeypatch):
         written(values.Image(torch.full((4, 4, 3), 1.02)), steps=3)
     assert len(caught) == 1
     assert list(writers.read_media("media")["value"]) == [1, 2, 3]
+
+
+def test_path_that_cannot_be_listed_is_an_error_of_checkpoints():
+    with pytest.raises(fx.CheckpointError, match=r"expected a readable file at .*File name too long"):
+        fx.restore("x" * 300, start())

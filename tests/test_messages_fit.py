@@ -235,7 +235,7 @@ MISTAKES = {
     "val_data": (
         lambda: fx.fit(start(), STEP, DATA, epochs=1, val_data=DATA),
         (
-            "TypeError: fit: expected one of the options callbacks, eval_step, eval_data, eval_when, "
+            "TypeError: fit: expected the arguments callbacks, eval_step, eval_data, eval_when, "
             "eval_view, epochs, steps, observers, progress, checkpointer, resume, snapshot_every, snapshots, "
             "snapshots_on_host, rewind_limit, lag, clock, run, got 'val_data'. Did you mean 'eval_data'?"
         ),

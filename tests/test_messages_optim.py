@@ -10,44 +10,51 @@ MISTAKES = {
     "the name of torch for the learning rate": (
         lambda: optim.adam(lr=1e-3),
         (
-            "TypeError: expected an argument of adam (learning_rate, b1, b2, eps, eps_root, mu_dtype, "
-            "nesterov, amsgrad), got 'lr'. Give learning_rate."
+            "TypeError: adam: expected the arguments learning_rate, b1, b2, eps, eps_root, mu_dtype, "
+            "nesterov, amsgrad, got 'lr'. The learning rate comes first: fxtrain.optim.adam(1e-3)."
         ),
     ),
     "the name of torch for the decay rates": (
         lambda: optim.adamw(1e-3, betas=(0.9, 0.99)),
         (
-            "TypeError: expected an argument of adamw (learning_rate, b1, b2, eps, eps_root, mu_dtype, "
-            "weight_decay, mask, nesterov, amsgrad), got 'betas'. Give b1 and b2."
+            "TypeError: adamw: expected the arguments learning_rate, b1, b2, eps, eps_root, mu_dtype, "
+            "weight_decay, mask, nesterov, amsgrad, got 'betas'. Use fxtrain.optim.adamw(1e-3, b1=0.9, b2=0.999)."
         ),
     ),
     "a weight decay in adam": (
         lambda: optim.adam(1e-3, weight_decay=0.1),
         (
-            "TypeError: expected an argument of adam (learning_rate, b1, b2, eps, eps_root, mu_dtype, "
-            "nesterov, amsgrad), got 'weight_decay'. Use fx.optim.adamw, or chain it with "
-            "fx.optim.add_decayed_weights."
+            "TypeError: adam: expected the arguments learning_rate, b1, b2, eps, eps_root, mu_dtype, "
+            "nesterov, amsgrad, got 'weight_decay'. Use fxtrain.optim.adamw(1e-3, weight_decay=0.01), or add the decay "
+            "to the gradients: fxtrain.optim.chain(fxtrain.optim.add_decayed_weights(0.01), tx)."
         ),
     ),
     "an argument with a typo": (
         lambda: optim.sgd(learning_rat=0.1),
         (
-            "TypeError: expected an argument of sgd (learning_rate, momentum, nesterov, dampening, "
-            "accumulator_dtype), got 'learning_rat'. Did you mean 'learning_rate'?"
+            "TypeError: sgd: expected the arguments learning_rate, momentum, nesterov, dampening, "
+            "accumulator_dtype, got 'learning_rat'. Did you mean 'learning_rate'?"
         ),
     ),
     "the name of torch for the length": (
         lambda: schedules.cosine(0.1, T_max=100),
         (
-            "TypeError: expected an argument of cosine (init_value, decay_steps, alpha, exponent), got "
-            "'T_max'. Give decay_steps."
+            "TypeError: cosine: expected the arguments init_value, decay_steps, alpha, exponent, got "
+            "'T_max'. Use fxtrain.schedules.cosine(1e-3, decay_steps=1000)."
+        ),
+    ),
+    "an argument of torch without an equivalent": (
+        lambda: optim.sgd(0.1, maximize=True),
+        (
+            "TypeError: sgd: expected the arguments learning_rate, momentum, nesterov, dampening, "
+            "accumulator_dtype, got 'maximize'. Negate the loss."
         ),
     ),
     "an unknown argument": (
-        lambda: optim.sgd(0.1, fused=True),
+        lambda: optim.sgd(0.1, zzz=True),
         (
-            "TypeError: expected an argument of sgd (learning_rate, momentum, nesterov, dampening, "
-            "accumulator_dtype), got 'fused'. Leave it out."
+            "TypeError: sgd: expected the arguments learning_rate, momentum, nesterov, dampening, "
+            "accumulator_dtype, got 'zzz'. Leave it out."
         ),
     ),
     "a schedule that was not made": (

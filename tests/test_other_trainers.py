@@ -178,6 +178,12 @@ def test_argument_of_another_library_is_told_where_it_went(call, message):
     assert not mistakes(found), mistakes(found)
 
 
+def test_error_for_an_unknown_argument_is_printed_alone():
+    with pytest.raises(TypeError) as raised:
+        fx.callbacks.early_stopping(monitor="loss")
+    assert raised.value.__context__ is None
+
+
 def test_type_errors_of_right_arguments_stay():
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'patience'"):
         fx.callbacks.early_stopping("loss")
@@ -304,3 +310,12 @@ def test_patience_and_clipping_are_as_the_notebook_says():
     assert default("keras.callbacks.EarlyStopping(patience)") == 0
     assert default("lightning.pytorch.callbacks.EarlyStopping(patience)") == 3
     assert default("transformers.TrainingArguments(max_grad_norm)") == 1.0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [fx.writers.asynchronous, fx.writers.multi, fx.observers.write, fx.observers.required, fx.observers.rank_zero],
+)
+def test_logger_of_another_library_is_refused_in_place_of_a_writer_or_an_observer(place):
+    logger = type("WandbLogger", (), {"__module__": "lightning.pytorch.loggers"})()
+    assert "got WandbLogger of lightning. Use observers=[fxtrain.observers.write(" in error_of(place, logger)

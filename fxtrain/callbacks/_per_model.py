@@ -51,7 +51,7 @@ def per_model(callback: Callback) -> Handler:
 
     def run(state: TrainState, event: Event) -> tuple[TrainState, Control]:
         names = models_of(state)
-        if not names and getattr(event, "model", None) is None:
+        if not names and (not isinstance(event, TRACED) or event.model is None):
             return handler.function(state, event)
         total = Control()
         for name, part in _parts(handler, names, event):

@@ -175,20 +175,22 @@ def _checkpoint_at(path: str | os.PathLike[str]) -> pathlib.Path:
         remedy = "Give the arguments in this order: restore(path, like)."
     check_path("path", path, remedy)
     folder = pathlib.Path(path)
-    if (folder / MANIFEST).exists():
-        return folder
     expected = f"expected a checkpoint at {folder}, got"
-    if not folder.exists():
+    try:
+        is_checkpoint = MANIFEST in os.listdir(folder)
+    except (FileNotFoundError, ValueError):
         inside = [each.name for each in _checkpoints_in(folder.parent)]
         found = f" {folder.parent} has the checkpoints {first_names(inside)}." if inside else ""
-        raise CheckpointError(f"{expected} no such folder. Check the path.{found}")
-    if not folder.is_dir():
+        raise CheckpointError(f"{expected} no such folder. Check the path.{found}") from None
+    except NotADirectoryError:
         raise CheckpointError(
             f"{expected} a file. Give a folder written by fxtrain.save, or load weights with fxtrain.load_weights."
-        )
-    inside = _checkpoints_in(folder)
+        ) from None
+    except OSError:
+        return folder  # of which the manifest may be readable; reading it raises otherwise
+    inside = [] if is_checkpoint else _checkpoints_in(folder)
     if not inside:
-        return folder  # reading it raises
+        return folder  # without a manifest, reading it raises
     raise CheckpointError(
         f"{expected} a folder of {pluralize(len(inside), 'checkpoint')}. Restore the newest with "
         f"fxtrain.checkpointer(folder).restore(like), or give the path of one, such as {inside[-1].name}."

@@ -37,8 +37,11 @@ def override(config: dict[str, Any], changes: Sequence[str]) -> None:
         node: Any = config
         here, way = _first(node, _parts(key), key)
         while way:
-            # A missing mapping is created. A wrong name in the way is found when the configuration is read.
-            node = node.setdefault(here, {}) if isinstance(node, dict) else node[here]
+            # A mapping is created in place of none. Reading the configuration finds wrong names.
+            if isinstance(node, list) or node.get(here) is not None:
+                node = node[here]
+            else:
+                node[here] = node = {}
             here, way = _first(node, way, key)
         node[here] = load(value, f"the value of {key}")
 

@@ -57,7 +57,7 @@ def training(
         data: A source of batches.
         steps: Total number of steps.
         epochs: Total number of epochs. If both limits are given, the first one reached ends the run.
-        seed: Seed of weights and dropout. The order of the data has a seed of its own, as in ``batches``.
+        seed: Seed of weights and dropout. The order of the data has its own seed, as in ``batches``.
         eval_data: A source of batches for evaluations.
         measure: The function of the evaluation, as for ``fxtrain.eval_step``. Defaults to ``loss``.
         eval_when: When to evaluate, as for ``fit``. By default, at the end of each epoch and of the run.

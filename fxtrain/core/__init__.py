@@ -14,6 +14,7 @@ from fxtrain.core._checks import (
     check_positive_int,
     describe,
     did_you_mean,
+    takes,
 )
 from fxtrain.core._cleanup import try_all
 from fxtrain.core._compiling import compiling

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fxtrain.core._checks import describe, did_you_mean
+from fxtrain.core._checks import describe
 from fxtrain.core._formats import decimal_text, name_of, public_name
 from fxtrain.core._short_tracebacks import shorten_traceback
 
@@ -85,38 +85,13 @@ def records_call(attach: Callable[[R, Call], R]) -> Callable[[Callable[P, R]], C
             try:
                 made = function(*args, **kwargs)
             except Exception as error:
-                unknown = _unknown_argument(function, kwargs) if isinstance(error, TypeError) else None
-                if unknown is None:
-                    shorten_traceback(error)
-                    raise
-                raise unknown from None
+                shorten_traceback(error)
+                raise
             return attach(made, Call(recorded, args, kwargs))
 
         return recorded
 
     return decorate
-
-
-_TORCH_NAMES = {"lr": ("learning_rate",), "betas": ("b1", "b2"), "gamma": ("decay_rate",), "T_max": ("decay_steps",)}
-"""From names of arguments in torch.optim to those that may stand for them here."""
-
-
-def _unknown_argument(function: Callable[..., object], kwargs: Mapping[str, object]) -> TypeError | None:
-    """Returns the error for a keyword argument that the function does not have, or None."""
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    unknown = next((name for name in kwargs if name not in parameters), None)
-    if unknown is None:
-        return None
-    here = [name for name in _TORCH_NAMES.get(unknown, ()) if name in parameters]
-    remedy = f" Give {' and '.join(here)}." if here else did_you_mean(unknown, parameters)
-    if unknown == "weight_decay":
-        remedy = " Use fx.optim.adamw, or chain it with fx.optim.add_decayed_weights."
-    return TypeError(
-        f"expected an argument of {name_of(function)} ({', '.join(parameters)}), got {unknown!r}."
-        f"{remedy or ' Leave it out.'}"
-    )
 
 
 def argument_text(value: object) -> str:

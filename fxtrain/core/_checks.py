@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import inspect
 import os
 import reprlib
 import typing
@@ -174,6 +175,24 @@ def check_callable(name: str, value: object, signature: str) -> None:
     """
     if not callable(value):
         raise TypeError(f"expected {name} to be a function {signature}, got {describe(value)}. Pass a function.")
+
+
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Whether a function accepts this many positional arguments. True if its signature cannot be read.
+
+    Args:
+        function: Any callable.
+        count: The number of arguments.
+
+    Example:
+        >>> takes(lambda state, event: None, 2), takes(lambda state, event: None, 3)
+        (True, False)
+    """
+    try:
+        inspect.signature(function).bind(*range(count))
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)
+    return True
 
 
 def check_path(name: str, value: object, remedy: str = "Pass a str or a pathlib.Path.") -> None:

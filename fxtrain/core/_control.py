@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core._assignment import refusing_assignment
 from fxtrain.core._checks import describe, did_you_mean
+from fxtrain.core._field_access import refusing_assignment
 from fxtrain.core._pytrees import register_node
 from fxtrain.core._types import Tree
 

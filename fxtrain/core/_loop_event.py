@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from fxtrain.core._checks import did_you_mean
+from fxtrain.core._field_access import missing_field
 from fxtrain.core._record import Record
 
 
@@ -39,17 +40,16 @@ class LoopEvent(Record):
     data_wait: float = 0.0
 
     def __getattr__(self, name: str) -> NoReturn:
-        kind = type(self).__name__
-        if name.startswith("__"):  # a protocol of Python that an event does not have
-            raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
         fields = [field.name for field in dataclasses.fields(self)]
-        if name == "metrics":
-            remedy = " Subscribe to an event that has metrics: StepEnd, EvalStep, EvalEnd or EpochEnd."
-        elif name in self.__dict__.get("metrics", ()):
-            remedy = f" Read event.metrics[{name!r}]."
-        else:
-            remedy = did_you_mean(name, fields) or f" help(fxtrain.{kind}) describes the fields."
-        raise AttributeError(f"expected a field of {kind} ({', '.join(fields)}), got {name!r}.{remedy}")
+
+        def remedy() -> str:
+            if name == "metrics":
+                return "Subscribe to an event that has metrics: StepEnd, EvalStep, EvalEnd or EpochEnd."
+            if name in self.__dict__.get("metrics", ()):
+                return f"Read event.metrics[{name!r}]."
+            return did_you_mean(name, fields).strip() or f"help(fxtrain.{type(self).__name__}) describes the fields."
+
+        raise missing_field(self, name, fields, remedy)
 
     @property
     def epoch(self) -> float | None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 import torch
 from torch import Tensor
 
-from fxtrain.core._assignment import refusing_assignment
 from fxtrain.core._checks import describe, did_you_mean
+from fxtrain.core._field_access import missing_field, refusing_assignment
 from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._html import html_view, view
 from fxtrain.core._leaf_values import leaf_bytes, leaf_shape
@@ -96,10 +96,10 @@ class TrainState:
             _refuse_non_tensors(name, getattr(self, name))
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # a protocol of Python that a state does not have
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        remedy = _ELSEWHERE.get(name) or did_you_mean(name, FIELDS).strip() or _VIEW
-        raise AttributeError(f"expected a field of TrainState ({', '.join(FIELDS)}), got {name!r}. {remedy}")
+        def remedy() -> str:
+            return _ELSEWHERE.get(name) or did_you_mean(name, FIELDS).strip() or _VIEW
+
+        raise missing_field(self, name, FIELDS, remedy)
 
     def replace(self, **changes: object) -> Self:
         """Returns a new state with some fields replaced. Only the new values are checked."""

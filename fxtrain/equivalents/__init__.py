@@ -116,28 +116,21 @@ def with_known_arguments(function: Callable[Options, R]) -> Callable[Options, R]
         try:
             return function(*args, **kwargs)
         except TypeError:
-            refuse_unknown_arguments(function, kwargs)
-            raise
+            unknown = _unknown_of(function, kwargs)
+            if unknown is None:
+                raise
+        raise unknown
 
     return checked
 
 
-def refuse_unknown_arguments(function: Callable[..., object], given: Iterable[str]) -> None:
-    """Raises if a function has no keyword argument of a name.
-
-    Args:
-        function: The function.
-        given: The names of the keyword arguments that were passed.
-
-    Raises:
-        TypeError: The message says where the argument of another library went, or suggests the nearest spelling.
-    """
+def _unknown_of(function: Callable[..., object], given: Iterable[str]) -> TypeError | None:
+    """Returns the error for the first keyword argument that a function does not have, or None."""
     parameters = inspect.signature(function).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return
-    unknown = next((name for name in given if name not in parameters), None)
-    if unknown is not None:
-        raise unknown_argument(function, unknown, list(parameters))
+        return None
+    name = next((name for name in given if name not in parameters), None)
+    return None if name is None else unknown_argument(function, name, parameters)
 
 
 def unknown_argument(function: Callable[..., object], name: str, known: Iterable[str]) -> TypeError:
@@ -147,6 +140,9 @@ def unknown_argument(function: Callable[..., object], name: str, known: Iterable
         function: The function.
         name: The argument.
         known: The arguments that the function has.
+
+    Returns:
+        The error. Its message says where the argument of another library went, or suggests the nearest spelling.
     """
     # Imported lazily to keep `import fxtrain` fast.
     from fxtrain.equivalents._arguments import advice_on_argument
@@ -155,5 +151,5 @@ def unknown_argument(function: Callable[..., object], name: str, known: Iterable
     room = (getattr(function, "__module__", None) or "").removeprefix("fxtrain.").partition(".")[0]
     known = list(known)
     advice = advice_on_argument(called, name, room)
-    suggestion = f" {advice}" if advice else did_you_mean(name, known)
+    suggestion = f" {advice}" if advice else did_you_mean(name, known) or " Leave it out."
     return TypeError(f"{called}: expected the arguments {', '.join(known)}, got {name!r}.{suggestion}")

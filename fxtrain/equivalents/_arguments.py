@@ -28,7 +28,7 @@ _SPLIT = "Split the data first, as in torch.utils.data.random_split, and give on
 _SHUFFLE = "The order belongs to the data: fxtrain.data.batches(data, 32, shuffle=True, seed=0)."
 _DROP = "Use fxtrain.data.batches(data, 32, drop_last=True)."
 _LOADER = "Loading belongs to the data: fxtrain.data.from_loader(torch.utils.data.DataLoader(...))."
-_PREFETCH = "Use fxtrain.data.prefetch(source), or fxtrain.data.from_loader(loader) with workers of its own."
+_PREFETCH = "Use fxtrain.data.prefetch(source), or fxtrain.data.from_loader(loader), whose workers load ahead."
 _LIMIT = "Give data with fewer batches, or fxtrain.fit(state, step, data, steps=100)."
 _PROGRESS = "Use fxtrain.fit(state, step, data, epochs=1, progress=True)."
 _WRITE = "Use observers=[fxtrain.observers.write(fxtrain.writers.tensorboard(folder), every=50)]."
@@ -130,7 +130,7 @@ ARGUMENTS: Mapping[str, str] = {
     "val_dataloaders": _EVALUATION,
     "weights_only": "fxtrain.restore reads tensors only, and runs no code of a checkpoint.",
     # transformers: Trainer
-    "args": "Each argument has a place of its own. Give one to fxtrain.fit by name, and the error says where it went.",
+    "args": "Give one of these arguments to fxtrain.fit by name, and the error says where it went.",
     "model": "Give the module to fxtrain.init(module, tx), whose state is the first argument.",
     "data_collator": "Use fxtrain.data.batches(data, 32, collate=collate).",
     "train_dataset": "Give data of batches as the third argument: fxtrain.data.batches(dataset, 32).",
@@ -292,6 +292,17 @@ OF_FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "momentum": "Use fxtrain.callbacks.ema(0.999).",
         "update_freq": "Use fxtrain.callbacks.ema(0.999, every=5).",
     },
+    "adam": {
+        "weight_decay": (
+            "Use fxtrain.optim.adamw(1e-3, weight_decay=0.01), or add the decay to the gradients: "
+            "fxtrain.optim.chain(fxtrain.optim.add_decayed_weights(0.01), tx)."
+        ),
+    },
+    "cosine": {
+        "T_max": "Use {function}(1e-3, decay_steps=1000).",
+        "eta_min": "Use {function}(1e-3, 1000, alpha=0.1), a fraction of the initial value.",
+    },
+    "exponential": {"gamma": "Use {function}(1e-3, 1, decay_rate=0.99)."},
     "optim": {
         "lr": "The learning rate comes first: {function}(1e-3).",
         "betas": "Use fxtrain.optim.adamw(1e-3, b1=0.9, b2=0.999).",

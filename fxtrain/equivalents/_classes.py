@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fxtrain.equivalents import class_of
+from fxtrain.equivalents._arguments import ARGUMENTS
 
 _PROGRESS = "Use observers=[fxtrain.observers.progress()]."
-_SUMMARY = "Use observers=[fxtrain.observers.summary()]."
+_SUMMARY = ARGUMENTS["enable_model_summary"]
 _SCHEDULE = "Use a schedule as the learning rate, such as fxtrain.optim.adamw(fxtrain.schedules.cosine(1e-3, 1000))."
 _EMA = "Use fxtrain.callbacks.ema(0.999), and evaluate the average with fit(eval_view=fxtrain.callbacks.averaged)."
 _CHECKPOINTER = "Use checkpointer=fxtrain.checkpointer(folder)."
@@ -89,9 +90,7 @@ CALLBACKS: Mapping[str, str] = {
         "The trainer is fxtrain.fit(state, step, data, epochs=10). notebooks/12_other_trainers.ipynb has the place of "
         "each argument."
     ),
-    "TrainingArguments": (
-        "Each argument has a place of its own. Give one to fxtrain.fit by name, and the error says where it went."
-    ),
+    "TrainingArguments": ARGUMENTS["args"],
     "WandbCallback": _WRITE.format("fxtrain.writers.wandb(folder)"),
 }
 """Advice by class name. Subclasses inherit the advice on their bases."""
@@ -103,7 +102,7 @@ _BY_PART = {
     "lrscheduler": _SCHEDULE,
     "averaging": CALLBACKS["StochasticWeightAveraging"],
     "ema": _EMA,
-    "accumulation": "Use fxtrain.train_step(loss_fn, tx, accumulate=4).",
+    "accumulation": ARGUMENTS["accumulate_grad_batches"],
     "nan": CALLBACKS["TerminateOnNaN"],
     "timer": CALLBACKS["Timer"],
     "timelimit": CALLBACKS["Timer"],

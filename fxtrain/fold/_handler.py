@@ -24,12 +24,11 @@ from fxtrain.core import (
     check_choice,
     describe,
     name_of,
+    takes,
 )
 from fxtrain.core._short_tracebacks import with_short_traceback
-from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._lookalikes import refuse_lookalikes
-from fxtrain.fold._misplaced import refuse_misplaced
-from fxtrain.fold._subscription import kinds, subscription, takes
+from fxtrain.fold._subscription import kinds, subscription
 from fxtrain.values import KINDS_BY_NAME
 
 EventTypes = type[Event] | type[LoopEvent] | types.UnionType
@@ -124,8 +123,6 @@ def handler_of(callback: object) -> Handler:
         _refuse_observer(callback.function)
         return callback
     refuse_lookalikes(callback, "callbacks")
-    refuse_misplaced(callback, "callbacks")
-    refuse_foreign("each callback", "a function (state, event) -> (state, control)", callback)
     if not callable(callback):
         raise TypeError(
             f"callbacks: expected functions (state, event) -> (state, control), got {describe(callback)}. Write such a "

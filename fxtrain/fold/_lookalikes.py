@@ -1,14 +1,15 @@
-"""Detects values that look like callbacks: factories that were not called, and callbacks of other libraries."""
+"""Detects values in place of callbacks and observers: uncalled factories, other objects, those of other libraries."""
 
 from __future__ import annotations
 
 import types
 
-from fxtrain.equivalents import refuse_foreign_callback
+from fxtrain.equivalents import refuse_foreign, refuse_foreign_callback
+from fxtrain.fold._misplaced import EXPECTED, refuse_misplaced
 
 
 def refuse_lookalikes(callback: object, argument: str) -> None:
-    """Raises if a callback or an observer is a factory that was not called, or belongs to another library.
+    """Raises if a callback or an observer is an uncalled factory, belongs elsewhere, or is from another library.
 
     Args:
         callback: The value that was passed.
@@ -30,3 +31,5 @@ def refuse_lookalikes(callback: object, argument: str) -> None:
         )
     expected = "functions (state, event, control)" if argument == "observers" else "functions (state, event)"
     refuse_foreign_callback(argument, expected, callback)
+    refuse_misplaced(callback, argument)
+    refuse_foreign(f"each {argument.removesuffix('s')}", f"a function {EXPECTED[argument]}", callback)

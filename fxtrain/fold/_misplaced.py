@@ -8,7 +8,7 @@ from fxtrain.core import describe
 
 _WRITERS = "fxtrain.writers."
 _CHECKPOINTS = "fxtrain.checkpoint."
-_EXPECTED = {"callbacks": "(state, event) -> (state, control)", "observers": "(state, event, control)"}
+EXPECTED = {"callbacks": "(state, event) -> (state, control)", "observers": "(state, event, control)"}
 """The functions that each argument takes."""
 
 
@@ -24,7 +24,7 @@ def refuse_misplaced(value: object, argument: str) -> None:
     """
     remedy = _remedy(value, argument)
     if remedy:
-        raise TypeError(f"{argument}: expected functions {_EXPECTED[argument]}, got {_described(value)}. {remedy}")
+        raise TypeError(f"{argument}: expected functions {EXPECTED[argument]}, got {_described(value)}. {remedy}")
 
 
 def _described(value: object) -> str:

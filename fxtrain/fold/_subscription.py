@@ -14,24 +14,6 @@ from typing import Any
 from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Event, LoopEvent, Published, did_you_mean, name_of
 
 
-def takes(function: Callable[..., object], count: int) -> bool:
-    """Whether a function accepts this many positional arguments. True if its signature cannot be read.
-
-    Args:
-        function: Any callable.
-        count: The number of arguments.
-
-    Example:
-        >>> takes(lambda state, event: None, 2), takes(lambda state, event: None, 3)
-        (True, False)
-    """
-    try:
-        inspect.signature(function).bind(*range(count))
-    except (TypeError, ValueError) as error:
-        return isinstance(error, ValueError)
-    return True
-
-
 def subscription(callback: Callable[..., object]) -> Iterable[type[Event]]:
     """Returns the event types named by the annotation of the second parameter.
 

@@ -21,12 +21,12 @@ from fxtrain.core import (
     check_positive_int,
     describe,
     name_of,
+    takes,
 )
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.fold._checks import refuse_other_structure
 from fxtrain.fold._compose import Composed
 from fxtrain.fold._handler import Handler, checked_result, handler_of
-from fxtrain.fold._subscription import takes
 
 Predicate = Callable[[Any], Flag]
 """Maps an event to a bool, or to a bool tensor of shape [] inside the step."""

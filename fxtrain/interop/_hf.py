@@ -45,10 +45,10 @@ def hf(
     ``transformers.DefaultFlowCallback()`` first to have both, and the end of the run, follow ``args``. If
     ``args.eval_strategy`` is ``"epoch"``, the evaluation at the end of an epoch comes after ``on_epoch_end``.
 
-    The memory of a callback is kept in its slot, so it is saved and restored, unlike in ``Trainer`` by default: what
-    ``ExportableState.state()`` returns, and attributes that are numbers, strings, tensors or containers of these. What
-    ``on_train_begin`` sets holds at the start of a run, and a resumed run restores what was there. Other attributes,
-    such as open files, stay on the object.
+    Callback state is kept in the slot, so it is saved and restored, unlike in ``Trainer`` by default. It consists of
+    the result of ``ExportableState.state()``, and of attributes that are numbers, strings, tensors or containers of
+    these. Other attributes, such as open files, stay on the object. Values that ``on_train_begin`` sets apply to a new
+    run. A resumed run restores the saved ones.
 
     ``model`` is a module with the parameters of the state. It is filled only while a callback runs. Writes to its
     values reach the state, or raise at events where the state cannot change. Other changes, such as hooks or settings
@@ -65,17 +65,18 @@ def hf(
         eval_dataloader: As ``train_dataloader``.
         name: The name of the slot. Required to use several callbacks of the same class in separate calls.
         transient: Names of attributes that belong to the process instead of the run, such as counters of a display.
-        memory: Bytes reserved for the callbacks' memory.
+        memory: Bytes reserved for callback state.
         history: Bytes reserved for ``state.log_history``. The oldest entries are dropped beyond it, with a warning.
 
     Returns:
         A callback for ``fit``.
 
     Raises:
-        ImportError: If transformers or accelerate is not installed.
+        ModuleNotFoundError: If transformers is not installed.
+        ImportError: If accelerate is not installed, and ``args`` are not given.
         TypeError: If a callback is not one of transformers, or at run time, if the state is that of several runs.
-        ValueError: If there is no callback, or at run time, if the memory does not fit, the best metric is not among
-            those of the evaluation, or the state is that of several modules.
+        ValueError: If there is no callback, or at run time, if callback state does not fit, the evaluation lacks the
+            best metric, or the state is that of several modules.
         RuntimeError: At run time, if a callback changes the model in a way that cannot reach the state.
 
     Example:
@@ -94,8 +95,10 @@ def hf(
         >>> result.reason  # doctest: +SKIP
         'EarlyStoppingCallback set should_training_stop'
     """
-    from fxtrain.interop._hf_events import composed  # imports transformers
-
+    try:
+        from fxtrain.interop._hf_events import composed
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("interop.hf requires transformers. Install it: pip install 'fxtrain[hf]'.") from error
     return composed(
         callbacks,
         args,
@@ -123,14 +126,14 @@ def hf_event(
     Args:
         hook: ``"on_predict"``, after a prediction by ``fxtrain.evaluate``, or ``"on_push_begin"``, before an upload.
         state: The state, with the slots of the callbacks. It is not modified.
-        callbacks: Those given to ``fit``. All that ``hf`` did not make are ignored.
+        callbacks: Those given to ``fit``. Callbacks not made by ``hf`` are ignored.
         metrics: For ``on_predict``. Names get the prefix ``"test_"``, as in ``Trainer``.
 
     Returns:
-        The state with what the callbacks wrote to their memory and to the model.
+        The state with the new callback state, and with the callbacks' writes to the model.
 
     Raises:
-        ValueError: If ``hook`` is another method, which events of ``fit`` call, or if no callback was made by ``hf``.
+        ValueError: If ``hook`` is another method, which ``fit`` calls at an event, or if ``hf`` made no callback.
 
     Example:
         >>> import torch, fxtrain as fx

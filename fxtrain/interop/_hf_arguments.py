@@ -28,7 +28,7 @@ class SharedArguments:
         given: The values given to ``hf``. Data that was not given has a length only.
 
     Attributes:
-        state: The state of the current event, with what callbacks wrote.
+        state: The state of the current event, with the writes of callbacks.
         published: The values logged at the last step, such as the learning rates, by the names that writers see.
         named: The arguments by name.
         train_data: Stands in for the training data.
@@ -46,7 +46,7 @@ class SharedArguments:
 
     @contextlib.contextmanager
     def showing(self, state: TrainState, event: LoopEvent | None, *, is_writable: bool) -> Iterator[None]:
-        """Shows a state. Inside, ``state`` is this state with what callbacks wrote.
+        """Shows a state. Inside, ``state`` is this state with the writes of callbacks.
 
         Args:
             state: The state of the event.
@@ -66,7 +66,7 @@ class SharedArguments:
 
     @contextlib.contextmanager
     def watching(self, who: str) -> Iterator[None]:
-        """Calls a method inside this context. What it writes to the model is taken over into ``state``.
+        """Applies the writes of a method, which is called inside this context, to ``state``.
 
         Args:
             who: The callback and its method, for errors.

@@ -93,7 +93,7 @@ class _Adapter:
     Args:
         slot: Their slot.
         callbacks: The callbacks.
-        facts: What ``Trainer`` keeps for them.
+        facts: The objects of ``Trainer`` that they see.
         shared: The other arguments of their methods.
     """
 
@@ -139,7 +139,7 @@ class _Adapter:
         return (state if is_session else self._slot.remember(state, self._loss)), control
 
     def fire_outside(self, hook: str, state: TrainState, metrics: Mapping[str, float]) -> TrainState:
-        """Calls ``on_predict`` or ``on_push_begin``, and returns the state with what was written."""
+        """Calls ``on_predict`` or ``on_push_begin``, and returns the state with their writes."""
         self._slot.recall(state)
         named = {"metrics": {f"test_{key.removeprefix('test_')}": value for key, value in metrics.items()}}
         with self._shared.showing(state, None, is_writable=True):

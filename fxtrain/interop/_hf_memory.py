@@ -1,4 +1,4 @@
-"""The attributes of Python objects as JSON, to keep them in a slot and to put them back."""
+"""Converts the attributes of Python objects to JSON and back, to keep them in a slot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TAG = "type"
 
 
 class NotDataError(Exception):
-    """The value is no data, such as an open file, a module or a function."""
+    """Raised for a value that cannot be saved, such as an open file, a module or a function."""
 
 
 def encode(value: object) -> Json:
@@ -77,15 +77,15 @@ def _as_text(tensor: Tensor) -> str:
 
 
 class ObjectMemory:
-    """The data among the attributes of an object, as a difference from what the object was made with.
+    """Saves and restores the attributes of an object that differ from those it was constructed with.
 
-    Attributes that are no data, such as open files and progress bars, are left on the object.
+    Other attributes, such as open files and progress bars, are neither saved nor changed.
 
     Args:
         target: The object.
         transient: Names of attributes to leave out.
-        read: Returns the memory that the object itself exports, or None.
-        write: Puts such memory back.
+        read: Returns the state that the object exports; None for an object that exports none.
+        write: Restores an exported state.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class ObjectMemory:
         self._configured, self._configured_export = self._attributes(), self._exported()
 
     def capture(self) -> dict[str, Json]:
-        """Returns the differences. A value that was given to the constructor is none, so it can be changed later."""
+        """Returns the differences. Arguments of the constructor are left out, so a resumed run may change them."""
         now, configured = self._attributes(), self._configured
         found: dict[str, Json] = {}
-        if changed := {name: value for name, value in now.items() if configured.get(name, NotDataError) != value}:
+        if changed := {key: now[key] for key in now if key not in configured or configured[key] != now[key]}:
             found["set"] = changed
         if gone := [name for name in configured if name not in vars(self._target)]:
             found["gone"] = gone
@@ -112,7 +112,7 @@ class ObjectMemory:
         return found
 
     def restore(self, memory: Mapping[str, Json]) -> None:
-        """Puts attributes back that ``capture`` returned, and resets all others to what the object was made with."""
+        """Restores the attributes that ``capture`` returned, and resets all others to their values at construction."""
         wanted = {**self._configured, **memory.get("set", {})}
         for name in memory.get("gone", ()):
             wanted.pop(name, None)

@@ -25,8 +25,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class ShownModule:
     """A module that holds the tensors of a state, without a copy, while a callback runs. In between it holds none.
 
-    A callback's writes are detected. They are taken over into a new state where the event allows it, and refused
-    elsewhere. The state that was shown is left as it was.
+    Writes of a callback are detected. They are applied to a new state where the event allows it, and refused
+    elsewhere. The state that was shown is not modified.
 
     Args:
         state: A state of one module, which decides the architecture.
@@ -98,7 +98,7 @@ class ShownModule:
         return [*itertools.chain.from_iterable(map(dict.values, containers)), *trained]
 
     def _read_settings(self) -> dict[str, object]:
-        """Returns what a callback may have changed besides values: settings, hooks, structure, and what is trained."""
+        """Returns all that callbacks can change besides values: settings, hooks, structure and trainable parameters."""
         found: dict[str, object] = {}
         for path, module in self.module.named_modules():
             dot = f"{path}." if path else ""
@@ -118,7 +118,7 @@ class ShownModule:
         return found
 
     def refuse_other_settings(self, who: str) -> None:
-        """Raises if a callback changed the module in a way that no state can hold, and undoes nothing."""
+        """Raises if a callback changed more than values, which a state cannot hold. The changes are not undone."""
         before, self._contents = self._contents, self._read_contents()
         if len(before) == len(self._contents) and all(map(operator.is_, before, self._contents)):
             return

@@ -1,4 +1,4 @@
-"""The slot of transformers' callbacks: their memory and the history of their logs in buffers of fixed size."""
+"""The slot of transformers' callbacks: their state and the log history, in buffers of fixed size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Content(NamedTuple):
 
 
 class Slot:
-    """Moves memory between Python objects and a slot.
+    """Moves callback state between Python objects and a slot.
 
     The objects are those of one process and the slot is part of a state. Whenever a callback is called with another
     slot than the one written last, as after a resume or a rewind, the objects are restored first.
@@ -30,7 +30,7 @@ class Slot:
     Args:
         name: The name of the slot.
         facts: The objects.
-        sizes: Bytes for the memory and for the history.
+        sizes: Bytes for callback state and for the history.
     """
 
     def __init__(self, name: str, facts: TrainerFacts, sizes: tuple[int, int]) -> None:
@@ -62,19 +62,19 @@ class Slot:
         return state.slots[self.name]
 
     def begin(self) -> None:
-        """Forgets the last session."""
+        """Starts a session: the next ``recall`` restores the objects from the slot."""
         self._memory = self._history = None
         self._is_new_session = True
         self._at_begin = b""
 
     def keep_beginning(self) -> None:
-        """Keeps what methods set before the first step. It is the memory of a run that has none in its slot yet."""
+        """Keeps the values set before the first step, with which a new run begins, because its slot is empty."""
         self._at_begin = self._facts.capture(self._sizes[0])
 
     def recall(self, state: TrainState) -> None:
-        """Restores the objects from the slot, unless they are as it says.
+        """Restores the objects from the slot, if it changed since the last call.
 
-        What methods of session events set since the last call is kept then. These events cannot write to the slot.
+        Otherwise values set by methods at session events remain, because these events cannot write to the slot.
         """
         content = self.read(state)
         self._read_history(content.history)
@@ -87,7 +87,7 @@ class Slot:
             self._is_new_session = False
 
     def remember(self, state: TrainState, loss: Tensor) -> TrainState:
-        """Returns the state with the memory of the objects in the slot."""
+        """Returns the state with the attributes of the objects in the slot."""
         before = self.read(state)
         text = self._facts.capture(before.memory.numel())
         if text != self._text:

@@ -83,7 +83,10 @@ class DataView:
 
     def __len__(self) -> int:
         if self.length is None:
-            raise TypeError(f"expected {self._name} to have a length, got data of unknown length.")
+            raise TypeError(
+                f"expected {self._name} to have a length, got data of unknown length. Give it: "
+                f"fxtrain.interop.hf(callback, {self._name}=...)."
+            )
         return self.length
 
     def __iter__(self) -> Iterator[Any]:

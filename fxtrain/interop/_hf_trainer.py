@@ -1,4 +1,4 @@
-"""What ``Trainer`` keeps for its callbacks: its state, its control, and the history of its logs."""
+"""The objects of ``Trainer`` that callbacks see: its state with the log history, its control and its arguments."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _LOGGED_NAMES = {"grad_norm/total": "grad_norm"}
 
 
 class TrainerFacts:
-    """The objects that callbacks see besides the model, and their memory.
+    """The arguments of callbacks besides the model, and the state of all objects that are saved.
 
     Args:
         callbacks: The callbacks.
         args: The arguments of ``Trainer``; None for the defaults of ``hf``.
-        transient: Names of attributes of callbacks that are not kept.
+        transient: Names of attributes of callbacks that are not saved.
 
     Attributes:
         args: The arguments.
         state: The state of ``Trainer``.
         control: The control, one object for the whole run.
-        progress: What the adapter itself must remember.
+        progress: The state of the adapter.
     """
 
     def __init__(self, callbacks: Sequence[Any], args: Any, transient: frozenset[str]) -> None:
@@ -71,13 +71,13 @@ class TrainerFacts:
     # Memory
 
     def capture(self, size: int) -> bytes:
-        """Returns the memory of all objects.
+        """Returns the state of all objects.
 
         Args:
-            size: The most bytes that it may take.
+            size: The maximum size in bytes.
 
         Raises:
-            ValueError: If it takes more. The message names the largest attribute.
+            ValueError: If it is larger. The message names the largest attribute.
         """
         found = [memory.capture() for memory in self._memories]
         text = json.dumps(found, separators=(",", ":")).encode()
@@ -86,7 +86,7 @@ class TrainerFacts:
         return text
 
     def restore(self, text: bytes) -> None:
-        """Restores what ``capture`` returned. An empty text is the memory that the objects were made with."""
+        """Restores what ``capture`` returned. An empty text resets all objects."""
         found: list[dict[str, Json]] = json.loads(text) if text else [{}] * len(self._memories)
         for memory, each in zip(self._memories, found, strict=True):
             memory.restore(each)
@@ -143,7 +143,7 @@ class TrainerFacts:
     # State
 
     def begin(self, event: FitBegin) -> None:
-        """Sets what is known at the start of a session."""
+        """Sets the fields that are constant in a session."""
         state = self.state
         state.train_batch_size, state.epoch = event.batch_size, event.epoch or 0.0
         state.is_world_process_zero = self.args.process_index == 0
@@ -170,7 +170,7 @@ class TrainerFacts:
         return {_LOGGED_NAMES.get(name, name.removeprefix("train/")): value for name, value in scalars.items()}
 
     def is_new_best(self, metrics: Mapping[str, float]) -> bool:
-        """Takes up the metrics of an evaluation. Returns whether the best metric improved."""
+        """Updates the best metric from those of an evaluation. Returns whether it improved."""
         name, state, args = self.best_metric, self.state, self.args
         if name is None or (self.has_default_args and name not in metrics):
             return False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, describe, did_you_mean
+from fxtrain.core import Tree, check_callable, describe, did_you_mean
 from fxtrain.metrics import Metric
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def torchmetric(
     write into a state in place, as most do, do not run under ``vmap``.
 
     Args:
-        metric: A metric, a collection, a composition such as ``2 * metric``, or a wrapper without state of its own. It
+        metric: A metric, a collection, a composition such as ``2 * metric``, or a wrapper that adds no state. It
             is copied, so its own state is neither read nor changed.
         convert: Maps the result of ``metric.compute()`` to a tensor of shape [] or a dict of them. By default, other
             tensors give one value for each entry, named by its index, such as ``confusion/0/1``.
@@ -67,10 +67,10 @@ def torchmetric(
         wrapped = MetricStates(metric)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "interop.torchmetric needs torchmetrics. Install it: pip install 'fxtrain[torchmetrics]'."
+            "interop.torchmetric requires torchmetrics. Install it: pip install 'fxtrain[torchmetrics]'."
         ) from error
-    if convert is not None and not callable(convert):
-        raise TypeError(f"expected convert to be a function of the metric's result, got {describe(convert)}.")
+    if convert is not None:
+        check_callable("convert", convert, "(result) -> tensor or dict of tensors")
     taken = wrapped.arguments
     for name in outputs:
         if taken is not None and name not in taken:
@@ -159,7 +159,7 @@ class TorchMetric(Metric):
 
 
 def _scalars(result: Any, name: str = "") -> Any:
-    """Returns the result of a metric with each entry of a tensor as a value of its own, named by its index.
+    """Returns the result of a metric with each entry of a tensor as a separate value, named by its index.
 
     Raises:
         TypeError: If it contains anything but numbers, or too many.

@@ -168,24 +168,20 @@ def check_needs(
                 )
         for check in handler.needs.checks:
             check(state)
-        for metric in handler.needs.eval_metrics if eval_step is None else ():
-            raise ValueError(
-                f"expected the metric {metric!r} at EvalEnd for {handler.name}, got no evaluation. Give fit an "
-                "eval_step and eval_data."
-            )
     check: Callable[[TrainState], None] | None = getattr(getattr(step, "step", step), "check_state", None)
     if check is not None:
         check(state)
-    if eval_step is None:
-        if best is not None:
-            raise ValueError(
-                f"expected the metric {best!r} at EvalEnd for checkpointer(best=...), got no evaluation. Give fit an "
-                "eval_step and eval_data."
-            )
-        return
     needed = [(metric, handler.name) for handler in callbacks.handlers for metric in handler.needs.eval_metrics]
     needed += [] if best is None else [(best, "checkpointer(best=...)")]
-    measured = _measured(eval_step, state, eval_data) if needed else []
+    if not needed:
+        return
+    if eval_step is None:
+        metric, reader = needed[0]
+        raise ValueError(
+            f"expected the metric {metric!r} at EvalEnd for {reader}, got no evaluation. Give fit an eval_step and "
+            "eval_data."
+        )
+    measured = _measured(eval_step, state, eval_data)
     for metric, reader in needed:
         if measured and metric not in measured:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from fxtrain.core import Donated, History, StepFn, TrainState, leaf_values, pluralize
+from fxtrain.core._field_access import missing_field
 from fxtrain.core._html import html_view, view
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import SourceLike
@@ -46,13 +47,9 @@ class Result:
     exit_code: int = 0
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # a protocol of Python that a result does not have
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         fields = [field.name for field in dataclasses.fields(self)]
-        raise AttributeError(
-            f"expected a field of Result ({', '.join(fields)}), got {name!r}. Curves are in result.history, and the "
-            "parameters in result.state.params."
-        )
+        advice = "Curves are in result.history, and the parameters in result.state.params."
+        raise missing_field(self, name, fields, lambda: advice)
 
     def __repr__(self) -> str:
         return f"Result {self._where()}: {self.reason}\n{self.history!r}"

@@ -31,14 +31,13 @@ from fxtrain.core import (
     name_of,
     printable,
     printable_lines,
+    takes,
     try_all,
     warn,
 )
-from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
-from fxtrain.fold._misplaced import refuse_misplaced
-from fxtrain.fold._subscription import subscription, takes
+from fxtrain.fold._subscription import subscription
 from fxtrain.fold._watched import Outcome, Watched
 from fxtrain.loop._history import HistoryRecorder, Moment
 from fxtrain.loop._published import published_after
@@ -261,8 +260,6 @@ def _call(observer: Callable[..., None], name: str, *arguments: object) -> None:
 
 def _check_observer(observer: Callable[..., None]) -> None:
     refuse_lookalikes(observer, "observers")
-    refuse_misplaced(observer, "observers")
-    refuse_foreign("each observer", "a function (state, event, control)", observer)
     if isinstance(observer, Composed):
         name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
     else:

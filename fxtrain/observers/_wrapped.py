@@ -9,9 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of
-from fxtrain.fold._misplaced import refuse_misplaced
-from fxtrain.fold._subscription import takes
+from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of, takes
+from fxtrain.fold._lookalikes import refuse_lookalikes
 
 
 def rank_zero(observer: Observer) -> Observer:
@@ -37,7 +36,7 @@ def rank_zero(observer: Observer) -> Observer:
 
 
 def _refuse_others(function: str, observer: Callable[..., object]) -> None:
-    refuse_misplaced(observer, "observers")
+    refuse_lookalikes(observer, "observers")
     if not takes(observer, 3):
         name = getattr(observer, "name", name_of(observer))
         raise TypeError(

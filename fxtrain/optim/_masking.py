@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, describe, name_of
+from fxtrain.core import Tree, describe, name_of, takes
 from fxtrain.optim._learning_rates import by_group, inner_state_of, inside
 from fxtrain.optim._state import start_count
 from fxtrain.optim._transform import GradientTransformation, described, refuse_unless_transformation, set_to_zero
@@ -175,15 +175,11 @@ def _refuse_other_arguments(name: str, of: Mask | Labels) -> None:
     """Raises if a function of a mask or of labels does not take a path and a leaf."""
     if torch.compiler.is_dynamo_compiling() or not callable(of):  # Dynamo cannot trace signatures
         return
-    try:
-        inspect.signature(of).bind("", None)
-    except TypeError:
+    if not takes(of, 2):
         raise TypeError(
             f"expected {name} to be a function (path, leaf), got {name_of(of)}{inspect.signature(of)}. It is called "
             "for each parameter, as in lambda path, leaf: leaf.ndim > 1, and not with the tree, as in optax."
-        ) from None
-    except ValueError:  # without a readable signature
-        pass
+        )
 
 
 def _where(chosen: list[bool], values: Tree) -> Tree:

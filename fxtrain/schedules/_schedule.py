@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from fxtrain.core import (
     describe,
     name_of,
     records_call,
+    takes,
     wide_dtype,
 )
-from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents import refuse_foreign, with_known_arguments
+
+P = ParamSpec("P")
 
 Schedule = Callable[[Tensor], Tensor]
 """Maps the step (int64 []) to a value (float64 []). Those of this package take Python ints too."""
@@ -55,8 +58,9 @@ def _described(schedule: Schedule, call: Call) -> Schedule:
     return DescribedSchedule(schedule.function if isinstance(schedule, DescribedSchedule) else schedule, call)
 
 
-described = records_call(_described)
-"""Decorates a function that makes schedules, so that they show the call that made them."""
+def described(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
+    """Decorates a function that makes schedules, so that they show the call that made them."""
+    return records_call(_described)(with_known_arguments(function))
 
 
 def schedule_of(value: Callable[[Tensor], Scalar]) -> Schedule:
@@ -106,15 +110,11 @@ def refuse_unusable_function(argument: str, schedule: Callable[..., object]) -> 
             f"expected {argument} to be a schedule, got the function {name_of(schedule)} of fxtrain.schedules. Call "
             f"it, as in fx.schedules.{name_of(schedule)}(...)."
         )
-    try:
-        inspect.signature(schedule).bind(0)
-    except TypeError:
+    if not takes(schedule, 1):
         raise TypeError(
             f"expected {argument} to be a function of the step, got {name_of(schedule)}{inspect.signature(schedule)}. "
             "Give it one parameter, the step."
-        ) from None
-    except ValueError:  # without a readable signature
-        pass
+        )
 
 
 def wide(step: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fxtrain.core import LoopEvent, RunInfo, describe, warn
+from fxtrain.equivalents import refuse_foreign_callback
 from fxtrain.values import (
     KINDS,
     Artifact,
@@ -90,12 +91,13 @@ class Writer(Protocol):
 
 
 def check_writer(owner: str, writer: object) -> None:
-    """Raises TypeError unless ``writer`` has a method of writers.
+    """Raises TypeError unless ``writer`` has a method of writers, such as for a logger of another library.
 
     Args:
         owner: The function that it was passed to, for the error.
         writer: The value that was passed.
     """
+    refuse_foreign_callback(owner, "writers of fxtrain.writers", writer)
     is_writer = any(callable(getattr(writer, name, None)) for name in ("write", "write_scalars"))
     if is_writer and not isinstance(writer, type):
         return

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 from fxtrain.core import LoopEvent, try_all
-from fxtrain.equivalents import refuse_foreign_callback
 from fxtrain.values import KINDS, Kind, Value, is_kept
 from fxtrain.writers._channel import Channel
 from fxtrain.writers._interface import Backend, Writer, check_writer
@@ -65,7 +64,6 @@ class MultiWriter(Backend):
                 "fxtrain.writers.tensorboard(folder)."
             )
         for writer in writers:
-            refuse_foreign_callback(owner, "writers of fxtrain.writers", writer)
             check_writer(owner, writer)
         self._channels = [_channel_of(writer) for writer in writers]
         selections = [channel.selection for channel in self._channels]

@@ -1,9 +1,9 @@
-"""Refuses assignments to frozen dataclasses, with advice on what to do instead."""
+"""Errors for assignments to frozen dataclasses and for names that are none of their fields, with advice."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 C = TypeVar("C")
@@ -41,3 +41,23 @@ def refusing_assignment(advice: Callable[[str], str]) -> Callable[[type[C]], typ
         return kind
 
     return decorate
+
+
+def missing_field(owner: object, name: str, fields: Iterable[str], remedy: Callable[[], str]) -> AttributeError:
+    """Returns the error of ``__getattr__`` for a name that is none of the fields.
+
+    Args:
+        owner: The object.
+        name: The name.
+        fields: The names of its fields.
+        remedy: Returns a sentence that names the correction. It is not called for the protocols of Python, such as
+            ``__array__``, which libraries probe for.
+
+    Example:
+        >>> print(missing_field(Exception(), "notes", ["args"], lambda: "Read error.args."))
+        expected a field of Exception (args), got 'notes'. Read error.args.
+    """
+    kind = type(owner).__name__
+    if name.startswith("__"):
+        return AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=owner)
+    return AttributeError(f"expected a field of {kind} ({', '.join(fields)}), got {name!r}. {remedy()}")
