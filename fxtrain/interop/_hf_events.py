@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy  # pyright: ignore[reportMissingImports]
 
 from fxtrain import tree
 from fxtrain.core import (
@@ -36,7 +34,7 @@ from fxtrain.fold import Composed, as_composed, compose, needs, on, slotted
 from fxtrain.interop._hf_arguments import SharedArguments
 from fxtrain.interop._hf_gradients import BeforeUpdate, keep_before_update
 from fxtrain.interop._hf_slot import Slot
-from fxtrain.interop._hf_trainer import TrainerFacts
+from fxtrain.interop._hf_trainer import TrainerFacts, library
 
 _BEFORE_OPTIMIZER = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
 _OUTSIDE_FIT = ("on_predict", "on_push_begin")
@@ -58,7 +56,7 @@ def composed(
         check_positive_int(argument, size)
     made = [callback() if isinstance(callback, type) else callback for callback in callbacks]
     for callback in made:
-        if not isinstance(callback, TrainerCallback):
+        if not isinstance(callback, library().TrainerCallback):
             raise TypeError(
                 f"expected callbacks of transformers, got {describe(callback)}. Give callbacks of fxtrain to fit as "
                 "they are."
@@ -99,6 +97,7 @@ class _Adapter:
 
     def __init__(self, slot: Slot, callbacks: Sequence[Any], facts: TrainerFacts, shared: SharedArguments) -> None:
         self._slot, self._callbacks, self._facts, self._shared = slot, callbacks, facts, shared
+        self._base = library().TrainerCallback
         self.sees_gradients = any(map(self._has, _BEFORE_OPTIMIZER))
         self._evaluated = (0, 0)  # batches and examples of the current evaluation
         self._was_interrupted = False
@@ -148,13 +147,13 @@ class _Adapter:
         return self._slot.remember(state, self._slot.read(state).loss)
 
     def _has(self, hook: str) -> bool:
-        return any(getattr(type(each), hook) is not getattr(TrainerCallback, hook) for each in self._callbacks)
+        return any(getattr(type(each), hook) is not getattr(self._base, hook) for each in self._callbacks)
 
     def _fire(self, hook: str, **named: object) -> None:
         """Calls a method of each callback that has its own."""
         control, facts = self._facts.control, self._facts
         for callback in self._callbacks:
-            if getattr(type(callback), hook) is getattr(TrainerCallback, hook):
+            if getattr(type(callback), hook) is getattr(self._base, hook):
                 continue
             who, had_stop = f"{type(callback).__name__}.{hook}", control.should_training_stop
             with self._shared.watching(who):
@@ -210,7 +209,7 @@ class _Adapter:
         args, step = facts.args, event.step
         if step == 1 and args.logging_first_step:
             facts.control.should_log = True
-        if args.logging_strategy == IntervalStrategy.STEPS and step % facts.state.logging_steps == 0:
+        if args.logging_strategy == "steps" and step % facts.state.logging_steps == 0:
             facts.control.should_log = True
         self._fire("on_step_end")
         return Control()
@@ -241,7 +240,7 @@ class _Adapter:
         self._shared.eval_data.length = event.num_batches
         ends_epoch = bool(self._shared.state.due.end_epoch)
         is_open = self._facts.progress.is_epoch_open
-        if ends_epoch and is_open and self._facts.args.eval_strategy == IntervalStrategy.EPOCH:
+        if ends_epoch and is_open and self._facts.args.eval_strategy == "epoch":
             self._end_epoch()
             return self._facts.requests("stop", "save")  # it evaluates already
         return Control()
@@ -261,7 +260,7 @@ class _Adapter:
         facts.control.should_evaluate = False
         self._fire("on_evaluate", metrics=metrics)
         is_best = facts.is_new_best(metrics)
-        if facts.args.save_strategy == SaveStrategy.BEST:
+        if facts.args.save_strategy == "best":
             facts.control.should_save = is_best
         if facts.control.should_training_stop:
             self._end_epoch()
@@ -276,7 +275,7 @@ class _Adapter:
         if not facts.progress.is_epoch_open:
             return
         facts.progress.is_epoch_open = False
-        if facts.args.logging_strategy == IntervalStrategy.EPOCH:
+        if facts.args.logging_strategy == "epoch":
             facts.control.should_log = True
         self._fire("on_epoch_end")
         self._log_training()

@@ -10,14 +10,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import (  # pyright: ignore[reportMissingImports]
-    EarlyStoppingCallback,
-    ProgressCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import ExportableState  # pyright: ignore[reportMissingImports]
 
 from fxtrain.core import Control, FitBegin, LoopEvent, StepBegin, StepEnd
 from fxtrain.interop._hf_memory import Json, ObjectMemory
@@ -29,6 +21,14 @@ _NOT_MEMORY = frozenset(
         *("is_local_process_zero", "is_world_process_zero", "train_batch_size"),
     )
 )
+
+
+def library() -> Any:
+    """Returns the package transformers, which is optional."""
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    return transformers
+
 
 _LOGGED_NAMES = {"grad_norm/total": "grad_norm"}
 
@@ -50,10 +50,10 @@ class TrainerFacts:
 
     def __init__(self, callbacks: Sequence[Any], args: Any, transient: frozenset[str]) -> None:
         self.has_default_args = args is None
-        self.args: Any = args or TrainingArguments(
+        self.args: Any = args or library().TrainingArguments(
             eval_strategy="epoch", save_strategy="no", metric_for_best_model="loss", greater_is_better=False
         )
-        self.state, self.control = TrainerState(), TrainerControl()
+        self.state, self.control = library().TrainerState(), library().TrainerControl()
         self.progress = SimpleNamespace(
             logged_step=0,  # step of the last log of training metrics
             total_loss=0.0,  # sum of the losses that were logged
@@ -65,7 +65,7 @@ class TrainerFacts:
         targets = [*callbacks, self.state, self.control, self.progress]
         self._memories = [_memory_of(target, transient) for target in targets]
         self._names = [*(type(callback).__name__ for callback in callbacks), "state", "control", "progress"]
-        uses_best = args is not None or any(isinstance(each, EarlyStoppingCallback) for each in callbacks)
+        uses_best = args is not None or any(isinstance(each, library().EarlyStoppingCallback) for each in callbacks)
         self.needs_best = uses_best and self.best_metric is not None
 
     # Memory
@@ -196,11 +196,12 @@ def _is_scalar(value: object) -> bool:
 
 
 def _memory_of(target: Any, transient: frozenset[str]) -> ObjectMemory:
-    if isinstance(target, TrainerState):
+    exportable = library().trainer_callback.ExportableState
+    if isinstance(target, library().TrainerState):
         return ObjectMemory(target, transient=_NOT_MEMORY)
-    if isinstance(target, ProgressCallback):  # its counters belong to the bar of a session
+    if isinstance(target, library().ProgressCallback):  # its counters belong to the bar of a session
         return ObjectMemory(target, transient=frozenset(vars(target)) | {"current_step"})
-    if not isinstance(target, ExportableState) or isinstance(target, TrainerControl):
+    if not isinstance(target, exportable) or isinstance(target, library().TrainerControl):
         return ObjectMemory(target, transient=transient)
 
     def write(exported: Mapping[str, Any]) -> None:

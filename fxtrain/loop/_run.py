@@ -9,11 +9,11 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any, cast
 
-import numpy as np
+import torch
 
+from fxtrain import tree
 from fxtrain.checkpoint import Restoration
 from fxtrain.core import (
     Control,
@@ -194,13 +194,16 @@ class Run:
         return bool(self.reason)
 
     def _divergence(self) -> str:
-        """Returns a clause for the reason if the last loss is not finite, or else an empty string."""
-        losses = self._publish.history.get("train/loss")
-        if losses is None or math.isfinite(losses.values[-1]):
-            return ""
-        finite = np.flatnonzero(np.isfinite(losses.values))
-        first = losses.steps[finite[-1] + 1 if len(finite) else 0]
-        return f", but train/loss is {losses.values[-1]} since step {first}"
+        """Returns a clause for the reason if a parameter is not finite, or else an empty string.
+
+        The parameters tell, and not the losses of the session, because an interrupted run ends with the same reason.
+        """
+        params = self.now.state.params
+        for path, leaf in zip(tree.paths(params, "state.params"), tree.leaves(params), strict=True):
+            has_elements = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
+            if has_elements and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+                return f", but {path} is not finite"
+        return ""
 
     # Begin and end of the session
 
