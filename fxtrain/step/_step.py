@@ -102,8 +102,8 @@ class Step:
 
     def _take(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
-        # Not in a trace, which would record the operations of the check. A compiled step makes it before. Dynamo is asked
-        # first, because it would guard the attribute, and recompile when another call changes it.
+        # Not in a trace, which would record the operations of the check. A compiled step makes it before. The test for
+        # Dynamo is first, because Dynamo would guard the attribute, and recompile after another call has set it.
         if not torch.compiler.is_dynamo_compiling() and not self._is_state_checked and not is_traced():
             self._is_state_checked = True
             assert self.check_state is not None
