@@ -317,6 +317,7 @@ def test_mistake_is_an_error_with_its_path_before_anything_is_created(shop, caps
         (["shop:baseline", "width=3.5"], "expected width to be an int, got 3.5."),
         (["no.py:baseline"], "expected a Python file, got no.py, which does not exist. Check the path."),
         (["bad.py:run"], "expected bad.py to be imported, got ZeroDivisionError: division by zero. Correct the file."),
+        (["json.py:run"], "expected a file with a new module name, got json.py, as json is loaded. Rename it."),
         (
             ["shop:nothing"],
             "expected shop:nothing to return the arguments of fxtrain.fit, got None. Return dict(state=",
@@ -330,6 +331,7 @@ def test_wrong_target_is_an_error_before_anything_is_created(shop, capsys, argum
     (shop / "list.yaml").write_text("- 1\n")
     (shop / "twice.yaml").write_text("a: 1\na: 2\n")
     (shop / "bad.py").write_text("1 / 0\n")
+    (shop / "json.py").write_text("def run(): ...\n")
     assert message in refused(capsys, *arguments)
     assert not (shop / "runs").exists()
 

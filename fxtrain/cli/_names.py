@@ -122,6 +122,9 @@ def function_at(target: str) -> object:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError(f"expected a Python file, got {place}, which does not exist. Check the path.")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(path.absolute()):
+        raise ConfigError(f"expected a file with a new module name, got {place}, as {path.stem} is loaded. Rename it.")
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent.resolve()))  # as Python does for a script
     try:
