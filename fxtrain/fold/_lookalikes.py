@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 
 from fxtrain.equivalents import refuse_foreign, refuse_foreign_callback
@@ -18,14 +19,12 @@ def refuse_lookalikes(callback: object, argument: str) -> None:
     Raises:
         TypeError: The message names the value and what to pass in its place.
     """
-    module = getattr(callback, "__module__", None) or ""
+    room = ".".join((getattr(callback, "__module__", None) or "").split(".")[:2])
     if (
         isinstance(callback, types.FunctionType)
-        and module.startswith(("fxtrain.callbacks.", "fxtrain.observers."))
-        and "." not in callback.__qualname__
-        and not callback.__name__.startswith("_")
+        and room in ("fxtrain.callbacks", "fxtrain.observers")
+        and getattr(sys.modules[room], callback.__name__, None) is callback
     ):
-        room = ".".join(module.split(".")[:2])
         raise TypeError(
             f"{argument}: expected the result of {room}.{callback.__name__}(...), got the function itself. Call it."
         )
