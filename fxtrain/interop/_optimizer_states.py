@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState, Tree, describe
-from fxtrain.interop._read_optimizer import StateDict, is_scaler, read_optimizer
 from fxtrain.model import model_of
-from fxtrain.optim._torch_state_conversion import TorchState, as_torch_state, with_torch_state
 from fxtrain.precision._loss_scale import SLOT, LossScaleState
+
+if TYPE_CHECKING:
+    from fxtrain.interop._read_optimizer import StateDict
 
 Result = TypeVar("Result")
 
@@ -71,6 +72,10 @@ def load_optimizer_state(
         >>> state.opt_state[0].count["weight"]
         tensor(1)
     """
+    # Imported here, like that of the inverse below, because few programs convert optimizer states.
+    from fxtrain.interop._read_optimizer import is_scaler, read_optimizer
+    from fxtrain.optim._torch_state_conversion import TorchState, with_torch_state
+
     found = read_optimizer(source, entry)
     groups = found.optimizer["param_groups"]
     named = _parameter_names(state, found.optimizer, names)
@@ -137,6 +142,8 @@ def optimizer_state_dict(
     groups = own["param_groups"]
     named = _parameter_names(state, {"state": {}, "param_groups": groups}, names, shapes=optimizer.param_groups)
     entries: dict[str, dict[str, Tensor]] = {}
+    from fxtrain.optim._torch_state_conversion import as_torch_state
+
     _map_optimizers(state, lambda part, prefix: entries.update(as_torch_state(part, prefix)))
     leaves = _tensors_by_name(state.params)
     found: dict[int, dict[str, Tensor]] = {}
