@@ -103,6 +103,8 @@ def logs(folder):
                 place += left
                 continue
             _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+            if place + 7 + length > len(data):  # still being written
+                break
             part += data[place + 7 : place + 7 + length]
             place += 7 + length
             if kind in (1, 4):  # a whole record, or its last part
