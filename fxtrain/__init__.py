@@ -1,6 +1,10 @@
 """Functional training for PyTorch: one immutable state, a pure compiled step, callbacks that fold over it."""
 
 import gc as _gc
+import importlib as _importlib
+import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 # Objects allocated by the imports are permanent. A garbage collection in the middle would traverse torch's objects in
 # vain, and would take as long as importing fxtrain itself.
@@ -9,11 +13,9 @@ _gc.disable()
 
 try:
     from fxtrain import (
-        callbacks,
         checkpoint,
         core,
         data,
-        interop,
         loop,
         metrics,
         observers,
@@ -28,8 +30,6 @@ try:
     from fxtrain.compiler import Compiled, GraphBreakError, RecompileError
     from fxtrain.compiler import compile as compile  # noqa: A004
     from fxtrain.core import *  # noqa: F403
-    from fxtrain.diagnostics import Explanation, explain
-    from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.fold import (
         Composed,
         Handler,
@@ -47,7 +47,6 @@ try:
         tolerant,
         when,
     )
-    from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
     from fxtrain.loop import Result, evaluate, fit, steps
     from fxtrain.model import (
         LoadReport,
@@ -71,6 +70,24 @@ finally:
             _gc.freeze()
             _gc.unfreeze()
         _gc.enable()
+
+if _TYPE_CHECKING:
+    from fxtrain import callbacks, interop
+    from fxtrain.diagnostics import Explanation, explain
+    from fxtrain.finders import find_batch_size, find_learning_rate
+    from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
+
+_PACKAGES_IMPORTED_ON_USE = ("callbacks", "diagnostics", "finders", "interop")
+_NAMES_IMPORTED_ON_USE = {
+    "Explanation": "fxtrain.diagnostics",
+    "explain": "fxtrain.diagnostics",
+    "find_batch_size": "fxtrain.finders",
+    "find_learning_rate": "fxtrain.finders",
+    "load_optimizer_state": "fxtrain.interop",
+    "load_weights": "fxtrain.interop",
+    "optimizer_state_dict": "fxtrain.interop",
+    "save_weights": "fxtrain.interop",
+}
 
 __all__ = [
     "CheckpointError",
@@ -144,3 +161,18 @@ __all__ = [
     "writers",
 ]
 __all__ += core.__all__
+
+
+def __getattr__(name: str) -> _Any:
+    """Imports what a script that only trains does not use."""
+    if name in _PACKAGES_IMPORTED_ON_USE:
+        return _importlib.import_module(f"{__name__}.{name}")
+    if name not in _NAMES_IMPORTED_ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
+    found = getattr(_importlib.import_module(_NAMES_IMPORTED_ON_USE[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES_IMPORTED_ON_USE})

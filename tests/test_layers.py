@@ -112,6 +112,21 @@ def test_import_loads_no_heavy_dependency():
     assert not set(HEAVY) & set(loaded.split())
 
 
+def test_names_imported_on_use_are_listed_and_found():
+    script = """
+import sys, fxtrain as fx
+rooms = ("fxtrain.callbacks", "fxtrain.interop", "fxtrain.diagnostics", "fxtrain.finders")
+before = [room for room in rooms if room in sys.modules]
+missing = {*fx.__all__, *(room.split('.')[1] for room in rooms)} - set(dir(fx))
+found = {name: getattr(fx, name) for name in fx.__all__}
+try:
+    fx.callback
+except AttributeError as error:
+    print(before, missing, found["explain"] is fx.diagnostics.explain, error)
+"""
+    assert run(script) == "[] set() True module 'fxtrain' has no attribute 'callback'\n"
+
+
 TIMED = """
 import time
 began = time.perf_counter()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxtrain.callbacks._early_stopping import EarlyStoppingState
-from fxtrain.callbacks._restore_best import RestoreBestState
-from fxtrain.callbacks._watched_metric import Best
 from fxtrain.core import Control, FitBegin, LoopEvent, Saved, TrainState, describe, did_you_mean
 from fxtrain.observers._wrapped import rank
 from fxtrain.values import Artifact, Value
@@ -63,6 +60,11 @@ def best_step(state: TrainState, slot: str) -> int:
     Raises:
         ValueError: There is no such slot.
     """
+    # Imported here, because a run without these callbacks never gets here.
+    from fxtrain.callbacks._early_stopping import EarlyStoppingState
+    from fxtrain.callbacks._restore_best import RestoreBestState
+    from fxtrain.callbacks._watched_metric import Best
+
     found = state.slots.get(slot)
     if isinstance(found, Best | RestoreBestState):
         return int(found.step)

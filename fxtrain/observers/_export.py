@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from fxtrain.callbacks._restore_best import RestoreBestState
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.core import (
     Control,
@@ -26,11 +25,13 @@ from fxtrain.core import (
 )
 from fxtrain.disk import make_folder, replace_file, replace_folder, restore_replaced
 from fxtrain.fold import When, as_trigger
-from fxtrain.interop._save_weights import Format, save_weights
 from fxtrain.observers._artifacts import ArtifactLog, best_step
 from fxtrain.observers._wrapped import rank
 from fxtrain.values import Artifact, jsonable, kind_of, plain_number, published
 from fxtrain.writers import Writer
+
+if TYPE_CHECKING:
+    from fxtrain.interop._save_weights import Format
 
 _METRICS = "metrics.json"
 
@@ -83,6 +84,9 @@ def export(
         2
         >>> state = fx.load_weights(result.state, folder / "best")
     """
+    # Imported here and below, because only runs that export weights need the other formats.
+    from fxtrain.interop._save_weights import Format
+
     check_choice("format", format, get_args(Format))
     options = {"format": format, "convert": convert}
     if isinstance(at, str):
@@ -121,6 +125,8 @@ class Export:
                 if self._at == "best" and best_step(state, self._best) == event.step:
                     self._export(state, event, event.step, ("best",))
             case FitEnd() if self._at == "end":
+                from fxtrain.callbacks._restore_best import RestoreBestState
+
                 # The parameters may be those of an earlier step.
                 restored = [int(slot.step) for slot in state.slots.values() if isinstance(slot, RestoreBestState)]
                 self._export(state, event, restored[-1] if restored and restored[-1] >= 0 else event.step, ())
@@ -180,6 +186,8 @@ class Export:
         return {"step": step, "epoch": epoch, "metrics": evaluated}
 
     def _write(self, state: TrainState, folder: Path, facts: dict[str, Any]) -> None:
+        from fxtrain.interop._save_weights import save_weights
+
         self._refuse_other_folder(folder)
         new = folder.with_name(f".new-{folder.name}")
         shutil.rmtree(new, ignore_errors=True)  # of a killed session
