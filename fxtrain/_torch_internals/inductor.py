@@ -15,6 +15,7 @@ CONFIG = Interface("torch._inductor.config", "compiling a traced step", Feature.
 OUTPUT = Interface("torch._inductor.output_code.CompiledFxGraph", "calls with low dispatch overhead", Feature.INDUCTOR)
 LOWERING = Interface("torch._inductor.lowering.register_lowering", "operators of fxtrain", Feature.INDUCTOR)
 POINTWISE = Interface("torch._inductor.lowering.make_pointwise", "operators of fxtrain", Feature.INDUCTOR)
+LOOP = Interface("torch._inductor.ir.Pointwise", "operators of fxtrain", Feature.INDUCTOR)
 LOOP_OPERATORS = Interface("torch._inductor.virtualized.ops", "operators of fxtrain", Feature.INDUCTOR)
 KERNELS = Interface("torch._inductor.metrics.generated_kernel_count", "the number of kernels in fx.explain")
 PACKAGE = Interface("torch._inductor.aoti_compile_and_package", "compilation ahead of time", Feature.AHEAD)
@@ -56,6 +57,20 @@ def register_lowering(operator: object, lowering: Callable[..., object]) -> None
 def pointwise(function: Callable[..., object]) -> Callable[..., Any]:
     """Returns a lowering that applies ``function``, written in ``loop_operators``, to each element."""
     return POINTWISE.get()(function)
+
+
+def ordered_loop(x: Any, token: Any) -> Any:
+    """Returns a lowering of ``x`` in a loop that also depends on ``token``: a buffer of any size but 0."""
+    x.realize()
+    token.realize()
+    load, load_token = x.make_loader(), token.make_loader()
+    start = [0] * len(token.get_size())
+
+    def inner(index: Any) -> Any:
+        load_token(start)
+        return load(index)
+
+    return LOOP.get().create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=inner, ranges=x.get_size())
 
 
 def loop_operators() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,25 @@ def node_of(tensor: Tensor) -> torch.fx.Node | None:
     current = tracer()
     proxy = None if current is None else PROXY_SLOT.get()(tensor, current, None)
     return None if proxy is None else proxy.proxy.node
+
+
+@contextlib.contextmanager
+def marking_nodes(mark: Callable[[torch.fx.Node], None]) -> Iterator[None]:
+    """Calls ``mark`` with each graph node that the block adds, in order, if the block succeeds. Not inside Dynamo.
+
+    Without a trace, or where torch cannot tell, nothing is called.
+    """
+    current = tracer() if PROXY_MODE.exists and is_recorded() else None
+    if current is None:
+        yield
+        return
+    nodes = current.graph.nodes
+    last = next(iter(reversed(nodes)), None)
+    yield
+    node = next(iter(nodes), None) if last is None else last.next
+    while node is not None and node.op != "root":
+        mark(node)
+        node = node.next
 
 
 def new_fake_mode(shape_env: object = None) -> Any:

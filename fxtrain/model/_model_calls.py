@@ -27,6 +27,7 @@ from fxtrain.model._first_call_checks import (
 from fxtrain.model._meta_modules import MetaModules
 from fxtrain.model._outside_values import restoring_outside_values
 from fxtrain.model._parameter_trees import CallResult, ParameterTrees
+from fxtrain.model._recomputed_regions import recomputing_regions
 from fxtrain.model._tensor_access import CloneNeeded, WriteGuard, copies, versions
 from fxtrain.model._types import Out
 from fxtrain.model._unseeded_values import HostSeeding, captured_generators
@@ -195,7 +196,7 @@ class ModelCalls(ParameterTrees):
                 arguments=() if self._copies_arguments else tree.leaves(args),
                 captured=lambda: [*template.tensors(), *(captured_tensors(function) if examine else ())],
             )
-            with seeding(), _functional(key, writes), watch(), self._entered(inside, train):
+            with seeding(), _functional(key, writes, buffers), watch(), self._entered(inside, train):
                 output = _wrapped(function)(model, *given)
                 finished = output if finish is None else finish(output)
             return template.copy_containers(output), template.copy_containers(finished)
@@ -298,11 +299,12 @@ def named_modules(modules: Tree) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _functional(key: rng.Key | None, writes: WriteGuard) -> Iterator[None]:
+def _functional(key: rng.Key | None, writes: WriteGuard, buffers: Mapping[str, Tensor]) -> Iterator[None]:
     if key is None:
         yield
         return
-    with rng.functional(key) as mode, replayed():
+    regions = contextlib.nullcontext() if is_forward_wrapped() else recomputing_regions(lambda: [*buffers.values()])
+    with rng.functional(key) as mode, replayed(), regions:
         # torch.compile would trace the checks.
         mode.watch = None if is_forward_wrapped() else writes
         yield

@@ -14,9 +14,11 @@ from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.tracing import has_symbolic_sizes, is_traced
 from fxtrain.core import Tree, check_choice, truncate, warn
+from fxtrain.core._graph_marks import marking_pass
 from fxtrain.core._tracebacks import place, places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._model_calls import is_forward_wrapped
+from fxtrain.model._recomputed_regions import CheckpointReached, leaving_checkpoints_to_autograd
 from fxtrain.step._check_function import ContractError
 
 Differentiate = Literal["auto", "func", "autograd"]
@@ -59,6 +61,8 @@ class Differentiation:
         self._way, self._who = way, who
         # Whether a reentrant checkpoint needs a backward pass to all leaves.
         self._to_all_leaves = False
+        # Whether the function has activation checkpoints, which torch.func cannot recompute outside of a trace.
+        self._has_checkpoints = False
 
     def __call__(self, objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
         """Returns the result of ``by_func`` or ``by_autograd``.
@@ -84,8 +88,14 @@ class Differentiation:
         # torch.func converts some sizes to ints, which would specialize a trace with symbolic sizes to one size.
         if self._way == "autograd" or is_forward_wrapped() or (self._way == "auto" and has_symbolic_sizes()):
             return self._by_autograd(objective, trainable)
+        if self._has_checkpoints and not is_traced():
+            return self._by_autograd(objective, trainable)
         try:
-            return by_func(objective, trainable)
+            with leaving_checkpoints_to_autograd():
+                return by_func(objective, trainable)
+        except CheckpointReached:
+            self._has_checkpoints = True
+            return self._by_autograd(objective, trainable)
         except (ValuesNeededError, ContractError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -180,7 +190,7 @@ def by_func(objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
         nonlocal used
         # Not torch.func.grad, which replaces missing gradients by zeros without reporting them. Surrounding transforms
         # and autograd need the graph of the backward pass.
-        value, (grads, used), aux = objective(
+        value, (grads, used), aux = _marked(objective)(
             trainable, lambda value: _grads(value, trainable, _found(value, trainable, create_graph=True)), False
         )
         return value, (grads, aux)
@@ -217,8 +227,24 @@ def by_autograd(objective: Objective, trainable: Tree, *, whole: bool = False) -
             earlier = [leaf.grad for leaf in tree.leaves(leaves)]
             return _grads(value, leaves, [_sum(*pair) for pair in zip(earlier, found, strict=True)])
 
-        _, (grads, used), aux = objective(leaves, find, True)
+        _, (grads, used), aux = _marked(objective)(leaves, find, True)
     return grads, used, tree.map(torch.detach, aux)
+
+
+def _marked(objective: Objective) -> Objective:
+    """Returns the objective, whose forward and backward pass a trace marks for the passes over its graph."""
+
+    def marked(trainable: Tree, find: Find, apart: bool) -> tuple[Tensor, Tree, Tree]:
+        derivative = object()
+
+        def backward(value: Tensor) -> Tree:
+            with marking_pass(derivative, is_backward=True):
+                return find(value)
+
+        with marking_pass(derivative, is_backward=False):
+            return objective(trainable, backward, apart)
+
+    return marked
 
 
 def rerun(objective: Objective, trainable: Tree, look: Callable[[Tensor], None]) -> None:

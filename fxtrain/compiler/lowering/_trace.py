@@ -32,6 +32,7 @@ from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
+from fxtrain.compiler.passes._recompute import recompute_regions
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.step import Step
@@ -101,8 +102,9 @@ def trace_step(
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
     with compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
+    recomputes = recompute_regions(graph.graph)
     # Only a training step keeps its masks in memory in any case, for its backward pass.
-    if isinstance(step, Step) and symbolic is None:
+    if isinstance(step, Step) and symbolic is None and not recomputes:
         merge_dropout_masks(graph.graph)
     # Only Inductor's ``expm1`` depends on the loop.
     if backend is None:

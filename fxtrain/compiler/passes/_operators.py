@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals.dispatch import ctc_loss, linear_by_onednn
-from fxtrain._torch_internals.inductor import loop_operators, pointwise, register_lowering
+from fxtrain._torch_internals.inductor import loop_operators, ordered_loop, pointwise, register_lowering
 
 
 @functools.cache
@@ -20,11 +20,29 @@ def once() -> Any:
 
     Inductor would otherwise recompute ``x`` in each of its readers.
     """
-    operator = _registered("once(Tensor x) -> Tensor", torch.clone, torch.empty_like)
+    operator = _registered("once(Tensor x) -> Tensor", torch.clone, torch.empty_like, "CPU", "CUDA")
 
     def lowered(x: Any) -> Any:
         x.realize()
         return x
+
+    register_lowering(operator, lowered)
+    return operator
+
+
+@functools.cache
+def after() -> Any:
+    """``after(x, token)``: the identity of ``x``, which is computed only once ``token`` has been.
+
+    A compiler cannot merge what reads it with what reads ``x``.
+    """
+    schema = "after(Tensor x, Tensor token) -> Tensor"
+    operator = _registered(
+        schema, lambda x, token: x.clone(), lambda x, token: torch.empty_like(x), "CPU", "CUDA"
+    )
+
+    def lowered(x: Any, token: Any) -> Any:
+        return ordered_loop(x, token)
 
     register_lowering(operator, lowered)
     return operator

@@ -1,0 +1,78 @@
+"""What a trace notes on the nodes of its graph for the passes: the pass of a derivative, and regions to recompute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from fxtrain._torch_internals.tracing import marking_nodes
+
+_PASS, _REGIONS = "fxtrain_pass", "fxtrain_regions"
+
+Saves = Callable[[Any], bool]
+"""Whether the value of a graph node is kept for the backward pass."""
+
+
+class Pass(NamedTuple):
+    """The forward or the backward pass of one derivative.
+
+    Args:
+        derivative: The identity of the derivative, of which a step may take several.
+        is_backward: Whether it is the backward pass.
+    """
+
+    derivative: object
+    is_backward: bool
+
+
+class Region:
+    """A part of a forward pass that is recomputed in the backward pass.
+
+    Args:
+        saves: Which values are kept all the same. None keeps none.
+    """
+
+    def __init__(self, saves: Saves | None = None) -> None:
+        self.saves: Saves = saves or _never
+
+
+def _never(node: Any) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def marking_pass(derivative: object, *, is_backward: bool) -> Iterator[None]:
+    """Marks the nodes that a trace adds inside the context. An inner context takes precedence."""
+
+    def mark(node: Any) -> None:
+        node.meta.setdefault(_PASS, Pass(derivative, is_backward))
+
+    with marking_nodes(mark):
+        yield
+
+
+@contextlib.contextmanager
+def marking_region(region: Region) -> Iterator[None]:
+    """Marks the nodes that a trace adds inside the context as a region. Regions nest."""
+
+    def mark(node: Any) -> None:
+        set_regions(node, (region, *regions_of(node)))
+
+    with marking_nodes(mark):
+        yield
+
+
+def pass_of(node: Any) -> Pass | None:
+    """Returns the pass that a node belongs to, or None outside of derivatives."""
+    return node.meta.get(_PASS)
+
+
+def regions_of(node: Any) -> tuple[Region, ...]:
+    """Returns the regions around a node, the outermost first."""
+    return node.meta.get(_REGIONS, ())
+
+
+def set_regions(node: Any, regions: tuple[Region, ...]) -> None:
+    """Replaces the regions around a node."""
+    node.meta[_REGIONS] = regions
