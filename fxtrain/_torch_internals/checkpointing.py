@@ -1,4 +1,4 @@
-"""Activation checkpoints: the two functions inside ``torch.utils.checkpoint``, and writes that autograd does not see."""
+"""The two functions inside ``torch.utils.checkpoint``, and in-place writes that autograd does not count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxtrain._torch_internals.interface import Interface

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,10 @@ from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.step import EvalFunction, Step
+
+if TYPE_CHECKING:
+    # Only for annotations, because the import is slow.
+    from fxtrain.compiler.passes._memory_policy import Memory
 
 
 @with_short_traceback
@@ -29,6 +33,7 @@ def compile(  # noqa: A001
     steps_per_call: int = 1,
     on_recompile: OnRecompile = "warn",
     background: bool = False,
+    memory: Memory = "save",
 ) -> Compiled:
     """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
 
@@ -91,6 +96,17 @@ def compile(  # noqa: A001
             ``pending`` and ``uncompiled_steps`` of the compiled step count graphs and steps. Pending graphs are
             discarded when the process ends. Requires a single process, and excludes ``backend``, ``mode`` and
             ``dynamic``.
+        memory: What the backward pass finds in memory. ``"save"`` keeps what autograd keeps. ``"recompute"`` keeps only
+            the values at cuts of the forward pass, at the places where the fewest bytes are live, such as between the
+            blocks of a transformer. All others are recomputed, at the cost of at most one more forward pass. The number
+            of cuts is the one with the lowest estimated peak. A fraction in (0, 1] limits the activations, which are
+            values of the forward pass that are in memory at one time, to this part of what they take with ``"save"``,
+            and recomputes as little as possible, by estimated time. Estimates come from the graph before fusion. A
+            limit below what recomputation can reach causes a warning and takes the lowest peak. Results are those of
+            ``"save"``, random samples included, bitwise if the compiler rounds the same operations in the same way, as
+            it does for float32. Dropout masks are not batched then, so compilation takes longer. Works on the step as
+            one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another route keep everything
+            and say so. ``fxtrain.remat`` chooses by hand and works with any value.
 
     Returns:
         The compiled step, called like ``step``.
@@ -127,6 +143,12 @@ def compile(  # noqa: A001
             f"expected backend to be a function or the name of a backend of torch.compile, got {describe(backend)}."
             f"{did_you_mean(backend, known)} torch.compiler.list_backends() lists the names."
         )
+    _check_memory(memory)
+    if memory != "save" and (backend is not None or dynamic):
+        raise ValueError(
+            f"expected memory={memory!r} without backend and dynamic, got backend={describe(backend)}, {dynamic=}. "
+            "Only the traced graph of fixed sizes is analyzed. Leave these options out, or use fxtrain.remat."
+        )
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
     if steps_per_call > 1 and isinstance(pure, EvalFunction):
         raise ValueError(
@@ -150,7 +172,7 @@ def compile(  # noqa: A001
     def made(step: Step | EvalFunction, *, donate: bool, routes: Routes | None = None) -> Compiled:
         return Compiled(
             step,
-            routes=routes or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph),
+            routes=routes or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory),
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
             background=background,
@@ -160,3 +182,13 @@ def compile(  # noqa: A001
         )
 
     return made(pure, donate=donate and isinstance(pure, Step))
+
+
+def _check_memory(memory: object) -> None:
+    if memory in ("save", "recompute"):
+        return
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1:
+        raise ValueError(
+            f"expected memory to be 'save', 'recompute' or a fraction in (0, 1], got {describe(memory)}. A fraction "
+            "is the part of the activation memory of 'save' that the step may take."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from fxtrain._torch_internals.tracing import marking_nodes
@@ -42,7 +42,7 @@ def _never(node: Any) -> bool:
 
 
 @contextlib.contextmanager
-def marking_pass(derivative: object, *, is_backward: bool) -> Iterator[None]:
+def marking_pass(derivative: object, *, is_backward: bool) -> Generator[None]:
     """Marks the nodes that a trace adds inside the context. An inner context takes precedence."""
 
     def mark(node: Any) -> None:
@@ -53,7 +53,7 @@ def marking_pass(derivative: object, *, is_backward: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def marking_region(region: Region) -> Iterator[None]:
+def marking_region(region: Region) -> Generator[None]:
     """Marks the nodes that a trace adds inside the context as a region. Regions nest."""
 
     def mark(node: Any) -> None:
@@ -66,6 +66,11 @@ def marking_region(region: Region) -> Iterator[None]:
 def pass_of(node: Any) -> Pass | None:
     """Returns the pass that a node belongs to, or None outside of derivatives."""
     return node.meta.get(_PASS)
+
+
+def set_backward(node: Any) -> None:
+    """Makes a node of a forward pass part of the backward pass of the same derivative."""
+    node.meta[_PASS] = node.meta[_PASS]._replace(is_backward=True)
 
 
 def regions_of(node: Any) -> tuple[Region, ...]:

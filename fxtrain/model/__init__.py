@@ -9,6 +9,7 @@ from fxtrain.model._model import Model, model_of
 from fxtrain.model._model_calls import forward_wrapped_by
 from fxtrain.model._outside_values import CapturedStateError
 from fxtrain.model._parameter_trees import CallResult
+from fxtrain.model._remat import remat
 from fxtrain.model._state_dict import LoadReport, load_state_dict, state_dict
 from fxtrain.model._summary import Summary, summary
 from fxtrain.model._tensor_access import refuse_in_place_writes, versions
@@ -30,6 +31,7 @@ __all__ = [
     "init",
     "load_state_dict",
     "recompute_statistics",
+    "remat",
     "state_dict",
     "summary",
     "to_module",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals.checkpointing import can_replace_checkpoints, keeping_versions, replace_checkpoints
-from fxtrain._torch_internals.dispatch import is_transformed
+from fxtrain._torch_internals.dispatch import is_transformed, without_dispatch_modes
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core._graph_marks import Region, Saves, marking_region
 
@@ -151,7 +151,9 @@ class _WritesOnce:
         self._buffers, self._before = [pair[0] for pair in changed], [pair[1] for pair in changed]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        after = [buffer.detach().clone() for buffer in self._buffers]
+        # Selective checkpointing is a dispatch mode, which expects the operations of the first pass only.
+        with without_dispatch_modes():
+            after = [buffer.detach().clone() for buffer in self._buffers]
         self._fill(self._before)
         try:
             return self._function(*args, **kwargs)
@@ -159,7 +161,7 @@ class _WritesOnce:
             self._fill(after)
 
     def _fill(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad(), keeping_versions(self._buffers):
+        with torch.no_grad(), without_dispatch_modes(), keeping_versions(self._buffers):
             for buffer, value in zip(self._buffers, values, strict=True):
                 buffer.copy_(value)
 

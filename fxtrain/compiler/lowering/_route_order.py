@@ -12,17 +12,26 @@ from fxtrain.compiler.lowering._regions import compile_in_regions
 from fxtrain.compiler.lowering._routes import Route, Routes
 from fxtrain.compiler.lowering._specialization import compile_specialized
 from fxtrain.compiler.lowering._trace import compile_traced, trace_step
+from fxtrain.compiler.passes._memory_policy import Memory
 
 
 def routes_to(
-    backend: Backend | None, mode: str | None, *, dynamic: bool, fullgraph: bool, is_rehearsal: bool = False
+    backend: Backend | None,
+    mode: str | None,
+    *,
+    dynamic: bool,
+    fullgraph: bool,
+    memory: Memory = "save",
+    is_rehearsal: bool = False,
 ) -> Routes:
     """Returns the routes for the options of ``compile``, which describes the other arguments.
 
     Args:
         is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
-    rehearsal = functools.partial(routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
+    rehearsal = functools.partial(
+        routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory, is_rehearsal=True
+    )
     has_traces = backend is None
     chosen = backend or "inductor"
     title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
@@ -33,16 +42,16 @@ def routes_to(
         backend, chosen, mode = "eager", "eager", None
     traced = Route(
         f"{title}, traced{suffix}",
-        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic),
+        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic, memory=memory),
         "the step as one graph",
         True,
-        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic),
+        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic, memory=memory),
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
     )
     online = None if mode == AHEAD else mode
     checked = Route(
         f"{title}, traced with checks{suffix}",
-        functools.partial(compile_specialized, mode=mode, backend=backend),
+        functools.partial(compile_specialized, mode=mode, backend=backend, memory=memory),
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,

@@ -32,6 +32,7 @@ from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
+from fxtrain.compiler.passes._memory_policy import Memory, limit_memory, report
 from fxtrain.compiler.passes._recompute import recompute_regions
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.core import Batch, TrainState, Tree, compiling
@@ -61,6 +62,7 @@ def trace_step(
     in_place: bool,
     backend: Backend | None = None,
     dynamic: bool = False,
+    memory: Memory = "save",
 ) -> Callable[[], Executable]:
     """Traces a step and returns a function that compiles it.
 
@@ -76,6 +78,7 @@ def trace_step(
         in_place: Whether to write the new state into the old state's buffers. In that case no leaves are returned.
         backend: A backend of ``torch.compile`` in place of Inductor.
         dynamic: Whether the sizes of the batch are symbols.
+        memory: Which activations to keep, as in ``compile``.
     """
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
@@ -103,6 +106,10 @@ def trace_step(
     with compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
     recomputes = recompute_regions(graph.graph)
+    if memory != "save":
+        outcome = limit_memory(graph.graph, memory)
+        recomputes |= outcome is not None and outcome.after < outcome.before
+        report(step, memory, outcome)
     # Only a training step keeps its masks in memory in any case, for its backward pass.
     if isinstance(step, Step) and symbolic is None and not recomputes:
         merge_dropout_masks(graph.graph)

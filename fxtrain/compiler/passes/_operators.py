@@ -37,9 +37,7 @@ def after() -> Any:
     A compiler cannot merge what reads it with what reads ``x``.
     """
     schema = "after(Tensor x, Tensor token) -> Tensor"
-    operator = _registered(
-        schema, lambda x, token: x.clone(), lambda x, token: torch.empty_like(x), "CPU", "CUDA"
-    )
+    operator = _registered(schema, lambda x, token: x.clone(), lambda x, token: torch.empty_like(x), "CPU", "CUDA")
 
     def lowered(x: Any, token: Any) -> Any:
         return ordered_loop(x, token)

@@ -8,7 +8,7 @@ computes it earlier. Copies compute the same bits, because random samples are fu
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fxtrain._torch_internals.dispatch import Operator, is_in_place, is_view
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
 from fxtrain.compiler.passes._operators import after, once
-from fxtrain.core._graph_marks import Pass, pass_of, regions_of, set_regions
+from fxtrain.core._graph_marks import Pass, pass_of, regions_of, set_backward, set_regions
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ def recompute_regions(graph: Graph) -> bool:
         graph: A graph from ``make_fx``. It is modified in place.
     """
     nodes: list[Any] = [node for node in graph.nodes if regions_of(node)]
-    found = False
+    made: list[Any] = []
     while nodes:
         inside = set(nodes)
 
@@ -53,14 +53,17 @@ def recompute_regions(graph: Graph) -> bool:
             )
 
         copies = recompute(graph, [node for node in nodes if not is_kept(node)])
-        found |= bool(copies)
+        made += copies.values()
         # Inner regions are recomputed once more, from their inputs in the copy.
         for node in nodes:
             set_regions(node, ())
         for copy in copies.values():
             set_regions(copy, regions_of(copy)[1:])
         nodes = [copy for copy in copies.values() if regions_of(copy)]
-    return found
+    # From now on, copies are part of the backward pass.
+    for copy in made:
+        set_backward(copy)
+    return bool(made)
 
 
 def recompute(graph: Graph, dropped: Iterable[Any]) -> dict[Any, Any]:
@@ -172,9 +175,7 @@ def _token(reader: Any, latest: Any, given: Mapping[Any, None]) -> Any:
     return latest
 
 
-def _copied(
-    graph: Graph, node: Any, reader: Any, copies: Mapping[Any, Any], token: Any, kept: dict[Any, None]
-) -> Any:
+def _copied(graph: Graph, node: Any, reader: Any, copies: Mapping[Any, Any], token: Any, kept: dict[Any, None]) -> Any:
     """Copies one operation to the place before a reader."""
     with graph.inserting_before(reader):
         copy: Any = graph.node_copy(node, lambda other: copies.get(other, other))
@@ -229,7 +230,3 @@ def _keep(graph: Graph, node: Any) -> None:
 def _size(value: Tensor) -> Any:
     size = value.numel()
     return size if isinstance(size, int) else 0
-
-
-Chooser = Callable[[Graph], Iterable[Any]]
-"""Returns the forward values of a graph to drop."""
