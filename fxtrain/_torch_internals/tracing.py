@@ -92,6 +92,27 @@ def marking_nodes(mark: Callable[[torch.fx.Node], None]) -> Iterator[None]:
         node = node.next
 
 
+@contextlib.contextmanager
+def recording_nodes(record: Callable[[torch.fx.Node], None]) -> Iterator[None]:
+    """Calls ``record`` with each graph node when the trace adds it. Not inside Dynamo."""
+    current = tracer() if PROXY_MODE.exists and is_recorded() else None
+    if current is None:
+        yield
+        return
+    create = current.create_node
+
+    def create_and_record(*args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = create(*args, **kwargs)
+        record(node)
+        return node
+
+    current.create_node = create_and_record
+    try:
+        yield
+    finally:
+        del current.create_node
+
+
 def new_fake_mode(shape_env: object = None) -> Any:
     """Returns a context that runs operations on tensors without values, which its ``from_tensor`` makes.
 

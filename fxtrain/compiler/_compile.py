@@ -176,6 +176,7 @@ def compile(  # noqa: A001
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
             background=background,
+            memory=memory,
             remake=made,
             donate=donate,
             dynamic=dynamic,

@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,13 +18,17 @@ from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._memory import keep_freed_memory
 from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._routes import Routes
-from fxtrain.core import Batch, Callback, StepOutput, TrainState
+from fxtrain.core import Batch, Callback, StepOutput, TrainState, warn
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
 from fxtrain.step import EvalFunction, ManySteps, Step, take_steps
 from fxtrain.step._callbacks import identity
+
+if TYPE_CHECKING:
+    # Only for annotations, because the import is slow.
+    from fxtrain.compiler.passes._memory_policy import Memory
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Compiled:
         donates: Whether it donates the old state.
         steps_per_call: How many steps ``fit`` takes per dispatch.
         background: Whether graphs are compiled while steps run uncompiled.
+        memory: Which activations are kept for the backward pass.
         watchers: Those that see when it compiles in the foreground. ``fit`` adds its observers for the session.
     """
 
@@ -52,12 +57,14 @@ class Compiled:
         steps_per_call: int,
         background: bool,
         remake: Callable[..., Compiled],
+        memory: Memory = "save",
         **options: bool,
     ) -> None:
         self.step = step
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
         self.background = background
+        self.memory: Memory = memory
         self.watchers: list[CompileWatcher] = []
         self._compiler: Callable[..., Executable] = routes
         self._routes, self._options = routes, options
@@ -304,6 +311,12 @@ class Compiled:
             self._seconds += seconds
             kept.write(seconds)
             _log.info("Compiled %r in %.1f s.", self.step, seconds)
+            if self.memory != "save" and "traced" not in self.route and number == 1:
+                warn(
+                    f"{self.step!r} keeps all activations despite memory={self.memory!r}, because it is compiled by "
+                    f"the route {self.route!r}, not as one traced graph. Use fxtrain.remat inside the model.",
+                    UserWarning,
+                )
             graph = Graph(self.step, state, batch, executable, **self._options)
         self._graphs.insert(0, graph)
         if not is_again:

@@ -20,6 +20,7 @@ from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
 from fxtrain.compiler.lowering._graph_breaks import SHAPE, VALUE, Break, break_at, break_from_error, first_line
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.core import Batch, StepFn, TrainState, compiling
+from fxtrain.diagnostics._activations import noting_places
 from fxtrain.step import EvalFunction, Step
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphMo
     leaves, structure = tree.flatten((state, batch))
 
     def flat(*tensors: Tensor) -> list[Tensor]:
-        return tree.leaves(step(*tree.unflatten(structure, tensors)))
+        with noting_places():
+            return tree.leaves(step(*tree.unflatten(structure, tensors)))
 
     # Without symbols for unknown values, a read raises at its line, and not later in the compiler.
     mode = new_fake_mode()

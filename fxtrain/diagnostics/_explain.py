@@ -77,6 +77,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
           ...
     """
     # Imported here, because it loads the compiler.
+    from fxtrain.diagnostics._activations import Activations, activations
     from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
 
     check_train_state(state, "explain(step, state, batch)")
@@ -88,13 +89,15 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     # Read before the copy is donated.
     assumed, sizes = described(entered, batch), _sizes(state)
 
-    counts, breaks, graphs = Counts(), [], 1
+    counts, kept, breaks, graphs = Counts(), Activations(), [], 1
     try:
         try:
-            counts = counted(trace(pure, entered, batch))
+            graph = trace(pure, entered, batch)
         except ValuesNeededError:
             pure(entered, batch)
-            counts = counted(trace(pure, entered, batch))
+            graph = trace(pure, entered, batch)
+        counts = counted(graph)
+        kept = activations(graph, like.memory) if isinstance(pure, Step) else kept
     except Exception as error:
         # Running the step raises its own error, if it has one.
         breaks, graphs = [break_from_error(error), *found_by_running(pure, state, batch)], 0
@@ -124,6 +127,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         breaks=joined(breaks),
         reads=joined(reads),
         **counts._asdict(),
+        **kept._asdict(),
         kernels=kernels,
         state_bytes=sizes,
         batch_bytes=tree.nbytes(batch),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fxtrain.compiler.lowering._graph_breaks import Break
 from fxtrain.core import first_lines, format_bytes, format_scaled, pluralize
 from fxtrain.core._html import facts, html_view, join, view
+from fxtrain.diagnostics._activations import Live
 
 _MAX_SHOWN_LINES = 6
 
@@ -37,6 +38,9 @@ class Explanation:
             result is written once.
         most_traffic: Estimated upper bound of the bytes that a step moves: each operation reads its inputs from memory
             and writes its results there.
+        activation_bytes: Estimated bytes of activations at their peak: values of forward passes that are in memory at
+            one time, with the memory policy of the step. None for evaluation steps and steps without a graph.
+        at_peak: What lives at that peak, by the line that computed it, the largest first.
         seconds: Median seconds of a call, by part: ``graph``, and ``calling`` for the dispatch overhead in Python, or
             ``uncompiled`` if there is no graph. On an accelerator, each measured call is synchronized, whereas in a run
             ``calling`` overlaps with the work of the device.
@@ -70,6 +74,8 @@ class Explanation:
     batch_bytes: int
     least_traffic: int | None
     most_traffic: int | None
+    activation_bytes: int | None
+    at_peak: tuple[Live, ...]
     seconds: Mapping[str, float]
     first_seconds: float | None
     assumed: Mapping[str, str]
@@ -95,6 +101,7 @@ def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
         ("state", [_parts(found.state_bytes)]),
         ("batch", [format_bytes(found.batch_bytes)]),
         ("traffic", [_traffic(found)]),
+        ("memory", _activations(found)),
         ("time", [_time(found)]),
         ("recompiles", [_new_graph(found), *first_lines(_batch(found.assumed), _MAX_SHOWN_LINES)]),
         ("constants", first_lines([f"{name} = {value}" for name, value in found.constants.items()], _MAX_SHOWN_LINES)),
@@ -144,6 +151,13 @@ def _traffic(found: Explanation) -> str:
         return ""
     least, most = format_bytes(found.least_traffic), format_bytes(found.most_traffic)
     return f"between {least} and {most} read and written per step (estimates)"
+
+
+def _activations(found: Explanation) -> list[str]:
+    if not found.activation_bytes:
+        return []
+    lines = first_lines(list(map(str, found.at_peak)), _MAX_SHOWN_LINES)
+    return [f"{format_bytes(found.activation_bytes)} of activations at their peak (estimate):", *lines]
 
 
 def _time(found: Explanation) -> str:

@@ -72,11 +72,11 @@ def remat(function: F, save: Saved | Callable[[Any], bool] = "nothing") -> F:
 
 
 def _call(function: Callable[..., Any], save: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    from torch.utils.checkpoint import checkpoint, noop_context_fn
-
     # Dynamo cannot trace checkpoints inside torch.func.
     if save == "everything" or torch.compiler.is_dynamo_compiling():
         return function(*args, **kwargs)
+    from torch.utils.checkpoint import checkpoint, noop_context_fn
+
     chosen = _saves(save)
     context_fn = noop_context_fn if chosen is None else functools.partial(_contexts, chosen)
     with keeping(None if chosen is None else lambda node: chosen(node.target)):
