@@ -64,6 +64,7 @@ class Residual(nn.Module):
     def __init__(self, how=plain, *, layers=3, dropout=0.3, width=16):
         super().__init__()
         self.how, self.first, self.head = how, nn.Linear(8, width), nn.Linear(width, 1)
+        self.dropout = dropout
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width),
@@ -79,7 +80,7 @@ class Residual(nn.Module):
         x = self.first(x)
         for block in self.blocks:
             x = x + self.how(block, x)
-        return self.head(F.dropout(x, 0.1, self.training))
+        return self.head(F.dropout(x, self.dropout / 2) if self.training and self.dropout else x)
 
 
 class Images(nn.Module):
@@ -217,15 +218,13 @@ class TestCheckpoints:
         same(*ends)
 
     @pytest.mark.parametrize("is_compiled", [False, True])
-    @pytest.mark.parametrize(
-        "how", [without_reentry, reentrant, nested, selective, marked], ids=lambda how: how.__name__
-    )
+    @pytest.mark.parametrize("how", [without_reentry, nested], ids=lambda how: how.__name__)
     def test_peak_memory_falls(self, interpreted, how, is_compiled):
         step = fx.train_step(squares, TX)
         if is_compiled:
             step = fx.compile(step)
-        ratio = peak_of(step, start(Residual, how), batch(4096)) / peak_of(step, start(Residual), batch(4096))
-        assert ratio < 0.8
+        kept, recomputed = (peak_of(step, start(Residual, way, dropout=0.0), batch(4096)) for way in (plain, how))
+        assert recomputed < 0.75 * kept
 
     def test_sequential_checkpoints_work(self, interpreted):
         class Model(nn.Module):
@@ -270,7 +269,13 @@ class TestCheckpoints:
 
         def ends(is_recomputed, compiled):
             config = transformers.LlamaConfig(
-                *(32, 16, 32, 2, 2), max_position_embeddings=16, use_cache=False, attn_implementation="eager"
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                use_cache=False,
+                attn_implementation="eager",
             )
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -304,7 +309,7 @@ class TestRemat:
     def test_policy_decides_what_is_kept(self, interpreted):
         def peak_with(save):
             how = plain if save is None else lambda function, x: fx.remat(function, save)(x)
-            return peak_of(fx.compile(fx.train_step(squares, TX)), start(Residual, how), batch(4096))
+            return peak_of(fx.compile(fx.train_step(squares, TX)), start(Residual, how, dropout=0.0), batch(4096))
 
         everything, matmuls, nothing = map(peak_with, ("everything", "matmuls", "nothing"))
         assert everything == peak_with(None)

@@ -50,8 +50,8 @@ def compiled_graph_class() -> type[Any]:
 
 
 def register_lowering(operator: object, lowering: Callable[..., object]) -> None:
-    """Registers how an operator is compiled: a function of Inductor's tensors."""
-    LOWERING.get()(operator)(lowering)
+    """Registers how an operator is compiled: a function of Inductor's tensors, in the dtypes that it is called with."""
+    LOWERING.get()(operator, type_promotion_kind=None)(lowering)
 
 
 def pointwise(function: Callable[..., object]) -> Callable[..., Any]:
