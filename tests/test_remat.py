@@ -265,32 +265,6 @@ class TestCheckpoints:
         found, expected = (evaluate(start(Images, how), batch()) for how in (without_reentry, plain))
         testing.assert_equal(found, expected, "output")
 
-    def test_transformers_models_with_gradient_checkpointing(self, interpreted):
-        transformers = pytest.importorskip("transformers")
-        ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(0))
-
-        def ends(is_recomputed, compiled):
-            config = transformers.LlamaConfig(
-                vocab_size=32,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                use_cache=False,
-                attn_implementation="eager",
-            )
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                module = transformers.LlamaForCausalLM(config)
-            if is_recomputed:
-                module.gradient_checkpointing_enable()
-            step = fx.train_step(lambda model, x: model(input_ids=x, labels=x).loss, TX)
-            step = fx.compile(step, fullgraph=True) if compiled else step
-            return step(fx.init(module, TX), ids)[0]
-
-        for compiled in (False, True):
-            same(ends(True, compiled), ends(False, compiled))
-
 
 class TestRemat:
     def test_module_keeps_names_type_and_tensors(self):
