@@ -27,7 +27,7 @@ try:
         writers,
     )
     from fxtrain.checkpoint import Checkpointer, CheckpointError, checkpointer, restore, save
-    from fxtrain.compiler import Compiled, GraphBreakError, RecompileError
+    from fxtrain.compiler import Compiled, GraphBreakError, MiscompiledError, RecompileError
     from fxtrain.compiler import compile as compile  # noqa: A004
     from fxtrain.core import *  # noqa: F403
     from fxtrain.fold import (
@@ -99,6 +99,7 @@ __all__ = [
     "GraphBreakError",
     "Handler",
     "LoadReport",
+    "MiscompiledError",
     "Policy",
     "RecompileError",
     "Result",

@@ -31,6 +31,7 @@ ALLOWED = {
     "cli._transformer": COMMAND,
     "compiler._compiled": "a fuzzer runs compiled steps operation by operation",
     "compiler.call._memory": ENGINE,
+    "compiler.check._rounding_noise": ALGORITHM,
     "compiler.lowering._compile_thread": FAULT,
     "compiler.lowering._executable": ENGINE,
     "compiler.lowering._function_modes": ENGINE,

@@ -34,6 +34,7 @@ def compile(  # noqa: A001
     on_recompile: OnRecompile = "warn",
     background: bool = False,
     memory: Memory = "save",
+    check: bool = False,
 ) -> Compiled:
     """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
 
@@ -58,6 +59,15 @@ def compile(  # noqa: A001
     The first call takes from ten seconds to minutes. torch caches compiled code on disk (``TORCHINDUCTOR_CACHE_DIR``),
     so that a later process starts in a few seconds. The logger ``fxtrain.compiler`` reports at level INFO what is
     compiled and how long it took.
+
+    With ``check=True``, the first two calls of each graph are checked against the uncompiled step, which runs once more
+    on the same state and batch. All leaves of the new state and of the output are compared. Where a tolerance is not
+    enough, the uncompiled step is repeated with noise in the last bits of each operation, and differences of that size
+    pass. The second call shows values that were frozen by the trace, such as a global that has changed. The check never
+    changes results or random generators, but the step's own Python code, such as ``print``, runs again. Steps that open
+    files, states that do not fit into memory several times, and steps in several processes are not checked, which the
+    logger reports. Gradients that consist of rounding errors only, such as those of biases before batch norms, may
+    still cause an error although the step is right.
 
     On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
     system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.
@@ -107,6 +117,9 @@ def compile(  # noqa: A001
             it does for float32. Dropout masks are not batched then, so compilation takes longer. Works on the step as
             one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another route keep everything
             and say so. ``fxtrain.remat`` chooses by hand and works with any value.
+        check: Whether the first two calls of each graph are checked against the uncompiled step. With ``dynamic``, the
+            first call of each batch size is checked too, for up to 32 sizes. It takes the time of a few uncompiled
+            steps, and memory for four more states while it runs.
 
     Returns:
         The compiled step, called like ``step``.
@@ -116,6 +129,8 @@ def compile(  # noqa: A001
         ValueError: An argument is out of range, or two exclude each other. At the first call: ``background`` is set and
             ``torch.distributed`` runs several processes.
         GraphBreakError: At the first call: ``fullgraph`` is set and the step cannot be one graph.
+        MiscompiledError: At one of the first calls: the result differs from that of the uncompiled step. A donated
+            state is lost then.
         Exception: At the first call: the step raises it uncompiled.
 
     Example:
@@ -180,6 +195,7 @@ def compile(  # noqa: A001
             remake=made,
             donate=donate,
             dynamic=dynamic,
+            check=check,
         )
 
     return made(pure, donate=donate and isinstance(pure, Step))

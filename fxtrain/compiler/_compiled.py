@@ -16,6 +16,7 @@ from fxtrain.compiler._compile_times import CompileTime, CompileWatcher, watched
 from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
 from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._memory import keep_freed_memory
+from fxtrain.compiler.check._mismatch import MiscompiledError
 from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import Batch, Callback, StepOutput, TrainState, warn
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_UNRELATED = (torch.OutOfMemoryError, MemoryError, MiscompiledError)
+"""Errors of a call that do not come from an operation of the step."""
 _MAX_OTHERS = 4
 """How many steps with other callbacks a compiled step keeps, each with its graphs."""
 
@@ -247,7 +250,7 @@ class Compiled:
             try:
                 return graph(state, *found)
             except Exception as error:
-                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not reaches_users(error):
+                if not isinstance(error, _UNRELATED) and not reaches_users(error):
                     graph.raise_uncompiled(found, batch)
                 raise
         except Exception as error:
@@ -255,7 +258,7 @@ class Compiled:
             raise
 
     def fresh(self, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:
-        """Returns a copy of this step without graphs, which compiles in the foreground and never warns.
+        """Returns a copy of this step without graphs, which compiles in the foreground, never warns and is not checked.
 
         Args:
             wrap: Wraps the ``run`` function of each executable.
@@ -278,7 +281,8 @@ class Compiled:
         made._compiler = compile_and_wrap
         made._graphs, made._donating, made._several, made._others = [], None, None, {}
         made.watchers = []
-        made.background, made._pending = False, BackgroundGraphs(self.step, made._routes, self._options)
+        made._options = {**self._options, "check": False}
+        made.background, made._pending = False, BackgroundGraphs(self.step, made._routes, made._options)
         made._recompiles = self._recompiles.fresh(self.step, "allow")
         return made
 

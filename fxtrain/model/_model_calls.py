@@ -25,7 +25,7 @@ from fxtrain.model._first_call_checks import (
     refusing_meta_reads,
 )
 from fxtrain.model._meta_modules import MetaModules
-from fxtrain.model._outside_values import restoring_outside_values
+from fxtrain.model._outside_values import restoring_outside_values, without_repeated_changes
 from fxtrain.model._parameter_trees import CallResult, ParameterTrees
 from fxtrain.model._recomputed_regions import recomputing_regions
 from fxtrain.model._tensor_access import CloneNeeded, WriteGuard, copies, versions
@@ -110,9 +110,9 @@ class ModelCalls(ParameterTrees):
         def call(seeding: Callable[[], AbstractContextManager[None]], *, examine: bool = False) -> CallResult:
             given = params, buffers, function, args, train, key, seeding, inside, finish, examine
             repeated = functools.partial(self._repeated, functools.partial(self._attempt, *given))
-            if not is_traced():
-                return repeated()
             modules = self._templates[train].root.modules()
+            if not is_traced():
+                return without_repeated_changes(repeated, function, modules)
             return restoring_outside_values(repeated, function, modules, self.checked_functions(("outside", train)))
 
         first = self.checked_functions(train)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
@@ -95,16 +97,62 @@ class OutsideValues:
                 (grown if _only_gained_elements(elements, place.elements) else changed).append(place.name)
         return changed, grown
 
-    def restore(self) -> None:
-        """Restores all values, and clears caches that gained entries. Appended log entries stay."""
+    def restore(self, *, gained: bool = False) -> None:
+        """Restores all values, and clears caches that gained entries.
+
+        Args:
+            gained: Whether to remove appended elements too, such as log entries.
+        """
         for place in self._places:
-            if place.elements is not None and not _only_gained_elements(contents(place.value), place.elements):
+            if place.elements is not None and (
+                gained or not _only_gained_elements(contents(place.value), place.elements)
+            ):
                 refill(place.value, place.elements)
             if place.read() is not place.value:
                 place.write(place.value)
         for _, cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
+
+
+class _ThreadState(threading.local):
+    repeats = 0
+
+
+_thread = _ThreadState()
+
+
+@contextlib.contextmanager
+def repeating() -> Iterator[None]:
+    """A context for calls that repeat others of this thread. They change no outside values of functions with a model.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> log = []
+        >>> step = fx.eval_step(lambda model, batch: log.append("called") or {"mean": model(batch).mean()})
+        >>> with repeating():
+        ...     _ = step(fx.init(torch.nn.ReLU()), torch.ones(2))
+        >>> log
+        []
+    """
+    _thread.repeats += 1
+    try:
+        yield
+    finally:
+        _thread.repeats -= 1
+
+
+def without_repeated_changes(
+    call: Callable[[], Out], function: Callable[..., object], modules: Iterable[nn.Module]
+) -> Out:
+    """Returns the result of an uncompiled call. Inside ``repeating``, outside values are restored after it."""
+    if not _thread.repeats:
+        return call()
+    outside = OutsideValues(function, modules)
+    try:
+        return call()
+    finally:
+        outside.restore(gained=True)
 
 
 def restoring_outside_values(

@@ -77,9 +77,9 @@ def untouched() -> Iterator[None]:
         ...
         RuntimeError: expected the default generator of cpu to stay unused, got samples from it. Sample inside ...
     """
-    before = _generator_states()
+    before = generator_states()
     yield
-    for device, state in _generator_states().items():
+    for device, state in generator_states().items():
         if device in before and not torch.equal(before[device], state):
             raise RuntimeError(
                 f"expected the default generator of {device} to stay unused, got samples from it. Sample inside "
@@ -87,7 +87,13 @@ def untouched() -> Iterator[None]:
             )
 
 
-def _generator_states() -> dict[str, Tensor]:
+def generator_states() -> dict[str, Tensor]:
+    """Returns the states of torch's default generators by device.
+
+    Example:
+        >>> sorted(generator_states())[0]
+        'cpu'
+    """
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states |= {f"cuda:{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}

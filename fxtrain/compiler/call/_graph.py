@@ -33,6 +33,7 @@ class Graph:
         executable: The compiled executable.
         donate: Whether it donates the old state.
         dynamic: Whether it accepts batches of other sizes.
+        check: Whether its first calls are checked against the uncompiled step.
     """
 
     def __init__(
@@ -44,12 +45,15 @@ class Graph:
         *,
         donate: bool,
         dynamic: bool,
+        check: bool,
     ) -> None:
         leaves, self._structure = tree.flatten(step.enter(state))
         inputs, batch_structure = tree.flatten(batch)
+        self._checked_structures = (self._structure, batch_structure) if check else None
         self._donate, self._conditions = donate, executable.conditions
         self._step, self._taker = step, repr(step)
         self._is_step = isinstance(step, Step)
+        self._is_dynamic = dynamic
         self._kinds_of_batch = loose_kinds if dynamic else kinds
         self._kinds, self._batch_kinds = kinds(leaves), self._kinds_of_batch(inputs)
         without = frozenset[str]() if isinstance(step, Step) else frozenset({"opt_state", "slots"})
@@ -118,6 +122,14 @@ class Graph:
     def replace_executable(self, executable: Executable) -> None:
         """Replaces the executable with another one of the same step, state and batch."""
         self._run, self._in_place = executable.run, executable.written is not None
+        if self._checked_structures is not None and not executable.is_uncompiled:
+            from fxtrain.compiler.check._first_calls import CheckedRun
+
+            def finish() -> None:
+                self._run = executable.run
+
+            options = {"is_dynamic": self._is_dynamic, "finish": finish}
+            self._run = CheckedRun(self._step, *self._checked_structures, executable, **options)
         self._written = executable.written or ()
         self._seen = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,11 +30,15 @@ class Executable(NamedTuple):
         run: The function.
         written: Indices of the state leaves that it updates in place; None if it returns new ones.
         conditions: Conditions on the sizes of batches, if they are symbolic.
+        is_uncompiled: Whether it runs the step as it is, so that there is nothing to check.
+        graphs: Its graphs, if later calls may add some. None otherwise.
     """
 
     run: Run
     written: Sequence[int] | None
     conditions: Conditions | None = None
+    is_uncompiled: bool = False
+    graphs: Sized | None = None
 
 
 def kinds(leaves: Iterable[Tensor]) -> list[Kind]:
@@ -74,4 +78,5 @@ def uncompiled(
         return (), output
 
     writes = in_place and isinstance(step, Step)
-    return Executable(run, range(state_structure.num_leaves) if writes else None)
+    written = range(state_structure.num_leaves) if writes else None
+    return Executable(run, written, is_uncompiled=wrap is None)

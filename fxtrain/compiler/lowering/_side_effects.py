@@ -35,10 +35,21 @@ def detecting_side_effects() -> Generator[None]:
     """A context for a trace that detects side effects in this thread.
 
     Raises:
-        FileInTraceError: User code opens a file, directly or through numpy or ``torch.load``. The error names the line.
+        FileInTraceError: User code opens a file, as in ``refusing_files``.
 
     Warns:
         UserWarning: A tensor is printed or formatted. The warning names the line and appears once.
+    """
+    with refusing_files(), _FormattingWarning():
+        yield
+
+
+@contextlib.contextmanager
+def refusing_files() -> Generator[None]:
+    """A context in which user code of this thread opens no files.
+
+    Raises:
+        FileInTraceError: User code opens a file, directly or through numpy or ``torch.load``. The error names the line.
     """
     thread = threading.get_ident()
 
@@ -58,8 +69,7 @@ def detecting_side_effects() -> Generator[None]:
     before = builtins.open, io.open, os.open
     builtins.open, io.open, os.open = map(refusing, before)
     try:
-        with _FormattingWarning():
-            yield
+        yield
     finally:
         builtins.open, io.open, os.open = before
 

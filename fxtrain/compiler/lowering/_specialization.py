@@ -60,7 +60,7 @@ def compile_specialized(
         checked.add(tree.leaves(state), tree.leaves(batch))
     except UnseededError as error:
         raise UncheckedReadError(str(error)) from error
-    return Executable(checked, None)
+    return Executable(checked, None, graphs=checked)
 
 
 class _Graph(NamedTuple):
@@ -86,6 +86,9 @@ class _Specialized:
         self._other: Executable | None = None
         self._graphs: list[_Graph] = []
         self._number_changes = 0  # how often a number (not a bool) has changed
+
+    def __len__(self) -> int:
+        return len(self._graphs) + (self._other is not None)
 
     def add(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Graph:
         """Compiles the graph for the values that these tensors lead to."""

@@ -1,0 +1,1 @@
+"""The check of compiled steps against their uncompiled selves."""

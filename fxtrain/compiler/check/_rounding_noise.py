@@ -1,0 +1,192 @@
+"""Runs a computation with other rounding errors, which shows how much its results depend on rounding.
+
+A compiler reorders sums, fuses operations and keeps intermediate results in a higher precision. Each of these changes
+the last bits of intermediate results. ``RoundingNoise`` changes them too, by a little more, at each operation. This
+measures what no tolerance per dtype can know: gradients that are zero up to rounding, ties of an ``argmax``, and
+training that amplifies differences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain._torch_internals.dispatch import TorchDispatchMode, is_in_place, is_view, operator_name
+from fxtrain.core import Tree
+
+_AMPLITUDE = 16.0
+"""Largest noise in rounding errors (eps): enough to change the sign of a gradient that consists of rounding errors."""
+_LOW_AMPLITUDE = 2.0
+"""The same for dtypes of at most 16 bits, in which 16 rounding errors would be a tenth of the value."""
+_LOW_EPS = 1e-4
+"""Machine precision above which a dtype has at most 16 bits. Kernels sum such tensors in float32."""
+_SUM_EPS = torch.finfo(torch.float32).eps
+_POOL_SIZE = 1 << 18
+
+# These add an update to a value that is large compared with it. Noise of more than one rounding error would hide what
+# the update changes.
+_ADDITIONS = frozenset(("add", "sub", "rsub", "addcdiv", "addcmul", "lerp"))
+# These only move or select values, so their results are exact.
+_EXACT_NAMES = """
+abs alias amax amin arange as_strided as_strided_scatter bitwise_and bitwise_or bitwise_xor cat ceil clamp clamp_max
+clamp_min clone complex constant_pad_nd copy copysign detach diag_embed diagonal diagonal_scatter embedding empty
+empty_like empty_strided expand eye fill flip floor fmax fmin full full_like gather hardtanh heaviside im2col index
+index_copy index_fill index_select isfinite isinf isnan lift_fresh masked_fill masked_scatter masked_select maximum
+minimum nan_to_num narrow neg new_empty new_empty_strided new_full new_ones new_zeros ones ones_like permute
+pixel_shuffle pixel_unshuffle put reflection_pad1d reflection_pad2d relu repeat replication_pad2d reshape resize roll
+round rot90 scalar_tensor scatter select select_backward select_scatter set sgn sign slice slice_backward slice_scatter
+split split_with_sizes squeeze stack t take threshold threshold_backward transpose tril triu trunc unbind unfold
+unfold_backward unsqueeze view view_as_complex view_as_real where zero zeros zeros_like
+"""
+_EXACT = frozenset(_EXACT_NAMES.split())
+# These return positions of floating-point values. Ties may be broken in another way by a compiled step.
+_SELECTION_NAMES = """
+argmax argmin argsort kthvalue max median min mode sort topk max_pool2d_with_indices max_pool3d_with_indices
+adaptive_max_pool2d adaptive_max_pool3d
+"""
+_SELECTIONS = frozenset(_SELECTION_NAMES.split())
+
+
+class RoundingNoise(TorchDispatchMode):
+    """A context that adds noise of a few rounding errors to the result of each operation.
+
+    The noise is a function of the order of operations. Two contexts with opposite signs add opposite noise, so a value
+    that consists of rounding errors gets both signs.
+
+    Args:
+        seed: Selects the noise.
+        sign: 1.0 or -1.0.
+        errors: The largest noise in rounding errors, for dtypes of more than 16 bits.
+
+    Attributes:
+        has_overflowed: Whether a float16 result was infinite. A compiled step may keep float32 intermediates instead,
+            in which case the two are not comparable.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([0.1, 0.0])
+        >>> with RoundingNoise(seed=0, sign=1.0):
+        ...     y = x * 3
+        >>> bool(y[0] == x[0] * 3), bool(y[1] == 0)
+        (False, True)
+    """
+
+    def __init__(self, *, seed: int, sign: float, errors: float = _AMPLITUDE) -> None:
+        super().__init__()
+        self.has_overflowed = False
+        self._errors = errors
+        self._sign, self._count = sign, seed * 7919
+        self._pools: dict[torch.device, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
+    ) -> Tree:
+        kwargs = kwargs or {}
+        name = operator_name(func).removeprefix("_foreach_").strip("_").removesuffix("_copy")
+        writes, selects = is_in_place(func), name in _SELECTIONS
+        if is_view(func) or (name in _EXACT and not selects):
+            return func(*args, **kwargs)
+        if name in ("to", "copy") and not writes:
+            result = func(*args, **kwargs)
+            return self._noisy(result) if _is_rounded(args[0], result) else result
+        is_pointwise = torch.Tag.pointwise in func.tags
+        if selects:
+            args = tuple(self._untied(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        elif not is_pointwise:
+            # Only arguments that the operation does not write.
+            reads = [argument.alias_info is None for argument in func._schema.arguments]
+            args = tuple(
+                self._noisy(arg) if isinstance(arg, Tensor) and read else arg
+                for arg, read in zip(args, reads, strict=False)
+            )
+        result = func(*args, **kwargs)
+        if selects:
+            return result
+        errors = 1.0 if name in _ADDITIONS else None
+        terms = 1.0 if is_pointwise else _terms(args, result)
+        if not writes:
+            return tree.map(lambda leaf: self._noisy(leaf, errors, terms) if isinstance(leaf, Tensor) else leaf, result)
+        if name != "copy":
+            for leaf in tree.leaves(result):
+                if isinstance(leaf, Tensor) and _is_noisy(leaf):
+                    leaf.copy_(self._noisy(leaf, errors, terms))
+        return result
+
+    def added_to(self, value: Tree) -> Tree:
+        """Returns the value with noise, if it is a floating-point tensor."""
+        return self._noisy(value) if isinstance(value, Tensor) else value
+
+    def _noisy(self, value: Tensor, errors: float | None = None, terms: float = 1.0) -> Tensor:
+        """Returns the value with noise. Small integers stay the same, because they are exact: masks, counts and zeros.
+
+        Args:
+            value: Any tensor.
+            errors: The largest noise in rounding errors, by default that of the dtype.
+            terms: How many terms were summed for each element. The rounding errors of sequential sums grow with its
+                square root, and are relative to the partial sums, whose size is estimated by that of all results.
+        """
+        if not _is_noisy(value) or not value.numel():
+            return value
+        if value.dtype == torch.float16:
+            self.has_overflowed |= bool(value.isinf().any())
+        eps = torch.finfo(value.dtype).eps
+        is_low = eps > _LOW_EPS
+        if errors is None:
+            errors = min(_LOW_AMPLITUDE, self._errors) if is_low else self._errors
+        wide = value.float() if is_low else value
+        size = wide.abs() * (errors * eps)
+        of_sums = math.sqrt(terms) * (_SUM_EPS if is_low else eps)
+        if of_sums > errors * eps:
+            size = size + of_sums * wide.square().mean().sqrt()
+        moved = (wide + size * self._noise(value)).to(value.dtype)
+        is_exact = (value == value.round()) & (value.abs() <= 0.25 / eps) | ~value.isfinite()
+        return torch.where(is_exact, value, moved)
+
+    def _untied(self, value: Tensor) -> Tensor:
+        """Returns the value with absolute noise, so that equal elements differ."""
+        if not _is_noisy(value) or not value.numel():
+            return value
+        largest = torch.where(value.isfinite(), value.abs(), 0).max().clamp(min=torch.finfo(value.dtype).tiny)
+        return (value + self._noise(value) * (largest * torch.finfo(value.dtype).eps * 2)).to(value.dtype)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        """Returns noise between -1 and 1 of the same shape: float32, or float64 for float64."""
+        self._count += 1
+        pool = self._pools.get(like.device)
+        if pool is None:
+            generator = torch.Generator().manual_seed(0)
+            pool = (torch.rand(_POOL_SIZE, generator=generator) * 2 - 1).to(like.device)
+            self._pools[like.device] = pool
+        start, count = self._count * 104729 % _POOL_SIZE, like.numel()
+        repeats = -(-(start + count) // _POOL_SIZE)
+        long = pool if repeats == 1 else pool.repeat(repeats)
+        noise = long[start : start + count].view(like.shape) * self._sign
+        return noise.double() if like.dtype == torch.float64 else noise
+
+
+def _is_noisy(value: Tensor) -> bool:
+    # Other dtypes, such as complex numbers, are computed from real ones in most models.
+    return value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_rounded(before: Tree, after: Tree) -> bool:
+    """Whether a conversion loses bits of a floating-point tensor."""
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not (_is_noisy(before) and _is_noisy(after)):
+        return False
+    return torch.finfo(after.dtype).eps > torch.finfo(before.dtype).eps
+
+
+def _terms(args: Sequence[Tree], result: Tree) -> float:
+    """Returns about how many terms an operation sums for each element, such as k for a matmul [m, k] x [k, n]."""
+    sizes = sorted((arg.numel() for arg in args if isinstance(arg, Tensor) and _is_noisy(arg)), reverse=True)[:2]
+    made = max(
+        (leaf.numel() for leaf in tree.leaves(result) if isinstance(leaf, Tensor) and _is_noisy(leaf)), default=0
+    )
+    if not sizes or not made:
+        return 1.0
+    return max(1.0, math.sqrt(math.prod(sizes) / made) if len(sizes) == 2 else sizes[0] / made)
