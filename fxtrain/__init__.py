@@ -73,12 +73,12 @@ finally:
         _gc.enable()
 
 if _TYPE_CHECKING:
-    from fxtrain import callbacks, interop
+    from fxtrain import callbacks, ensemble, interop
     from fxtrain.diagnostics import Explanation, explain
     from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
 
-_PACKAGES_IMPORTED_ON_USE = ("callbacks", "diagnostics", "finders", "interop")
+_PACKAGES_IMPORTED_ON_USE = ("callbacks", "diagnostics", "ensemble", "finders", "interop")
 _NAMES_IMPORTED_ON_USE = {
     "Explanation": "fxtrain.diagnostics",
     "explain": "fxtrain.diagnostics",
@@ -116,6 +116,7 @@ __all__ = [
     "compile",
     "compose",
     "data",
+    "ensemble",
     "eval_step",
     "evaluate",
     "every",

@@ -25,7 +25,7 @@ LAYERS = [
     {"interop"},
     {"observers"},
     {"compiler", "loop"},
-    {"diagnostics", "finders", "report"},
+    {"diagnostics", "ensemble", "finders", "report"},
     {"testing", "cli"},
     {"__main__"},
 ]

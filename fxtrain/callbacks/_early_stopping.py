@@ -36,6 +36,7 @@ from fxtrain.core import (
 )
 from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, stateful
+from fxtrain.fold._settings import accepts_settings_per_member
 
 
 class EarlyStoppingState(NamedTuple):
@@ -48,10 +49,11 @@ class EarlyStoppingState(NamedTuple):
 
 
 @with_known_arguments
+@accepts_settings_per_member
 def early_stopping(
     metric: Metric,
     *,
-    patience: int,
+    patience: int | Tensor,
     unit: str = "evaluations",
     mode: str | Better = "min",
     min_delta: float = 0.0,
@@ -71,7 +73,8 @@ def early_stopping(
 
     Args:
         metric: Metric name at ``EvalEnd``, or a function of all metrics there.
-        patience: How long to wait, in ``unit``, 1 or more.
+        patience: How long to wait, in ``unit``, 1 or more. For a batch of runs, each number here can be a tensor
+            [members] with a value for each member, as in ``patience=torch.tensor([2, 5])``.
         unit: ``"evaluations"``, ``"steps"`` or ``"epochs"``. In any unit, decisions are made at evaluations.
         mode: ``"min"`` if lower is better, or ``"max"``. Or a function ``(value, best) -> improved`` of tensors of
             shape []. Before the first evaluation, its ``best`` is the baseline, or nan.
@@ -175,6 +178,7 @@ class OverfittingState(NamedTuple):
     grown: Tensor  # int64 []: consecutive evaluations at which the gap grew
 
 
+@accepts_settings_per_member
 def stop_on_overfitting(
     metric: Metric,
     *,

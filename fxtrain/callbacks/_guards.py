@@ -26,6 +26,7 @@ from fxtrain.core import (
 )
 from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, on, slotted
+from fxtrain.fold._settings import accepts_settings_per_member
 from fxtrain.model import model_of
 from fxtrain.precision import finite_leaves
 from fxtrain.tree import as_code, leaf_paths
@@ -41,6 +42,7 @@ class NanGuardState(NamedTuple):
 
 
 @with_known_arguments
+@accepts_settings_per_member
 def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
     """Skips updates with a non-finite loss or gradient, and stops the run after ``patience`` in a row.
 

@@ -13,6 +13,7 @@ from fxtrain.callbacks._watched_metric import Better, Metric, direction, measure
 from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign, with_known_arguments
 from fxtrain.fold import Handler, slotted
+from fxtrain.fold._settings import accepts_settings_per_member
 
 
 class ReduceOnPlateauState(NamedTuple):
@@ -25,6 +26,7 @@ class ReduceOnPlateauState(NamedTuple):
 
 
 @with_known_arguments
+@accepts_settings_per_member
 def reduce_on_plateau(
     metric: Metric,
     *,

@@ -23,8 +23,10 @@ from fxtrain.callbacks._watched_metric import (
 from fxtrain.core import Callback, Control, EvalEnd, StepEnd, TrainState, describe
 from fxtrain.equivalents import with_known_arguments
 from fxtrain.fold import Handler, When, as_trigger, stateful, when
+from fxtrain.fold._settings import accepts_settings_per_member
 
 
+@accepts_settings_per_member
 def stop_at(metric: Metric, value: float, *, mode: str = "min", on: type[EvalEnd | StepEnd] = EvalEnd) -> Handler:
     """Stops the run when a metric reaches a value.
 
@@ -55,6 +57,7 @@ def stop_at(metric: Metric, value: float, *, mode: str = "min", on: type[EvalEnd
     return _watching(Handler(f"stop_at {what}", reached, frozenset({on})), metric, on)
 
 
+@accepts_settings_per_member
 def stop_on_divergence(
     metric: Metric, limit: float | None = None, *, mode: str = "min", on: type[EvalEnd | StepEnd] = EvalEnd
 ) -> Handler:
@@ -167,6 +170,7 @@ def save(every: When = 1) -> Callback:
 
 
 @with_known_arguments
+@accepts_settings_per_member
 def save_best(
     metric: Metric,
     *,

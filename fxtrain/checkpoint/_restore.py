@@ -26,6 +26,7 @@ from fxtrain.core import (
     CHANGED_AT_END,
     LOOP,
     Record,
+    TrainState,
     Tree,
     check_choice,
     check_device,
@@ -216,7 +217,7 @@ def read(
 
     Args:
         path: As for ``restore``. So are ``like``, ``where``, ``fresh``, ``extra`` and ``device``.
-        like: The tree to restore.
+        like: The tree to restore. A stacked state restores the batch state that its runs were saved as.
         where: What to restore.
         fresh: Parameters and buffers that are not restored.
         extra: What happens to slots that ``like`` lacks.
@@ -232,6 +233,11 @@ def read(
                 f"expected like to be a tree of tensors, got {describe(leaf)} in it. Make a state of the same model "
                 "and optimizer: fxtrain.init(module, tx)."
             )
+    is_stacked = isinstance(like, TrainState) and like.step.ndim > 0
+    if is_stacked:
+        from fxtrain.core._members import batch_state, stacked_state  # keeps the import of fxtrain fast
+
+        like = batch_state(like)
     manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, like, stored, where, fresh)
@@ -252,6 +258,8 @@ def read(
             state = state.replace(slots={**state.slots, **slots})
         if CHANGED_AT_END in matched.missing:  # `like` is the result of a run, and the checkpoint is not
             state = state.replace(slots={name: slot for name, slot in state.slots.items() if name != CHANGED_AT_END})
+    if is_stacked:
+        state = stacked_state(state)
     now = {**environment(device_of(state)), **(notes or {})}
     different = _differences(manifest["environment"], now)
     slots = map(_callback_slots, (matched.missing, matched.extra, matched.outdated, matched.shared))

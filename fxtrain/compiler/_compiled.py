@@ -74,6 +74,7 @@ class Compiled:
         self._pending = BackgroundGraphs(step, routes, options)
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
+        self._of_members: Compiled | None = None
         self._remake = remake
         self._others: dict[tuple[object, ...], Compiled] = {}  # most recently used last
         functools.update_wrapper(self, step, updated=())
@@ -174,6 +175,12 @@ class Compiled:
         if len(self._others) > _MAX_OTHERS:
             del self._others[next(iter(self._others))]
         return self._others[key]
+
+    def over_members(self, *lift: Any) -> Compiled:
+        """Returns the compiled step of a batch of runs, made from this step of one. ``fit`` uses it."""
+        if self._of_members is None:
+            self._of_members = self._remake(self.step.over_members(*lift), donate=self.donates)
+        return self._of_members
 
     def expect_shapes(self, kinds: int | None) -> None:
         """Declares how many more batch shapes to expect. Each compiles a graph without a warning or an error.

@@ -20,6 +20,9 @@ REWINDS = f"{LOOP}rewinds"  # int64 [n, 2]: steps that the run rewound to, and h
 SNAPSHOTS = f"{LOOP}snapshots"  # int64 [keep]: steps whose states are retained for rewinds; -1 in unused entries
 CHANGED_AT_END = f"{LOOP}changed_at_end"  # bool []: callbacks changed this state at FitEnd, so no run continues from it
 
+MEMBERS = f"{LOOP}members"  # counters of the members, in the state of a batch of runs: see fxtrain.core._members
+MEMBERS_EVALUATED = f"{LOOP}members_evaluated"  # as EVALUATED, with a leading axis of members
+
 # These exist in checkpoints only.
 BATCH = f"{LOOP}batch"  # int64 [2]: index and checksum of the batch read last
 DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a stateful data source

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import EVALUATED, SNAPSHOTS, Control, Donated, Due, Epoch, TrainState, Tree
+from fxtrain.core._slots import MEMBERS
 from fxtrain.core._state import FIELDS
 from fxtrain.loop._epoch_metrics import EpochMetrics
 from fxtrain.loop._transfer import start_copy_of_flags
@@ -125,6 +126,10 @@ class Cursor:
         """Sets the data position without taking a step."""
         self.position = position
         self.state = self.state.replace(position=torch.full_like(self.state.position, position))
+        if MEMBERS in self.state.slots:
+            from fxtrain.loop._members import moved
+
+            self.state = moved(self.state)
 
     def count(self, epoch: Epoch) -> None:
         """Sets the current epoch."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, Published, event_of
+from fxtrain.core._slots import MEMBERS
 from fxtrain.fold import Composed
 from fxtrain.fold._checks import same_leaves
 from fxtrain.loop._batches import BatchReader
@@ -106,7 +107,12 @@ class Emitter:
 
             note_existing_keys(error, before, event)
             raise
-        if also:
+        if MEMBERS in now.state.slots:
+            from fxtrain.loop._members import from_step, settled
+
+            control = from_step(now.state, also) | control if also else control
+            now.state, control = settled(now.state, event, control)
+        elif also:
             control = also | control
         if self._shows_published:
             control |= self._fold_published(event, control)
@@ -125,4 +131,8 @@ class Emitter:
             return Control()
         self._times[Published] = event.time
         self.now.state, control = self.callbacks(self.now.state, seen)
+        if MEMBERS in self.now.state.slots:
+            from fxtrain.loop._members import settled
+
+            self.now.state, control = settled(self.now.state, seen, control)
         return control

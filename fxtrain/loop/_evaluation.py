@@ -23,6 +23,7 @@ from fxtrain.core import (
     TrainState,
 )
 from fxtrain.core._short_tracebacks import with_short_traceback
+from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
@@ -62,8 +63,12 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
         >>> fx.evaluate(fx.init(torch.nn.ReLU()), step, [torch.zeros(3), torch.ones(1)])
         {'mean': 0.25}
     """
-    check_state(state, "evaluate(state, eval_step, data)")
     check_eval_step(eval_step)
+    if isinstance(state, TrainState) and state.step.ndim:
+        from fxtrain.loop._members import lifted_evaluation  # keeps the import of fxtrain fast
+
+        state, eval_step = lifted_evaluation(state, eval_step)
+    check_state(state, "evaluate(state, eval_step, data)")
     total: _Total = {}
     source = as_source(data)
     declare_shapes(eval_step, source)
@@ -116,6 +121,10 @@ class Evaluations:
         # An interrupted evaluation is rolled back and stays due.
         mark, began = now.mark(), self._time()
         now.set(evaluate=False)
+        if MEMBERS in now.state.slots:
+            from fxtrain.loop._members import begin_evaluation
+
+            now.state = begin_evaluation(now.state)
         yield from self._emit(EvalBegin, num_batches=self._num_batches)
         total: _Total = {}
         seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
@@ -135,6 +144,10 @@ class Evaluations:
         measured = metrics.compute(total)
         slot = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
         now.state = now.state.with_slot(EVALUATED, slot)
+        if MEMBERS in now.state.slots:
+            from fxtrain.loop._members import end_evaluation
+
+            now.state = end_evaluation(now.state, measured)
         yield from self._emit(EvalEnd, metrics=measured, duration=self._time() - began)
 
     def is_missing(self) -> bool:
@@ -182,6 +195,11 @@ def _measured(
     """Returns the output of a batch, and ``total`` merged with its metrics."""
     # The evaluation step derives its random samples from the position, so set it to the index of the batch.
     output = eval_step(state.replace(position=torch.tensor(index, device=state.step.device)), batch)
+    if MEMBERS in state.slots:
+        from fxtrain.loop._members import lifted_metrics
+
+        lifted = lifted_metrics(output, batch, lambda one: _weight(one, index))
+        return output, metrics.merge(total, lifted) if total else lifted
     # Metrics that merge with their own weights need no batch size.
     averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
     weight = _weight(batch, index) if averaged and output.weight is None else output.weight

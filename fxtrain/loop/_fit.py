@@ -10,6 +10,7 @@ from fxtrain.core import Donated, History, StepFn, TrainState, leaf_values, plur
 from fxtrain.core._field_access import missing_field
 from fxtrain.core._html import html_view, view
 from fxtrain.core._short_tracebacks import shorten_traceback
+from fxtrain.core._slots import MEMBERS
 from fxtrain.data import SourceLike
 from fxtrain.loop._plan import Plan, with_options, with_progress
 from fxtrain.loop._run import Run
@@ -143,7 +144,12 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
     run = Run(state, step, data, with_progress(plan, by_default=in_notebook()))
     for _ in run.events():
         pass
-    return Result(run.now.state, run.continue_from, run.reason, run.history, run.exit_code)
+    state, continue_from = run.now.state, run.continue_from
+    if MEMBERS in state.slots:
+        from fxtrain.loop._members import stacked_results  # keeps the import of fxtrain fast
+
+        state, continue_from = stacked_results(state, continue_from)
+    return Result(state, continue_from, run.reason, run.history, run.exit_code)
 
 
 @with_options(Plan)

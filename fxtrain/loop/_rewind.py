@@ -8,6 +8,7 @@ import torch
 
 from fxtrain import tree
 from fxtrain.core import LOOP, REWINDS, Rewound, TrainState
+from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Source
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._cursor import Cursor
@@ -131,6 +132,10 @@ def rewind(emitter: Emitter, snapshots: Snapshots, data: Source) -> Events[None]
         now.stop(f"a rewind of {steps} steps was requested at step {now.step}, but no retained state is that old")
         return
     target, measured = found
+    if MEMBERS in old.slots:
+        from fxtrain.loop._members import with_stopped
+
+        target = with_stopped(target, old)
     to_step = int(target.step)
     times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
     times[to_step] = times.get(to_step, 0) + 1

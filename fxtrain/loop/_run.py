@@ -27,6 +27,7 @@ from fxtrain.core import (
     TrainState,
     warn,
 )
+from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Source, SourceLike, as_source
 from fxtrain.data._sizes import data_sizes
 from fxtrain.fold import Handler, as_composed, attach, compose, on
@@ -63,10 +64,16 @@ class Run:
     def __init__(
         self, state: TrainState, step: StepFn, data: SourceLike, plan: Plan, *, every_event: bool = False
     ) -> None:
-        check_state(state, "fit(state, step, data)")
         check_step(step)
         declared = cast(LoopStep, step) if hasattr(step, "fires") else Step(step)
-        given, callbacks = shared(declared, compose(as_composed(plan.callbacks), *evaluation_requests(plan)))
+        if isinstance(state, TrainState) and state.step.ndim:
+            from fxtrain.loop._members import lifted_run  # keeps the import of fxtrain fast
+
+            state, given, callbacks, plan = lifted_run(state, declared, plan)
+            check_state(state, "fit(state, step, data)")
+        else:
+            check_state(state, "fit(state, step, data)")
+            given, callbacks = shared(declared, compose(as_composed(plan.callbacks), *evaluation_requests(plan)))
         # The loop owns its state, so a compiled step may donate it.
         self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
         self._plan, self._callbacks = plan, callbacks
@@ -91,7 +98,12 @@ class Run:
         self._eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
         self._callbacks = self._publish.watched(compose(callbacks, *_run_statistics(self._step, self._data)))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
-        state = self._attached(begin_epochs(state, self._data))
+        state = begin_epochs(state, self._data)
+        if MEMBERS in state.slots:
+            from fxtrain.loop._members import record_epoch
+
+            state = record_epoch(state, ends=False)
+        state = self._attached(state)
         best = getattr(plan.checkpointer, "best_metric", None)
         check_needs(self._callbacks, state, self._step, plan.eval_step, self._eval_data, best)
         check_written(self._callbacks, self._publish.keeps())

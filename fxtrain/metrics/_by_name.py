@@ -63,7 +63,8 @@ def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str
 def compute(metrics: Mapping[str, Tensor | Metric]) -> dict[str, Tensor]:
     """Computes the value of each metric, a tensor of shape []. Tensors are returned as they are.
 
-    A metric that computes a dict, such as a collection, gives several values, with names joined by ``/``.
+    A metric that computes a dict, such as a collection, gives several values, with names joined by ``/``. The value of
+    an empty key has the name of the metric.
 
     Raises:
         TypeError: If a value does not have the shape [].
@@ -84,7 +85,7 @@ def compute(metrics: Mapping[str, Tensor | Metric]) -> dict[str, Tensor]:
 def _flatten(name: str, value: Tree, into: dict[str, Tensor]) -> None:
     if isinstance(value, Mapping):
         for key, part in cast("Mapping[str, Tree]", value).items():
-            _flatten(f"{name}/{key}", part, into)
+            _flatten(f"{name}/{key}" if key else name, part, into)
     elif name in into:
         raise ValueError(f"expected distinct metric names, got {name!r} twice. Rename one of them.")
     else:

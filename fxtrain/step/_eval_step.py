@@ -37,6 +37,7 @@ class EvalFunction:
 
     def __init__(self, function: Callable[[TrainState, Batch], StepOutput]) -> None:
         self.function = function
+        self._of_members: EvalFunction | None = None
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Batch) -> StepOutput:
@@ -52,6 +53,14 @@ class EvalFunction:
     def enter(self, state: TrainState) -> TrainState:
         """Returns the part of the state that enters the compiled graph, without optimizer state and slots."""
         return state.replace(opt_state={}, slots={})
+
+    def over_members(self) -> EvalFunction:
+        """Returns the evaluation step of a batch of runs. The same object is returned each time."""
+        if self._of_members is None:
+            from fxtrain.step._members import MembersEval  # keeps the import of fxtrain fast
+
+            self._of_members = MembersEval(self)
+        return self._of_members
 
     def __repr__(self) -> str:
         return f"<{name_of(self.function)}>"

@@ -88,6 +88,7 @@ class Step:
                 f"{', '.join(sorted(kind.__name__ for kind in unknown))}."
             )
         self._name = name_of(function)
+        self._of_members: Step | None = None
         # Names of the slots that enter the compiled graph.
         self.enters = frozenset(self.callbacks.traced_slots)
         functools.update_wrapper(self, function, updated=())
@@ -158,6 +159,18 @@ class Step:
         if self._rebuild is None:
             raise refused(others[0])
         return self._rebuild(compose(self.callbacks, *others))
+
+    def over_members(self, lift: Callable[[Composed], Composed]) -> Step:
+        """Returns the step of a batch of runs. The same object is returned each time.
+
+        Args:
+            lift: Maps callbacks of one run to those of a batch.
+        """
+        if self._of_members is None:
+            from fxtrain.step._members import MembersStep  # keeps the import of fxtrain fast
+
+            self._of_members = MembersStep(self, lift)
+        return self._of_members
 
     def attached(self, state: TrainState) -> TrainState:
         """Returns the state with all slots of this step. Missing ones are initialized by their callbacks.

@@ -1,0 +1,181 @@
+"""Stacks the states of runs, and takes them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TrainState, check_int, check_train_state, describe
+from fxtrain.core._members import check_stacked, is_stacked, stacked_state
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """Stacks the states of single runs along a new leading axis.
+
+    Args:
+        states: One state for each member, with the same structure, shapes and dtypes. They may differ in every value:
+            parameters, seeds, and hyperparameters from ``fxtrain.optim.inject_hyperparams``.
+
+    Returns:
+        The stacked state, whose leaves have shape [members, ...]. It does not share memory with ``states``.
+
+    Raises:
+        TypeError: If an element is not a TrainState.
+        ValueError: If there are none, or they differ in structure, a shape or a dtype.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+        >>> runs = fx.ensemble.stack([fx.init({"w": torch.tensor(w)}, tx) for w in (0.0, 1.0)])
+        >>> result = fx.fit(runs, step, [torch.tensor(1.0)], steps=1)
+        >>> result.state.params["w"]
+        tensor([0.2000, 1.0000])
+    """
+    states = list(states)
+    if not states:
+        raise ValueError("expected the states of one or more runs, got none. Give a list of states.")
+    for index, state in enumerate(states):
+        check_train_state(state, f"fxtrain.ensemble.stack(states), at index {index},")
+        if state.step.ndim:
+            raise ValueError(f"expected states of single runs, got one of several at index {index}. Give its members.")
+    paths, leaves = tree.paths(states[0], "state"), tree.leaves(states[0])
+    expected = dict(zip(paths, leaves, strict=True))
+    for index, state in enumerate(states[1:], start=1):
+        found = dict(zip(tree.paths(state, "state"), tree.leaves(state), strict=True))
+        for path in (*expected, *found):
+            first, other = expected.get(path), found.get(path)
+            if first is None or other is None or first.shape != other.shape or first.dtype != other.dtype:
+                ours, theirs = ("no such leaf" if leaf is None else describe(leaf) for leaf in (first, other))
+                raise ValueError(
+                    f"expected states of one structure, got {ours} at {path} of the first and {theirs} at index "
+                    f"{index}. Make all of them with one architecture, one tx and the same callbacks."
+                )
+        if tree.structure(state) != tree.structure(states[0]):
+            raise ValueError(
+                f"expected states of one model, got another architecture at index {index}. Make all of them with "
+                "fxtrain.init of modules of one class and configuration."
+            )
+    return tree.map(lambda *leaves: torch.stack(leaves), *states)
+
+
+def stacked(state: TrainState) -> TrainState:
+    """Returns a batch state, which observers, checkpoints and ``steps`` have, as a stacked state.
+
+    Args:
+        state: A batch state. A stacked state is returned as it is.
+
+    Raises:
+        ValueError: If it is the state of one run.
+    """
+    check_train_state(state, "fxtrain.ensemble.stacked(state)")
+    state = stacked_state(state)
+    if not is_stacked(state):
+        raise ValueError(
+            "expected the state of a batch of runs, got that of one run. Stack states: fxtrain.ensemble.stack."
+        )
+    return state
+
+
+def member(state: TrainState, index: int) -> TrainState:
+    """Returns the state of one member, from which a single run continues.
+
+    Its stop is cleared, as in ``Result.continue_from``.
+
+    Args:
+        state: A stacked state, or a batch state from a checkpoint or an observer.
+        index: The member. Negative indices count from the end.
+
+    Raises:
+        ValueError: If it is the state of one run.
+        IndexError: If there is no such member.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> runs = fx.ensemble.stack([fx.init({"w": torch.tensor(w)}) for w in (0.0, 1.0)])
+        >>> fx.ensemble.member(runs, -1).params
+        {'w': tensor(1.)}
+    """
+    state = stacked(state)
+    count = check_stacked(state)
+    check_int("index", index, minimum=-count)
+    if index >= count:
+        raise IndexError(f"expected the index of one of {count} members, got {index}. The first has index 0.")
+    one = tree.map(lambda leaf: leaf[index].clone(), state)
+    none = torch.zeros_like(one.due.stop)
+    return one.replace(due=one.due._replace(stop=none, skip_final_save=none.clone()))
+
+
+def select(state: TrainState, members: Sequence[int] | Tensor) -> TrainState:
+    """Returns the stacked state of some members, in the given order, for example of those that have not stopped.
+
+    Args:
+        state: A stacked or batch state.
+        members: Indices, int64 [n], or a mask, bool [members]. ``~state.due.stop`` leaves the stopped members out.
+
+    Raises:
+        ValueError: If it is the state of one run, or no member is selected.
+        IndexError: If there is no such member.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> runs = fx.ensemble.stack([fx.init({"w": torch.tensor(w)}) for w in (0.0, 1.0, 2.0)])
+        >>> fx.ensemble.select(runs, [2, 0]).params
+        {'w': tensor([2., 0.])}
+    """
+    state = stacked(state)
+    indices = _indices(members, check_stacked(state)).to(state.step.device)
+    return tree.map(lambda leaf: leaf[indices], state)
+
+
+def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) -> TrainState:
+    """Returns the state with some members replaced. It is the inverse of ``select``.
+
+    Args:
+        state: A stacked or batch state.
+        members: As for ``select``.
+        others: The stacked or batch state of as many members. Slots that ``state`` lacks are left out.
+
+    Raises:
+        ValueError: If the numbers of members differ, or a slot of ``state`` is missing.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> runs = fx.ensemble.stack([fx.init({"w": torch.tensor(w)}) for w in (0.0, 1.0, 2.0)])
+        >>> changed = fx.ensemble.select(runs, [2]).replace(params={"w": torch.tensor([9.0])})
+        >>> fx.ensemble.put(runs, [2], changed).params
+        {'w': tensor([0., 1., 9.])}
+    """
+    state, others = stacked(state), stacked(others)
+    indices = _indices(members, check_stacked(state)).to(state.step.device)
+    if len(indices) != check_stacked(others):
+        raise ValueError(f"expected the states of {len(indices)} members, got {check_stacked(others)}. Give as many.")
+    missing = [name for name in state.slots if name not in others.slots]
+    if missing:
+        raise ValueError(
+            f"expected others with the slot {missing[0]!r} of state, got "
+            f"{', '.join(map(repr, others.slots)) or 'none'}. Train both with the same callbacks."
+        )
+    others = others.replace(slots={name: others.slots[name] for name in state.slots})
+
+    def replaced(old: Tensor, new: Tensor) -> Tensor:
+        return old.index_copy(0, indices, new)
+
+    return tree.map(replaced, state, others)
+
+
+def _indices(members: Sequence[int] | Tensor, count: int) -> Tensor:
+    given = torch.as_tensor(members)
+    if given.dtype == torch.bool:
+        if given.shape != (count,):
+            raise ValueError(f"expected a mask of shape [{count}], got {describe(given)}. Give a flag for each member.")
+        given = given.nonzero().flatten()
+    if given.ndim != 1 or len(given) == 0 or given.is_floating_point():
+        raise ValueError(f"expected one or more indices of members, got {describe(members)}. Give ints or a mask.")
+    out = [index for index in given.tolist() if not -count <= index < count]
+    if out:
+        raise IndexError(f"expected indices of {count} members, got {out[0]}. The first has index 0.")
+    return given % count

@@ -1,0 +1,119 @@
+"""Callbacks of a batch of runs that have a setting for each member, or see all members."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TRACED, Control, Event, TrainState, Tree, describe, name_of
+from fxtrain.fold._compose import Composed
+from fxtrain.fold._handler import Handler, handler_of
+
+
+class Across:
+    """A callback that sees all members: ``(stacked state, event) -> (stacked state, control)``."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
+        return self.function(state, event)
+
+
+class Each:
+    """One callback for each member, which differ in their settings."""
+
+    def __init__(self, name: str, handlers: Sequence[Handler]) -> None:
+        self.name, self.handlers = name, tuple(handlers)
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
+        raise ValueError(
+            f"expected the state of {len(self.handlers)} runs for {self.name}, whose settings have a value for each, "
+            "got that of one run. Give fit the stacked states, or one value for each setting."
+        )
+
+
+def with_tensors(factory: Callable[..., Handler], args: Sequence[object], settings: Mapping[str, object]) -> Handler:
+    """Makes a callback from settings with tensors: of shape [], or with a value for each member."""
+    own = [_plain(value) for value in args], {name: _plain(value) for name, value in settings.items()}
+    if any(isinstance(value, Tensor) for value in (*own[0], *own[1].values())):
+        return per_member_settings(factory, *own)
+    return factory(*own[0], **own[1])
+
+
+def per_member_settings(factory: Callable[..., Any], args: Sequence[object], settings: Mapping[str, object]) -> Handler:
+    """Returns the callback of ``fxtrain.ensemble.each``."""
+    name = name_of(factory)
+    given = {**{f"argument {index}": value for index, value in enumerate(args)}, **settings}
+    counts = {key: len(value) for key, value in given.items() if _differs(value)}
+    if not counts:
+        raise ValueError(
+            f"expected a setting of {name} with a value for each member, got none. Give a tensor [members]."
+        )
+    if len(set(counts.values())) > 1:
+        (one, first), (other, second) = list(counts.items())[:2]
+        raise ValueError(
+            f"expected as many values of each setting of {name}, got {first} of {one} and {second} of {other}. Give "
+            "one for each member."
+        )
+    count = next(iter(counts.values()))
+    if count == 0:
+        raise ValueError(f"expected one or more values of {next(iter(counts))} for {name}, got none.")
+    made: list[Handler] = []
+    for index in range(count):
+        own = {key: _own(value, index) for key, value in settings.items()}
+        callback = factory(*(_own(value, index) for value in args), **own)
+        if isinstance(callback, Composed):
+            raise TypeError(f"expected {name} to make one callback, got {len(callback)}. Give each to ensemble.each.")
+        made.append(handler_of(callback))
+    first = made[0]
+    for handler in made:
+        traced = next((kind for kind in TRACED if kind in handler.events), None)
+        if traced is not None:
+            raise ValueError(
+                f"expected one value of {next(iter(counts))} for {name}, which runs at {traced.__name__} inside the "
+                f"compiled step, one graph for all members, got {count}. Give a Python scalar."
+            )
+        if (handler.events, handler.slot) != (first.events, first.slot):
+            raise ValueError(
+                f"expected callbacks of {name} with the same events and slot, got {first!r} and {handler!r}. Vary "
+                "settings that change neither."
+            )
+    init = None if first.init is None else _Inits(first.init, [handler.init for handler in made])
+    return dataclasses.replace(first, function=Each(first.name, made), init=init)
+
+
+class _Inits:
+    """The initial content of the slot, for a batch of runs that of each member."""
+
+    def __init__(self, first: Callable[[TrainState], Tree], each: Sequence[Any]) -> None:
+        self.first, self.each = first, each
+
+    def __call__(self, state: TrainState) -> Tree:
+        if state.step.ndim == 0:
+            return self.first(state)
+        return tree.map(
+            lambda *leaves: torch.stack(leaves),
+            *(init(tree.map(lambda leaf, i=i: leaf[i], state)) for i, init in enumerate(self.each)),
+        )
+
+
+def _differs(value: object) -> bool:
+    if isinstance(value, Tensor):
+        if value.ndim > 1:
+            raise ValueError(f"expected a setting of shape [] or [members], got {describe(value)}.")
+        return value.ndim == 1
+    return isinstance(value, list | tuple)
+
+
+def _own(value: Any, index: int) -> object:
+    return _plain(value[index]) if _differs(value) else _plain(value)
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
