@@ -1,9 +1,10 @@
-"""Measures the step time of many tiny MLPs trained as one vmapped state."""
+"""Measures the step time of many tiny MLPs trained as one batch of runs, next to that of one run."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch
 import fxtrain as fx
 from benchmarks.measure import Seconds, alternate
 from benchmarks.workloads import Workload, workload
+
+PLAIN = "one run"
+"""The compiled step of a single run, without an axis of members."""
 
 
 def main(*, rounds: int, quick: bool) -> Seconds:
@@ -22,26 +26,41 @@ def main(*, rounds: int, quick: bool) -> Seconds:
         made = workload("tiny_mlp", quick=quick)
         steps = 20 if quick else 200
         members = (1, 8) if quick else (1, 8, 32, 128)
-        return alternate({str(count): turn_of(made, count, steps) for count in members}, rounds)
+        tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
+        single = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx)
+        step = fx.compile(single, on_recompile="allow")
+
+        def start(seed: int) -> fx.TrainState:
+            return fx.init(made.module(), tx, seed=seed)
+
+        turns = {PLAIN: turn_of(made, step, start(0), steps)}
+        for count in members:
+            runs = fx.ensemble.stack([start(seed) for seed in range(count)])
+            turns[str(count)] = turn_of(made, step, runs, steps)
+        return alternate(turns, rounds)
     finally:
         os.sched_setaffinity(0, cores)
 
 
-def turn_of(made: Workload, count: int, steps: int) -> Any:
-    tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
-    single = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx)
+def turn_of(made: Workload, step: Any, start: fx.TrainState, steps: int) -> Callable[[], float]:
+    """Returns a function that trains by ``fit``'s own step for ``steps`` steps, and returns the seconds of one."""
+    # The donating step and the state that it takes, as `fit` calls them.
+    taken: list[Any] = []
 
-    # torch.compile, because fxtrain.Step expects the step of a single state.
-    step = torch.compile(torch.func.vmap(single, in_dims=(0, None)), fullgraph=True)
-    states = [fx.init(made.module(), tx, seed=seed) for seed in range(count)]
-    state = fx.tree.map(lambda *leaves: torch.stack(leaves), *states)
+    def keep(state: fx.TrainState, event: fx.FitEnd, control: fx.Control) -> None:
+        taken.append(state.copy())
+
+    fx.fit(start, step, made.batches, steps=2, observers=keep, progress=False)
+    compiled = (step.over_members() if start.step.ndim else step).with_donation()
 
     def turn() -> float:
-        nonlocal state
+        state = taken.pop()
         began = time.perf_counter()
         for index in range(steps):
-            state, _ = step(state, made.batches[index % len(made.batches)])
-        return (time.perf_counter() - began) / steps
+            state, _ = compiled(state, made.batches[index % len(made.batches)])
+        seconds = (time.perf_counter() - began) / steps
+        taken.append(state)
+        return seconds
 
     turn()
     return turn

@@ -73,12 +73,11 @@ MISTAKES = {
             "fxtrain.train_step."
         ),
     ),
-    "states stacked for vmap": (
-        lambda: fx.fit(stacked(), STEP, DATA, epochs=1),
+    "states stacked along two axes": (
+        lambda: fx.fit(fx.tree.map(lambda leaf: leaf[None], stacked()), STEP, DATA, epochs=1),
         (
-            "ValueError: expected the state of one run, got state.step of shape [2], as of several runs "
-            "stacked for vmap. Call fit with each run's own state, or call the step itself inside "
-            "torch.func.vmap."
+            "ValueError: expected the states of runs stacked along one axis, got state.step of shape [1, 2]. "
+            "Stack the states of single runs: fxtrain.ensemble.stack(states)."
         ),
     ),
     "a batch on another device": (

@@ -7,7 +7,6 @@ its parameters, buffers, optimizer state and callback slots are stacked, and a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,13 +53,13 @@ register_node(PerMember, lambda batch: ([batch.values], None), lambda _, childre
 
 def is_stacked(state: TrainState) -> bool:
     """Whether a state is that of several runs, stacked along a leading axis."""
-    return isinstance(state.step, Tensor) and state.step.ndim == 1
+    return state.step.ndim == 1
 
 
 def members_of(state: TrainState) -> Members | None:
     """Returns the counters of the members of a batch state, or None for the state of one run."""
     slot = cast("dict[str, Any] | None", state.slots.get(MEMBERS))
-    return None if slot is None else Members(**{**slot, "due": Due(**slot["due"])})
+    return None if slot is None else Members(**slot)._replace(due=Due(**slot["due"]))
 
 
 def check_stacked(state: TrainState) -> int:
@@ -69,6 +68,11 @@ def check_stacked(state: TrainState) -> int:
     Raises:
         ValueError: If a leaf has no leading axis of that size, or there are no members.
     """
+    if state.step.ndim != 1:
+        raise ValueError(
+            "expected the states of runs stacked along one axis, got state.step of shape "
+            f"{list(state.step.shape)}. Stack the states of single runs: fxtrain.ensemble.stack(states)."
+        )
     count = state.step.shape[0]
     if count == 0:
         raise ValueError("expected the states of one or more runs, got state.step of shape [0]. Stack at least one.")
@@ -91,10 +95,10 @@ def batch_state(state: TrainState) -> TrainState:
             cannot share batches.
     """
     count = check_stacked(state)
-    step, position, stop = (leaf.tolist() for leaf in (state.step, state.position, state.due.stop))
+    step, position, stop = (_numbers(leaf) for leaf in (state.step, state.position, state.due.stop))
     slots = dict(state.slots)
     epoch = slots.get(EPOCH) or {name: torch.zeros_like(state.step) for name in Epoch._fields}
-    epochs = list(zip(*(epoch[name].tolist() for name in Epoch._fields), strict=True))
+    epochs = list(zip(*(_numbers(epoch[name]) for name in Epoch._fields), strict=True))
     places = list(zip(step, position, epochs, strict=True))
     live = [places[index] for index in range(count) if not stop[index]] or [max(places)]
     if len(set(live)) > 1:
@@ -185,12 +189,22 @@ def member_name(name: str, index: int) -> str:
     return f"{name}/member_{index}"
 
 
+def _numbers(values: Tensor) -> list[int]:
+    return cast("list[int]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
 def _at(slot: Tree, index: int) -> Tree:
-    return ops.tree_map(lambda leaf: leaf[index].clone(), slot, namespace=NAMESPACE)
+    def row(leaf: Tensor) -> Tensor:
+        return leaf[index].clone()
+
+    return ops.tree_map(row, slot, namespace=NAMESPACE)
 
 
 def _repeated(slot: Tree, count: int) -> Tree:
-    return ops.tree_map(lambda leaf: leaf.expand(count, *leaf.shape).clone(), slot, namespace=NAMESPACE)
+    def repeated(leaf: Tensor) -> Tensor:
+        return leaf.expand(count, *leaf.shape).clone()
+
+    return ops.tree_map(repeated, slot, namespace=NAMESPACE)
 
 
 def _flat_evaluation(slot: dict[str, Any], first: int) -> dict[str, Any]:
@@ -249,8 +263,3 @@ def _merged_sums(slot: dict[str, Any]) -> dict[str, Any]:
         total, weight = (part.clone() for part in sums.unbind(-1))
         merged[name] = {"leaves": [total / weight, total, weight], "values": summarized(name, total / weight)}
     return {"merged": merged}
-
-
-def stack_states(states: Sequence[TrainState]) -> TrainState:
-    """Stacks the states of single runs. ``fxtrain.ensemble.stack`` documents it."""
-    return ops.tree_map(lambda *leaves: torch.stack(leaves), *states, namespace=NAMESPACE)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from fxtrain import tree
 from fxtrain.core import TRACED, Control, Event, TrainState, Tree, describe, name_of
 from fxtrain.fold._compose import Composed
 from fxtrain.fold._handler import Handler, handler_of
@@ -50,7 +48,7 @@ def per_member_settings(factory: Callable[..., Any], args: Sequence[object], set
     """Returns the callback of ``fxtrain.ensemble.each``."""
     name = name_of(factory)
     given = {**{f"argument {index}": value for index, value in enumerate(args)}, **settings}
-    counts = {key: len(value) for key, value in given.items() if _differs(value)}
+    counts = {key: len(cast("Sequence[object]", value)) for key, value in given.items() if _differs(value)}
     if not counts:
         raise ValueError(
             f"expected a setting of {name} with a value for each member, got none. Give a tensor [members]."
@@ -89,18 +87,13 @@ def per_member_settings(factory: Callable[..., Any], args: Sequence[object], set
 
 
 class _Inits:
-    """The initial content of the slot, for a batch of runs that of each member."""
+    """The initial content of the slot. A batch of runs takes that of each member from ``each``."""
 
     def __init__(self, first: Callable[[TrainState], Tree], each: Sequence[Any]) -> None:
         self.first, self.each = first, each
 
     def __call__(self, state: TrainState) -> Tree:
-        if state.step.ndim == 0:
-            return self.first(state)
-        return tree.map(
-            lambda *leaves: torch.stack(leaves),
-            *(init(tree.map(lambda leaf, i=i: leaf[i], state)) for i, init in enumerate(self.each)),
-        )
+        return self.first(state)
 
 
 def _differs(value: object) -> bool:

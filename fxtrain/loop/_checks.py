@@ -46,8 +46,8 @@ def check_state(state: object, order: str) -> None:
     if state.step.ndim != 0:
         raise ValueError(
             f"expected the state of one run, got state.step of shape {list(state.step.shape)}, as of several runs "
-            f"stacked for vmap. Call {order.partition('(')[0]} with each run's own state, or call the step itself "
-            "inside torch.func.vmap."
+            f"stacked for vmap. Call {order.partition('(')[0]} with each run's own state: "
+            "fxtrain.ensemble.member(state, index)."
         )
     leaves = tree.leaves(state)
     empty = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_meta), None)

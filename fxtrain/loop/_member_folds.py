@@ -28,7 +28,6 @@ from fxtrain.core import (
     Event,
     FitEnd,
     Logged,
-    LoopEvent,
     Published,
     StepBegin,
     TrainState,
@@ -255,8 +254,8 @@ class _Fold:
             for name, entry in control.log.items():
                 log.setdefault(name, {})[index] = entry
         for place, new in rows.items():
-            old = leaves[place]
-            leaves[place] = torch.stack([new.get(index, row) for index, row in enumerate(old.unbind())])
+            old_rows = dict(enumerate(leaves[place].unbind()))
+            leaves[place] = torch.stack(list({**old_rows, **new}.values()))
         stacked = {
             request: {
                 reason: torch.stack([torch.as_tensor(flag, device=live.device) for flag in flags])
@@ -377,7 +376,7 @@ def _counters(event: Event, view: _View, index: int) -> dict[str, Any]:
     if isinstance(event, Published):
         tail = member_name("", index)
         log = {name.removesuffix(tail): value for name, value in event.log.items() if name.endswith(tail)}
-        cause: LoopEvent = event.event
+        cause = cast("Event", event.event)
         batched, (kind, fields) = _split(cause, view.count)
         own = {name: _of_member(value, index) for name, value in batched.items()}
         return {"log": log, "event": event_of(kind, {**fields, **own})}

@@ -13,6 +13,8 @@ from fxtrain.core._members import summary_of
 from fxtrain.metrics._by_name import lift
 from fxtrain.metrics._metric import Metric
 
+_vmap: Any = torch.func.vmap
+
 
 class MemberValues(Metric):
     """A 0-d metric of each member's step, and its mean over steps.
@@ -68,14 +70,14 @@ class MemberMetrics(Metric):
     each: Metric
 
     def merge(self, other: MemberMetrics) -> MemberMetrics:
-        return type(self)(torch.func.vmap(lambda one, another: one.merge(another))(self.each, other.each))
+        return type(self)(_vmap(_merged)(self.each, other.each))
 
     def compute(self) -> dict[str, Tree]:
         return _summaries(self.computed())
 
     def computed(self) -> Tree:
         """Returns the values of the members: a tensor [members], or a dict of such tensors."""
-        return torch.func.vmap(lambda one: one.compute())(self.each)
+        return _vmap(_computed)(self.each)
 
 
 def lift_members(measured: Mapping[str, Any], weight: Tensor | float) -> dict[str, Metric]:
@@ -89,9 +91,21 @@ def lift_members(measured: Mapping[str, Any], weight: Tensor | float) -> dict[st
     for name, value in measured.items():
         if not isinstance(value, Metric):
             weights = torch.ones_like(value, dtype=wide_dtype(value.device)) * weight
-            value = torch.func.vmap(lambda one, weight, name=name: lift({name: one}, weight)[name])(value, weights)
+            value = _vmap(_lifted)(value, weights)
         lifted[name] = MemberMetrics(value)
     return lifted
+
+
+def _merged(one: Metric, other: Metric) -> Metric:
+    return one.merge(other)
+
+
+def _computed(one: Metric) -> Tree:
+    return one.compute()
+
+
+def _lifted(value: Tensor, weight: Tensor) -> Metric:
+    return lift({"value": value}, weight)["value"]
 
 
 def _summaries(values: Tree) -> dict[str, Tree]:
