@@ -176,11 +176,14 @@ def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:
 
 
 def ensemble(found: Seconds) -> list[str]:
-    rows = [("members", "time per step, us", "per member, us")]
+    rows = [("members", "time per step, us", "per member, us", "per member, of one run")]
+    plain = next(iter(found.values()))
     for count, seconds in found.items():
         micro = [1e6 * s for s in seconds]
-        rows.append((count, spread(micro, 0), spread([m / int(count) for m in micro], 1)))
-    return ["## Ensemble: tiny MLPs as one vmapped state", "", *table(rows), ""]
+        each = [m / int(count) if count.isdigit() else m for m in micro]
+        share = [m / (1e6 * one) for m, one in zip(each, plain, strict=True)]
+        rows.append((count, spread(micro, 0), spread(each, 1), spread(share, 2)))
+    return ["## Ensemble: tiny MLPs as a batch of runs", "", *table(rows), ""]
 
 
 # Pieces

@@ -34,20 +34,14 @@ def check_state(state: object, order: str) -> None:
 
     Raises:
         TypeError: If it is not a TrainState. The message says how to make one from it.
-        ValueError: If the state is that of several runs or on the meta device, or the call is inside torch.autocast,
-            where a step would not be a function of its arguments.
+        ValueError: If the state is on the meta device, or the call is inside torch.autocast, where a step would not be
+            a function of its arguments.
     """
     if not isinstance(state, TrainState):
         if not isinstance(state, nn.Module):
             refuse_foreign_callback(order, "a TrainState as the first argument", state)
         raise TypeError(
             f"expected a TrainState as the first argument of {order}, got {describe(state)}. {_state_of(state)}"
-        )
-    if state.step.ndim != 0:
-        raise ValueError(
-            f"expected the state of one run, got state.step of shape {list(state.step.shape)}, as of several runs "
-            f"stacked for vmap. Call {order.partition('(')[0]} with each run's own state: "
-            "fxtrain.ensemble.member(state, index)."
         )
     leaves = tree.leaves(state)
     empty = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_meta), None)
