@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from fxtrain._torch_internals.interface import Feature
+from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo
 from fxtrain.compiler.lowering._executable import Backend, uncompiled
 from fxtrain.compiler.lowering._modes import AHEAD
@@ -15,11 +16,18 @@ from fxtrain.compiler.lowering._trace import compile_traced, trace_step
 
 
 def routes_to(
-    backend: Backend | None, mode: str | None, *, dynamic: bool, fullgraph: bool, is_rehearsal: bool = False
+    backend: Backend | None,
+    mode: str | None,
+    *,
+    dynamic: bool,
+    fullgraph: bool,
+    artefacts: Artefacts | None = None,
+    is_rehearsal: bool = False,
 ) -> Routes:
     """Returns the routes for the options of ``compile``, which describes the other arguments.
 
     Args:
+        artefacts: The folder of compiled graphs that the user has named.
         is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
     rehearsal = functools.partial(routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
@@ -33,16 +41,16 @@ def routes_to(
         backend, chosen, mode = "eager", "eager", None
     traced = Route(
         f"{title}, traced{suffix}",
-        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic),
+        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts),
         "the step as one graph",
         True,
-        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic),
+        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts),
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
     )
     online = None if mode == AHEAD else mode
     checked = Route(
         f"{title}, traced with checks{suffix}",
-        functools.partial(compile_specialized, mode=mode, backend=backend),
+        functools.partial(compile_specialized, mode=mode, backend=backend, artefacts=artefacts),
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,
