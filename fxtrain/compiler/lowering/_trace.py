@@ -141,14 +141,11 @@ def trace_step(
         fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         if backend is not None:
             call = _compiled_by(backend, graph, fakes)
+        elif mode == AHEAD:
+            compiler = functools.partial(_with_inductor, Feature.AHEAD, compile_ahead, graph, examples, options)
+            call = compiled_or_loaded(graph, fakes, {**options, "mode": mode}, artefacts, compiler, load_ahead)
         else:
-            if mode == AHEAD:
-                compiler, load = functools.partial(compile_ahead, graph, examples, options), load_ahead
-            else:
-                compiler, load = functools.partial(_compiled, graph, fakes, options, has_autocast), _loaded
-            key_options = {**options, "mode": mode, "autocast": has_autocast}
-            compiler = functools.partial(_with_inductor, compiler, mode)
-            call = compiled_or_loaded(graph, fakes, key_options, artefacts, compiler, load)
+            call = _compiled(graph, fakes, options, has_autocast, artefacts)
         if replayed:
             call = CudaGraphReplay(call, sum(index < count for index in read))
 
@@ -196,19 +193,36 @@ def _options(graph: GraphModule, examples: Sequence[Tensor], mode: str | None) -
     return options
 
 
-def _with_inductor(compiler: Callable[[], Compiled], mode: str | None) -> Compiled:
+def _compiled(
+    graph: GraphModule,
+    fakes: Sequence[Tensor],
+    options: dict[str, Any],
+    has_autocast: bool,
+    artefacts: Artefacts | None = None,
+) -> Call:
+    """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
+    compiler = functools.partial(
+        _with_inductor, Feature.INDUCTOR, _compiled_by_inductor, graph, fakes, options, has_autocast
+    )
+    key = {**options, "autocast": has_autocast}
+    return compiled_or_loaded(graph, fakes, key, artefacts, compiler, _loaded)
+
+
+def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *arguments: object) -> Compiled:
     """Compiles by Inductor, which takes seconds to import.
 
     Raises:
         UnsupportedError: The installed torch lacks an interface of Inductor.
     """
-    if not supports(Feature.INDUCTOR | Feature.AHEAD if mode == AHEAD else Feature.INDUCTOR):
+    if not supports(Feature.INDUCTOR | feature):
         raise UnsupportedError
     register_lowerings()
-    return compiler()
+    return compiler(*arguments)
 
 
-def _compiled(graph: GraphModule, fakes: Sequence[Tensor], options: dict[str, Any], has_autocast: bool) -> Compiled:
+def _compiled_by_inductor(
+    graph: GraphModule, fakes: Sequence[Tensor], options: dict[str, Any], has_autocast: bool
+) -> Compiled:
     """Compiles a graph by Inductor into a function of a tuple of tensors."""
     returned: Any = graph.graph.output_node().args[0]
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
