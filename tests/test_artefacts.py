@@ -459,6 +459,7 @@ class TestLease:
 
 OTHER_PROCESS = """
 import json, sys, torch
+torch.set_num_threads({threads})
 sys.path.insert(0, {tests!r})
 import test_artefacts as here
 from fxtrain.compiler.lowering import _trace
@@ -479,7 +480,10 @@ def test_other_process_with_an_empty_cache_compiles_nothing(made, tmp_path):
     folder, expected = made
     torch.save(tree.leaves(expected), tmp_path / "expected.pt")
     code = OTHER_PROCESS.format(
-        tests=str(pathlib.Path(__file__).parent), folder=str(folder), expected=str(tmp_path / "expected.pt")
+        tests=str(pathlib.Path(__file__).parent),
+        threads=torch.get_num_threads(),
+        folder=str(folder),
+        expected=str(tmp_path / "expected.pt"),
     )
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
