@@ -30,7 +30,6 @@ ALLOWED = {
     "cli._train": COMMAND,
     "cli._transformer": COMMAND,
     "compiler._compiled": "a fuzzer runs compiled steps operation by operation",
-    "compiler.artefacts": FAULT,
     "compiler.artefacts._file": FAULT,
     "compiler.artefacts._fingerprint": FAULT,
     "compiler.artefacts._lease": FAULT,
