@@ -416,7 +416,8 @@ class TestScalars:
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
     @pytest.mark.slow
-    def test_scalars_are_hoisted_out_of_parameter_loops(self):
+    def test_scalars_are_hoisted_out_of_parameter_loops(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         tx = fx.optim.adamw(fx.schedules.cosine(1e-1, 100))
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         state, batch = fx.init(nn.Linear(64, 64), tx), torch.randn(4, 64)
@@ -434,7 +435,8 @@ class TestScalars:
 
 @pytest.mark.slow
 class TestLayouts:
-    def test_cpu_training_keeps_convolution_layouts(self, monkeypatch):
+    def test_cpu_training_keeps_convolution_layouts(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         kept = []
         compiled = compile_fx.compile_fx
 

@@ -556,3 +556,25 @@ def test_traced_random_samples_equal_uncompiled_ones(no_compiled_frames):
     with rng.functional(rng.key(0)):
         found = torch.compile(function, backend="eager", fullgraph=True)(x)
     assert torch.equal(found, expected)
+
+
+@canary("torch._inductor.config._config", "torch.utils._config_module._UNSET_SENTINEL")
+def changed_settings_are_found():
+    before = internals.inductor.changed_settings()
+    with torch._inductor.config.patch({"cpp.simdlen": 256, "compile_threads": 1}):
+        assert internals.inductor.changed_settings() == {**before, "cpp.simdlen": "256"}
+    assert internals.inductor.changed_settings() == before
+    with torch._inductor.config.patch(post_grad_custom_post_pass=lambda graph: None):
+        assert internals.inductor.changed_settings() is None
+
+
+@canary("torch._inductor.select_algorithm.extern_kernels")
+def matmuls_are_called_by_name():
+    functions = internals.inductor.extern_functions()
+    assert functions["mm"] is torch.mm
+    assert functions["bmm"] is torch.bmm
+
+
+@canary("torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr")
+def kernels_read_addresses_of_tensors():
+    assert isinstance(internals.inductor.DATA_POINTER.get(), int)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,21 @@ KERNELS = Interface("torch._inductor.metrics.generated_kernel_count", "the numbe
 PACKAGE = Interface("torch._inductor.aoti_compile_and_package", "compilation ahead of time", Feature.AHEAD)
 LOAD = Interface("torch._inductor.aoti_load_package", "compilation ahead of time", Feature.AHEAD)
 CACHE = Interface("torch._inductor.runtime.cache_dir_utils.cache_dir", "compilation ahead of time", Feature.AHEAD)
+SETTINGS = Interface("torch._inductor.config._config", "compiled graphs as files")
+UNSET = Interface("torch.utils._config_module._UNSET_SENTINEL", "compiled graphs as files")
+EXTERN = Interface("torch._inductor.select_algorithm.extern_kernels", "compiled graphs as files")
+DATA_POINTER = Interface("torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr", "compiled graphs as files")
+
+# Settings that do not change generated code, or that name files and processes.
+_WITHOUT_EFFECT = (
+    *("trace", "compile_threads", "worker", "quiesce", "fx_graph_", "force_disable_caches", "bundle", "autotune_local"),
+    *("autotune_remote", "use_static", "cpp_cache", "verbose", "save_args", "kernel_name", "warn", "developer"),
+)
+
+MODULE = "torch._inductor"
+"""The package whose modules generated code imports."""
+
+_POINTER_VARIABLE = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
 
 def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], options: Mapping[str, object]) -> Any:
@@ -47,6 +66,11 @@ def has_option(name: str) -> bool:
 def compiled_graph_class() -> type[Any]:
     """Returns the class of compiled graphs, with ``current_callable`` and ``output_strides``."""
     return OUTPUT.get()
+
+
+def is_lowering_loaded() -> bool:
+    """Whether the part of Inductor that compiles operators has been imported, which takes a second."""
+    return "torch._inductor.lowering" in sys.modules
 
 
 def register_lowering(operator: object, lowering: Callable[..., object]) -> None:
@@ -85,6 +109,62 @@ def kernel_count() -> int | None:
     from torch._inductor import metrics
 
     return metrics.generated_kernel_count
+
+
+def count_kernels(count: int) -> None:
+    """Adds kernels that were loaded from a file to those that Inductor has generated in this process."""
+    if KERNELS.exists:
+        from torch._inductor import metrics
+
+        metrics.generated_kernel_count += count
+
+
+def changed_settings() -> dict[str, str] | None:
+    """Returns Inductor's settings that differ from their defaults and change code, as text.
+
+    None if torch does not tell, or if a setting is an object whose text would not identify it, such as a pass.
+    """
+    if not (SETTINGS.exists and UNSET.exists):
+        return None
+    config, values = CONFIG.get(), dict[str, str]()
+    for name, entry in sorted(SETTINGS.get().items()):
+        if not name.startswith(_WITHOUT_EFFECT) and not (entry.alias or entry.hide):
+            # Compared with the default, because Inductor leaves overrides with the value of the default behind.
+            value, default = getattr(config, name), _default(entry)
+            if value is not default and value != default:
+                values[name] = repr(value)
+    return None if any(" at 0x" in value for value in values.values()) else values
+
+
+def _default(setting: Any) -> object:
+    """Returns the value of a setting that the user has not changed. Environment variables come before the code."""
+    unset = UNSET.get()
+    values = (setting.env_value_force, setting.env_value_default)
+    return next((value for value in values if value is not unset), setting.default)
+
+
+def are_files_allowed() -> bool:
+    """Whether the user has left torch's cache of compiled code on."""
+    config = CONFIG.get()
+    return not getattr(config, "force_disable_caches", False) and getattr(config, "fx_graph_cache", True)
+
+
+def extern_functions() -> dict[str, Any]:
+    """Returns the functions that generated code calls by name."""
+    return vars(EXTERN.get()) if EXTERN.exists else {}
+
+
+def load_kernel(path: Path) -> Any:
+    """Returns the function in the library of a C++ kernel.
+
+    Raises:
+        ImportError: The library cannot be loaded.
+    """
+    os.environ[_POINTER_VARIABLE] = str(DATA_POINTER.get())
+    specification: Any = importlib.util.spec_from_file_location(f"{path.stem}.kernel", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.kernel
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, object]) -> None:

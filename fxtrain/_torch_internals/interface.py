@@ -25,6 +25,10 @@ class MissingInterfaceError(RuntimeError):
     """The installed torch lacks a private interface that fxtrain uses."""
 
 
+class UnsupportedError(RuntimeError):
+    """A part of the compiler does not work with the installed torch, of which ``supports`` has warned."""
+
+
 class Interface:
     """A private interface of torch, looked up at its first use.
 

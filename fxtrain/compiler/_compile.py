@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def compile(  # noqa: A001
     background: bool = False,
     memory: Memory = "save",
     check: bool = False,
+    artefacts: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
 
@@ -56,9 +58,9 @@ def compile(  # noqa: A001
 
     All routes compute the same result.
 
-    The first call takes from ten seconds to minutes. torch caches compiled code on disk (``TORCHINDUCTOR_CACHE_DIR``),
-    so that a later process starts in a few seconds. The logger ``fxtrain.compiler`` reports at level INFO what is
-    compiled and how long it took.
+    The first call takes from ten seconds to minutes. Compiled code is cached on disk (``TORCHINDUCTOR_CACHE_DIR``), so
+    that a later process starts in a few seconds. ``artefacts`` takes it to other machines. The logger
+    ``fxtrain.compiler`` reports at level INFO what is compiled or loaded and how long it took.
 
     With ``check=True``, the first two calls of each graph are checked against the uncompiled step, which runs once more
     on the same state and batch. All leaves of the new state and of the output are compared. Where a tolerance is not
@@ -120,14 +122,24 @@ def compile(  # noqa: A001
         check: Whether the first two calls of each graph are checked against the uncompiled step. With ``dynamic``, the
             first call of each batch size is checked too, for up to 32 sizes. It takes the time of a few uncompiled
             steps, and memory for four more states while it runs.
+        artefacts: A folder for compiled graphs, which may be shared by processes and machines and may be a folder
+            inside that of a run's checkpoints. A graph that is found there is loaded, so that a first step takes
+            seconds even with an empty cache, and gives the same bits. Otherwise one process compiles the graph and
+            saves it, while others that need it wait as long as it lives. A file is loaded only if it was made with the
+            same torch, fxtrain, Python, platform, processor features, number of threads and compile options. If one
+            differs, the step is compiled, and one warning names it. The same holds for a damaged file. Compiled code
+            can do anything that your user may do, so name only a folder whose writers you trust, as with a folder of
+            Python modules. Checksums detect damage, not forgery. Only graphs of C++ kernels are saved, with fixed
+            sizes and torch's own operators. A warning says if a graph is not. Requires Inductor, thus excludes
+            ``backend`` and ``dynamic``.
 
     Returns:
         The compiled step, called like ``step``.
 
     Raises:
         TypeError: ``step`` is already compiled.
-        ValueError: An argument is out of range, or two exclude each other. At the first call: ``background`` is set and
-            ``torch.distributed`` runs several processes.
+        ValueError: An argument is out of range, two exclude each other, or ``artefacts`` is a file. At the first call:
+            ``background`` is set and ``torch.distributed`` runs several processes.
         GraphBreakError: At the first call: ``fullgraph`` is set and the step cannot be one graph.
         MiscompiledError: At one of the first calls: the result differs from that of the uncompiled step. A donated
             state is lost then.
@@ -181,13 +193,23 @@ def compile(  # noqa: A001
             "out, or compile in the foreground."
         )
 
+    if artefacts is not None and (backend is not None or dynamic):
+        raise ValueError(
+            f"expected artefacts without backend and dynamic, got backend={describe(backend)}, {dynamic=}. Only "
+            "Inductor's graphs for fixed sizes are saved. Leave these options out."
+        )
+
     # Imported here, because the passes would be a tenth of the time to import fxtrain.
+    from fxtrain.compiler.artefacts._folder import artefacts_in
     from fxtrain.compiler.lowering._route_order import routes_to
+
+    folder = None if artefacts is None else artefacts_in(artefacts)
 
     def made(step: Step | EvalFunction, *, donate: bool, routes: Routes | None = None) -> Compiled:
         return Compiled(
             step,
-            routes=routes or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory),
+            routes=routes
+            or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory, artefacts=folder),
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
             background=background,

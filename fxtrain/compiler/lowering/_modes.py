@@ -1,14 +1,12 @@
 """The compile modes ``ahead-of-time`` and ``reduce-overhead``: shared libraries and CUDA graphs.
 
 A library from AOTInductor runs without Python between its kernels. It takes longer to build than Inductor's default
-output and is faster for small steps. Libraries are cached next to torch's other compiled code, so later processes load
-them. A CUDA graph replays a compiled graph that updates its state in place.
+output and is faster for small steps. A CUDA graph replays a compiled graph that updates its state in place.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxtrain._torch_internals.inductor import cache_folder, compile_package, load_package
-from fxtrain.compiler.lowering._executable import kinds
+from fxtrain._torch_internals.inductor import compile_package, load_package
+from fxtrain.compiler.artefacts._file import Entry
+from fxtrain.compiler.artefacts._folder import extract
+from fxtrain.compiler.lowering._stored import Compiled
 from fxtrain.core import Tree
 
 AHEAD = "ahead-of-time"
@@ -31,8 +31,8 @@ Call = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
 
-def compile_ahead(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]) -> Call:
-    """Compiles a graph into a library, or loads the library from the cache.
+def compile_ahead(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]) -> Compiled:
+    """Compiles a graph into a library.
 
     Args:
         graph: A graph module from ``make_fx``.
@@ -40,40 +40,23 @@ def compile_ahead(graph: GraphModule, examples: Sequence[Tensor], options: Mappi
         options: Options for Inductor.
 
     Returns:
-        A function from a sequence of tensors to a sequence of tensors.
+        A function from a sequence of tensors to a sequence of tensors, with its files.
     """
-    path = Path(cache_folder(), "fxtrain", f"{_key(graph, examples, options)}.pt2")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
-        with warnings.catch_warnings():
-            # torch warns about its own use of pytrees.
-            warnings.simplefilter("ignore", FutureWarning)
-            exported = torch.export.export(graph, tuple(examples), strict=False)
-            compile_package(exported, str(unfinished), options)
-        os.replace(unfinished, path)
-    run = load_package(str(path))
+    with tempfile.TemporaryDirectory(prefix="fxtrain-") as folder, warnings.catch_warnings():
+        # torch warns about its own use of pytrees.
+        warnings.simplefilter("ignore", FutureWarning)
+        exported = torch.export.export(graph, tuple(examples), strict=False)
+        path = Path(folder, "step.pt2")
+        compile_package(exported, str(path), options)
+        files = {path.name: path.read_bytes()}
+    return Compiled(load_ahead(Entry({}, files)), lambda: files, {})
+
+
+def load_ahead(entry: Entry) -> Call:
+    """Returns the function of a library."""
+    (content,) = entry.files.values()
+    run = load_package(str(extract(content, ".pt2")))
     return lambda tensors: run(list(tensors))
-
-
-def _key(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]) -> str:
-    """Hashes everything that the compiled library depends on."""
-    devices = sorted({str(leaf.device) for leaf in examples})
-    parts = [
-        torch.__version__,
-        torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(),
-        [torch.cuda.get_device_properties(device).name for device in devices if device.startswith("cuda")],
-        torch.are_deterministic_algorithms_enabled(),
-        sorted(options.items()),
-        graph.code,
-        kinds(examples),
-    ]
-    digest = hashlib.sha256(repr(parts).encode())
-    for name, constant in graph.named_buffers():
-        digest.update(f"{name} {constant.dtype} {list(constant.shape)}".encode())
-        digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
 
 
 class CudaGraphReplay:

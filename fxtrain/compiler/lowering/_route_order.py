@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from fxtrain._torch_internals.interface import Feature
+from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo
 from fxtrain.compiler.lowering._executable import Backend, uncompiled
 from fxtrain.compiler.lowering._modes import AHEAD
@@ -22,11 +23,13 @@ def routes_to(
     dynamic: bool,
     fullgraph: bool,
     memory: Memory = "save",
+    artefacts: Artefacts | None = None,
     is_rehearsal: bool = False,
 ) -> Routes:
     """Returns the routes for the options of ``compile``, which describes the other arguments.
 
     Args:
+        artefacts: The folder of compiled graphs that the user has named.
         is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
     rehearsal = functools.partial(
@@ -42,16 +45,20 @@ def routes_to(
         backend, chosen, mode = "eager", "eager", None
     traced = Route(
         f"{title}, traced{suffix}",
-        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic, memory=memory),
+        functools.partial(
+            compile_traced, mode=mode, backend=backend, dynamic=dynamic, memory=memory, artefacts=artefacts
+        ),
         "the step as one graph",
         True,
-        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic, memory=memory),
+        trace=functools.partial(
+            trace_step, mode=mode, backend=backend, dynamic=dynamic, memory=memory, artefacts=artefacts
+        ),
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
     )
     online = None if mode == AHEAD else mode
     checked = Route(
         f"{title}, traced with checks{suffix}",
-        functools.partial(compile_specialized, mode=mode, backend=backend, memory=memory),
+        functools.partial(compile_specialized, mode=mode, backend=backend, memory=memory, artefacts=artefacts),
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,

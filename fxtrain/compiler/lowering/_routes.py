@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fxtrain._torch_internals.dispatch import dispatch_keys_kept
-from fxtrain._torch_internals.interface import Feature, supports
+from fxtrain._torch_internals.interface import Feature, UnsupportedError, supports
 from fxtrain.compiler.lowering._dynamo import fails
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.compiler.lowering._graph_breaks import Break, break_from_error
@@ -122,7 +122,8 @@ class Routes:
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool) -> Executable:
         """Compiles an executable by the first route that works, with one warning if others failed before it."""
-        self._drop_unsupported(~Feature(0))
+        # Inductor takes seconds to import, and graphs from files do not need it. A route that does raises.
+        self._drop_unsupported(Feature.TRACED | Feature.SYMBOLIC)
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
 
     @property
@@ -174,6 +175,9 @@ class Routes:
                 try:
                     with without_torch_messages():
                         executable = attempt(in_place=in_place)
+                except UnsupportedError:
+                    self._drop_unsupported(~Feature(0))
+                    return self._compile(step, state, batch, found, self._chosen, in_place=in_place)
                 except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
                     raise
                 except NoGradientsError as error:

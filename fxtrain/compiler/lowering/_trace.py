@@ -7,6 +7,7 @@ overhead and compile time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import types
@@ -20,19 +21,31 @@ from torch.fx import GraphModule
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import Operator, grad_mode_setter
 from fxtrain._torch_internals.dynamo import backend_named
-from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, has_option, mode_options
+from fxtrain._torch_internals.inductor import (
+    compile_graph,
+    compiled_graph_class,
+    has_option,
+    kernel_count,
+    mode_options,
+)
+from fxtrain._torch_internals.interface import Feature, UnsupportedError, supports
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import make_fx
+from fxtrain.compiler.artefacts._file import Entry
+from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
-from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, Call, CudaGraphReplay, compile_ahead
+from fxtrain.compiler.lowering._light_code import NotStorableError, light_files, load_light_code
+from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, Call, CudaGraphReplay, compile_ahead, load_ahead
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
+from fxtrain.compiler.lowering._stored import Compiled, compiled_or_loaded
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
 from fxtrain.compiler.passes._memory_policy import Memory, limit_memory, report
+from fxtrain.compiler.passes._operators import register_lowerings
 from fxtrain.compiler.passes._recompute import recompute_regions
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.core import Batch, TrainState, Tree, compiling
@@ -63,6 +76,7 @@ def trace_step(
     backend: Backend | None = None,
     dynamic: bool = False,
     memory: Memory = "save",
+    artefacts: Artefacts | None = None,
 ) -> Callable[[], Executable]:
     """Traces a step and returns a function that compiles it.
 
@@ -79,6 +93,7 @@ def trace_step(
         backend: A backend of ``torch.compile`` in place of Inductor.
         dynamic: Whether the sizes of the batch are symbols.
         memory: Which activations to keep, as in ``compile``.
+        artefacts: The folder of compiled graphs that the user has named.
     """
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
@@ -136,9 +151,10 @@ def trace_step(
         if backend is not None:
             call = _compiled_by(backend, graph, fakes)
         elif mode == AHEAD:
-            call = compile_ahead(graph, examples, options)
+            compiler = functools.partial(_with_inductor, Feature.AHEAD, compile_ahead, graph, examples, options)
+            call = compiled_or_loaded(graph, fakes, {**options, "mode": mode}, artefacts, compiler, load_ahead)
         else:
-            call = _compiled(graph, fakes, options, has_autocast)
+            call = _compiled(graph, fakes, options, has_autocast, artefacts)
         if replayed:
             call = CudaGraphReplay(call, sum(index < count for index in read))
 
@@ -186,14 +202,56 @@ def _options(graph: GraphModule, examples: Sequence[Tensor], mode: str | None) -
     return options
 
 
-def _compiled(graph: GraphModule, fakes: Sequence[Tensor], options: dict[str, Any], has_autocast: bool) -> Call:
+def _compiled(
+    graph: GraphModule,
+    fakes: Sequence[Tensor],
+    options: dict[str, Any],
+    has_autocast: bool,
+    artefacts: Artefacts | None = None,
+) -> Call:
+    """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
+    compiler = functools.partial(
+        _with_inductor, Feature.INDUCTOR, _compiled_by_inductor, graph, fakes, options, has_autocast
+    )
+    key = {**options, "autocast": has_autocast}
+    return compiled_or_loaded(graph, fakes, key, artefacts, compiler, _loaded)
+
+
+def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *arguments: object) -> Compiled:
+    """Compiles by Inductor, which takes seconds to import.
+
+    Raises:
+        UnsupportedError: The installed torch lacks an interface of Inductor.
+    """
+    if not supports(Feature.INDUCTOR | feature):
+        raise UnsupportedError
+    register_lowerings()
+    return compiler(*arguments)
+
+
+def _compiled_by_inductor(
+    graph: GraphModule, fakes: Sequence[Tensor], options: dict[str, Any], has_autocast: bool
+) -> Compiled:
     """Compiles a graph by Inductor into a function of a tuple of tensors."""
     returned: Any = graph.graph.output_node().args[0]
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
+    before = kernel_count()
     executable: Any = compile_graph(graph, fakes, options)
+    kernels = (kernel_count() or 0) - (before or 0)
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
     bare = None if constants is not None or has_autocast else _unwrapped(executable, len(returned))
-    return bare or (lambda tensors: executable(*tensors))
+
+    def files() -> dict[str, bytes]:
+        if bare is None:
+            raise NotStorableError("it contains constants or needs torch's wrappers")
+        return light_files(bare.current_callable, bare.source_code)
+
+    call = (lambda tensors: executable(*tensors)) if bare is None else _without_gradients(bare.current_callable)
+    return Compiled(call, files, {"kernels": kernels})
+
+
+def _loaded(entry: Entry) -> Call:
+    return _without_gradients(load_light_code(entry.files, entry.header["kernels"]))
 
 
 def _compiled_by(backend: Backend, graph: GraphModule, fakes: Sequence[Tensor]) -> Call:
@@ -203,8 +261,8 @@ def _compiled_by(backend: Backend, graph: GraphModule, fakes: Sequence[Tensor]) 
     return lambda tensors: made(*tensors)
 
 
-def _unwrapped(executable: Callable[..., object], outputs: int) -> Call | None:
-    """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
+def _unwrapped(executable: Callable[..., object], outputs: int) -> Any:
+    """Returns Inductor's graph below AOTAutograd's wrappers, or None if it cannot be found.
 
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
     none of this: ``copy_aliases`` copies views, and Inductor itself writes leaves in place.
@@ -221,9 +279,12 @@ def _unwrapped(executable: Callable[..., object], outputs: int) -> Call | None:
             continue
         closure = [cell.cell_contents for cell in getattr(part, "__closure__", None) or () if cell != _EMPTY]
         todo += filter(callable, [*closure, *getattr(part, "__dict__", {}).values()])
-    if len(found) != 1 or len(found[0].output_strides or ()) != outputs:
-        return None
-    call, set_grad_enabled = found[0].current_callable, grad_mode_setter()
+    return found[0] if len(found) == 1 and len(found[0].output_strides or ()) == outputs else None
+
+
+def _without_gradients(call: Callable[[list[Tensor]], Any]) -> Call:
+    """Returns Inductor's function with gradients switched off, which it expects."""
+    set_grad_enabled = grad_mode_setter()
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if not torch.is_grad_enabled():

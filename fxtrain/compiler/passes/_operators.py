@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals.dispatch import ctc_loss, linear_by_onednn
-from fxtrain._torch_internals.inductor import loop_operators, ordered_loop, pointwise, register_lowering
+from fxtrain._torch_internals.inductor import (
+    is_lowering_loaded,
+    loop_operators,
+    ordered_loop,
+    pointwise,
+    register_lowering,
+)
 
 
 @functools.cache
@@ -26,7 +32,7 @@ def once() -> Any:
         x.realize()
         return x
 
-    register_lowering(operator, lowered)
+    _set_lowering(operator, lowered)
     return operator
 
 
@@ -38,11 +44,7 @@ def after() -> Any:
     """
     schema = "after(Tensor x, Tensor token) -> Tensor"
     operator = _registered(schema, lambda x, token: x.clone(), lambda x, token: torch.empty_like(x), "CPU", "CUDA")
-
-    def lowered(x: Any, token: Any) -> Any:
-        return ordered_loop(x, token)
-
-    register_lowering(operator, lowered)
+    _set_lowering(operator, ordered_loop)
     return operator
 
 
@@ -53,10 +55,11 @@ def expm1() -> Any:
     Inductor calls the C library for scalars and computes ``exp(x) - 1`` for vectors. Which of them a tensor gets
     depends on the other operations of its loop, and the second loses half of the digits near 0.
     """
-    ops = loop_operators()
     operator = _registered("expm1(Tensor x) -> Tensor", torch.expm1, torch.empty_like)
 
     def arithmetic(dtype: torch.dtype, x: Any) -> Any:
+        ops = loop_operators()
+
         def number(value: float) -> Any:
             return ops.constant(value, torch.float64)
 
@@ -73,7 +76,7 @@ def expm1() -> Any:
     def lowered(x: Any) -> Any:
         return pointwise(functools.partial(arithmetic, x.get_dtype()))(x)
 
-    register_lowering(operator, lowered)
+    _set_lowering(operator, lowered)
     return operator
 
 
@@ -112,6 +115,22 @@ def ctc() -> Any:
 
     arguments = "Tensor scores, Tensor targets, Tensor inputs, Tensor lengths, int blank, bool zero_infinity"
     return _registered(f"ctc({arguments}) -> (Tensor, Tensor)", computed, shapes, "CPU", "CUDA")
+
+
+_unregistered: list[tuple[Any, Callable[..., Any]]] = []
+
+
+def register_lowerings() -> None:
+    """Tells Inductor how to compile the operators of fxtrain that are in use. Imports it."""
+    while _unregistered:
+        register_lowering(*_unregistered.pop())
+
+
+def _set_lowering(operator: Any, lowering: Callable[..., Any]) -> None:
+    _unregistered.append((operator, lowering))
+    # Later otherwise, because loading a compiled graph does not need Inductor.
+    if is_lowering_loaded():
+        register_lowerings()
 
 
 def _registered(schema: str, computed: Any, fake: Callable[..., Any], *devices: str) -> Any:

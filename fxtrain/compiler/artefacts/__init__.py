@@ -1,0 +1,1 @@
+"""Compiled graphs as files, which other processes and machines load instead of compiling."""
