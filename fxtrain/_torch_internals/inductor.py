@@ -32,18 +32,9 @@ DATA_POINTER = Interface("torch._C._dynamo.guards._torchinductor_pyobject_tensor
 
 # Settings that do not change generated code, or that name files and processes.
 _WITHOUT_EFFECT = (
+    "aot_inductor.metadata",  # a result of compilation
     *("trace", "compile_threads", "worker", "quiesce", "fx_graph_", "force_disable_caches", "bundle", "autotune_local"),
-    *(
-        "aot_inductor.metadata",
-        "autotune_remote",
-        "use_static",
-        "cpp_cache",
-        "verbose",
-        "save_args",
-        "kernel_name",
-        "warn",
-        "developer",
-    ),
+    *("autotune_remote", "use_static", "cpp_cache", "verbose", "save_args", "kernel_name", "warn", "developer"),
 )
 
 MODULE = "torch._inductor"
