@@ -116,8 +116,17 @@ def squares(model, batch):
 
 
 class TestWrongResults:
-    @pytest.mark.parametrize("operation", ["tanh", "mm", "native_batch_norm", "log_softmax", "sqrt", "mean"])
-    @pytest.mark.parametrize("donate", [False, True])
+    @pytest.mark.parametrize(
+        ("operation", "donate"),
+        [
+            ("tanh", True),
+            ("mm", False),
+            ("native_batch_norm", True),
+            ("log_softmax", False),
+            ("sqrt", True),
+            ("mean", False),
+        ],
+    )
     def test_operation_off_by_a_thousandth_is_refused(self, compiled_by, operation, donate):
         def change(node, result):
             if isinstance(result, tuple) and operation in str(node.target):
@@ -335,7 +344,7 @@ LEGITIMATE = {
 def test_rounding_is_no_false_alarm(compiled_by, name):
     compiled_by(Compiler)
     module, loss_fn = LEGITIMATE[name]
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-3))
         step = checked(fx.train_step(loss_fn, tx), donate=seed == 1)

@@ -61,7 +61,7 @@ HOWS = [without_reentry, reentrant, nested, selective, marked, marked_but_matmul
 class Residual(nn.Module):
     """Residual blocks with normalization, a wide middle, and dropout in the first block."""
 
-    def __init__(self, how=plain, *, layers=3, dropout=0.3, width=16):
+    def __init__(self, how=plain, *, layers=2, dropout=0.3, width=16):
         super().__init__()
         self.how, self.first, self.head = how, nn.Linear(8, width), nn.Linear(width, 1)
         self.dropout = dropout
@@ -93,7 +93,7 @@ class Images(nn.Module):
             nn.Sequential(
                 nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.2 if index else 0.0)
             )
-            for index in range(3)
+            for index in range(2)
         )
 
     def forward(self, x):
@@ -223,7 +223,8 @@ class TestCheckpoints:
         step = fx.train_step(squares, TX)
         if is_compiled:
             step = fx.compile(step)
-        kept, recomputed = (peak_of(step, start(Residual, way, dropout=0.0), batch(4096)) for way in (plain, how))
+        options = {"layers": 3, "dropout": 0.0}
+        kept, recomputed = (peak_of(step, start(Residual, way, **options), batch(4096)) for way in (plain, how))
         assert recomputed < 0.75 * kept
 
     def test_sequential_checkpoints_work(self, interpreted):
@@ -287,10 +288,9 @@ class TestRemat:
             how = plain if save is None else lambda function, x: fx.remat(function, save)(x)
             return peak_of(fx.compile(fx.train_step(squares, TX)), start(Residual, how, dropout=0.0), batch(4096))
 
-        everything, matmuls, nothing = map(peak_with, ("everything", "matmuls", "nothing"))
-        assert everything == peak_with(None)
+        everything, matmuls, nothing = map(peak_with, (lambda operator: True, "matmuls", "nothing"))
+        assert everything == peak_with("everything") == peak_with(None)
         assert nothing < matmuls < everything
-        assert peak_with(lambda operator: True) == everything
 
     @pytest.mark.parametrize("save", ["dots", "", 3, None])
     def test_unknown_policy_is_rejected(self, save):
@@ -328,7 +328,7 @@ class TestMemory:
         ends = []
         for memory in ("save", "recompute"):
             step = fx.compile(fx.train_step(squares, TX, **options), memory=memory, **compiled)
-            state = start(Residual)
+            state = start(Residual, layers=1)
             if compiled.get("steps_per_call"):
                 state, _ = step.multi_step(state, [batch(), batch()])
             ends.append(trained(step, state))
@@ -337,11 +337,10 @@ class TestMemory:
     def test_fraction_limits_the_peak(self, interpreted):
         def peak_with(memory):
             step = fx.compile(fx.train_step(squares, TX), memory=memory, donate=True)
-            return peak_of(step, start(Residual, layers=8, dropout=0.0), batch(4096))
+            return peak_of(step, start(Residual, layers=6, dropout=0.0), batch(4096))
 
         saved = peak_with("save")
-        for fraction in (0.75, 0.5):
-            assert peak_with(fraction) < 1.1 * fraction * saved
+        assert peak_with(0.6) < 1.1 * 0.6 * saved
         assert peak_with("recompute") < 0.5 * saved
 
     def test_unreachable_fraction_warns_and_trains(self, interpreted):
@@ -364,12 +363,12 @@ class TestMemory:
         ends, peaks = [], []
         for memory in ("save", "recompute"):
             step = fx.compile(fx.train_step(squares, TX), memory=memory, fullgraph=True)
-            ends.append(trained(step, start(Residual, layers=4, dropout=0.0), rows=4096))
-            peaks.append(peak_of(step, start(Residual, layers=4, dropout=0.0), batch(4096)))
+            ends.append(trained(step, start(Residual, layers=3, dropout=0.0), rows=4096))
+            peaks.append(peak_of(step, start(Residual, layers=3, dropout=0.0), batch(4096)))
         same(*ends)
         assert peaks[1] < 0.8 * peaks[0]
 
-    def test_explanation_lists_what_lives_at_the_peak(self):
+    def test_explanation_lists_what_lives_at_the_peak(self, interpreted):
         found = {
             memory: fx.explain(fx.compile(fx.train_step(squares, TX), memory=memory), start(Residual), batch(), calls=0)
             for memory in ("save", "recompute")
