@@ -3,8 +3,7 @@
 import gc as _gc
 import importlib as _importlib
 import sys as _sys
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+import typing as _typing
 
 # Objects allocated by the imports are permanent. A garbage collection in the middle would traverse torch's objects in
 # vain, and would take as long as importing fxtrain itself.
@@ -72,8 +71,8 @@ finally:
             _gc.unfreeze()
         _gc.enable()
 
-if _TYPE_CHECKING:
-    from fxtrain import callbacks, ensemble, interop
+if _typing.TYPE_CHECKING:
+    from fxtrain import callbacks, diagnostics, ensemble, finders, interop
     from fxtrain.diagnostics import Explanation, explain
     from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
@@ -167,15 +166,19 @@ __all__ = [
 __all__ += core.__all__
 
 
-def __getattr__(name: str) -> _Any:
-    """Imports what a script that only trains does not use."""
-    if name in _PACKAGES_IMPORTED_ON_USE:
-        return _importlib.import_module(f"{__name__}.{name}")
-    if name not in _NAMES_IMPORTED_ON_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
-    found = getattr(_importlib.import_module(_NAMES_IMPORTED_ON_USE[name]), name)
-    globals()[name] = found
-    return found
+if not _typing.TYPE_CHECKING:  # With it, type checkers would accept any name.
+
+    def __getattr__(name: str) -> _typing.Any:
+        """Imports what a script that only trains does not use."""
+        if name in _PACKAGES_IMPORTED_ON_USE:
+            return _importlib.import_module(f"{__name__}.{name}")
+        if name not in _NAMES_IMPORTED_ON_USE:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}", name=name, obj=_sys.modules[__name__]
+            )
+        found = getattr(_importlib.import_module(_NAMES_IMPORTED_ON_USE[name]), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:
