@@ -88,7 +88,8 @@ def compiled(monkeypatch, tmp_path):
     def compile_graph(graph, *_):
         graphs.append(graph)
         code = f"def call(tensors):\n    return graph{len(graphs)}(*tensors)"
-        files = {"code.py": code.encode(), "calls.json": json.dumps({"kernels": {}, "functions": []}).encode()}
+        calls = {"libraries": [], "kernels": {}, "functions": []}
+        files = {"code.py": code.encode(), "calls.json": json.dumps(calls).encode()}
         setattr(builtins, f"graph{len(graphs)}", graph)
         return traced.Compiled(lambda tensors: graph(*tensors), lambda: files, {"kernels": 0})
 

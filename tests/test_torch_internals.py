@@ -578,3 +578,22 @@ def matmuls_are_called_by_name():
 @canary("torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr")
 def kernels_read_addresses_of_tensors():
     assert isinstance(internals.inductor.DATA_POINTER.get(), int)
+
+
+@canary(
+    "torch._inductor.async_compile.AsyncCompile",
+    "torch._inductor.async_compile.get_compile_threads",
+    "torch._inductor.codecache.CppPythonBindingsCodeCache",
+)
+def kernels_are_compiled_by_two_methods():
+    with internals.kernels.shared_libraries():
+        compiler = internals.kernels.COMPILER.get()
+    for method, names in (
+        (compiler.cpp_pybinding, ["self", "argtypes", "source_code"]),
+        (compiler.wait, ["self", "scope"]),
+    ):
+        assert list(inspect.signature(method.__wrapped__).parameters) == names
+    assert internals.kernels.THREADS.get()() >= 1
+    libraries = internals.kernels.LIBRARIES.get()
+    assert next(iter(inspect.signature(libraries.load_async).parameters)) == "main_code"
+    assert "submit_fn" in inspect.signature(libraries.load_async).parameters

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxtrain._torch_internals.interface import Feature, Interface
+from fxtrain._torch_internals.kernels import shared_libraries
 
 COMPILE = Interface("torch._inductor.compile", "compiling a traced step", Feature.INDUCTOR)
 MODE_OPTIONS = Interface("torch._inductor.list_mode_options", "compile modes", Feature.INDUCTOR)
@@ -51,7 +52,8 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], optio
         examples: Fake tensors, one for each input.
         options: Settings of Inductor by name.
     """
-    return COMPILE.get()(graph, examples, options=dict(options))
+    with shared_libraries():
+        return COMPILE.get()(graph, examples, options=dict(options))
 
 
 def mode_options(mode: str) -> dict[str, Any]:
@@ -155,17 +157,17 @@ def extern_functions() -> dict[str, Any]:
     return vars(EXTERN.get()) if EXTERN.exists else {}
 
 
-def load_kernel(path: Path) -> Any:
-    """Returns the function in the library of a C++ kernel.
+def load_kernels(path: Path, name: str) -> Any:
+    """Returns the module in the library of C++ kernels.
 
     Raises:
         ImportError: The library cannot be loaded.
     """
     os.environ[_POINTER_VARIABLE] = str(DATA_POINTER.get())
-    specification: Any = importlib.util.spec_from_file_location(f"{path.stem}.kernel", path)
+    specification: Any = importlib.util.spec_from_file_location(f"{path.stem}.{name}", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return module.kernel
+    return module
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, object]) -> None:

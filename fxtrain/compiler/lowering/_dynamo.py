@@ -13,6 +13,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.dynamo import can_show_to_modes, recompile_limit_error, restoring_saved_tensor_hooks
 from fxtrain._torch_internals.interface import is_tested
+from fxtrain._torch_internals.kernels import shared_libraries
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.core import Batch, TrainState, Tree, compiling, warn
@@ -43,6 +44,8 @@ def compile_by_dynamo(
     _check(step, state, batch)
     # Dynamo's graph disables the hooks while torch.func runs, and an error there leaves them disabled.
     compiled = restoring_saved_tensor_hooks(torch.compile(_own_code(step), fullgraph=True, **options))
+    if options["backend"] == "inductor":
+        compiled = shared_libraries()(compiled)
     # The first call compiles, so that errors of the compiler are raised here. A newer torch may hide random functions
     # from function modes.
     with contextlib.nullcontext() if is_tested() else untouched():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxtrain._torch_internals.inductor import MODULE, count_kernels, extern_functions, load_kernel
+from fxtrain._torch_internals.inductor import MODULE, count_kernels, extern_functions, load_kernels
 from fxtrain.compiler.artefacts._folder import extract
 
 _CODE, _CALLS = "code.py", "calls.json"
@@ -48,13 +48,14 @@ def light_files(call: Any, source: str) -> dict[str, bytes]:
     if _COMPILER in names:
         raise NotStorableError("its kernels are not in C++")
     functions = _extern_functions(module)
-    contents = {name: Path(namespace[name].__self__.__file__).read_bytes() for name in kernels}
-    unique = list(dict.fromkeys(contents.values()))
-    calls = {"kernels": {name: unique.index(content) for name, content in contents.items()}, "functions": functions}
+    libraries = {name: namespace[name].__self__ for name in kernels}
+    unique = list({library.__file__: library for library in libraries.values()}.values())
+    places = {name: [unique.index(library), namespace[name].__name__] for name, library in libraries.items()}
+    calls = {"libraries": [_module_name(library) for library in unique], "kernels": places, "functions": functions}
     return {
         _CODE: ast.unparse(module).encode(),
         _CALLS: json.dumps(calls).encode(),
-        **{f"{index}.so": content for index, content in enumerate(unique)},
+        **{f"{index}.so": Path(library.__file__).read_bytes() for index, library in enumerate(unique)},
     }
 
 
@@ -69,13 +70,22 @@ def load_light_code(files: Mapping[str, bytes], kernels: int) -> Callable[[list[
         Exception: A library cannot be loaded here.
     """
     calls = json.loads(files[_CALLS])
-    paths = {index: extract(files[f"{index}.so"], ".so") for index in set(calls["kernels"].values())}
-    namespace: dict[str, Any] = {name: load_kernel(paths[index]) for name, index in calls["kernels"].items()}
+    libraries = [
+        load_kernels(extract(files[f"{index}.so"], ".so"), name) for index, name in enumerate(calls["libraries"])
+    ]
+    namespace: dict[str, Any] = {
+        name: getattr(libraries[index], function) for name, (index, function) in calls["kernels"].items()
+    }
     functions = {name: getattr(torch, name) for name in calls["functions"]}
     namespace |= {"__name__": "fxtrain_compiled_graph", _EXTERN: types.SimpleNamespace(**functions)}
     exec(compile(files[_CODE], "<compiled graph>", "exec"), namespace)
     count_kernels(kernels)
     return namespace["call"]
+
+
+def _module_name(library: Any) -> str:
+    """Returns the name that a library's function for Python's import is called by."""
+    return library.__name__.rpartition(".")[2]
 
 
 def _is_dropped(node: ast.stmt, kernels: list[str]) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_transformed
 from fxtrain._torch_internals.dynamo import can_show_to_modes, modes_work_below_compile
+from fxtrain._torch_internals.kernels import shared_libraries
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.compiler.lowering._executable import Backend, Executable, Run, kinds, uncompiled
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
@@ -267,4 +268,4 @@ class CompileWithGraphBreaks:
                 # Dynamo may recompile in later steps, and logs its limits then.
                 return compiled(*args)
 
-        return call
+        return shared_libraries()(call) if self._options["backend"] == "inductor" else call

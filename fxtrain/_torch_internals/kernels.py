@@ -1,0 +1,236 @@
+"""One C++ library for the kernels of a compiled graph.
+
+Inductor compiles each kernel as a library of its own. Most of that time goes into reading headers and linking, so that
+the kernels of a small transformer take ten times as long as in one library. Within ``shared_libraries()``, the kernels
+of a graph are compiled together, by the same flags. Each is in a namespace of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from fxtrain._torch_internals.interface import Interface
+
+COMPILER = Interface("torch._inductor.async_compile.AsyncCompile", "one library for all kernels of a graph")
+THREADS = Interface("torch._inductor.async_compile.get_compile_threads", "one library for all kernels of a graph")
+LIBRARIES = Interface("torch._inductor.codecache.CppPythonBindingsCodeCache", "one library for all kernels of a graph")
+
+_log = logging.getLogger(__name__)
+
+_MAX_CHARACTERS = 60_000
+"""Source per library, if more threads are free. It compiles in about two seconds, of which a quarter are headers."""
+
+_ENTRY = re.compile(r'^extern "C"\s+void\s+kernel\(', re.MULTILINE)
+_DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*(?!pragma\b|include\b)", re.MULTILINE)
+_INCLUDE = re.compile(r"^#include .*\n", re.MULTILINE)
+
+_BINDINGS = """
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <cstdlib>
+#include <stdexcept>
+#include <type_traits>
+
+static void* (*data_pointer)(PyObject*);
+
+template <typename T> static inline T argument(PyObject* value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return static_cast<T>(data_pointer(value));
+    } else {
+        T result;
+        if constexpr (std::is_floating_point_v<T>) {
+            result = static_cast<T>(PyFloat_AsDouble(value));
+        } else if constexpr (std::is_unsigned_v<T>) {
+            result = static_cast<T>(PyLong_AsUnsignedLongLong(value));
+        } else {
+            result = static_cast<T>(PyLong_AsLongLong(value));
+        }
+        if (PyErr_Occurred()) [[unlikely]] throw std::runtime_error("expected a number as an argument of a kernel");
+        return result;
+    }
+}
+
+template <typename F> static PyObject* guarded(Py_ssize_t found, Py_ssize_t expected, F call) {
+    if (found != expected) {
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments of a kernel, got %zd.", expected, found);
+        return nullptr;
+    }
+    try {
+        call();
+    } catch (std::exception const& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+"""
+_BINDING = """
+static PyObject* call_{name}(PyObject*, PyObject* const* args, Py_ssize_t count) {{
+    return guarded(count, {count}, [&] {{ {name}::kernel({arguments}); }});
+}}
+"""
+_METHOD = '    {{"{name}", (PyCFunction)(void (*)(void))call_{name}, METH_FASTCALL, nullptr}},\n'
+_MODULE = """
+static PyMethodDef methods[] = {{
+{methods}    {{nullptr, nullptr, 0, nullptr}},
+}};
+
+static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "kernels", nullptr, -1, methods}};
+
+PyMODINIT_FUNC PyInit_kernels(void) {{
+    char const* address = std::getenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR");
+    if (address == nullptr) {{
+        PyErr_SetString(PyExc_RuntimeError, "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR must be set");
+        return nullptr;
+    }}
+    data_pointer = reinterpret_cast<decltype(data_pointer)>(std::strtoull(address, nullptr, 10));
+    return PyModule_Create(&definition);
+}}
+"""
+
+
+class Kernel(NamedTuple):
+    """A kernel that is not compiled yet.
+
+    Args:
+        types: The C++ types of its arguments, such as ``const float*``.
+        source: Code with one function ``kernel``.
+    """
+
+    types: Sequence[str]
+    source: str
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether its code may not stand beside other code in one file."""
+        return len(_ENTRY.findall(self.source)) != 1 or _DIRECTIVE.search(self.source) is not None
+
+
+_active = threading.local()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def shared_libraries() -> Generator[None]:
+    """A context in which Inductor compiles the kernels of each graph together, in this thread.
+
+    Without the interfaces that this needs, Inductor compiles each kernel alone, as outside of this context.
+    """
+    if COMPILER.exists and THREADS.exists and LIBRARIES.exists:
+        _install()
+    depth = getattr(_active, "depth", 0)
+    _active.depth = depth + 1
+    try:
+        yield
+    finally:
+        _active.depth = depth
+
+
+def _install() -> None:
+    """Replaces two methods of Inductor by ones that do the same outside of ``shared_libraries()``."""
+    compiler = COMPILER.get()
+    with _lock:
+        if not hasattr(compiler.cpp_pybinding, "__wrapped__"):
+            compiler.cpp_pybinding = _collecting(compiler.cpp_pybinding)
+            compiler.wait = _building(compiler.wait)
+
+
+def _collecting(compile_alone: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compile_alone)
+    def cpp_pybinding(self: Any, argtypes: Sequence[str], source_code: str) -> Any:
+        kernel = Kernel(argtypes, source_code)
+        if not getattr(_active, "depth", 0) or kernel.is_alone:
+            return compile_alone(self, argtypes, source_code)
+        return kernel
+
+    return cpp_pybinding
+
+
+def _building(wait: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(wait)
+    def wait_for_all(self: Any, scope: dict[str, Any]) -> None:
+        kernels = {name: value for name, value in scope.items() if isinstance(value, Kernel)}
+        if kernels:
+            try:
+                scope.update(zip(kernels, build(list(kernels.values()), self.submit), strict=True))
+            except Exception as error:
+                _log.debug("Kernels cannot be compiled together.", exc_info=error)
+                compile_alone = type(self).cpp_pybinding.__wrapped__
+                scope.update({name: compile_alone(self, *kernel) for name, kernel in kernels.items()})
+        wait(self, scope)
+
+    return wait_for_all
+
+
+def build(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None) -> list[Callable[..., None]]:
+    """Compiles kernels, and returns them as functions of tensors and numbers, in the same order.
+
+    Args:
+        kernels: The kernels, each of which ``is_alone`` is false for.
+        submit: Runs a function in another thread, and returns its future. None for this thread.
+    """
+    threads = THREADS.get()()
+    groups = list(_groups(kernels, threads))
+    pending = [
+        _libraries().load_async(library_source(group), submit_fn=submit if threads > 1 else None) for group in groups
+    ]
+    return [
+        getattr(library(), _name(place))
+        for group, library in zip(groups, pending, strict=True)
+        for place in range(len(group))
+    ]
+
+
+def library_source(kernels: Sequence[Kernel]) -> str:
+    """Returns the code of a Python module with one function for each kernel."""
+    includes = dict.fromkeys(line for kernel in kernels for line in _INCLUDE.findall(kernel.source))
+    parts, methods = [*includes], list[str]()
+    for place, kernel in enumerate(kernels):
+        name = _name(place)
+        code = _ENTRY.sub("static void kernel(", _INCLUDE.sub("", kernel.source))
+        parts.append(f"namespace {name} {{\n{code.strip()}\n}}\n")
+        methods.append(_METHOD.format(name=name))
+    parts.append(_BINDINGS)
+    for place, kernel in enumerate(kernels):
+        types = (kind.replace("const ", "") for kind in kernel.types)
+        arguments = ", ".join(f"argument<{kind}>(args[{index}])" for index, kind in enumerate(types))
+        parts.append(_BINDING.format(name=_name(place), count=len(kernel.types), arguments=arguments))
+    return "".join([*parts, _MODULE.format(methods="".join(methods))])
+
+
+def _groups(kernels: Sequence[Kernel], threads: int) -> Iterator[list[Kernel]]:
+    """Splits kernels into groups of about equal length, one per library: one, or up to one per thread if it is long."""
+    total = sum(len(kernel.source) for kernel in kernels)
+    count = max(1, min(threads, round(total / _MAX_CHARACTERS)))
+    group, length = list[Kernel](), 0
+    for kernel in kernels:
+        group.append(kernel)
+        length += len(kernel.source)
+        if length >= total / count:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
+
+
+def _name(place: int) -> str:
+    return f"kernel_{place}"
+
+
+@functools.cache
+def _libraries() -> Any:
+    """Returns Inductor's cache of libraries of several functions."""
+
+    class KernelLibraries(LIBRARIES.get()):
+        """Python modules with several kernels, by the hash of their code."""
+
+        cache: dict[str, Callable[[], Any]] = {}  # noqa: RUF012
+        entry_function = "kernels"
+
+    return KernelLibraries
