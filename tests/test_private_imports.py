@@ -17,6 +17,7 @@ PASS = "a pass over graphs, tested on small graphs"
 ALLOWED = {
     "_torch_internals": CANARY,
     "_torch_internals.interface": CANARY,
+    "_torch_internals.kernels": CANARY,
     "callbacks._decoding": ALGORITHM,
     "callbacks._textgen": ALGORITHM,
     "checkpoint._manifest": "a benchmark compares what two folders contain",

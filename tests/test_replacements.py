@@ -11,6 +11,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fxtrain import rng
+from fxtrain._torch_internals.kernels import shared_libraries
 from fxtrain.rng import _functional as mode
 from fxtrain.rng import _torch_functions as replacements
 
@@ -187,7 +188,7 @@ def test_inductor_samples_equal_eager_ones_alone_and_vmapped(names):
     def alone_and_vmapped(seed, seeds):
         return _draw(FEW, seed), vmap(lambda member: _draw(names, member))(seeds)
 
-    with rng.untouched():
+    with rng.untouched(), shared_libraries():
         alone, members = torch.compile(alone_and_vmapped, fullgraph=True)(SEED, SEEDS)
     drawn = [*alone.items(), *[(name, batch[1]) for name, batch in members.items()]]
     for name, result in drawn:
