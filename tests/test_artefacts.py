@@ -20,6 +20,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import tree
+from fxtrain._torch_internals import interface
 from fxtrain.compiler.artefacts import _file as files
 from fxtrain.compiler.artefacts import _fingerprint as fingerprint
 from fxtrain.compiler.artefacts import _lease as lease
@@ -183,6 +184,14 @@ FACTS = {
     "processor features": ("_processor_features", "avx2 fma"),
     "fxtrain's compiler": ("_source_digest", "0123"),
 }
+
+
+def test_step_that_is_no_traced_graph_says_that_it_is_not_saved(monkeypatch, recwarn, folder):
+    monkeypatch.setattr(interface, "NEWEST_TESTED", (2, 1))  # only torch.compile is left
+    by_torch = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: by_torch(function, backend="eager"))
+    steps(make(folder), 1)
+    assert any("cannot be saved in" in str(each.message) and "dynamo" in str(each.message) for each in recwarn)
 
 
 class TestFingerprint:

@@ -214,6 +214,7 @@ def compile(  # noqa: A001
             steps_per_call=steps_per_call,
             background=background,
             memory=memory,
+            artefacts=None if folder is None else folder.folder,
             remake=made,
             donate=donate,
             dynamic=dynamic,

@@ -28,7 +28,8 @@ from fxtrain.step import EvalFunction, ManySteps, Step, take_steps
 from fxtrain.step._callbacks import identity
 
 if TYPE_CHECKING:
-    # Only for annotations, because the import is slow.
+    from pathlib import Path
+
     from fxtrain.compiler.passes._memory_policy import Memory
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Compiled:
         steps_per_call: How many steps ``fit`` takes per dispatch.
         background: Whether graphs are compiled while steps run uncompiled.
         memory: Which activations are kept for the backward pass.
+        artefacts: The folder of compiled graphs that the user has named.
         watchers: Those that see when it compiles in the foreground. ``fit`` adds its observers for the session.
     """
 
@@ -61,6 +63,7 @@ class Compiled:
         background: bool,
         remake: Callable[..., Compiled],
         memory: Memory = "save",
+        artefacts: Path | None = None,
         **options: bool,
     ) -> None:
         self.step = step
@@ -68,6 +71,7 @@ class Compiled:
         self.steps_per_call = steps_per_call
         self.background = background
         self.memory: Memory = memory
+        self.artefacts = artefacts
         self.watchers: list[CompileWatcher] = []
         self._compiler: Callable[..., Executable] = routes
         self._routes, self._options = routes, options
@@ -321,17 +325,24 @@ class Compiled:
             seconds = time.perf_counter() - began
             self._seconds += seconds
             kept.write(seconds)
-            _log.info("Compiled %r in %.1f s.", self.step, seconds)
-            if self.memory != "save" and "traced" not in self.route and number == 1:
-                warn(
-                    f"{self.step!r} keeps all activations despite memory={self.memory!r}, because it is compiled by "
-                    f"the route {self.route!r}, not as one traced graph. Use fxtrain.remat inside the model.",
-                    UserWarning,
-                )
+            _log.info("%r is ready after %.1f s.", self.step, seconds)
+            if "traced" not in self.route and number == 1:
+                self._warn_of_options_without_effect()
             graph = Graph(self.step, state, batch, executable, **self._options)
         self._graphs.insert(0, graph)
         if not is_again:
             self._recompiles.known.append(kinds)
+
+    def _warn_of_options_without_effect(self) -> None:
+        reason = f"because it is compiled by the route {self.route!r}, not as one traced graph"
+        if self.memory != "save":
+            warn(
+                f"{self.step!r} keeps all activations despite memory={self.memory!r}, {reason}. Use fxtrain.remat "
+                "inside the model.",
+                UserWarning,
+            )
+        if self.artefacts is not None:
+            warn(f"{self.step!r} cannot be saved in {self.artefacts}, {reason}. Each process compiles it.", UserWarning)
 
     def __repr__(self) -> str:
         return f"<compiled {self.step!r}>"
