@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pydantic
+from torch import Tensor
 from typing_extensions import TypeAliasType, get_protocol_members
 
 from fxtrain.cli._errors import ConfigError
@@ -28,14 +29,29 @@ _NO_HINTS: Mapping[str, Any] = {}
 
 
 def hints_of(function: Callable[..., object]) -> Mapping[str, Any]:
-    """Returns the evaluated annotations of a function or class, or none if they cannot be evaluated."""
+    """Returns the evaluated annotations of a function or class, or none if they cannot be evaluated.
+
+    A number that may be a tensor, as ``patience: int | Tensor``, is a number here, because YAML has no tensors.
+
+    Example:
+        >>> from fxtrain.callbacks import early_stopping
+        >>> hints_of(early_stopping)["patience"]
+        <class 'int'>
+    """
     try:
         is_of_fields = hasattr(function, "__dataclass_fields__") or hasattr(function, "_fields")
-        if inspect.isclass(function) and not is_of_fields:
-            return typing.get_type_hints(function.__init__)
-        return typing.get_type_hints(function)
+        is_class = inspect.isclass(function) and not is_of_fields
+        hints = typing.get_type_hints(function.__init__ if is_class else function)
     except Exception:  # names that are imported for type checkers alone, or annotations that are no types
         return _NO_HINTS
+    return {name: _without_tensor(hint) for name, hint in hints.items()}
+
+
+def _without_tensor(hint: Any) -> Any:
+    parts = tuple(part for part in typing.get_args(hint) if part is not Tensor)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and parts and all(part in _WORDS for part in parts):
+        return typing.Union[parts]  # noqa: UP007
+    return hint
 
 
 def fitting(

@@ -63,12 +63,12 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
         >>> fx.evaluate(fx.init(torch.nn.ReLU()), step, [torch.zeros(3), torch.ones(1)])
         {'mean': 0.25}
     """
+    check_state(state, "evaluate(state, eval_step, data)")
     check_eval_step(eval_step)
-    if isinstance(state, TrainState) and state.step.ndim:
+    if state.step.ndim:
         from fxtrain.loop._members import lifted_evaluation  # keeps the import of fxtrain fast
 
         state, eval_step = lifted_evaluation(state, eval_step)
-    check_state(state, "evaluate(state, eval_step, data)")
     total: _Total = {}
     source = as_source(data)
     declare_shapes(eval_step, source)

@@ -64,15 +64,14 @@ class Run:
     def __init__(
         self, state: TrainState, step: StepFn, data: SourceLike, plan: Plan, *, every_event: bool = False
     ) -> None:
+        check_state(state, "fit(state, step, data)")
         check_step(step)
         declared = cast(LoopStep, step) if hasattr(step, "fires") else Step(step)
-        if isinstance(state, TrainState) and state.step.ndim:
+        if state.step.ndim:
             from fxtrain.loop._members import lifted_run  # keeps the import of fxtrain fast
 
             state, given, callbacks, plan = lifted_run(state, declared, plan)
-            check_state(state, "fit(state, step, data)")
         else:
-            check_state(state, "fit(state, step, data)")
             given, callbacks = shared(declared, compose(as_composed(plan.callbacks), *evaluation_requests(plan)))
         # The loop owns its state, so a compiled step may donate it.
         self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
