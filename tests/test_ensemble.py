@@ -20,6 +20,10 @@ def data(count=4, size=6, seed=0):
 
 
 def module():
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def module_with_buffers_and_dropout():
     # No bias before batch norm, whose gradient is rounding error.
     layers = nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
     return nn.Sequential(*layers).double()
@@ -38,12 +42,12 @@ def step(**options):
     return fx.train_step(loss_fn, tx, **options)
 
 
-def starts(count=COUNT, rates=(0.5, 0.05, 0.005)):
+def starts(count=COUNT, rates=(0.5, 0.05, 0.005), make=module):
     states = []
     for index in range(count):
         with torch.random.fork_rng():
             torch.manual_seed(index)
-            state = fx.init(module(), tx, seed=index)
+            state = fx.init(make(), tx, seed=index)
         rate = rates[index % len(rates)]
         states.append(state.replace(opt_state=fx.optim.set_hyperparams(state.opt_state, learning_rate=rate)))
     return states
@@ -98,18 +102,18 @@ def assert_law(states=None, *, callbacks=(), settings=None, train=None, source=N
 
 
 def test_batch_equals_single_runs():
-    together, _ = assert_law(epochs=2, **evaluation())
+    together, _ = assert_law(starts(make=module_with_buffers_and_dropout), epochs=2, **evaluation())
     assert together.reason == "finished 2 epochs"
     assert together.state.step.tolist() == [8] * COUNT
 
 
 def test_one_member_equals_the_single_run():
-    assert_law(starts(1), steps=5, **evaluation(eval_when=2))
+    assert_law(starts(1, make=module_with_buffers_and_dropout), steps=5, **evaluation(eval_when=2))
 
 
 def test_early_stopping_freezes_each_member_at_its_own_step():
     stop = fx.callbacks.early_stopping("loss", patience=1)
-    together, singles = assert_law(callbacks=stop, epochs=12, **evaluation())
+    together, singles = assert_law(callbacks=stop, epochs=4, **evaluation())
     steps = together.state.step.tolist()
     assert steps == [int(single.state.step) for single in singles]
     assert len(set(steps)) > 1
@@ -140,6 +144,17 @@ def test_settings_differ_between_members():
     assert len(set(together.state.step.tolist())) == 3
 
 
+def test_gated_and_tolerant_callbacks_keep_the_settings_of_each_member():
+    def stop(patience):
+        stop = fx.callbacks.early_stopping("loss", patience=patience)
+        return fx.tolerant(fx.when(lambda event: event.step > 4, stop))
+
+    settings = [stop(each) for each in (1, 2, 3)]
+    options = {"steps": 16, **evaluation(eval_when=1)}
+    together, _ = assert_law(callbacks=stop(torch.tensor([1, 2, 3])), settings=settings, **options)
+    assert len(set(together.state.step.tolist())) == 3
+
+
 def test_scalar_tensor_is_a_setting():
     stop = fx.callbacks.early_stopping("loss", patience=torch.tensor(2))
     assert stop.function is not None
@@ -148,24 +163,30 @@ def test_scalar_tensor_is_a_setting():
 
 
 CALLBACKS = {
-    "ema": lambda: fx.callbacks.ema(0.9),
-    "swa": lambda: fx.callbacks.swa(start=3),
-    "nan_guard": lambda: fx.callbacks.nan_guard(patience=2),
-    "plateau": lambda: fx.callbacks.reduce_on_plateau("loss", patience=0, factor=0.5),
-    "restore_best": lambda: fx.callbacks.restore_best("loss"),
-    "track_best": lambda: fx.callbacks.track_best("loss", "mae"),
-    "overfitting": lambda: fx.callbacks.stop_on_overfitting("loss", patience=2),
-    "divergence": lambda: fx.callbacks.stop_on_divergence("loss"),
-    "stop_at": lambda: fx.callbacks.stop_at("loss", 0.3),
-    "grad_norms": lambda: fx.callbacks.grad_norms(),
-    "epoch_mean": lambda: fx.callbacks.epoch_mean("mae"),
+    "averages and monitors": lambda: [
+        fx.callbacks.ema(0.9),
+        fx.callbacks.swa(start=3),
+        fx.callbacks.track_best("loss", "mae"),
+        fx.callbacks.grad_norms(),
+        fx.callbacks.epoch_mean("mae"),
+    ],
+    "guards": lambda: [
+        fx.callbacks.nan_guard(patience=2),
+        fx.callbacks.stop_on_overfitting("loss", patience=2),
+        fx.callbacks.stop_on_divergence("loss"),
+        fx.callbacks.stop_at("loss", 0.3),
+    ],
+    "schedules and weights": lambda: [
+        fx.callbacks.reduce_on_plateau("loss", patience=0, factor=0.5),
+        fx.callbacks.restore_best("loss"),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_callbacks_of_the_library_are_those_of_each_member(name):
-    callback = CALLBACKS[name]()
-    assert_law(callbacks=[callback, fx.callbacks.early_stopping("loss", patience=2)], epochs=3, **evaluation())
+    callbacks = [*CALLBACKS[name](), fx.callbacks.early_stopping("loss", patience=2)]
+    assert_law(callbacks=callbacks, epochs=3, **evaluation())
 
 
 def test_guard_skips_the_updates_of_one_member():
@@ -189,6 +210,14 @@ def test_callbacks_that_read_values_are_folded_one_by_one():
         return memory, fx.Control(log={"high": memory}, stop=bool(memory > 3), reason="often high")
 
     assert_law(callbacks=fx.stateful("high", lambda state: torch.tensor(0), reads), steps=12)
+
+
+def test_member_that_was_never_evaluated_has_no_evaluation():
+    def stops(state, event: fx.StepEnd):
+        return state, fx.Control(stop=state.seed == 0, reason="early")
+
+    together, _ = assert_law(callbacks=stops, steps=4, **evaluation())
+    assert together.state.slots["loop/evaluated"]["step"].tolist() == [-1, 4, 4]
 
 
 def test_only_members_that_request_an_evaluation_see_it():
@@ -257,12 +286,19 @@ def test_members_that_stopped_stay_as_they_are_in_a_rewind():
 
 def options_with_stops(**more):
     callbacks = [fx.callbacks.early_stopping("loss", patience=1), fx.callbacks.ema(0.9), fx.callbacks.save(2)]
-    return {"callbacks": callbacks, "epochs": 10, **evaluation(), **more}
+    return {"callbacks": callbacks, "epochs": 4, **evaluation(), **more}
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 6, 13])
-def test_resumed_batch_is_bitwise_the_uninterrupted_one(tmp_path, interrupted_at):
-    whole = fx.fit(ensemble.stack(starts()), step(), data(), **options_with_stops())
+@pytest.fixture(scope="module")
+def whole():
+    result = fx.fit(ensemble.stack(starts()), step(), data(), **options_with_stops())
+    assert result.state.step.tolist() == [8, 12, 16]
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:expected a checkpointer")
+@pytest.mark.parametrize("interrupted_at", [1, 9])
+def test_resumed_batch_is_bitwise_the_uninterrupted_one(tmp_path, whole, interrupted_at):
 
     def interrupts(state, event: fx.StepEnd, control):
         if event.step == interrupted_at:
@@ -343,9 +379,9 @@ def test_history_has_each_member_and_a_summary():
 def test_stopped_members_are_compacted_and_put_back():
     stop = fx.callbacks.early_stopping("loss", patience=1)
     options = {"callbacks": stop, **evaluation()}
-    whole = fx.fit(ensemble.stack(starts()), step(), data(), epochs=40, **options)
+    whole = fx.fit(ensemble.stack(starts()), step(), data(), epochs=8, **options)
     runs = ensemble.stack(starts())
-    for epochs in (5, 10, 40):
+    for epochs in (2, 4, 8):
         live = ~runs.due.stop
         if not live.any():
             break
@@ -413,14 +449,48 @@ def test_across_sees_all_members():
     assert bool((together.state.params["0.weight"][first] == together.state.params["0.weight"][second]).all())
 
 
+# Compiled
+
+
+def test_compiled_batch_equals_the_uncompiled_one():
+    # A model of one weight keeps the compilation short.
+    def square(model, batch):
+        return (model["w"] * batch["x"] - batch["y"]).square().mean()
+
+    sgd = fx.optim.sgd(0.1)
+    states = [fx.init({"w": torch.tensor(w, dtype=torch.float64)}, sgd, seed=i) for i, w in enumerate((0.0, 3.0))]
+    pure, measure = fx.train_step(square, sgd), fx.eval_step(square)
+    stop = fx.callbacks.stop_at("loss", 0.5, on=fx.StepEnd)
+    options = {"callbacks": stop, "epochs": 2, "eval_data": data(2, seed=1)}
+    runs = ensemble.stack(states)
+    expected = fx.fit(runs, pure, data(), eval_step=measure, **options)
+    compiled = fx.compile(pure, backend="eager"), fx.compile(measure, backend="eager")
+    found = fx.fit(runs, compiled[0], data(), eval_step=compiled[1], **options)
+    assert_same(found.state, expected.state)
+    assert found.state.step.tolist() == [2, 8]
+
+
 # Writers and views
 
 
-def test_writers_and_views_show_a_batch(tmp_path):
+def test_gated_callback_across_members_sees_all_of_them():
+    def same(state, event: fx.StepEnd):
+        assert event.metrics["loss"].shape == (COUNT,)
+        return state.replace(params=tree.map(lambda leaf: leaf[:1].expand_as(leaf), state.params)), fx.Control()
+
+    gated = fx.when(fx.every(2), ensemble.across(same))
+    weight = fx.fit(ensemble.stack(starts()), step(), data(), steps=2, callbacks=gated).state.params["0.weight"]
+    assert bool((weight == weight[0]).all())
+
+
+def test_writers_and_views_show_a_batch(tmp_path, capsys):
     writer = fx.writers.jsonl(tmp_path / "log.jsonl")
-    together = fx.fit(
-        ensemble.stack(starts()), step(), data(), steps=3, observers=fx.observers.write(writer), progress=True
-    )
+    observer = fx.observers.write(writer)
+    options = {"steps": 3, "observers": observer, "progress": True, **evaluation()}
+    together = fx.fit(ensemble.stack(starts()), step(), data(), **options)
+    shown = "".join(capsys.readouterr())
+    assert "eval loss/max" in shown
+    assert "member_0" not in shown
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert any("train/loss/member_2" in json.dumps(row) for row in rows)
     assert "3" in repr(together)
@@ -434,6 +504,8 @@ def test_errors_of_stacking():
     states = starts()
     with pytest.raises(ValueError, match="expected the states of one or more runs, got none"):
         ensemble.stack([])
+    with pytest.raises(TypeError, match="expected a list of the states of single runs, got a TrainState"):
+        ensemble.stack(states[0])
     with pytest.raises(TypeError, match=r"expected a TrainState in fxtrain.ensemble.stack"):
         ensemble.stack([states[0], 3])
     other = fx.init(nn.Linear(4, 1).double(), tx)
@@ -454,12 +526,15 @@ def test_members_at_different_steps_are_refused():
 
 
 def test_settings_for_another_number_of_members_are_refused():
+    # Before the first step: nothing is evaluated until step 100.
+    options = {"steps": 5, **evaluation(eval_when=100)}
     stop = fx.callbacks.early_stopping("loss", patience=torch.tensor([1, 2]))
-    with pytest.raises(
-        ValueError, match="expected one value of each setting of early_stopping for each of 3 members, got 2"
-    ):
-        fx.fit(ensemble.stack(starts()), step(), data(), callbacks=stop, steps=5, **evaluation(eval_when=1))
-    with pytest.raises(ValueError, match="expected the state of 2 runs for early_stopping"):
-        fx.fit(starts()[0], step(), data(), callbacks=stop, steps=5, **evaluation(eval_when=1))
+    for callback in (stop, fx.when(2, stop)):
+        with pytest.raises(
+            ValueError, match="expected one value of each setting of early_stopping for each of 3 members, got 2"
+        ):
+            fx.fit(ensemble.stack(starts()), step(), data(), callbacks=callback, **options)
+        with pytest.raises(ValueError, match="expected the state of 2 runs for early_stopping"):
+            fx.fit(starts()[0], step(), data(), callbacks=callback, **options)
     with pytest.raises(ValueError, match="expected one value of patience for nan_guard"):
         fx.callbacks.nan_guard(patience=torch.tensor([1, 2]))

@@ -111,5 +111,6 @@ def history(result: _Result, index: int) -> History:
         if name.endswith(tail):
             steps, values = result.history[name]
             kept = steps <= end
-            points[name.removesuffix(tail)] = steps[kept].tolist(), values[kept].tolist()
+            if kept.any():
+                points[name.removesuffix(tail)] = steps[kept].tolist(), values[kept].tolist()
     return History(points)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, check_int, check_train_state, describe
+from fxtrain.core import EVALUATED, TrainState, check_int, check_train_state, describe
 from fxtrain.core._members import check_stacked, is_stacked, stacked_state
 
 
@@ -23,7 +23,7 @@ def stack(states: Sequence[TrainState]) -> TrainState:
         The stacked state, whose leaves have shape [members, ...]. It does not share memory with ``states``.
 
     Raises:
-        TypeError: If an element is not a TrainState.
+        TypeError: If ``states`` is not a list, or an element is not a TrainState.
         ValueError: If there are none, or they differ in structure, a shape or a dtype.
 
     Example:
@@ -35,6 +35,10 @@ def stack(states: Sequence[TrainState]) -> TrainState:
         >>> result.state.params["w"]
         tensor([0.2000, 1.0000])
     """
+    if isinstance(states, TrainState):
+        raise TypeError(
+            "expected a list of the states of single runs, got a TrainState. Give [state], or more of them."
+        )
     states = list(states)
     if not states:
         raise ValueError("expected the states of one or more runs, got none. Give a list of states.")
@@ -105,6 +109,8 @@ def member(state: TrainState, index: int) -> TrainState:
     if index >= count:
         raise IndexError(f"expected the index of one of {count} members, got {index}. The first has index 0.")
     one = tree.map(lambda leaf: leaf[index].clone(), state)
+    if EVALUATED in one.slots and one.slots[EVALUATED]["step"] < 0:  # only other members were evaluated
+        one = one.replace(slots={name: slot for name, slot in one.slots.items() if name != EVALUATED})
     none = torch.zeros_like(one.due.stop)
     return one.replace(due=one.due._replace(stop=none, skip_final_save=none.clone()))
 

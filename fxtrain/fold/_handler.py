@@ -88,9 +88,28 @@ class Handler(Record):
             return state, Control()
         return self.function(state, event)
 
+    def wrapped(self, wrap: Callable[[Handler], Callback], name: str = "", errors: str | None = None) -> Handler:
+        """Returns a callback with the function ``wrap(handler)``, which calls that of ``handler``.
+
+        Args:
+            wrap: Makes the function. It is called for each of the functions of ``OfMembers``.
+            name: The name, if it changes.
+            errors: The slot that counts its errors, if it becomes tolerant.
+        """
+        function = self.function.over(self, wrap) if isinstance(self.function, OfMembers) else wrap(self)
+        return dataclasses.replace(self, name=name or self.name, function=function, errors=errors or self.errors)
+
     def __repr__(self) -> str:
         names = ", ".join(kind.__name__ for kind in EVENTS if kind in self.events)
         return f"<callback {self.name} on {names}{f', slot {self.slot!r}' if self.slot else ''}>"
+
+
+class OfMembers:
+    """A function of a callback that depends on the members of a batch of runs."""
+
+    def over(self, handler: Handler, wrap: Callable[[Handler], Callback]) -> Callback:
+        """Returns this function with those that it calls wrapped, as for ``Handler.wrapped``."""
+        raise NotImplementedError
 
 
 def _zero(state: TrainState) -> Tree:

@@ -8,32 +8,51 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fxtrain.core import TRACED, Control, Event, TrainState, Tree, describe, name_of
+from fxtrain.core import TRACED, Callback, Control, Event, TrainState, Tree, describe, name_of
 from fxtrain.fold._compose import Composed
-from fxtrain.fold._handler import Handler, handler_of
+from fxtrain.fold._handler import Handler, OfMembers, handler_of
 
 
-class Across:
+class Across(OfMembers):
     """A callback that sees all members: ``(stacked state, event) -> (stacked state, control)``."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
+    def over(self, handler: Handler, wrap: Callable[[Handler], Callback]) -> Across:
+        return Across(wrap(dataclasses.replace(handler, function=self.function)))
+
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
         return self.function(state, event)
 
 
-class Each:
+class Each(OfMembers):
     """One callback for each member, which differ in their settings."""
 
     def __init__(self, name: str, handlers: Sequence[Handler]) -> None:
         self.name, self.handlers = name, tuple(handlers)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
+        self.refuse_one_run(state)
+        return state, Control()
+
+    def over(self, handler: Handler, wrap: Callable[[Handler], Callback]) -> Each:
+        return Each(self.name, [dataclasses.replace(each, function=wrap(each)) for each in self.handlers])
+
+    def refuse_one_run(self, state: TrainState) -> None:
+        """Raises ValueError, because the settings are those of several runs."""
         raise ValueError(
             f"expected the state of {len(self.handlers)} runs for {self.name}, whose settings have a value for each, "
             "got that of one run. Give fit the stacked states, or one value for each setting."
         )
+
+    def check_count(self, count: int) -> None:
+        """Raises ValueError unless the settings are those of ``count`` members."""
+        if len(self.handlers) != count:
+            raise ValueError(
+                f"expected one value of each setting of {self.name} for each of {count} members, got "
+                f"{len(self.handlers)}. Give tensors of shape [{count}]."
+            )
 
 
 def with_tensors(factory: Callable[..., Handler], args: Sequence[object], settings: Mapping[str, object]) -> Handler:
@@ -83,7 +102,9 @@ def per_member_settings(factory: Callable[..., Any], args: Sequence[object], set
                 "settings that change neither."
             )
     init = None if first.init is None else _Inits(first.init, [handler.init for handler in made])
-    return dataclasses.replace(first, function=Each(first.name, made), init=init)
+    function = Each(first.name, made)
+    needs = dataclasses.replace(first.needs, checks=(function.refuse_one_run,))
+    return dataclasses.replace(first, function=function, init=init, needs=needs)
 
 
 class _Inits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import traceback
 
 from fxtrain.core import SESSION, TRACED, Callback, Control, Event, TrainState, printable, warn
@@ -62,18 +61,21 @@ def _tolerant(handler: Handler) -> Handler:
         return handler
     slot = f"errors/{handler.name}"
 
-    def contained(state: TrainState, event: Event) -> tuple[TrainState, Control]:
-        try:
-            return _checked_call(handler, state, event)
-        except Exception as error:
-            if cause_of(event) in SESSION:
-                _warn(handler, event, error, "Errors at this event are not counted")
-                return state, Control()
-            if (count := state.slots[slot]) == 0:
-                _warn(handler, event, error, f"Later errors are only counted, in state.slots[{slot!r}]")
-            return state.with_slot(slot, count + 1), Control(log={slot: count + 1})
+    def contain(handler: Handler) -> Callback:
+        def contained(state: TrainState, event: Event) -> tuple[TrainState, Control]:
+            try:
+                return _checked_call(handler, state, event)
+            except Exception as error:
+                if cause_of(event) in SESSION:
+                    _warn(handler, event, error, "Errors at this event are not counted")
+                    return state, Control()
+                if (count := state.slots[slot]) == 0:
+                    _warn(handler, event, error, f"Later errors are only counted, in state.slots[{slot!r}]")
+                return state.with_slot(slot, count + 1), Control(log={slot: count + 1})
 
-    return dataclasses.replace(handler, function=contained, errors=slot)
+        return contained
+
+    return handler.wrapped(contain, errors=slot)
 
 
 def _checked_call(handler: Handler, state: TrainState, event: Event) -> tuple[TrainState, Control]:

@@ -254,15 +254,18 @@ def when(trigger: When, callback: Callback) -> Handler | Composed:
 def _gate(trigger: Predicate, handler: Handler) -> Handler:
     text = repr(trigger) if isinstance(trigger, Trigger) else name_of(trigger)
 
-    def gated(state: TrainState, event: Event) -> tuple[TrainState, Control]:
-        flag = trigger(event)
-        if not isinstance(flag, Tensor):
-            return handler.function(state, event) if flag else (state, Control())
-        new, control = checked_result(handler, event, handler.function(state, event))
-        refuse_other_structure(handler.name, type(event), state, new)
-        return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.gated(flag)
+    def gate(handler: Handler) -> Callback:
+        def gated(state: TrainState, event: Event) -> tuple[TrainState, Control]:
+            flag = trigger(event)
+            if not isinstance(flag, Tensor):
+                return handler.function(state, event) if flag else (state, Control())
+            new, control = checked_result(handler, event, handler.function(state, event))
+            refuse_other_structure(handler.name, type(event), state, new)
+            return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.gated(flag)
 
-    return dataclasses.replace(handler, name=f"{handler.name} when {text}", function=gated)
+        return gated
+
+    return handler.wrapped(gate, name=f"{handler.name} when {text}")
 
 
 def _one_of(function: str, **periods: float | None) -> tuple[str, float]:

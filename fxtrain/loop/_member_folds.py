@@ -8,7 +8,8 @@ their requests do not count.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -75,13 +76,17 @@ def _lifted(handler: Handler) -> MembersHandler:
     if isinstance(handler, MembersHandler):
         return handler
     fields = {field.name: getattr(handler, field.name) for field in dataclasses.fields(handler)}
-    checks = tuple(_check_each(check) for check in handler.needs.checks)
-    needs = dataclasses.replace(handler.needs, checks=checks)
+    needs = dataclasses.replace(handler.needs, checks=(functools.partial(_check_members, handler),))
     return MembersHandler(**{**fields, "needs": needs, "function": _Fold(handler)})
 
 
-def _check_each(check: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
-    return lambda state: check(_View.of(state).member(0))
+def _check_members(handler: Handler, state: TrainState) -> None:
+    view, function = _View.of(state), handler.function
+    if isinstance(function, Each):
+        function.check_count(view.count)
+    for index, each in enumerate(function.handlers if isinstance(function, Each) else (handler,)):
+        for check in each.needs.checks:
+            check(view.member(index))
 
 
 def _init_members(init: Init) -> Init:
@@ -225,11 +230,6 @@ class _Fold:
         functions = (
             [each.function for each in function.handlers] if isinstance(function, Each) else [function] * view.count
         )
-        if len(functions) != view.count:
-            raise ValueError(
-                f"expected one value of each setting of {handler.name} for each of {view.count} members, got "
-                f"{len(functions)}. Give tensors of shape [{view.count}]."
-            )
         leaves, structure = tree.flatten(view.state)
         batched, (kind, fields) = _split(event, view.count)
         rows: dict[int, dict[int, Tensor]] = {}

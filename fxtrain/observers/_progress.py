@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
@@ -46,6 +47,7 @@ from fxtrain.values._kinds import kinds_logged
 
 _AVERAGING_SECONDS = 10.0  # for throughput and metrics
 _MAX_DEFAULT_METRICS = 4
+_OF_MEMBER = re.compile(r"/member_\d+$")  # metrics of a member of a batch of runs
 _LINES_OF_A_RUN = 20  # of epochs, evenly spaced over the run, besides those every few seconds
 _TEXTS_SECONDS = 1.0  # by the loop's clock, until texts of steps on a device are shown
 
@@ -292,8 +294,7 @@ class Progress:
         if self._last is not None and self._last[0] == event.step:
             values = self._last[1]
             own = self._metric_columns(values)
-            rest = [(name, format_number(value)) for name, value in values.items() if name not in self._metrics]
-            columns = columns + [(f"eval {name}", value) for name, value in own + rest]
+            columns = columns + [(f"eval {name}", value) for name, value in own + self._other_columns(values)]
         columns = [*columns, ("", took)]
         if self._best is not None and self._best[1] == event.step:
             columns.append(("", f"best {self._best_of}"))
@@ -363,6 +364,11 @@ class Progress:
                 shown.append((name, format_number(derive(metrics))))
         return shown
 
+    def _other_columns(self, metrics: Mapping[str, float]) -> list[Column]:
+        """Returns the metrics of an evaluation without those of steps, and without those of each member of a batch."""
+        names = [name for name in metrics if name not in self._metrics and not _OF_MEMBER.search(name)]
+        return [(name, format_number(metrics[name])) for name in names]
+
     def _throughput_columns(self) -> list[Column]:
         unit, in_a_step = self._rate
         rate, waiting = self._averages.rate, self._averages.waiting
@@ -374,8 +380,7 @@ class Progress:
         if self._last is None:
             return []
         step, metrics = self._last
-        rest = [(name, format_number(value)) for name, value in metrics.items() if name not in self._metrics]
-        columns = [("at step", str(step)), *self._metric_columns(metrics), *rest]
+        columns = [("at step", str(step)), *self._metric_columns(metrics), *self._other_columns(metrics)]
         if self._best:
             columns.append((f"best {self._best_of}", f"{format_number(self._best[0])} at step {self._best[1]}"))
         return columns

@@ -34,6 +34,7 @@ class EvalFunction:
     """
 
     callbacks: tuple[()] = ()  # an evaluation folds none
+    enters: frozenset[str] = frozenset()  # the slots that enter the compiled graph
 
     def __init__(self, function: Callable[[TrainState, Batch], StepOutput]) -> None:
         self.function = function
@@ -51,8 +52,8 @@ class EvalFunction:
             raise
 
     def enter(self, state: TrainState) -> TrainState:
-        """Returns the part of the state that enters the compiled graph, without optimizer state and slots."""
-        return state.replace(opt_state={}, slots={})
+        """Returns the part of the state that enters the compiled graph, without optimizer state and most slots."""
+        return state.replace(opt_state={}, slots={name: state.slots[name] for name in self.enters})
 
     def over_members(self) -> EvalFunction:
         """Returns the evaluation step of a batch of runs. The same object is returned each time."""

@@ -60,11 +60,10 @@ class MembersStep(Step):
 class MembersEval(EvalFunction):
     """The evaluation step of a batch of runs, made from that of one."""
 
+    enters = frozenset({MEMBERS})
+
     def __init__(self, single: EvalFunction) -> None:
         super().__init__(functools.partial(_evaluate_members, single))
-
-    def enter(self, state: TrainState) -> TrainState:
-        return state.replace(opt_state={}, slots={MEMBERS: state.slots[MEMBERS]})
 
 
 def of_member(state: TrainState, members: Members, slots: Any) -> TrainState:

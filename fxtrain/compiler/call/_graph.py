@@ -56,9 +56,10 @@ class Graph:
         self._is_dynamic = dynamic
         self._kinds_of_batch = loose_kinds if dynamic else kinds
         self._kinds, self._batch_kinds = kinds(leaves), self._kinds_of_batch(inputs)
-        without = frozenset[str]() if isinstance(step, Step) else frozenset({"opt_state", "slots"})
-        slots = step.enters if isinstance(step, Step) else None
-        self._flatten = generate_flatten(state, without=without, slots=slots) or _general(self._structure, step.enter)
+        without = frozenset[str]() if self._is_step else frozenset({"opt_state"})
+        self._flatten = generate_flatten(state, without=without, slots=step.enters) or _general(
+            self._structure, step.enter
+        )
         flatten_batch = generate_flatten(batch, exact=not dynamic)
         self._flatten_batch = flatten_batch or _general(batch_structure, lambda batch: batch)
         self._is_checked = flatten_batch is not None and not dynamic
