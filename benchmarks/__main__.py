@@ -97,7 +97,7 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
     if name == "first_step":
         return first_step.main(rounds=1 if quick else 2, quick=quick)
     if name == "ensemble":
-        return ensemble.main(rounds=min(rounds, 10), quick=quick)
+        return ensemble.main(rounds=min(rounds, 7), quick=quick)
     size = ["--quick"] if quick else ["--sizes", "100MB"]  # 1 GB would take 20 minutes more
     command = [sys.executable, "-m", "benchmarks.checkpoint", *size]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,7 @@
-"""Measures the step time of many tiny MLPs trained as one batch of runs, next to that of one run."""
+"""Measures the step time of many tiny MLPs trained as one batch of runs, next to that of one run.
+
+Times are the processor time of one thread, because other programs may use the machine.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ PLAIN = "one run"
 
 
 def main(*, rounds: int, quick: bool) -> Seconds:
-    """Returns seconds per step of all members, by number of members."""
+    """Returns processor seconds per step of all members, by number of members."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     torch.set_num_threads(1)
     try:
         made = workload("tiny_mlp", quick=quick)
-        steps = 20 if quick else 200
+        steps = 20 if quick else 100
         members = (1, 8) if quick else (1, 8, 32, 128)
         tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
         single = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx)
@@ -43,7 +46,7 @@ def main(*, rounds: int, quick: bool) -> Seconds:
 
 
 def turn_of(made: Workload, step: Any, start: fx.TrainState, steps: int) -> Callable[[], float]:
-    """Returns a function that trains by ``fit``'s own step for ``steps`` steps, and returns the seconds of one."""
+    """Returns a function that takes steps with ``fit``'s own step, and returns the processor seconds of one."""
     # The donating step and the state that it takes, as `fit` calls them.
     taken: list[Any] = []
 
@@ -55,10 +58,10 @@ def turn_of(made: Workload, step: Any, start: fx.TrainState, steps: int) -> Call
 
     def turn() -> float:
         state = taken.pop()
-        began = time.perf_counter()
+        began = time.thread_time()
         for index in range(steps):
             state, _ = compiled(state, made.batches[index % len(made.batches)])
-        seconds = (time.perf_counter() - began) / steps
+        seconds = (time.thread_time() - began) / steps
         taken.append(state)
         return seconds
 

@@ -377,15 +377,15 @@ def test_history_has_each_member_and_a_summary():
 
 
 def test_stopped_members_are_compacted_and_put_back():
-    stop = fx.callbacks.early_stopping("loss", patience=1)
-    options = {"callbacks": stop, **evaluation()}
-    whole = fx.fit(ensemble.stack(starts()), step(), data(), epochs=8, **options)
+    stop = fx.when(1, fx.callbacks.early_stopping("loss", patience=torch.tensor([1, 2, 1])))
+    whole = fx.fit(ensemble.stack(starts()), step(), data(), epochs=8, callbacks=stop, **evaluation())
     runs = ensemble.stack(starts())
     for epochs in (2, 4, 8):
         live = ~runs.due.stop
         if not live.any():
             break
-        few = fx.fit(ensemble.select(runs, live), step(), data(), epochs=epochs, **options).continue_from
+        options = {"callbacks": ensemble.select(stop, live), "epochs": epochs, **evaluation()}
+        few = fx.fit(ensemble.select(runs, live), step(), data(), **options).continue_from
         runs = few if live.all() else ensemble.put(runs, live, few)
     assert runs.step.tolist() == whole.state.step.tolist()
     for index in range(COUNT):

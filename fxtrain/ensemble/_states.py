@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import EVALUATED, TrainState, check_int, check_train_state, describe
+from fxtrain.core import EVALUATED, Callback, TrainState, check_int, check_train_state, describe
 from fxtrain.core._members import check_stacked, is_stacked, stacked_state
+from fxtrain.fold import compose
+from fxtrain.fold._per_member import select_settings
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
@@ -115,12 +118,29 @@ def member(state: TrainState, index: int) -> TrainState:
     return one.replace(due=one.due._replace(stop=none, skip_final_save=none.clone()))
 
 
-def select(state: TrainState, members: Sequence[int] | Tensor) -> TrainState:
-    """Returns the stacked state of some members, in the given order, for example of those that have not stopped.
+@overload
+def select(runs: TrainState, members: Sequence[int] | Tensor) -> TrainState: ...
+
+
+@overload
+def select(runs: Callback, members: Sequence[int] | Tensor) -> Callback: ...
+
+
+def select(runs: TrainState | Callback, members: Sequence[int] | Tensor) -> TrainState | Callback:
+    """Returns the stacked state or the callback of some members, for example of those that have not stopped.
+
+    Stopped members take as long as others, so a run in which few members are left is faster without them::
+
+        live = ~runs.due.stop
+        few = fx.fit(select(runs, live), step, data, epochs=9, callbacks=select(callback, live))
+        runs = put(runs, live, few.continue_from)
+
+    The number of members changes, so a compiled step compiles another graph. Members are counted from 0 in each
+    ``fit``, in the names that it publishes too.
 
     Args:
-        state: A stacked or batch state.
-        members: Indices, int64 [n], or a mask, bool [members]. ``~state.due.stop`` leaves the stopped members out.
+        runs: A stacked or batch state. Or a callback, which is returned with the settings of these members.
+        members: Indices in the new order, int64 [n], or a mask, bool [members].
 
     Raises:
         ValueError: If it is the state of one run, or no member is selected.
@@ -132,9 +152,13 @@ def select(state: TrainState, members: Sequence[int] | Tensor) -> TrainState:
         >>> fx.ensemble.select(runs, [2, 0]).params
         {'w': tensor([2., 0.])}
     """
-    state = stacked(state)
-    indices = _indices(members, check_stacked(state)).to(state.step.device)
-    return tree.map(lambda leaf: leaf[indices], state)
+    if not isinstance(runs, TrainState):
+        callbacks = compose(runs)
+        chosen = [select_settings(one, lambda count: _indices(members, count).tolist()) for one in callbacks.handlers]
+        return compose(*chosen)
+    runs = stacked(runs)
+    indices = _indices(members, check_stacked(runs)).to(runs.step.device)
+    return tree.map(lambda leaf: leaf[indices], runs)
 
 
 def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) -> TrainState:

@@ -101,10 +101,27 @@ def per_member_settings(factory: Callable[..., Any], args: Sequence[object], set
                 f"expected callbacks of {name} with the same events and slot, got {first!r} and {handler!r}. Vary "
                 "settings that change neither."
             )
-    init = None if first.init is None else _Inits(first.init, [handler.init for handler in made])
-    function = Each(first.name, made)
-    needs = dataclasses.replace(first.needs, checks=(function.refuse_one_run,))
-    return dataclasses.replace(first, function=function, init=init, needs=needs)
+    return _of_each(first, made)
+
+
+def select_settings(handler: Handler, indices_of: Callable[[int], Sequence[int]]) -> Handler:
+    """Returns the callback of some members. One that is the same for all members is returned as it is.
+
+    Args:
+        handler: The callback.
+        indices_of: Maps the number of members to the indices of the selected ones.
+    """
+    if not isinstance(handler.function, Each):
+        return handler
+    each = handler.function.handlers
+    return _of_each(handler, [each[index] for index in indices_of(len(each))])
+
+
+def _of_each(like: Handler, each: Sequence[Handler]) -> Handler:
+    first, function = each[0], Each(each[0].name, each)
+    init = None if first.init is None else _Inits(first.init, [handler.init for handler in each])
+    needs = dataclasses.replace(like.needs, checks=(function.refuse_one_run,))
+    return dataclasses.replace(like, function=function, init=init, needs=needs)
 
 
 class _Inits:
