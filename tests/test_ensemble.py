@@ -491,6 +491,11 @@ def test_writers_and_views_show_a_batch(tmp_path, capsys):
     shown = "".join(capsys.readouterr())
     assert "eval loss/max" in shown
     assert "member_0" not in shown
+    assert "runs         3" in str(fx.summary(together.state))
+    figure = together.history.plot()
+    assert {"loss", "loss/max", "loss/min"} <= {axes.get_title(loc="left") for axes in figure.axes}
+    assert len(figure.axes) == len({name.partition("/")[2] for name in together.history if "member_" not in name})
+    assert len(together.history.plot("train/loss/member_*").axes) == COUNT
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert any("train/loss/member_2" in json.dumps(row) for row in rows)
     assert "3" in repr(together)

@@ -134,7 +134,8 @@ class History(Mapping[str, Series]):
         are not finite leave a gap.
 
         Args:
-            patterns: Shell patterns of the names to plot, such as ``"*/loss"``; all by default.
+            patterns: Shell patterns of the names to plot, such as ``"*/loss"``. By default all, except those of each
+                member of a batch of runs, as ``"*/member_*"``.
             log: Whether values are on a logarithmic scale. Those of 0 and below leave a gap.
             x: The horizontal axis: ``"step"``, ``"epoch"`` or ``"time"``, the seconds since the session began.
 

@@ -99,3 +99,14 @@ def by_number(name: str) -> list[tuple[int, str]]:
         ['blocks.2', 'blocks.10']
     """
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def is_of_member(name: str) -> bool:
+    """Whether a published name is that of one member of a batch of runs.
+
+    Example:
+        >>> is_of_member("train/loss/member_3"), is_of_member("train/loss/max")
+        (True, False)
+    """
+    _, found, index = name.rpartition("/member_")
+    return bool(found) and index.isdecimal()

@@ -10,7 +10,7 @@ import numpy as np
 
 from fxtrain.core._checks import check_choice, describe
 from fxtrain.core._formats import truncate_middle
-from fxtrain.core._patterns import by_number
+from fxtrain.core._patterns import by_number, is_of_member
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +57,8 @@ def plot(runs: Mapping[str, History | HasHistory], *patterns: str, log: bool = F
 
     Args:
         runs: Results of ``fit`` or histories, by the name of the run in the legend.
-        patterns: Shell patterns of the names to plot, such as ``"*/loss"``; all by default.
+        patterns: Shell patterns of the names to plot, such as ``"*/loss"``. By default all, except those of each member
+            of a batch of runs, as ``"*/member_*"``.
         log: Whether values are on a logarithmic scale. Those of 0 and below leave a gap.
         x: The horizontal axis: ``"step"``, ``"epoch"`` or ``"time"``, the seconds since the session began.
 
@@ -151,8 +152,9 @@ def _panels(histories: Mapping[str, History], patterns: Sequence[str]) -> list[l
     """Returns the names of each panel's curves."""
     published = list(dict.fromkeys(name for history in histories.values() for name in history))
     panels: dict[str, list[str]] = {}
+    by_default = [name for name in published if not is_of_member(name)]
     for pattern in patterns or ("*",):
-        matching = fnmatch.filter(published, pattern)
+        matching = fnmatch.filter(published if patterns else by_default, pattern)
         if not matching:
             raise KeyError(
                 f"expected a pattern of published names, got {pattern!r}, which matches none. Published: "

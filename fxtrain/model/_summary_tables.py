@@ -103,6 +103,7 @@ def model_facts(state: TrainState, leaves: list[Leaf], tied: dict[str, str]) -> 
     everything = tree.nbytes(state)
     rest = everything - sum(parts.values())
     return {
+        "runs": f"{len(state.step)}, counted together" if state.step.ndim else "",
         "parameters": whole,
         "tied": ", ".join(f"{other} is {name}" for other, name in tied.items()),
         "buffers": f"{in_buffers:,} in {pluralize(len(buffers), 'tensor')}" if buffers else "",

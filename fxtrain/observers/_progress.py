@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
@@ -35,6 +34,7 @@ from fxtrain.core import (
     format_number,
     format_scaled,
 )
+from fxtrain.core._patterns import is_of_member
 from fxtrain.observers._compile_notice import CompileNotice
 from fxtrain.observers._display import Column, EpochFrame, EvaluationFrame, Frame, Lines, Panel, display
 from fxtrain.observers._machine import check_memory_is_known
@@ -47,7 +47,6 @@ from fxtrain.values._kinds import kinds_logged
 
 _AVERAGING_SECONDS = 10.0  # for throughput and metrics
 _MAX_DEFAULT_METRICS = 4
-_OF_MEMBER = re.compile(r"/member_\d+$")  # metrics of a member of a batch of runs
 _LINES_OF_A_RUN = 20  # of epochs, evenly spaced over the run, besides those every few seconds
 _TEXTS_SECONDS = 1.0  # by the loop's clock, until texts of steps on a device are shown
 
@@ -366,7 +365,7 @@ class Progress:
 
     def _other_columns(self, metrics: Mapping[str, float]) -> list[Column]:
         """Returns the metrics of an evaluation without those of steps, and without those of each member of a batch."""
-        names = [name for name in metrics if name not in self._metrics and not _OF_MEMBER.search(name)]
+        names = [name for name in metrics if name not in self._metrics and not is_of_member(name)]
         return [(name, format_number(metrics[name])) for name in names]
 
     def _throughput_columns(self) -> list[Column]:
