@@ -32,7 +32,7 @@ def reduce_on_plateau(
     *,
     hyperparam: str = "learning_rate",
     factor: float = 0.1,
-    patience: int = 10,
+    patience: int | Tensor = 10,
     cooldown: int = 0,
     minimum: float = 0.0,
     mode: str | Better = "min",
@@ -53,7 +53,8 @@ def reduce_on_plateau(
         hyperparam: Name of a hyperparameter in the optimizer state, put there by ``fxtrain.optim.inject_hyperparams``.
             If several have this name, all are changed.
         factor: Between 0 and 1, exclusive.
-        patience: Evaluations without improvement to tolerate, 0 or more.
+        patience: Evaluations without improvement to tolerate, 0 or more. Of a batch of runs, numbers may be tensors
+            [members], as for ``early_stopping``.
         cooldown: Evaluations to ignore after a reduction, 0 or more.
         minimum: Lower bound of reductions.
         mode: As for ``early_stopping``.
