@@ -164,7 +164,7 @@ def _can_order(node: Any) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.layout != torch.strided or node.op != "call_function":
         return False
-    return node.target is not operator.getitem and not is_view(node.target) and not node.target._schema.is_mutable
+    return isinstance(node.target, Operator) and not is_view(node.target) and not is_in_place(node.target)
 
 
 def _token(reader: Any, latest: Any, given: Mapping[Any, None]) -> Any:
