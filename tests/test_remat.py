@@ -392,6 +392,15 @@ class TestMemory:
         assert max(peaks[marked], peaks[nested], peak_of(compiled("recompute"))) < 0.75 * peaks[plain]
         assert peak_of(compiled(0.8)) < 1.1 * 0.8 * peaks[plain]
 
+    def test_compiler_cannot_merge_products_with_their_copies(self, monkeypatch):
+        graphs = []
+        monkeypatch.setattr(
+            traced, "_compiled", lambda graph, *_: graphs.append(graph) or (lambda tensors: graph(*tensors))
+        )
+        trained(fx.compile(fx.train_step(squares, TX), memory="recompute"), start(Residual, dropout=0.0), steps=1)
+        products = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        assert len({product.args for product in products}) == len(products)
+
     def test_unreachable_fraction_warns_and_trains(self, interpreted):
         step = fx.compile(fx.train_step(squares, TX), memory=0.01)
         with pytest.warns(UserWarning, match="to fit in 0.01 of the memory of memory='save', got 0"):

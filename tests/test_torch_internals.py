@@ -273,9 +273,7 @@ def lowerings_are_registered_as_expected():
     assert {"device", "dtype", "inner_fn", "ranges"} <= set(inspect.signature(torch._inductor.ir.Pointwise).parameters)
 
 
-@canary(
-    "torch.utils.checkpoint._checkpoint_without_reentrant_generator", "torch.utils.checkpoint.CheckpointFunction"
-)
+@canary("torch.utils.checkpoint._checkpoint_without_reentrant_generator", "torch.utils.checkpoint.CheckpointFunction")
 def checkpoints_call_two_functions():
     from torch.utils.checkpoint import checkpoint
 
