@@ -21,13 +21,13 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import contestants, ensemble, first_step, monitoring, overhead, workloads
+from benchmarks import contestants, ensemble, first_step, memory, monitoring, overhead, workloads
 from benchmarks.race import Outcome, race
 from benchmarks.report import report
 from benchmarks.workloads import workload
 
 HERE = pathlib.Path(__file__).parent
-OTHERS = ("overhead", "monitoring", "first_step", "ensemble", "checkpoint")
+OTHERS = ("overhead", "monitoring", "first_step", "memory", "ensemble", "checkpoint")
 QUICK = (contestants.FXTRAIN, contestants.EAGER, contestants.FLAX)
 
 
@@ -96,6 +96,8 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
         return monitoring.main(rounds=rounds, quick=quick)
     if name == "first_step":
         return first_step.main(rounds=1 if quick else 2, quick=quick)
+    if name == "memory":
+        return memory.main(rounds=min(rounds, 10), quick=quick)
     if name == "ensemble":
         return ensemble.main(rounds=min(rounds, 7), quick=quick)
     size = ["--quick"] if quick else ["--sizes", "100MB"]  # 1 GB would take 20 minutes more

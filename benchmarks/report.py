@@ -17,6 +17,7 @@ import torch
 from benchmarks.bars import Verdict, verdicts
 from benchmarks.contestants import FXTRAIN
 from benchmarks.measure import Seconds, quartiles, ratios
+from benchmarks.memory import ABOUT, Found
 from benchmarks.race import Outcome
 
 DISTANCE = 0.02
@@ -65,7 +66,7 @@ def report(
 ) -> str:
     """Returns the whole report. ``others`` has the results of all measurements other than workloads, by name."""
     judged = verdicts(outcomes, device)
-    for part in ("overhead", "monitoring"):
+    for part in ("overhead", "monitoring", "memory"):
         judged += others[part][1] if part in others else []
     lines = ["# Results", "", heading(rounds, device), ""]
     if quick:
@@ -79,6 +80,8 @@ def report(
         lines += monitoring(others["monitoring"][0])
     if "first_step" in others:
         lines += first_step(others["first_step"])
+    if "memory" in others:
+        lines += memory(others["memory"][0])
     if "ensemble" in others:
         lines += ensemble(others["ensemble"])
     if "checkpoint" in others:
@@ -173,6 +176,12 @@ def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:
         for contestant, kinds in contestants.items():
             rows.append((f"`{name}`", contestant, spread(kinds["cold"], 2), spread(kinds["warm"], 2)))
     return [*lines, *table(rows), ""]
+
+
+def memory(found: Found) -> list[str]:
+    rows = [("step", "time per step, s", "peak above the state, MB")]
+    rows += [(name, spread(taken, 2), f"{found.peaks[name] / 1e6:.1f}") for name, taken in found.seconds.items()]
+    return ["## Activations of a GPT", "", ABOUT, "", *table(rows), ""]
 
 
 def ensemble(found: Seconds) -> list[str]:

@@ -256,6 +256,7 @@ def inductor_has_options():
     "torch._inductor.lowering.register_lowering",
     "torch._inductor.lowering.make_pointwise",
     "torch._inductor.virtualized.ops",
+    "torch._inductor.ir.Pointwise",
 )
 def lowerings_are_registered_as_expected():
     from torch._inductor import lowering
@@ -269,6 +270,42 @@ def lowerings_are_registered_as_expected():
         assert lowering.lowerings[operator] is not before
     finally:
         lowering.lowerings.pop(operator) if before is None else lowering.lowerings.update({operator: before})
+    assert {"device", "dtype", "inner_fn", "ranges"} <= set(inspect.signature(torch._inductor.ir.Pointwise).parameters)
+
+
+@canary("torch.utils.checkpoint._checkpoint_without_reentrant_generator", "torch.utils.checkpoint.CheckpointFunction")
+def checkpoints_call_two_functions():
+    from torch.utils.checkpoint import checkpoint
+
+    seen = []
+
+    def passes(function, preserve, context_fn, *rest, **kwargs):
+        seen.append(("before", preserve, rest[3:], kwargs))
+        yield
+        seen.append("after")
+
+    class Reentrant:
+        @staticmethod
+        def apply(function, preserve, *args):
+            seen.append((preserve, args))
+            return function(*args)
+
+    before = internals.checkpointing.replace_checkpoints(passes, Reentrant)
+    try:
+        assert checkpoint(lambda x, y: x + y, 1, y=2, use_reentrant=False, preserve_rng_state=False) == 3
+        assert checkpoint(lambda x: -x, 1, use_reentrant=True) == -1
+    finally:
+        internals.checkpointing.replace_checkpoints(*before)
+    assert seen == [("before", False, (1,), {"y": 2}), "after", (True, (1,))]
+
+
+@canary("torch.autograd._unsafe_preserve_version_counter")
+def writes_are_not_counted():
+    x, y = torch.ones(1), torch.ones(1, requires_grad=True)
+    product = x * y
+    with torch.no_grad(), internals.checkpointing.keeping_versions([x]):
+        x.mul_(1)
+    product.backward()
 
 
 @canary("torch._inductor.aoti_compile_and_package", "torch._inductor.aoti_load_package")

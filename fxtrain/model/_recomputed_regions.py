@@ -95,9 +95,9 @@ def _passes(
         with _user_context(context_fn) as saves, marking_region(Region(saves)):
             yield
     else:
-        # Samples replay by their site, so the generators of devices stay as they are.
         once = _WritesOnce(function, buffers())
-        yield from _real[0](once, preserve, context_fn, *rest, **kwargs)
+        # Always preserved, because samples replay by the site that the state of the generator carries.
+        yield from _real[0](once, True, context_fn, *rest, **kwargs)
         once.end_first_pass()
 
 

@@ -28,6 +28,9 @@ _STATISTICS = slice(3, 5)
 """The arguments of a batch norm that hold its running statistics."""
 _IS_TRAINING = 5
 
+# The argument that these add to a product. Compilers add it separately, so its order would not be that of the product.
+_BIASES = {aten.addmm.default: 0, aten.baddbmm.default: 0, aten.addmv.default: 0, aten.convolution.default: 2}
+
 # Operators whose results depend on more than their inputs.
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
@@ -164,7 +167,7 @@ def _can_order(node: Any) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.layout != torch.strided or node.op != "call_function":
         return False
-    return node.target is not operator.getitem and not is_view(node.target) and not node.target._schema.is_mutable
+    return isinstance(node.target, Operator) and not is_view(node.target) and not is_in_place(node.target)
 
 
 def _token(reader: Any, latest: Any, given: Mapping[Any, None]) -> Any:
@@ -193,7 +196,8 @@ def _copied(graph: Graph, node: Any, reader: Any, copies: Mapping[Any, Any], tok
 
 def _begin_after(graph: Graph, copy: Any, token: Any) -> None:
     """Makes a copy depend on the token through one of its inputs."""
-    inputs = [other for other in copy.all_input_nodes if isinstance(other.meta.get("val"), Tensor)]
+    bias = copy.args[_BIASES[copy.target]] if copy.target in _BIASES else None
+    inputs = [x for x in copy.all_input_nodes if x is not bias and isinstance(x.meta.get("val"), Tensor)]
     if not inputs:
         return
     chosen = min(inputs, key=lambda other: _size(other.meta["val"]))
