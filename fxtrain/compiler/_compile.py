@@ -141,8 +141,8 @@ def compile(  # noqa: A001
         ValueError: An argument is out of range, two exclude each other, or ``artefacts`` is a file. At the first call:
             ``background`` is set and ``torch.distributed`` runs several processes.
         GraphBreakError: At the first call: ``fullgraph`` is set and the step cannot be one graph.
-        MiscompiledError: At one of the first calls: the result differs from that of the uncompiled step. A donated
-            state is lost then.
+        MiscompiledError: At one of the first calls: the result differs from that of the uncompiled step. The state
+            stays valid, even with ``donate=True``.
         Exception: At the first call: the step raises it uncompiled.
 
     Example:

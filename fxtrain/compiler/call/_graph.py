@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler.call._memory import is_foreign, is_sole, shared
+from fxtrain.compiler.check._mismatch import MiscompiledError
 from fxtrain.compiler.lowering._executable import Executable, Kind, kinds
 from fxtrain.core import Batch, TrainState, Tree, invalidate
 from fxtrain.core._state import build
@@ -115,8 +116,15 @@ class Graph:
             ]
             after = self._state(state, leaves)
             self._seen = [weakref.ref(leaf) for leaf in leaves]
+        try:
+            _, output = self._run(leaves, inputs)
+        except MiscompiledError:
+            # The check has restored the leaves.
+            raise
+        except BaseException:
+            invalidate(state, self._taker)
+            raise
         invalidate(state, self._taker)
-        _, output = self._run(leaves, inputs)
         return after, output
 
     def replace_executable(self, executable: Executable) -> None:
