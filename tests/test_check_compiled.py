@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import fxtrain as fx
-from fxtrain._torch_internals.dispatch import TorchDispatchMode
-from fxtrain._torch_internals.tracing import decomposition
+from fxtrain import _torch_internals as internals
 from fxtrain.compiler.check._rounding_noise import RoundingNoise
 
 trace = importlib.import_module("fxtrain.compiler.lowering._trace")
@@ -67,11 +66,11 @@ class Noisy(Compiler):
         return node.target(*args, **kwargs)
 
 
-class SplittingNorms(TorchDispatchMode):
+class SplittingNorms(internals.dispatch.TorchDispatchMode):
     """Runs norms as simpler operators, as Inductor does. A rounding error of a mean then reaches all elements."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        simpler = decomposition(func) if "norm" in str(func) else None
+        simpler = internals.tracing.decomposition(func) if "norm" in str(func) else None
         if simpler is None:
             return func(*args, **(kwargs or {}))
         with self:

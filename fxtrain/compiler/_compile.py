@@ -69,7 +69,7 @@ def compile(  # noqa: A001
     changes results or random generators, but the step's own Python code, such as ``print``, runs again. Steps that open
     files, states that do not fit into memory several times, and steps in several processes are not checked, which the
     logger reports. A check takes one uncompiled step. If differences need an explanation, as those of transformers do,
-    it takes two to eight more steps, each about ten times as slow because of the noise.
+    it takes two to eight more steps, each ten to fifteen times as slow because of the noise.
 
     On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
     system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.
