@@ -143,6 +143,7 @@ def operators_describe_themselves():
     assert internals.dispatch.is_in_place(copy)
     assert not internals.dispatch.is_in_place(add)
     assert internals.dispatch.is_view(torch.ops.aten.t.default)
+    assert internals.dispatch.arguments_kept(copy) == [False, True, True]
 
 
 @canary("torch._dynamo.lookup_backend")
@@ -513,8 +514,11 @@ def sizes_are_symbols_with_conditions():
 
 
 @canary("torch._decomp.get_decompositions")
-def padding_has_a_decomposition():
+def operators_have_decompositions():
     assert internals.tracing.decompositions([torch.ops.aten.constant_pad_nd])
+    softmax = internals.tracing.decomposition(torch.ops.aten._softmax.default)
+    x = torch.tensor([1.0, 2.0])
+    assert torch.allclose(softmax(x, 0, False), x.softmax(0))
 
 
 @canary("torch.compiler._is_compiling_flag")

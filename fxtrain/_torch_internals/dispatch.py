@@ -121,6 +121,16 @@ def is_in_place(operator: Operator) -> bool:
     return operator._schema.is_mutable
 
 
+def arguments_kept(operator: Operator) -> list[bool]:
+    """Returns whether an operator leaves each of its arguments unchanged, in order.
+
+    Example:
+        >>> arguments_kept(torch.ops.aten.copy_.default)
+        [False, True, True]
+    """
+    return [argument.alias_info is None for argument in operator._schema.arguments]
+
+
 def is_view(operator: object) -> bool:
     """Whether an operator returns views of its arguments.
 

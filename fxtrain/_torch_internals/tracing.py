@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ SYMBOLS = Interface(
 )
 INTERPRETER = Interface("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "conditions on sizes", Feature.SYMBOLIC)
 SOURCE = Interface("torch._dynamo.source.ConstantSource", "batches of many sizes", Feature.SYMBOLIC)
-DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "padding to symbolic sizes", Feature.SYMBOLIC)
+DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "operators in terms of simpler ones", Feature.SYMBOLIC)
 IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries that a step is traced", Feature.TRACED)
 
 TRACER_MODULES = ("torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
@@ -141,6 +142,12 @@ def size_functions() -> dict[str, Any]:
 def decompositions(operators: Sequence[object]) -> dict[Any, Callable[..., Any]]:
     """Returns implementations of operators in Python, in terms of simpler operators."""
     return DECOMPOSITIONS.get()(operators)
+
+
+@functools.cache
+def decomposition(operator: object) -> Callable[..., Any] | None:
+    """Returns an implementation of an operator in Python, or None if torch has none."""
+    return decompositions([operator]).get(operator) if DECOMPOSITIONS.exists else None
 
 
 def is_known_true(condition: object) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler.call._memory import is_foreign, is_sole, shared
+from fxtrain.compiler.check._mismatch import MiscompiledError
 from fxtrain.compiler.lowering._executable import Executable, Kind, kinds
 from fxtrain.core import Batch, TrainState, Tree, invalidate
-from fxtrain.core._state import build
+from fxtrain.core._state import build, validate
 from fxtrain.step import EvalFunction, Step
 from fxtrain.tree import Flatten, OtherStructureError, generate_flatten
 
@@ -117,7 +118,12 @@ class Graph:
             after = self._state(state, leaves)
             self._seen = [weakref.ref(leaf) for leaf in leaves]
         invalidate(state, self._taker)
-        _, output = self._run(leaves, inputs)
+        try:
+            _, output = self._run(leaves, inputs)
+        except MiscompiledError:
+            # The check has restored the leaves.
+            validate(state, after)
+            raise
         return after, output
 
     def replace_executable(self, executable: Executable) -> None:

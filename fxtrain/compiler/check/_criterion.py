@@ -10,10 +10,11 @@ rate of 1e-5, in contrast, changes a parameter in the fifth digit. Two criteria 
    Euclidean norm. Integers and bools must be equal.
 2. **Sensitivity**, for the leaves that fail. The uncompiled step is repeated with noise of a few rounding errors in
    each operation (``RoundingNoise``), in pairs of opposite noise. An element is explained if its difference is at most
-   four times the largest deviation that the noise caused there, or in half of the leaf. A leaf passes if at most a
-   twentieth of its suspicious elements is unexplained, by count and by energy. Sums over many elements, ties of an
-   ``argmax``, counts of correct answers, flags at a threshold and chaotic losses all vary under noise, so they are
-   explained as far as they vary.
+   four times the largest deviation that the noise caused there, or in half of the leaf. The factor is 64 for leaves
+   that noise changes by half or more, such as a gradient that is zero but for rounding, and its square. A leaf passes
+   if at most a twentieth of its suspicious elements is unexplained, by count and by energy. Sums over many elements,
+   ties of an ``argmax``, counts of correct answers, flags at a threshold and chaotic losses all vary under noise, so
+   they are explained as far as they vary.
 
 NaN equals NaN, and an infinity equals an infinity of the same sign.
 """
@@ -34,6 +35,10 @@ _LOW_NORM_ERRORS = 4.0
 _LOW_EPS = 1e-4
 _SENSITIVITIES = 4.0
 """Differences allowed, as multiples of the deviation under noise."""
+_NOISE_SENSITIVITIES = 64.0
+"""The same for leaves that consist of rounding errors, of which only the order of magnitude is known."""
+_NOISE = 0.5
+"""Deviation under noise, relative to the leaf's change, from which on a leaf consists of rounding errors."""
 _UNEXPLAINED = 0.05
 """Fraction of the suspicious elements that may be unexplained, because noise was small there by chance."""
 
@@ -112,7 +117,8 @@ def unexplained(old: Tensor | None, expected: Tensor, found: Tensor, sensitivity
         allowed = allowed + _norm_errors(expected) * size
         # Where most elements consist of rounding errors, a small deviation of one element is chance.
         sensitivity = sensitivity.clamp(min=float(sensitivity.median())) if sensitivity.numel() else sensitivity
-        tolerance = allowed + _SENSITIVITIES * sensitivity
+        is_noise = bool(sensitivity.square().sum() >= _NOISE**2 * change.square().sum())
+        tolerance = allowed + (_NOISE_SENSITIVITIES if is_noise else _SENSITIVITIES) * sensitivity
         energy = torch.where(sensitivity.isfinite(), sensitivity, 0).square().sum()
     is_beyond = distance > tolerance
     if not is_beyond.any():

@@ -113,7 +113,12 @@ class CheckedRun:
             # Another graph, for other values of the tensors that Python reads.
             self._calls, is_due = 0, True
         if is_due:
-            self._check(_Inputs(old, inputs, before), (leaves if is_in_place else new, output))
+            try:
+                self._check(_Inputs(old, inputs, before), (leaves if is_in_place else new, output))
+            except MiscompiledError:
+                if is_in_place:
+                    _restore(leaves, old)
+                raise
         self._calls += 1
         self._sizes.add(size)
         is_over = self._calls >= _CHECKED_CALLS and (not self._is_dynamic or len(self._sizes) >= _MAX_SIZES)
@@ -124,7 +129,12 @@ class CheckedRun:
     def _check(self, given: _Inputs, found: tuple[Sequence[Tensor], Tree]) -> None:
         began = time.perf_counter()
         try:
-            expected = self._uncompiled(given)
+            try:
+                expected = self._uncompiled(given)
+            except (torch.OutOfMemoryError, MemoryError, FileInTraceError):
+                raise
+            except Exception as error:
+                raise _UncheckableError(f"it cannot run once more: {error!r}") from error
             suspects = self._differing(given, expected, found)
             differences = self._unexplained(given, suspects) if suspects else []
             if differences:
@@ -242,6 +252,12 @@ class CheckedRun:
 
     def _error(self, paths: Sequence[str], values: str, *, is_frozen: bool) -> MiscompiledError:
         return mismatch(self._step, paths, values, call=_CALLS[min(self._calls, 2)], is_frozen=is_frozen)
+
+
+def _restore(leaves: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for leaf, value in zip(leaves, old, strict=True):
+            leaf.copy_(value)
 
 
 def _vary(differences: Sequence[_Unexplained], leaves: Sequence[Tensor], *, expected: bool) -> bool:

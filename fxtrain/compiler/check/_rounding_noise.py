@@ -8,6 +8,7 @@ training that amplifies differences.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals.dispatch import TorchDispatchMode, is_in_place, is_view, operator_name
+from fxtrain._torch_internals.dispatch import (
+    TorchDispatchMode,
+    arguments_kept,
+    is_in_place,
+    is_view,
+    operator_name,
+)
+from fxtrain._torch_internals.tracing import decomposition
 from fxtrain.core import Tree
 
 _AMPLITUDE = 16.0
@@ -50,6 +58,15 @@ argmax argmin argsort kthvalue max median min mode sort topk max_pool2d_with_ind
 adaptive_max_pool2d adaptive_max_pool3d
 """
 _SELECTIONS = frozenset(_SELECTION_NAMES.split())
+# These compute a statistic and use it for many elements, so one rounding error inside them reaches all of these.
+_COMPOSITE_NAMES = """
+batch_norm_backward batch_norm_no_update batch_norm_with_update batch_norm_with_update_functional cudnn_batch_norm
+cudnn_batch_norm_backward fused_rms_norm fused_rms_norm_backward log_softmax log_softmax_backward_data logsumexp
+miopen_batch_norm_backward native_batch_norm native_batch_norm_backward native_batch_norm_legit
+native_batch_norm_legit_functional native_batch_norm_legit_no_training native_group_norm native_group_norm_backward
+native_layer_norm native_layer_norm_backward renorm safe_softmax softmax softmax_backward_data weight_norm_interface
+"""
+_COMPOSITES = frozenset(_COMPOSITE_NAMES.split())
 
 
 class RoundingNoise(TorchDispatchMode):
@@ -91,6 +108,10 @@ class RoundingNoise(TorchDispatchMode):
         writes, selects = is_in_place(func), name in _SELECTIONS
         if is_view(func) or (name in _EXACT and not selects):
             return func(*args, **kwargs)
+        simpler = decomposition(func) if name in _COMPOSITES else None
+        if simpler is not None:
+            with self:
+                return simpler(*args, **kwargs)
         if name in ("to", "copy") and not writes:
             result = func(*args, **kwargs)
             return self._noisy(result) if _is_rounded(args[0], result) else result
@@ -98,30 +119,37 @@ class RoundingNoise(TorchDispatchMode):
         if selects:
             args = tuple(self._untied(arg) if isinstance(arg, Tensor) else arg for arg in args)
         elif not is_pointwise:
-            # Only arguments that the operation does not write.
-            reads = [argument.alias_info is None for argument in func._schema.arguments]
             args = tuple(
-                self._noisy(arg) if isinstance(arg, Tensor) and read else arg
-                for arg, read in zip(args, reads, strict=False)
+                self._noisy(arg) if isinstance(arg, Tensor) and is_kept else arg
+                for arg, is_kept in zip(args, arguments_kept(func), strict=False)
             )
+        # A result that is an integer only because it was rounded, such as 1 - 1e-9, is not exact.
+        exact = [_is_exact(arg) for arg in args if isinstance(arg, Tensor) and _is_noisy(arg)] if is_pointwise else []
         result = func(*args, **kwargs)
         if selects:
             return result
         errors = 1.0 if name in _ADDITIONS else None
-        terms = 1.0 if is_pointwise else _terms(args, result)
+
+        def with_noise(leaf: Tree) -> Tree:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return self._noisy(leaf, errors, 1.0 if is_pointwise else _terms(args, leaf), exact)
+
         if not writes:
-            return tree.map(lambda leaf: self._noisy(leaf, errors, terms) if isinstance(leaf, Tensor) else leaf, result)
+            return tree.map(with_noise, result)
         if name != "copy":
             for leaf in tree.leaves(result):
                 if isinstance(leaf, Tensor) and _is_noisy(leaf):
-                    leaf.copy_(self._noisy(leaf, errors, terms))
+                    leaf.copy_(with_noise(leaf))
         return result
 
     def added_to(self, value: Tree) -> Tree:
         """Returns the value with noise, if it is a floating-point tensor."""
         return self._noisy(value) if isinstance(value, Tensor) else value
 
-    def _noisy(self, value: Tensor, errors: float | None = None, terms: float = 1.0) -> Tensor:
+    def _noisy(
+        self, value: Tensor, errors: float | None = None, terms: float = 1.0, operands: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Returns the value with noise. Small integers stay the same, because they are exact: masks, counts and zeros.
 
         Args:
@@ -129,6 +157,7 @@ class RoundingNoise(TorchDispatchMode):
             errors: The largest noise in rounding errors, by default that of the dtype.
             terms: How many terms were summed for each element. The rounding errors of sequential sums grow with its
                 square root, and are relative to the partial sums, whose size is estimated by that of all results.
+            operands: Where the operands were exact. Results of others are not.
         """
         if not _is_noisy(value) or not value.numel():
             return value
@@ -144,8 +173,8 @@ class RoundingNoise(TorchDispatchMode):
         if of_sums > errors * eps:
             size = size + of_sums * wide.square().mean().sqrt()
         moved = (wide + size * self._noise(value)).to(value.dtype)
-        is_exact = (value == value.round()) & (value.abs() <= 0.25 / eps) | ~value.isfinite()
-        return torch.where(is_exact, value, moved)
+        is_exact = functools.reduce(torch.logical_and, operands, _is_exact(value))
+        return torch.where(is_exact | ~value.isfinite(), value, moved)
 
     def _untied(self, value: Tensor) -> Tensor:
         """Returns the value with absolute noise, so that equal elements differ."""
@@ -174,6 +203,11 @@ def _is_noisy(value: Tensor) -> bool:
     return value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def _is_exact(value: Tensor) -> Tensor:
+    """Returns where a value is a small integer."""
+    return (value == value.round()) & (value.abs() <= 0.25 / torch.finfo(value.dtype).eps)
+
+
 def _is_rounded(before: Tree, after: Tree) -> bool:
     """Whether a conversion loses bits of a floating-point tensor."""
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not (_is_noisy(before) and _is_noisy(after)):
@@ -181,12 +215,10 @@ def _is_rounded(before: Tree, after: Tree) -> bool:
     return torch.finfo(after.dtype).eps > torch.finfo(before.dtype).eps
 
 
-def _terms(args: Sequence[Tree], result: Tree) -> float:
+def _terms(args: Sequence[Tree], result: Tensor) -> float:
     """Returns about how many terms an operation sums for each element, such as k for a matmul [m, k] x [k, n]."""
     sizes = sorted((arg.numel() for arg in args if isinstance(arg, Tensor) and _is_noisy(arg)), reverse=True)[:2]
-    made = max(
-        (leaf.numel() for leaf in tree.leaves(result) if isinstance(leaf, Tensor) and _is_noisy(leaf)), default=0
-    )
-    if not sizes or not made:
+    if not sizes or not result.numel():
         return 1.0
-    return max(1.0, math.sqrt(math.prod(sizes) / made) if len(sizes) == 2 else sizes[0] / made)
+    terms = math.sqrt(math.prod(sizes) / result.numel()) if len(sizes) == 2 else sizes[0] / result.numel()
+    return max(1.0, terms)
