@@ -127,12 +127,21 @@ def test_step_is_compiled_by_torch_compile_without_interface(monkeypatch, recwar
     assert path in warning
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=() if path in USED_BY_DYNAMO else pytest.mark.slow) for path in OTHERS]
-)
+@pytest.mark.parametrize("path", sorted(USED_BY_DYNAMO))
 def test_dynamo_is_right_without_interface(monkeypatch, path):
+    check_dynamo_without(monkeypatch, path)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_dynamo_is_right_without_others(monkeypatch, start):
+    # Half of them at a time, because some are used only beside others.
+    check_dynamo_without(monkeypatch, *[path for path in OTHERS if path not in USED_BY_DYNAMO][start::2])
+
+
+def check_dynamo_without(monkeypatch, *paths):
     reference = expected()
-    hide(monkeypatch, path)
+    for path in paths:
+        hide(monkeypatch, path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = trained(lambda step: fx.compile(step, backend="eager"))
