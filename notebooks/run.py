@@ -6,8 +6,8 @@
 
 A check fails when a cell raises, when the outputs in the file are stale, or when a notebook exceeds its budget: the
 number of compiled graphs in its metadata as ``max_graphs``, and a time. Machines differ in speed, and shared ones from
-minute to minute, so the time is that of 20 short trainings by plain PyTorch, measured just before: about 45 seconds on
-two quiet cores. On average a notebook may take half of that.
+minute to minute, so the time is that of 20 short trainings by plain PyTorch, measured just before. On average a
+notebook may take half of that.
 
 Tags of cells:
     raises-exception: The cell shows an error, and must raise.

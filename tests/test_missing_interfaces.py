@@ -134,7 +134,7 @@ def test_dynamo_is_right_without_interface(monkeypatch, path):
 
 @pytest.mark.parametrize("start", [0, 1])
 def test_dynamo_is_right_without_others(monkeypatch, start):
-    # Half of them at a time, because some are used only beside others.
+    # Neighbours are in different halves, because one of a pair, such as a getter and its setter, may hide the other.
     check_dynamo_without(monkeypatch, *[path for path in OTHERS if path not in USED_BY_DYNAMO][start::2])
 
 
