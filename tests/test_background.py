@@ -388,13 +388,14 @@ signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("code", "expected"), [(PENDING_STEP, 11), (PENDING_JOB, -signal.SIGINT)])
+@pytest.mark.parametrize(("code", "expected"), [(PENDING_STEP, {11}), (PENDING_JOB, {1, -signal.SIGINT})])
 def test_pending_compilation_does_not_block_exit_or_fork(code, expected):
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "begun\n", process.stderr.read()
         began = time.monotonic()
-        assert process.wait(A_WHILE) == expected
+        # After SIGINT it is 1 if torch's report at exit imports tabulate, because then Python forgets the signal.
+        assert process.wait(A_WHILE) in expected
         assert time.monotonic() - began < 20
         assert "fxtrain-compile" not in process.stderr.read()
 

@@ -80,10 +80,10 @@ def wandb(folder):
 
 def records(folder):
     """The records of each session, in order. Waits for wandb's process, which completes files after a run ends."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         sessions = logs(folder)
-        ended = all(r and r[-1].WhichOneof("record_type") == "exit" for r in sessions)
+        ended = sessions and all(r and r[-1].WhichOneof("record_type") == "exit" for r in sessions)
         if ended or time.monotonic() > deadline:
             return sessions
         time.sleep(0.01)

@@ -40,4 +40,5 @@ def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
         remake=lambda step, routes=None, *, donate: _made(step, steps_per_call, donate=donate),
         donate=donate,
         dynamic=False,
+        check=False,
     )

@@ -32,7 +32,7 @@ class Live(Record):
 
     Example:
         >>> print(Live(4096, 2, "gelu float32[16, 32]", "train.py:7 in forward", "x = gelu(x)"))
-        4.1 kB | 2 of gelu float32[16, 32] | train.py:7 in forward | x = gelu(x)
+        4.0 KiB | 2 of gelu float32[16, 32] | train.py:7 in forward | x = gelu(x)
     """
 
     nbytes: int
