@@ -67,9 +67,13 @@ class Cursor:
         why: Reasons of a stop that was pending when the state was saved.
         metrics: Metrics of the current epoch. A rollback restores the object and not its content, so steps are added
             only right before the next mark.
+
+    Attributes:
+        is_batch: Whether the state is that of a batch of runs. It can be read after the state was donated.
     """
 
     def __init__(self, state: TrainState, metrics: EpochMetrics, *, lag: int | None, why: tuple[str, ...] = ()) -> None:
+        self.is_batch = MEMBERS in state.slots
         self._reads_late = bool(lag) if lag is not None else state.step.device.type != "cpu"
         # None of these is mutated in place, because a mark, made at each step, references them.
         self.due: dict[str, int] = {}  # flags are bools
@@ -126,7 +130,7 @@ class Cursor:
         """Sets the data position without taking a step."""
         self.position = position
         self.state = self.state.replace(position=torch.full_like(self.state.position, position))
-        if MEMBERS in self.state.slots:
+        if self.is_batch:
             from fxtrain.loop._members import moved
 
             self.state = moved(self.state)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, Published, event_of
-from fxtrain.core._slots import MEMBERS
 from fxtrain.fold import Composed
 from fxtrain.fold._checks import same_leaves
 from fxtrain.loop._batches import BatchReader
@@ -107,7 +106,7 @@ class Emitter:
 
             note_existing_keys(error, before, event)
             raise
-        if MEMBERS in now.state.slots:
+        if now.is_batch:
             from fxtrain.loop._members import from_step, settled
 
             control = from_step(now.state, also) | control if also else control
@@ -131,7 +130,7 @@ class Emitter:
             return Control()
         self._times[Published] = event.time
         self.now.state, control = self.callbacks(self.now.state, seen)
-        if MEMBERS in self.now.state.slots:
+        if self.now.is_batch:
             from fxtrain.loop._members import settled
 
             self.now.state, control = settled(self.now.state, seen, control)

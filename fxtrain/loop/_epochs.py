@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fxtrain.core import Epoch, EpochEnd, TrainState
-from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Source
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epoch_metrics import EpochMetrics
@@ -91,7 +90,7 @@ class Epochs:
         following = Epoch(epoch.done + 1, start=now.position, length=self._data.epoch_length or epoch.length)
         announce(self._data, following)
         now.count(following._replace(length=self._data.epoch_length or following.length))
-        if MEMBERS in now.state.slots:
+        if now.is_batch:
             from fxtrain.loop._members import record_epoch
 
             now.state = record_epoch(now.state, ends=True)

@@ -121,7 +121,7 @@ class Evaluations:
         # An interrupted evaluation is rolled back and stays due.
         mark, began = now.mark(), self._time()
         now.set(evaluate=False)
-        if MEMBERS in now.state.slots:
+        if now.is_batch:
             from fxtrain.loop._members import begin_evaluation
 
             now.state = begin_evaluation(now.state)
@@ -144,7 +144,7 @@ class Evaluations:
         measured = metrics.compute(total)
         slot = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
         now.state = now.state.with_slot(EVALUATED, slot)
-        if MEMBERS in now.state.slots:
+        if now.is_batch:
             from fxtrain.loop._members import end_evaluation
 
             now.state = end_evaluation(now.state, measured)
