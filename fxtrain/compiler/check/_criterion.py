@@ -87,6 +87,11 @@ def deviation(expected: Tensor, found: Tensor, before: Tensor | None) -> Tensor:
     return distance if before is None else torch.maximum(distance, before)
 
 
+def change_size(old: Tensor | None, expected: Tensor) -> Tensor:
+    """Returns the root mean square of a leaf's change in the reference step, or of an output. A scalar."""
+    return _change(old, expected).square().mean().sqrt()
+
+
 def unexplained(old: Tensor | None, expected: Tensor, found: Tensor, sensitivity: Tensor | None) -> Difference | None:
     """Returns the largest difference of a leaf if noise does not explain it, or None if it does.
 
@@ -107,7 +112,7 @@ def unexplained(old: Tensor | None, expected: Tensor, found: Tensor, sensitivity
     """
     distance, allowed = _distance(expected, found), _allowed(old, expected, found)
     change = _change(old, expected)
-    size = change.square().mean().sqrt()
+    size = change_size(old, expected)
     if sensitivity is None:
         if not _is_float(expected):
             return None

@@ -14,7 +14,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler.check._criterion import Difference, deviation, is_rounding, unexplained
+from fxtrain.compiler.check._criterion import Difference, change_size, deviation, is_rounding, unexplained
 from fxtrain.compiler.check._generators import Generators, other_samples
 from fxtrain.compiler.check._mismatch import MiscompiledError, mismatch
 from fxtrain.compiler.check._obstacles import obstacle
@@ -92,6 +92,7 @@ class CheckedRun:
         self._is_in_place = executable.written is not None
         self._calls = 0
         self._sizes = set[tuple[torch.Size, ...]]()
+        self._noise: dict[int, Tensor] = {}  # deviations of leaves under noise, relative to their change
 
     def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
         run, graphs = self._executable.run, self._executable.graphs
@@ -164,8 +165,16 @@ class CheckedRun:
         return [
             leaf
             for leaf in self._leaves(given, expected, found)
-            if not is_rounding(leaf.old, leaf.expected, leaf.found)
+            if not is_rounding(leaf.old, leaf.expected, leaf.found) and not self._is_known_noise(leaf)
         ]
+
+    def _is_known_noise(self, leaf: _Leaf) -> bool:
+        """Whether noise measured at an earlier call explains the difference. If not, it is measured again."""
+        noise = self._noise.get(leaf.index)
+        if noise is None or noise.numel() != leaf.expected.numel():
+            return False
+        spread = noise * change_size(leaf.old, leaf.expected)
+        return unexplained(leaf.old, leaf.expected, leaf.found, spread) is None
 
     def _leaves(
         self, given: _Inputs, expected: tuple[Sequence[Tensor], Tree], found: tuple[Sequence[Tensor], Tree]
@@ -207,6 +216,8 @@ class CheckedRun:
                 difference = unexplained(leaf.old, leaf.expected, leaf.found, spread)
                 if difference is not None:
                     left.append(_Unexplained(leaf, difference, spread))
+                elif spread is not None:
+                    self._noise[leaf.index] = spread / change_size(leaf.old, leaf.expected)
             suspects = [leaf for leaf, *_ in left]
             if not left:
                 break

@@ -34,7 +34,8 @@ _LOW_AMPLITUDE = 2.0
 _LOW_EPS = 1e-4
 """Machine precision above which a dtype has at most 16 bits. Kernels sum such tensors in float32."""
 _SUM_EPS = torch.finfo(torch.float32).eps
-_POOL_SIZE = 1 << 18
+_PERIOD = 1 << 18
+"""After how many elements the noise repeats."""
 
 # These add an update to a value that is large compared with it. Noise of more than one rounding error would hide what
 # the update changes.
@@ -98,7 +99,7 @@ class RoundingNoise(TorchDispatchMode):
         self.has_overflowed = False
         self._errors = errors
         self._sign, self._count = sign, seed * 7919
-        self._pools: dict[torch.device, Tensor] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
@@ -123,8 +124,9 @@ class RoundingNoise(TorchDispatchMode):
                 self._noisy(arg) if isinstance(arg, Tensor) and is_kept else arg
                 for arg, is_kept in zip(args, arguments_kept(func), strict=False)
             )
-        # A result that is an integer only because it was rounded, such as 1 - 1e-9, is not exact.
-        exact = [_is_exact(arg) for arg in args if isinstance(arg, Tensor) and _is_noisy(arg)] if is_pointwise else []
+        operands = [arg for arg in args if isinstance(arg, Tensor) and _is_noisy(arg)] if is_pointwise else []
+        if writes and name != "copy":
+            operands = [arg.clone() for arg in operands]
         result = func(*args, **kwargs)
         if selects:
             return result
@@ -133,7 +135,7 @@ class RoundingNoise(TorchDispatchMode):
         def with_noise(leaf: Tree) -> Tree:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return self._noisy(leaf, errors, 1.0 if is_pointwise else _terms(args, leaf), exact)
+            return self._noisy(leaf, errors, 1.0 if is_pointwise else _terms(args, leaf), operands)
 
         if not writes:
             return tree.map(with_noise, result)
@@ -157,7 +159,7 @@ class RoundingNoise(TorchDispatchMode):
             errors: The largest noise in rounding errors, by default that of the dtype.
             terms: How many terms were summed for each element. The rounding errors of sequential sums grow with its
                 square root, and are relative to the partial sums, whose size is estimated by that of all results.
-            operands: Where the operands were exact. Results of others are not.
+            operands: The operands of an element-wise operation. Only results of exact operands are exact.
         """
         if not _is_noisy(value) or not value.numel():
             return value
@@ -168,34 +170,50 @@ class RoundingNoise(TorchDispatchMode):
         if errors is None:
             errors = min(_LOW_AMPLITUDE, self._errors) if is_low else self._errors
         wide = value.float() if is_low else value
-        size = wide.abs() * (errors * eps)
+        self._count += 1
         of_sums = math.sqrt(terms) * (_SUM_EPS if is_low else eps)
-        if of_sums > errors * eps:
-            size = size + of_sums * wide.square().mean().sqrt()
-        moved = (wide + size * self._noise(value)).to(value.dtype)
-        is_exact = functools.reduce(torch.logical_and, operands, _is_exact(value))
-        return torch.where(is_exact | ~value.isfinite(), value, moved)
+        if errors > 1 and of_sums <= errors * eps:
+            # Faster, and leaves zeros and infinities as they are. Factors are too coarse for a single rounding error.
+            moved = wide * self._table(wide, errors * eps)
+        else:
+            size = wide.abs() * (errors * eps)
+            if of_sums > errors * eps:
+                size = size + wide.square().mean().sqrt() * of_sums
+            moved = torch.where(wide.isfinite(), wide + size * self._table(wide), wide)
+        moved = moved.to(value.dtype)
+        if not (value.frac() == 0).any():
+            return moved
+        # A result that is an integer only because it was rounded, such as 1 - 1e-9, is not exact.
+        return torch.where(
+            functools.reduce(torch.logical_and, map(_is_exact, operands), _is_exact(value)), value, moved
+        )
 
     def _untied(self, value: Tensor) -> Tensor:
         """Returns the value with absolute noise, so that equal elements differ."""
         if not _is_noisy(value) or not value.numel():
             return value
-        largest = torch.where(value.isfinite(), value.abs(), 0).max().clamp(min=torch.finfo(value.dtype).tiny)
-        return (value + self._noise(value) * (largest * torch.finfo(value.dtype).eps * 2)).to(value.dtype)
-
-    def _noise(self, like: Tensor) -> Tensor:
-        """Returns noise between -1 and 1 of the same shape: float32, or float64 for float64."""
         self._count += 1
-        pool = self._pools.get(like.device)
-        if pool is None:
+        largest = torch.where(value.isfinite(), value.abs(), 0).max().clamp(min=torch.finfo(value.dtype).tiny)
+        return (value + self._table(value) * (largest * torch.finfo(value.dtype).eps * 2)).to(value.dtype)
+
+    def _table(self, like: Tensor, size: float | None = None) -> Tensor:
+        """Returns noise between -1 and 1 in the shape of ``like``, or 1 plus noise of this size.
+
+        It is read from a table, at a place that depends on the count of operations.
+        """
+        key = like.device, like.dtype, size or 0.0
+        table = self._tables.get(key)
+        if table is None:
             generator = torch.Generator().manual_seed(0)
-            pool = (torch.rand(_POOL_SIZE, generator=generator) * 2 - 1).to(like.device)
-            self._pools[like.device] = pool
-        start, count = self._count * 104729 % _POOL_SIZE, like.numel()
-        repeats = -(-(start + count) // _POOL_SIZE)
-        long = pool if repeats == 1 else pool.repeat(repeats)
-        noise = long[start : start + count].view(like.shape) * self._sign
-        return noise.double() if like.dtype == torch.float64 else noise
+            table = (torch.rand(_PERIOD, generator=generator, dtype=torch.float64) * 2 - 1) * self._sign
+            if size is not None:
+                table = 1 + table * size
+            table = self._tables[key] = table.to(like.device, like.dtype).repeat(2)
+        start, count = self._count * 104729 % _PERIOD, like.numel()
+        if count > _PERIOD:
+            table = table[start : start + _PERIOD].repeat(-(-count // _PERIOD))
+            start = 0
+        return table[start : start + count].view(like.shape)
 
 
 def _is_noisy(value: Tensor) -> bool:
