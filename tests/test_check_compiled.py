@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 import fxtrain as fx
 from fxtrain import _torch_internals as internals
+from fxtrain.compiler.check._first_calls import CheckedRun
 from fxtrain.compiler.check._rounding_noise import RoundingNoise
 
 trace = importlib.import_module("fxtrain.compiler.lowering._trace")
@@ -317,6 +318,44 @@ class TestWithoutTraces:
         tx = fx.optim.sgd(0.1)
         taken(checked(fx.train_step(cross_entropy, tx)), fx.init(Classifier(), tx))
         assert "not checked against the uncompiled step: torch.distributed runs several processes" in caplog.text
+
+
+class TestMark:
+    @pytest.fixture
+    def checks(self, monkeypatch, tmp_path):
+        """An empty cache, and the list of the checks that are made."""
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        made = []
+        check = CheckedRun._check
+        monkeypatch.setattr(CheckedRun, "_check", lambda run, *args: made.append(run) or check(run, *args))
+        return made
+
+    def test_graph_that_has_passed_is_not_checked_again(self, checks, tmp_path):
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(squares, tx)
+        for compiled, count in ((checked(step), 2), (checked(step), 2)):
+            taken(compiled, fx.init(nn.Linear(6, 2), tx))
+            assert len(checks) == count
+        (mark,) = tmp_path.glob("fxtrain/*.checked")
+        mark.unlink()
+        taken(checked(step), fx.init(nn.Linear(6, 2), tx))
+        assert len(checks) == 4
+
+    @pytest.mark.parametrize("reason", ["refused", "obstacle"])
+    def test_graph_that_has_not_passed_is_checked_again(self, checks, tmp_path, monkeypatch, reason):
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(squares, tx)
+        compiled = checked(step)
+        state, _ = compiled(fx.init(nn.Linear(6, 2), tx), BATCH)
+        if reason == "refused":
+            monkeypatch.setitem(SETTINGS, "scale", 2.0)
+            with pytest.raises(fx.MiscompiledError):
+                compiled(state, BATCH)
+        else:
+            obstacles = importlib.import_module("fxtrain.compiler.check._obstacles")
+            monkeypatch.setattr(obstacles, "_available_bytes", lambda device: 100)
+            taken(compiled, state)
+        assert not list(tmp_path.glob("fxtrain/*.checked"))
 
 
 class Attention(nn.Module):

@@ -91,6 +91,10 @@ class Artefacts:
             lambda: _log.info("Another process compiles this graph. Waiting for its file in %s.", self.folder),
         )
 
+    def mark_of_check(self, graph: str, facts: Mapping[str, str]) -> Path:
+        """Returns the file whose existence says that a graph has passed its check."""
+        return self._path(graph, facts).with_suffix(".checked")
+
     def _path(self, graph: str, facts: Mapping[str, str]) -> Path:
         return self.folder / f"{graph[:32]}-{digest(facts)}{SUFFIX}"
 

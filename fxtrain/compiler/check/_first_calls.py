@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class CheckedRun:
         self._step, self._structures = step, (state_structure, batch_structure)
         self._executable, self._is_dynamic, self._finish = executable, is_dynamic, finish
         self._is_in_place = executable.written is not None
-        self._calls = 0
+        self._calls = self._passed = 0
         self._sizes = set[tuple[torch.Size, ...]]()
         self._noise: dict[int, Tensor] = {}  # deviations of leaves under noise, relative to their change
 
@@ -115,7 +116,7 @@ class CheckedRun:
             self._calls, is_due = 0, True
         if is_due:
             try:
-                self._check(_Inputs(old, inputs, before), (leaves if is_in_place else new, output))
+                self._passed += self._check(_Inputs(old, inputs, before), (leaves if is_in_place else new, output))
             except MiscompiledError:
                 if is_in_place:
                     _restore(leaves, old)
@@ -125,9 +126,16 @@ class CheckedRun:
         is_over = self._calls >= _CHECKED_CALLS and (not self._is_dynamic or len(self._sizes) >= _MAX_SIZES)
         if is_over and graphs is None:
             self._finish()
+            if self._passed == self._calls and self._executable.mark is not None:
+                _leave(self._executable.mark)
         return ((), output) if is_in_place else (new, output)
 
-    def _check(self, given: _Inputs, found: tuple[Sequence[Tensor], Tree]) -> None:
+    def _check(self, given: _Inputs, found: tuple[Sequence[Tensor], Tree]) -> bool:
+        """Compares a call with the uncompiled step. Returns whether it could.
+
+        Raises:
+            MiscompiledError: They differ.
+        """
         began = time.perf_counter()
         try:
             try:
@@ -138,13 +146,13 @@ class CheckedRun:
                 raise _UncheckableError(f"it cannot run once more: {error!r}") from error
             suspects = self._differing(given, expected, found)
             differences = self._unexplained(given, suspects) if suspects else []
-            if differences:
-                self._refuse(given, found, differences)
+            if differences and self._differs_at_each_call(given, found, differences):
+                return False
         except (_UncheckableError, FileInTraceError, torch.OutOfMemoryError, MemoryError) as error:
             _log.info("%r is not checked against the uncompiled step: %s", self._step, error)
-        else:
-            seconds = time.perf_counter() - began
-            _log.info("Checked %r against the uncompiled step in %.1f s.", self._step, seconds)
+            return False
+        _log.info("Checked %r against the uncompiled step in %.1f s.", self._step, time.perf_counter() - began)
+        return True
 
     def _uncompiled(self, given: _Inputs) -> tuple[list[Tensor], Tree]:
         """Returns the leaves of the new state and the output of the uncompiled step."""
@@ -243,8 +251,14 @@ class CheckedRun:
             raise _UncheckableError("a float16 result overflows, which a compiled step may avoid.")
         return [*new, *tree.leaves(output)]
 
-    def _refuse(self, given: _Inputs, found: tuple[Sequence[Tensor], Tree], differences: list[_Unexplained]) -> None:
-        """Raises for differences, unless the compiled step itself reads something new at each call."""
+    def _differs_at_each_call(
+        self, given: _Inputs, found: tuple[Sequence[Tensor], Tree], differences: list[_Unexplained]
+    ) -> bool:
+        """Returns True if the compiled step, like the uncompiled one, reads something new at each call.
+
+        Raises:
+            MiscompiledError: Only the uncompiled one does, or neither.
+        """
         is_frozen = self._calls > 0
         with other_samples():
             new, output = self._uncompiled(given._replace(generators=None))
@@ -253,7 +267,7 @@ class CheckedRun:
                 new, output = self._executable.run(leaves, given.batch)
                 if _vary(differences, [*(leaves if self._is_in_place else new), *tree.leaves(output)], expected=False):
                     _log.info("%r gives another result at each call, so it is not checked.", self._step)
-                    return
+                    return True
                 is_frozen = True
         leaf, difference, _ = max(differences, key=_severity)
         place = "".join(f"[{', '.join(map(str, difference.index))}]" for _ in difference.index[:1])
@@ -263,6 +277,12 @@ class CheckedRun:
 
     def _error(self, paths: Sequence[str], values: str, *, is_frozen: bool) -> MiscompiledError:
         return mismatch(self._step, paths, values, call=_CALLS[min(self._calls, 2)], is_frozen=is_frozen)
+
+
+def _leave(mark: Path) -> None:
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def _restore(leaves: Sequence[Tensor], old: Sequence[Tensor]) -> None:

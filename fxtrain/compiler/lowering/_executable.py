@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,6 +33,7 @@ class Executable(NamedTuple):
         conditions: Conditions on the sizes of batches, if they are symbolic.
         is_uncompiled: Whether it runs the step as it is, so that there is nothing to check.
         graphs: Its graphs, if later calls may add some. None otherwise.
+        mark: The file whose existence says that it has passed its check on this machine, if it can be recognized.
     """
 
     run: Run
@@ -39,6 +41,7 @@ class Executable(NamedTuple):
     conditions: Conditions | None = None
     is_uncompiled: bool = False
     graphs: Sized | None = None
+    mark: Path | None = None
 
 
 def kinds(leaves: Iterable[Tensor]) -> list[Kind]:

@@ -8,6 +8,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -40,54 +41,72 @@ class Compiled(NamedTuple):
     header: Mapping[str, Any]
 
 
-def compiled_or_loaded(
-    graph: GraphModule,
-    examples: Sequence[Tensor],
-    options: Mapping[str, object],
-    artefacts: Artefacts | None,
-    compile_graph: Callable[[], Compiled],
-    load: Callable[[Entry], Any],
-) -> Any:
-    """Returns the function of a graph: from a file where one works here, otherwise compiled and then saved.
+class GraphFiles:
+    """The files of a graph.
 
     Args:
         graph: A graph from ``make_fx``.
         examples: Tensors with the shapes, strides, dtypes and devices of its inputs. They may be fake.
         options: The compiler's options.
         artefacts: The folder that the user has named.
-        compile_graph: Compiles the graph.
-        load: Makes the function of a file.
+
+    Attributes:
+        mark: The file whose existence says that the graph has passed its check on this machine. None before the graph
+            is ready, and if other processes cannot recognize it.
     """
-    reason = _unstorable(graph, examples)
-    if reason is not None:
-        if artefacts is not None:
-            _cannot_save(artefacts, reason)
-        return compile_graph().call
-    key, facts = graph_hash(graph, examples, options), facts_of(examples)
-    folders = [folder for folder in (artefacts, local_artefacts()) if folder is not None]
-    found = _loaded(folders, key, facts, load)
-    if found is not None:
-        return found
-    with artefacts.turn(key, facts) if artefacts is not None else contextlib.nullcontext():
-        # Another process may have compiled it meanwhile.
-        if artefacts is not None and artefacts.has(key, facts):
-            found = _loaded([artefacts], key, facts, load)
-            if found is not None:
-                return found
-        began = time.perf_counter()
-        compiled = compile_graph()
-        if folders:
-            try:
-                files = compiled.files()
-            except Exception as error:
-                _log.debug("A compiled graph cannot be saved.", exc_info=error)
-                if artefacts is not None:
-                    _cannot_save(artefacts, str(error))
-                return compiled.call
-            header = {**compiled.header, "seconds": time.perf_counter() - began}
-            for folder in folders:
-                folder.save(key, facts, files, header)
-    return compiled.call
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        examples: Sequence[Tensor],
+        options: Mapping[str, object],
+        artefacts: Artefacts | None,
+    ) -> None:
+        self._graph, self._examples, self._options = graph, examples, options
+        self._artefacts = artefacts
+        self.mark: Path | None = None
+
+    def compiled_or_loaded(self, compile_graph: Callable[[], Compiled], load: Callable[[Entry], Any]) -> Any:
+        """Returns the function of the graph: from a file where one works here, otherwise compiled and then saved.
+
+        Args:
+            compile_graph: Compiles the graph.
+            load: Makes the function of a file.
+        """
+        artefacts = self._artefacts
+        reason = _unstorable(self._graph, self._examples)
+        if reason is not None:
+            if artefacts is not None:
+                _cannot_save(artefacts, reason)
+            return compile_graph().call
+        key, facts = graph_hash(self._graph, self._examples, self._options), facts_of(self._examples)
+        local = local_artefacts()
+        if local is not None:
+            self.mark = local.mark_of_check(key, facts)
+        folders = [folder for folder in (artefacts, local) if folder is not None]
+        found = _loaded(folders, key, facts, load)
+        if found is not None:
+            return found
+        with artefacts.turn(key, facts) if artefacts is not None else contextlib.nullcontext():
+            # Another process may have compiled it meanwhile.
+            if artefacts is not None and artefacts.has(key, facts):
+                found = _loaded([artefacts], key, facts, load)
+                if found is not None:
+                    return found
+            began = time.perf_counter()
+            compiled = compile_graph()
+            if folders:
+                try:
+                    files = compiled.files()
+                except Exception as error:
+                    _log.debug("A compiled graph cannot be saved.", exc_info=error)
+                    if artefacts is not None:
+                        _cannot_save(artefacts, str(error))
+                    return compiled.call
+                header = {**compiled.header, "seconds": time.perf_counter() - began}
+                for folder in folders:
+                    folder.save(key, facts, files, header)
+        return compiled.call
 
 
 def _loaded(folders: Sequence[Artefacts], key: str, facts: Mapping[str, str], load: Callable[[Entry], Any]) -> Any:

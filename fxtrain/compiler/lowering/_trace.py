@@ -39,7 +39,7 @@ from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
 from fxtrain.compiler.lowering._light_code import NotStorableError, light_files, load_light_code
 from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, Call, CudaGraphReplay, compile_ahead, load_ahead
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
-from fxtrain.compiler.lowering._stored import Compiled, compiled_or_loaded
+from fxtrain.compiler.lowering._stored import Compiled, GraphFiles
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
@@ -148,13 +148,14 @@ def trace_step(
 
     def compile_traced_graph() -> Executable:
         fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        files = GraphFiles(graph, fakes, {**options, "mode": mode, "autocast": has_autocast}, artefacts)
         if backend is not None:
             call = _compiled_by(backend, graph, fakes)
         elif mode == AHEAD:
             compiler = functools.partial(_with_inductor, Feature.AHEAD, compile_ahead, graph, examples, options)
-            call = compiled_or_loaded(graph, fakes, {**options, "mode": mode}, artefacts, compiler, load_ahead)
+            call = files.compiled_or_loaded(compiler, load_ahead)
         else:
-            call = _compiled(graph, fakes, options, has_autocast, artefacts)
+            call = _compiled(graph, fakes, options, has_autocast, files)
         if replayed:
             call = CudaGraphReplay(call, sum(index < count for index in read))
 
@@ -174,7 +175,7 @@ def trace_step(
 
         written = changed if in_place else None
         if symbolic is None:
-            return Executable(run, written)
+            return Executable(run, written, mark=files.mark)
         return Executable(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
 
     return compile_traced_graph
@@ -207,14 +208,13 @@ def _compiled(
     fakes: Sequence[Tensor],
     options: dict[str, Any],
     has_autocast: bool,
-    artefacts: Artefacts | None = None,
+    files: GraphFiles,
 ) -> Call:
     """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
     compiler = functools.partial(
         _with_inductor, Feature.INDUCTOR, _compiled_by_inductor, graph, fakes, options, has_autocast
     )
-    key = {**options, "autocast": has_autocast}
-    return compiled_or_loaded(graph, fakes, key, artefacts, compiler, _loaded)
+    return files.compiled_or_loaded(compiler, _loaded)
 
 
 def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *arguments: object) -> Compiled:
