@@ -12,13 +12,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from benchmarks.reliability.exact_run import STEPS
 from benchmarks.reliability.table import Cell
 from fxtrain.checkpoint._manifest import read_manifest
 
 Run = tuple[list[str], dict[str, str]]  # one line per event, and the checksums of the last checkpoint by path
+
+
+def _python(arguments: list[str]) -> Any:
+    """Runs Python with these arguments in a new process."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 
 
 class Exactness:
@@ -28,11 +34,20 @@ class Exactness:
         folder: The folder for checkpoints and records.
         data: The data source, a kind of ``exact_run.data``.
         compiled: Whether the steps are compiled.
+        python: Runs Python with the given arguments. Returns an object with ``returncode`` and ``stderr``.
     """
 
-    def __init__(self, folder: pathlib.Path, *, data: str = "arrays", compiled: bool = False) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        data: str = "arrays",
+        compiled: bool = False,
+        python: Callable[[list[str]], Any] = _python,
+    ) -> None:
         self._folder = folder
         self._compiled = compiled
+        self._python = python
         self._whole = folder / "whole"
         self.lines, self.last = self._run(self._whole, data)
 
@@ -83,11 +98,11 @@ class Exactness:
     def _run(self, folder: pathlib.Path, data: str, *options: str, wanted_code: int = 0) -> Run:
         record = self._folder / "record"
         record.write_text("")
-        command = [sys.executable, "-m", "benchmarks.reliability.exact_run", str(folder), str(record), "--data", data]
-        command += [*options, *(["--compiled"] if self._compiled else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        arguments = ["-m", "benchmarks.reliability.exact_run", str(folder), str(record), "--data", data]
+        arguments += [*options, *(["--compiled"] if self._compiled else [])]
+        done = self._python(arguments)
         if done.returncode != wanted_code:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+            raise RuntimeError(f"python {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
         newest = max(folder.glob("[0-9]*"))
         checksums = {row["path"]: row["xxh3"] for row in read_manifest(newest)["leaves"]}
         return record.read_text().splitlines(), checksums
