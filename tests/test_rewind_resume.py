@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain import testing
+from fxtrain import testing, tree
 
 STEPS = 14
 
@@ -33,7 +33,20 @@ def trace():
     return fx.stateful("trace", lambda state: torch.tensor(0), update)
 
 
-def fit(folder, asked, *, interrupt_at=None, snapshot_every=2, snapshots=2, saves=5, steps=STEPS, **options):
+def advance(state, batch):
+    """Changes each leaf by the batch and by noise of the step, as a training step does, but in microseconds."""
+    noise = torch.rand((), generator=torch.Generator().manual_seed(int(state.seed) + int(state.step)))
+
+    def change(leaf):
+        return 0.9 * leaf + batch["x"].mean() + noise if leaf.is_floating_point() else leaf + 1
+
+    trained = {name: tree.map(change, getattr(state, name)) for name in ("params", "buffers", "opt_state")}
+    return state.replace(step=state.step + 1, **trained), fx.StepOutput({"loss": noise})
+
+
+def fit(
+    folder, asked, *, interrupt_at=None, step=advance, snapshot_every=2, snapshots=2, saves=5, steps=STEPS, **options
+):
     fired, count = [], 0
 
     def watch(state, event, control):
@@ -49,7 +62,7 @@ def fit(folder, asked, *, interrupt_at=None, snapshot_every=2, snapshots=2, save
         callbacks.append(fx.when(fx.every(saves), fx.callbacks.save()))
     result = fx.fit(
         problem.start(),
-        problem.step(),
+        step,
         problem.data(),
         callbacks=callbacks,
         observers=[fx.observers.required(watch)],
@@ -63,19 +76,9 @@ def fit(folder, asked, *, interrupt_at=None, snapshot_every=2, snapshots=2, save
     return result, fired
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [((7, 2),), ((7, 1), (9, 4)), ((6, 1), (6, 1), (11, 2)), ((9, 9),), ((3, 2), (8, 7))],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"saves": None}, {"snapshot_every": None}, {"snapshots_on_host": True, "snapshots": 3}],
-    ids=["both", "snapshots", "checkpoints", "host"],
-)
-def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
+def assert_equal_wherever_cut(tmp_path, asked, *, first=1, stride=1, **options):
     whole, whole_fired = fit(tmp_path / "whole", asked, **options)
-    for cut in range(1, len(whole_fired)):
+    for cut in range(first, len(whole_fired), stride):
         folder = tmp_path / str(cut)
         sessions = [fit(folder, asked, interrupt_at=at, **options) for at in (cut, 2, None)]
         fired = [each for _, events in sessions for each in events]
@@ -83,6 +86,27 @@ def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
         resumed, _ = sessions[-1]
         assert resumed.reason == whole.reason
         testing.assert_equal(resumed.state, whole.state, f"cut after {cut} events")
+
+
+ASKED = [((7, 2),), ((7, 1), (9, 4)), ((6, 1), (6, 1), (11, 2)), ((9, 9),), ((3, 2), (8, 7))]
+RETAINED = {
+    "both": {},
+    "snapshots": {"saves": None},
+    "checkpoints": {"snapshot_every": None},
+    "host": {"snapshots_on_host": True, "snapshots": 3},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+@pytest.mark.parametrize("kind", RETAINED)
+def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, kind):
+    """Cuts at every third event. The kinds start at different ones, so together they cut each run at all events."""
+    first = 1 + (ASKED.index(asked) + list(RETAINED).index(kind)) % 3
+    assert_equal_wherever_cut(tmp_path, asked, first=first, stride=3, **RETAINED[kind])
+
+
+def test_interrupted_training_rewinds_to_the_same_states(tmp_path):
+    assert_equal_wherever_cut(tmp_path, ((7, 1),), step=problem.step(), steps=9, stride=3)
 
 
 def test_save_of_an_interrupt_is_not_a_target(tmp_path):
