@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -45,13 +46,11 @@ def lasting(session):
 
 def end(tmp_path, method, where, kind, number, *, group):
     """Sends a signal when the program is ready, and checks that it saves and exits."""
-    command = [sys.executable, str(PROGRAM), str(tmp_path / "run"), method, where, kind]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    arguments = [PROGRAM, tmp_path / "run", method, where, kind]
+    with processes.Process(arguments, start_new_session=True) as process:
         try:
             assert process.stdout.readline() == "ready\n", process.communicate()
-            time.sleep(0.2)
+            time.sleep(0.05)  # the program enters the call in which the signal finds it
             (os.killpg if group else os.kill)(process.pid, number)
             out, err = process.communicate(timeout=SECONDS)
         finally:
@@ -69,19 +68,25 @@ def test_signal_to_the_group_saves_and_exits(tmp_path, where):
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 KINDS = ["plain", "persistent", "prefetched", "stateful", "nested"]
-ALL = itertools.product(
-    enumerate(["fork", "spawn", "forkserver"]),
-    enumerate(["step", "wait", "evaluation", "start"]),
-    enumerate(KINDS),
-    enumerate(SIGNALS),
-    enumerate([True, False]),
-)
-# One in fifteen, which combines every value with most values of the other parameters.
-COMBINATIONS = [
-    tuple(value for _, value in values)
-    for values in ALL
-    if sum((i + 1) * n for i, (n, _) in enumerate(values)) % 15 == 0
-]
+WHERE = ["step", "wait", "evaluation", "start"]
+
+
+def pairwise(*parameters):
+    """Returns combinations of values in which every two values of different parameters occur together."""
+
+    def pairs(values):
+        return set(itertools.combinations(enumerate(values), 2))
+
+    combinations = list(itertools.product(*parameters))
+    left, chosen = set().union(*map(pairs, combinations)), []
+    while left:
+        chosen.append(max(combinations, key=lambda values: len(pairs(values) & left)))
+        left -= pairs(chosen[-1])
+    return chosen
+
+
+# Workers that are not forked start slowly, so those that are come first and fill the other pairs.
+COMBINATIONS = pairwise(["fork", "spawn", "forkserver"], WHERE, KINDS, SIGNALS, [True, False])
 
 
 @pytest.mark.slow
@@ -132,7 +137,7 @@ sys.exit(3)
 
 
 def test_hanging_workers_do_not_block_process_exit():
-    ended = subprocess.run([sys.executable, "-c", UNENDED], capture_output=True, text=True, timeout=SECONDS)
+    ended = processes.run(["-c", UNENDED], timeout=SECONDS)
     assert (ended.returncode, ended.stderr) == (3, "")
 
 
@@ -177,12 +182,11 @@ sys.exit(result.exit_code)
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_second_ctrl_c_does_not_wait_for_a_save(tmp_path, first):
-    command = [sys.executable, "-c", SAVING, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with processes.Process(["-c", SAVING, tmp_path]) as process:
         try:
             assert process.stdout.readline().endswith("writing\n")
             process.send_signal(first)
-            time.sleep(1)
+            time.sleep(0.3)
             assert process.poll() is None  # the first signal waits for the save
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=SECONDS)
@@ -215,11 +219,10 @@ sys.exit(fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, data, steps=9, checkpo
 
 @pytest.mark.slow
 def test_slow_reader_thread_does_not_delay_process_exit(tmp_path):
-    command = [sys.executable, "-c", SLOW_THREAD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with processes.Process(["-c", SLOW_THREAD, tmp_path]) as process:
         try:
             assert process.stdout.readline() == "reading\n"
-            time.sleep(1)
+            time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=SECONDS)
         finally:

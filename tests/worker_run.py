@@ -1,4 +1,7 @@
-"""A run that receives signals: python worker_run.py FOLDER START_METHOD WHERE LOADER. Prints "ready" at WHERE."""
+"""A run that receives signals: python worker_run.py FOLDER START_METHOD WHERE LOADER. Prints "ready" at WHERE.
+
+Functions import fxtrain, because workers import this file, and start sooner without it.
+"""
 
 import multiprocessing
 import sys
@@ -7,13 +10,12 @@ import time
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import fxtrain as fx
-from fxtrain.data import from_loader, prefetch
-
 ITEMS = 8
 
 
 class Rows(Dataset):
+    """Rows that take some seconds each, except those of the first two batches."""
+
     def __init__(self, seconds):
         self.seconds = seconds
 
@@ -21,21 +23,22 @@ class Rows(Dataset):
         return ITEMS
 
     def __getitem__(self, index):
-        time.sleep(self.seconds)
+        if index >= 4:
+            time.sleep(self.seconds)
         return torch.full((2,), float(index))
 
 
 def loader(method, kind, seconds):
     workers = 0 if method == "none" else 2
-    options = {"persistent_workers": True} if kind == "persistent" else {}
-    if workers:
-        options["multiprocessing_context"] = method
+    options = {"multiprocessing_context": method, "persistent_workers": kind == "persistent"} if workers else {}
     if kind == "stateful":
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         return StatefulDataLoader(Rows(seconds), 2, num_workers=workers, **options)
     made = DataLoader(Rows(seconds), 2, num_workers=workers, **options)
     if kind == "prefetched":
+        from fxtrain.data import from_loader, prefetch
+
         return prefetch(from_loader(made))
     return nested(made) if kind == "nested" else made
 
@@ -50,6 +53,9 @@ def nested(made):
 def main(folder, method, where, kind):
     if multiprocessing.parent_process() is not None:
         return None
+    import fxtrain as fx
+
+    multiprocessing.set_forkserver_preload(["__main__", "torch.utils.data"])
     steps = 0
 
     def loss_fn(model, batch):
@@ -57,7 +63,7 @@ def main(folder, method, where, kind):
         steps += 1
         if where == "step" and steps == 3:
             print("ready", flush=True)
-            time.sleep(1.0)
+            time.sleep(0.3)
         return model(batch).square().mean()
 
     def announce(state, event, control):
@@ -70,13 +76,15 @@ def main(folder, method, where, kind):
             print("ready", flush=True)
 
     tx = fx.optim.sgd(0.01)
-    eval_seconds = 0.7 if where == "evaluation" else 0.0
+    evaluates = where == "evaluation"
+    # Workers that are not forked start slowly, so the evaluation's alone are started.
+    train_method = "none" if evaluates and method != "fork" else method
     result = fx.fit(
         fx.init(torch.nn.Linear(2, 1), tx),
         fx.train_step(loss_fn, tx),
-        loader(method, kind, 0.7 if where == "wait" else 0.01),
+        loader(train_method, kind, 0.7 if where == "wait" else 0.01),
         eval_step=fx.eval_step(lambda model, batch: {"loss": model(batch).square().mean()}),
-        eval_data=loader(method, kind, eval_seconds),
+        eval_data=loader(method, kind, 0.7 if evaluates else 0.0),
         epochs=200,
         observers=[announce],
         checkpointer=fx.checkpointer(folder),
