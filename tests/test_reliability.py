@@ -1,10 +1,9 @@
 """Checkpoints survive kills, power cuts, damaged files and failing disks. The harness is in benchmarks/reliability."""
 
+import functools
 import json
-import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -23,24 +22,23 @@ pytestmark = [
         sys.platform != "linux" or shutil.which("cc") is None, reason="the shim needs Linux and a C compiler"
     ),
 ]
-ROOT = pathlib.Path(__file__).parent.parent
+ROWS = {"fxtrain": "R3,R4,R5,R6,R7,R8,R9,R11,R12,R13", "torch.save": "R3,R5,R9"}
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Returns a function that runs a row of the table for a system in a subprocess."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Returns a function that returns a row of the table for a system. All rows of a system run in one subprocess."""
 
-    def run(row, system="fxtrain", *options):
-        command = [sys.executable, "-m", "benchmarks.reliability", "--rows", row, "--systems", system, *options]
-        done = subprocess.run(
-            [*command, "--json", str(tmp_path / "cells")], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert (tmp_path / "cells").exists(), done.stderr
-        (cell,) = json.loads((tmp_path / "cells").read_text())
-        assert done.returncode == (system == "fxtrain" and cell["lost"] > 0)
-        return cell
+    @functools.cache
+    def cells(system):
+        file = tmp_path_factory.mktemp("reliability") / "cells"
+        options = ["--rows", ROWS[system], "--systems", system, "--every", "3", "--json", str(file)]
+        code = shim.run_under("benchmarks.reliability", [*options, *(["--flips", "20"] * (system == "torch.save"))])
+        found = {cell["row"]: cell for cell in json.loads(file.read_text())}
+        assert code == (system == "fxtrain" and any(cell["lost"] for cell in found.values()))
+        return found
 
-    return run
+    return lambda row, system="fxtrain": cells(system)[row]
 
 
 def nothing_is_lost(cell):
@@ -50,7 +48,7 @@ def nothing_is_lost(cell):
 
 class TestWhole:
     def test_kill_before_any_call_of_save_and_delete_loses_nothing(self, run):
-        cell = run("R3", "fxtrain", "--every", "3")  # --full runs all calls, over 400
+        cell = run("R3")  # every third call. The option --full runs all calls, over 400.
         nothing_is_lost(cell)
         assert cell["tried"] > 130
 
@@ -106,12 +104,12 @@ class TestHarness:
     """The harness detects the losses of a writer without atomic saves and checksums."""
 
     def test_kill_loses_a_file_overwritten_in_place(self, run):
-        cell = run("R3", "torch.save", "--every", "3")
+        cell = run("R3", "torch.save")
         assert cell["lost"] > 0
         assert any("last is listed and cannot be restored" in note for note in cell["notes"])
 
     def test_flipped_bits_without_checksums_restore_wrong_values(self, run):
-        cell = run("R5", "torch.save", "--flips", "20")
+        cell = run("R5", "torch.save")
         assert cell["lost"] > 0
         assert cell["tried"] == 20
 
