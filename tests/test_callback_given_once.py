@@ -21,6 +21,21 @@ KINDS = pytest.mark.parametrize(
 )
 
 
+TX = fx.optim.sgd(0.1)
+
+
+def small_step(**options):
+    return fx.train_step(problem.squares, TX, **options)
+
+
+def small_start():
+    return fx.init(problem.linear(), TX)
+
+
+def small_data():
+    return [problem.SMALL_BATCH * scale for scale in (0.5, 1.0, 2.0)]
+
+
 def seen_at(*kinds):
     """Returns a callback without a slot that requests to log its event, and the list of events that it saw."""
     seen = []
@@ -43,8 +58,8 @@ def counter(name="counter", amount=1):
 
 
 def fit(make, in_step=(), in_fit=(), steps=6, **options):
-    step = make(problem.step(callbacks=in_step))
-    return fx.fit(problem.start(), step, problem.data(), callbacks=in_fit, steps=steps, **options)
+    step = make(small_step(callbacks=in_step))
+    return fx.fit(small_start(), step, small_data(), callbacks=in_fit, steps=steps, **options)
 
 
 def assert_same(result, expected):
@@ -113,26 +128,26 @@ def test_traced_callback_of_fit_stops_run(make):
 
 def test_fit_without_new_traced_callback_uses_graphs_of_given_step():
     mean, graphs = fx.callbacks.epoch_mean("loss"), CompileCounterWithBackend("eager")
-    step = fx.compile(problem.step(callbacks=mean), backend=graphs)
+    step = fx.compile(small_step(callbacks=mean), backend=graphs)
     for in_fit in ((), mean, fx.callbacks.throughput(tokens=1)):
-        fx.fit(problem.start(), step, problem.data(), callbacks=in_fit, steps=2)
+        fx.fit(small_start(), step, small_data(), callbacks=in_fit, steps=2)
     assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("wrap", [UNCOMPILED, WRAPPED])
 def test_second_fit_with_same_callbacks_compiles_nothing(wrap):
     mean, quiet, graphs = fx.callbacks.epoch_mean("loss"), seen_at(fx.StepEnd)[0], CompileCounterWithBackend("eager")
-    step = wrap(fx.compile(problem.step(), backend=graphs, on_recompile="error"))
+    step = wrap(fx.compile(small_step(), backend=graphs, on_recompile="error"))
     for in_fit in (mean, [quiet, mean], [fx.compose(mean, quiet)], mean):
-        result = fx.fit(problem.start(), step, problem.data(), callbacks=in_fit, steps=2)
+        result = fx.fit(small_start(), step, small_data(), callbacks=in_fit, steps=2)
         assert result.history["compile/graphs"].values.tolist() == [1]
     assert graphs.frame_count == 1
-    fx.fit(problem.start(), step, problem.data(), steps=2)
+    fx.fit(small_start(), step, small_data(), steps=2)
     assert graphs.frame_count == 2
 
 
 def test_compiled_step_forgets_callbacks_that_were_not_used_for_long():
-    step = fx.compile(problem.step(), backend="eager")
+    step = fx.compile(small_step(), backend="eager")
     guards = [fx.compose(fx.callbacks.nan_guard(patience=patience)) for patience in range(1, 9)]
     first = step.with_callbacks(guards[0])
     assert step.with_callbacks(guards[0]) is first
@@ -143,16 +158,16 @@ def test_compiled_step_forgets_callbacks_that_were_not_used_for_long():
 
 
 def test_donating_step_with_callbacks_of_fit_donates():
-    step = fx.compile(problem.step(), backend="eager", donate=True).with_callbacks(fx.callbacks.ema(0.9))
-    old = fx.attach(problem.start(), step)
-    step(old, problem.data()[0])
+    step = fx.compile(small_step(), backend="eager", donate=True).with_callbacks(fx.callbacks.ema(0.9))
+    old = fx.attach(small_start(), step)
+    step(old, small_data()[0])
     with pytest.raises(fx.DonatedError):
         old.params.keys()
 
 
 def test_steps_folds_traced_callback_of_its_own():
     callback = fx.callbacks.epoch_mean("loss")
-    events = list(fx.steps(problem.start(), problem.step(), problem.data(), callbacks=callback, epochs=1))
+    events = list(fx.steps(small_start(), small_step(), small_data(), callbacks=callback, epochs=1))
     logged = [name for _, _, control in events for name in control.log]
     assert "epoch/loss" in logged
 
@@ -197,13 +212,13 @@ class TestHandWrittenStep:
 
         for step in (by_hand, fx.Step(by_hand), fx.compile(by_hand), fx.wrap_step(by_hand, contextlib.nullcontext)):
             with pytest.raises(ValueError, match="step that fires Updated for ema, got one that fires none"):
-                fx.fit(problem.start(), step, problem.data(), callbacks=fx.callbacks.ema(0.9), steps=1)
+                fx.fit(small_start(), step, small_data(), callbacks=fx.callbacks.ema(0.9), steps=1)
 
     @pytest.mark.parametrize("make", [UNCOMPILED, COMPILED, WRAPPED])
     def test_step_that_cannot_fold_others_is_refused(self, make):
-        step = make(fx.Step(problem.step().function, fires=[fx.Updated]))
+        step = make(fx.Step(small_step().function, fires=[fx.Updated]))
         with pytest.raises(ValueError, match=r"step that folds ema, .* Updated .* fold it in the function and declare"):
-            fx.fit(problem.start(), step, problem.data(), callbacks=fx.callbacks.ema(0.9), steps=1)
+            fx.fit(small_start(), step, small_data(), callbacks=fx.callbacks.ema(0.9), steps=1)
 
     def test_step_compiled_by_torch_must_be_given_its_traced_callbacks(self):
         callback, seen = seen_at(fx.StepEnd, fx.Updated)
@@ -214,19 +229,19 @@ class TestHandWrittenStep:
 
     def test_callback_that_it_folds_is_folded_in_loop_too(self):
         callback, seen = seen_at(fx.Updated, fx.StepEnd)
-        folded = problem.step(callbacks=callback)
+        folded = small_step(callbacks=callback)
         step = fx.Step(folded.function, callbacks=callback, fires=[fx.Updated])
         for in_fit in (callback, ()):
             seen.clear()
-            fx.fit(problem.start(), step, problem.data(), callbacks=in_fit, steps=1)
+            fx.fit(small_start(), step, small_data(), callbacks=in_fit, steps=1)
             assert seen == [fx.Updated, fx.StepEnd]
 
     def test_rebuild_adds_callbacks_of_fit(self):
         def build(folded):
-            return fx.Step(problem.step(callbacks=folded).function, callbacks=folded, fires=[fx.Updated], rebuild=build)
+            return fx.Step(small_step(callbacks=folded).function, callbacks=folded, fires=[fx.Updated], rebuild=build)
 
         callback, seen = seen_at(fx.Updated, fx.StepEnd)
-        fx.fit(problem.start(), build(fx.compose()), problem.data(), callbacks=callback, steps=1)
+        fx.fit(small_start(), build(fx.compose()), small_data(), callbacks=callback, steps=1)
         assert seen == [fx.Updated, fx.StepEnd]
 
 
