@@ -59,7 +59,8 @@ class Process:
         server = _server()
         socket.send_fds(server, [_LENGTH.pack(len(request))], [writing, self._errors.fileno(), reported])
         server.sendall(request)
-        os.close(writing), os.close(reported)
+        os.close(writing)
+        os.close(reported)
         self.stdout, self._report = os.fdopen(reading), os.fdopen(report)
         self.pid, self.returncode = int(self._report.readline()), None
 
@@ -68,17 +69,19 @@ class Process:
 
     def __exit__(self, *error):
         self.wait()
-        self.stdout.close(), self._errors.close(), self._report.close()
+        for stream in (self.stdout, self._errors, self._report):
+            stream.close()
 
     def poll(self):
-        if self.returncode is None and select.select([self._report], [], [], 0)[0]:
+        is_over = self.returncode is not None or select.select([self._report], [], [], 0)[0]
+        return self.wait() if is_over else None
+
+    def wait(self, timeout=None) -> int:
+        if self.returncode is None:
+            if not select.select([self._report], [], [], timeout)[0]:
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} s")
             self.returncode = int(self._report.readline())
         return self.returncode
-
-    def wait(self, timeout=None):
-        if self.returncode is None and not select.select([self._report], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-        return self.poll()
 
     def send_signal(self, number):
         if self.poll() is None:
@@ -94,7 +97,7 @@ class Process:
         reader.start()
         reader.join(timeout)
         if reader.is_alive():
-            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            raise TimeoutError(f"process {self.pid} or one of its own still writes after {timeout} s")
         self.wait(timeout)
         self._errors.seek(0)
         return read[0], self._errors.read()
@@ -107,7 +110,7 @@ def run(arguments, *, timeout=300, **options):
             out, err = process.communicate(timeout)
         finally:
             process.kill()
-    return Done(process.returncode, out, err)
+    return Done(process.wait(), out, err)
 
 
 @functools.cache
@@ -150,7 +153,8 @@ def _watch(report):
     os.write(report, f"{child}\n".encode())
     for descriptor in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-    os.closerange(3, report), os.closerange(report + 1, 1024)
+    os.closerange(3, report)
+    os.closerange(report + 1, 1024)
     _, status = os.waitpid(child, 0)
     os.write(report, f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
