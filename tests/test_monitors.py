@@ -239,6 +239,15 @@ def everything(every=1):
     )
 
 
+def small():
+    """Returns a transformation and a state with two layers, because each layer and rule lengthens a compilation."""
+    tx = fx.optim.sgd(0.1)
+    return tx, fx.init(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), tx)
+
+
+SMALL_BATCHES = [problem.SMALL_BATCH * scale for scale in (0.5, 1.0, 2.0)]
+
+
 class TestWarnings:
     """Texts that name the layers with a norm out of range."""
 
@@ -463,16 +472,18 @@ class TestPublication:
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_gated_measurements_match_ungated_ones(self, compiled):
-        def states(every):
+        tx, start = small()
+
+        def states(every, compiled=False):
             monitor = everything(every)
-            step = problem.step(callbacks=monitor)
-            step = fx.compile(step) if compiled else step
-            state = fx.attach(problem.start(), monitor)
+            step = fx.train_step(problem.squares, tx, callbacks=monitor)
+            step = fx.compile(step, backend="eager") if compiled else step  # test_everything compiles by Inductor
+            state = fx.attach(start, monitor)
             for index in range(5):
-                state, _ = step(state, problem.data()[index % problem.BATCHES])
+                state, _ = step(state, SMALL_BATCHES[index % 3])
                 yield state
 
-        for number, (always, gated) in enumerate(zip(states(1), states(2), strict=True), start=1):
+        for number, (always, gated) in enumerate(zip(states(1), states(2, compiled), strict=True), start=1):
             for name, memory in always.slots.items():
                 if number % 2 == 0:
                     assert int(gated.slots[name].step) == number
@@ -513,24 +524,27 @@ def test_monitors_obey_callback_laws(make):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_resumed_run_matches_uninterrupted_run(compiled, tmp_path):
     monitors = everything(every=2)
-    step = problem.step(callbacks=monitors)
-    step = fx.compile(step) if compiled else step
-    whole = fx.fit(problem.start(), step, problem.data(), steps=12, callbacks=monitors).state
+    tx, start = small()
+    step = fx.train_step(problem.squares, tx, callbacks=monitors)
+    step = fx.compile(step, backend="eager") if compiled else step
+
+    def run(steps, **options):
+        return fx.fit(start, step, SMALL_BATCHES, steps=steps, callbacks=monitors, **options).state
+
+    whole = run(12)
     for cut in range(1, 12, 4 if compiled else 1):
         folder = fx.checkpointer(tmp_path / str(cut))
-        fx.fit(problem.start(), step, problem.data(), steps=cut, checkpointer=folder, callbacks=monitors)
-        again = fx.fit(
-            problem.start(), step, problem.data(), steps=12, checkpointer=folder, resume=True, callbacks=monitors
-        ).state
-        testing.assert_equal(again, whole, f"cut after {cut}")
+        run(cut, checkpointer=folder)
+        testing.assert_equal(run(12, checkpointer=folder, resume=True), whole, f"cut after {cut}")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_step_with_conditional_monitors_is_one_dynamo_graph():
+    tx, start = small()
     monitors = [fx.callbacks.grad_norms(every=2), fx.callbacks.histograms(every=2)]
-    step, batch = problem.step(callbacks=monitors), problem.data()[0]
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    wanted = got = fx.attach(problem.start(), step)
+    step, batch = fx.train_step(problem.squares, tx, callbacks=monitors), problem.SMALL_BATCH
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    wanted = got = fx.attach(start, step)
     for _ in range(2):
         wanted, got = step(wanted, batch)[0], compiled(got, batch)[0]
     assert int(got.slots["grad_norm"].step) == 2
@@ -548,7 +562,7 @@ class TestTap:
 
         state = fx.init(module, fx.optim.sgd(0.0))
         step = fx.train_step(fx.tap(loss_fn, ["1", "2"], activation_stats), fx.optim.sgd(0.0))
-        step = fx.compile(step) if compiled else step
+        step = fx.compile(step, backend="eager") if compiled else step
         batch = torch.randn(8, 2)
         _, output = step(state, batch)
         inside = module[1](module[0](batch))
@@ -566,12 +580,11 @@ class TestTap:
     @pytest.mark.usefixtures("fresh_dynamo")
     def test_step_with_tap_and_patterns_is_one_dynamo_graph(self):
         counts = fx.callbacks.histograms(parameter="4.*", every=1)
-        step = fx.train_step(
-            fx.tap(problem.loss_fn, ["0", "[24]"], activation_stats), problem.transform(), callbacks=counts
-        )
-        state, batch = fx.attach(problem.start(), step), problem.data()[0]
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(fx.tap(problem.loss_fn, ["0", "[24]"], activation_stats), tx, callbacks=counts)
+        state, batch = fx.attach(fx.init(problem.module(), tx), step), problem.data()[0]
         wanted, eager = step(state, batch)
-        new, output = torch.compile(step, fullgraph=True, backend="aot_eager")(state, batch)
+        new, output = torch.compile(step, fullgraph=True, backend="eager")(state, batch)
         assert list(output.metrics) == list(eager.metrics)
         for got, want in ((output.metrics, eager.metrics), (new.slots, wanted.slots), (new.params, wanted.params)):
             testing.assert_equal(got, want, "compiled")
