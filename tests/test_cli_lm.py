@@ -7,9 +7,8 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 
+import processes
 import pytest
 import yaml
 
@@ -25,21 +24,18 @@ SMALL = [*SHAPE, "--eval-interval", "10", "--snapshot-interval", "10"]
 
 @pytest.fixture
 def text(tmp_path):
-    source = pathlib.Path(json.__file__).read_text() * 4
+    source = pathlib.Path(json.__file__).read_text()
     path = tmp_path / "text.py"
     path.write_text(source)
     return path
 
 
 def start(*arguments, cwd):
-    command = [sys.executable, "-m", "fxtrain", "lm", *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return processes.Process(["-m", "fxtrain", "lm", *arguments], cwd=cwd)
 
 
 def run(*arguments, cwd):
-    process = start(*arguments, cwd=cwd)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return processes.run(["-m", "fxtrain", "lm", *arguments], cwd=cwd)
 
 
 def checkpoint(folder):
@@ -75,12 +71,12 @@ def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"StepEnd", "EvalEnd"} <= {line["event"] for line in lines}
 
-    process = start(*options, cwd=cut)
-    for line in process.stdout:
-        if re.match(r"step +2\d/60", line):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=300)
+    with start(*options, cwd=cut) as process:
+        for line in process.stdout:
+            if re.match(r"step +2\d/60", line):
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted by SIGINT" in out
     resume = re.search(r"fxtrain lm (--resume \S+)", out)[1].split()
@@ -133,7 +129,7 @@ def test_earlier_spellings_are_accepted_on_the_command_line():
 def test_patience_in_epochs_and_monitors_at_epochs(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     stopping = ["--early-stopping", "--min-delta", "9", "--patience", "2", "--patience-unit", "epochs", "--keep", "3"]
-    shape = [*SHAPE, "--eval-interval", "10", "--snapshot-interval", "10", "--no-compile"]
+    shape = [*SHAPE[:-1], "16", "--eval-interval", "10", "--snapshot-interval", "10", "--no-compile"]
     monitor = ["--gradient-monitor", "--monitor-at-epochs"]
     assert main(["lm", "--dataset", "text.py", "--epochs", "9", *stopping, *monitor, *shape]) == 0
     assert "loss has not improved for 2 epochs" in capsys.readouterr().out
