@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import processes
 import pytest
 
 from fxtrain import cli
@@ -160,13 +161,13 @@ def test_training_continues_after_pipe_closes(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_sets_exit_code(tmp_path, number, code):
     (tmp_path / "text.py").write_text(TEXT)
-    command = [*FXTRAIN, "lm", "--dataset", "text.py", "--steps", "100000", *SMALL]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step"):
-            process.send_signal(number)
-            break
-    _, err = process.communicate(timeout=120)
+    arguments = ["-m", "fxtrain", "lm", "--dataset", "text.py", "--steps", "100000", *SMALL]
+    with processes.Process(arguments, cwd=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("step"):
+                process.send_signal(number)
+                break
+        _, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Traceback" not in err
 

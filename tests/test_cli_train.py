@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 
+import processes
 import pytest
 import yaml
 from trainings import CONFIG, MODULE
 
 from fxtrain import writers
 from fxtrain.cli import main
-
-FXTRAIN = [sys.executable, "-m", "fxtrain", "train"]
 
 
 @pytest.fixture
@@ -34,20 +33,20 @@ def only_run(folder):
 
 
 def trained(*arguments):
-    """Runs the command in a process, as a user does."""
-    done = subprocess.run([*FXTRAIN, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    """Runs the command in a process."""
+    done = processes.run(["-m", "fxtrain", "train", *arguments])
     assert "Traceback" not in done.stderr
     return done
 
 
 def interrupted(number, *arguments):
     """Starts the command, sends a signal once it trains, and returns its exit code and output."""
-    process = subprocess.Popen([*FXTRAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if re.match(r"step +\d", line) and int(line.split()[1].split("/")[0]) > 4:
-            process.send_signal(number)
-            break
-    out, err = process.communicate(timeout=300)
+    with processes.Process(["-m", "fxtrain", "train", *arguments]) as process:
+        for line in process.stdout:
+            if re.match(r"step +\d", line) and int(line.split()[1].split("/")[0]) > 4:
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=300)
     assert "Traceback" not in err
     return process.returncode, out
 
@@ -200,7 +199,8 @@ def test_error_of_the_training_is_one_line_with_its_place(shop, capsys):
 
 
 def test_command_runs_in_a_process_with_modules_of_the_current_folder(shop):
-    done = trained("shop.py:baseline", "steps=2")
+    command = [sys.executable, "-m", "fxtrain", "train", "shop.py:baseline", "steps=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "reached 2 steps" in done.stdout
     failed = trained("run.yaml", "epochs=x")
@@ -211,11 +211,9 @@ def test_command_runs_in_a_process_with_modules_of_the_current_folder(shop):
 SLOW = ["observers=[{shop.slow: {seconds: 0.05}}]", "epochs=6"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_run_resumes_bitwise(shop, number):
-    whole = trained("run.yaml", "epochs=6", "--runs", "whole")
-    assert whole.returncode == 0
+def test_stopped_run_resumes_bitwise(shop, number, capsys):
+    assert main(["train", "run.yaml", "epochs=6", "--runs", "whole"]) == 0
     code, _ = interrupted(number, "run.yaml", *SLOW)
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     folder = only_run(shop)
