@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import weakref
 
 import problem
+import processes
 import pytest
 import torch
 
@@ -222,7 +221,7 @@ def run(self, *args):
 GraphLowering.run = run
 torch.set_num_threads(1)
 torch._inductor.config.force_disable_caches = True
-module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8 + i, 9 + i), torch.nn.Tanh()) for i in range(16)])
+module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8 + i, 9 + i), torch.nn.Tanh()) for i in range(8)])
 tx = fx.optim.adamw(1e-3)
 options = {"backend": sys.argv[2]} if sys.argv[2] else {}
 step = fx.compile(fx.train_step(lambda model, batch: model(batch).square().mean(), tx), **options)
@@ -237,8 +236,7 @@ sys.exit(result.exit_code)
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["", "inductor"])
 def test_signal_interrupts_inductor_compilation(tmp_path, backend):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), backend]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with processes.Process(["-c", PROGRAM, tmp_path, backend]) as process:
         assert process.stdout.readline() == "compiling\n"
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=300)
