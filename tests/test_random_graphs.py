@@ -63,9 +63,11 @@ class Program:
         choose = random.Random(self.seed)
         *values, seed, step = inputs
         values, written = list(values), []
+        # Random samples are most of the time to trace a program, so every third program has them.
+        names = sorted(OPERATIONS_BY_NAME.keys() - (SAMPLING if self.seed % 3 else set()))
         with rng.functional(rng.key(seed, step=step)):
             for _ in range(OPERATIONS):
-                name = choose.choice(sorted(OPERATIONS_BY_NAME))
+                name = choose.choice(names)
                 made = OPERATIONS_BY_NAME[name](choose, values)
                 if made is None:  # no value fits the operation
                     continue
@@ -199,6 +201,7 @@ OPERATIONS_BY_NAME = {
     )
 }
 IN_PLACE = ("write_view", "write_scalar", "write_count")
+SAMPLING = {"drop", "sample"}
 
 
 def run(graph, inputs):
@@ -213,12 +216,18 @@ def optimized(traced, names):
     made.graph.graph_copy(traced.graph, mapping := {})
     [output] = traced.graph.find_nodes(op="output")
     made.graph.output(torch.fx.map_arg(output.args[0], mapping.__getitem__))
-    before = str(made.graph)
+    before = contents(made.graph)
     for name in names:
         PASSES[name](made.graph)
+    if contents(made.graph) == before:
+        return traced, False
     made.graph.lint()
     made.recompile()
-    return made, str(made.graph) != before
+    return made, True
+
+
+def contents(graph):
+    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 def assert_same(got, expected, what, *, exact):
@@ -259,7 +268,8 @@ def test_all_passes_together_keep_values(graphs, names):
     for seed, (traced, inputs, expected) in enumerate(graphs):
         made, is_changed = optimized(traced, names)
         changed += is_changed
-        assert_same(run(made, inputs), expected, f"program {seed}", exact=names == EXACT)
+        if is_changed:
+            assert_same(run(made, inputs), expected, f"program {seed}", exact=names == EXACT)
     assert changed >= 100
 
 
