@@ -10,7 +10,7 @@ import fxtrain as fx
 from fxtrain._torch_internals import interface
 from fxtrain._torch_internals.interface import INTERFACES, Feature
 
-TX = fx.optim.adamw(1e-2)
+TX = fx.optim.sgd(1e-2, momentum=0.9)
 NEEDED = [path for path, each in INTERFACES.items() if each.feature is not None]
 OTHERS = [path for path in INTERFACES if path not in NEEDED]
 USED_BY_DYNAMO = {
@@ -48,9 +48,7 @@ def hide(monkeypatch, path):
 @functools.cache
 def module():
     torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
-    )
+    return torch.nn.Sequential(torch.nn.BatchNorm1d(3, affine=False), torch.nn.Dropout(0.5), torch.nn.Linear(3, 1))
 
 
 def loss_fn(model, batch):
