@@ -1,5 +1,7 @@
 """Multi-step calls: several steps in one graph, with the results and events of single steps."""
 
+from typing import NamedTuple
+
 import problem
 import pytest
 import torch
@@ -32,25 +34,43 @@ def counting(stop_at=None):
     return fx.stateful("calls", lambda state: torch.tensor(0), update)
 
 
+class Compiled(NamedTuple):
+    """A state with its step, compiled as it is and with two steps per call."""
+
+    state: fx.TrainState
+    single: fx.Step
+    several: fx.Step
+    donating: fx.Step
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    tx = fx.optim.adamw(fx.schedules.cosine(1e-2, 100))
+    module = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Dropout(0.2))
+    step = fx.train_step(problem.loss_fn, tx, callbacks=counting())
+    return Compiled(
+        fx.attach(fx.init(module, tx), step),
+        fx.compile(step),
+        fx.compile(step, steps_per_call=2, on_recompile="error"),
+        fx.compile(step, steps_per_call=2, on_recompile="error", donate=True),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
-def test_multi_step_call_equals_single_steps_bitwise(donate):
-    callbacks = counting()
-    step = problem.step(callbacks=callbacks)
-    state = fx.attach(problem.start(), callbacks)
-    single, outputs = taken(fx.compile(step), state, DATA[:2])
-    several = fx.compile(step, steps_per_call=2, donate=donate)
-    together, many = several.multi_step(state.copy(), DATA[:2])
+def test_multi_step_call_equals_single_steps_bitwise(compiled, donate):
+    single, outputs = taken(compiled.single, compiled.state, DATA[:2])
+    several = compiled.donating if donate else compiled.several
+    together, many = several.multi_step(compiled.state.copy(), DATA[:2])
     assert same(together, single)
     assert [float(output.metrics["loss"]) for output in many] == [float(o.metrics["loss"]) for o in outputs]
     assert int(together.slots["calls"]) == 2
 
 
 @pytest.mark.slow
-def test_compiled_multi_step_run_equals_single_steps():
-    step = problem.step()
-    plain = fx.fit(problem.start(), fx.compile(step), DATA, epochs=1)
-    together = fx.fit(problem.start(), fx.compile(step, steps_per_call=2, on_recompile="error"), DATA, epochs=1)
+def test_compiled_multi_step_run_equals_single_steps(compiled):
+    plain = fx.fit(compiled.state, compiled.single, DATA, epochs=1)
+    together = fx.fit(compiled.state, compiled.several, DATA, epochs=1)
     assert same(together.state, plain.state)
     assert together.history["train/loss"].values.tolist() == plain.history["train/loss"].values.tolist()
 
@@ -207,7 +227,8 @@ def test_callback_on_step_begin_is_refused():
 
 
 def test_many_accepts_one_step_per_call():
-    state, (output,) = fx.compile(problem.step(), backend="eager").multi_step(problem.start(), DATA[:1])
+    state, step = problem.train()
+    state, (output,) = fx.compile(step, backend="eager").multi_step(state, [problem.SMALL_BATCH])
     assert int(state.step) == 1
     assert "loss" in output.metrics
 
