@@ -18,7 +18,7 @@ from fxtrain._torch_internals.interface import INTERFACES
 from fxtrain.compiler.lowering._specialization import compile_specialized
 from fxtrain.compiler.lowering._value_reads import UncheckedReadError
 
-TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
+TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.sgd(1e-1, momentum=0.9))  # traced faster than AdamW
 
 
 class Branching(torch.nn.Module):
@@ -26,11 +26,11 @@ class Branching(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner, self.norm, self.outer = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+        self.norm, self.outer = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)
         self.drop = torch.nn.Dropout(0.5)
 
     def forward(self, x):
-        hidden = self.drop(self.norm(torch.tanh(self.inner(x))))
+        hidden = self.drop(torch.tanh(self.norm(x)))
         if hidden.mean() > 0:
             hidden = self.drop(hidden * 2)
         return self.outer(self.drop(hidden))
@@ -61,6 +61,12 @@ def data_dependent_loop(model, batch):
 
 
 LOSSES = [branching, by_item, by_list, by_distribution, data_dependent_loop]
+# Each loss with and without accumulation, with and without donation, and each pair of these.
+EACH_PAIR = [
+    (loss_fn, accumulate, (index + accumulate) % 2 == 0)
+    for index, loss_fn in enumerate(LOSSES)
+    for accumulate in (1, 2)
+]
 
 
 def batch(number, rows=8):
@@ -92,20 +98,16 @@ def assert_same(ours, theirs):
 
 
 class TestEqualsEager:
-    @pytest.mark.parametrize("accumulate", [1, 2])
-    @pytest.mark.parametrize("loss_fn", LOSSES)
-    def test_batches_with_different_branches(self, loss_fn, accumulate):
+    @pytest.mark.parametrize(("loss_fn", "accumulate", "donate"), EACH_PAIR)
+    def test_batches_with_different_branches(self, loss_fn, accumulate, donate):
         step = fx.train_step(loss_fn, TX, accumulate=accumulate)
-        compiled = fx.compile(step, backend="eager")
-        donating = fx.compile(step, backend="eager", donate=True)
-        plain, ours, donated = start(), start(), start()
+        compiled = fx.compile(step, backend="eager", donate=donate)
+        plain, ours = start(), start()
         for number in range(4):
             plain, expected = step(plain, batch(number))
             ours, output = quietly(compiled, ours, batch(number))
-            donated, _ = quietly(donating, donated, batch(number))
             assert_same(output.metrics, expected.metrics)
         assert_same(ours, plain)
-        assert_same(donated, plain)
 
     def test_uncompilable_forward_pass_runs_uncompiled(self, monkeypatch):
         def refusing(function, **_):
@@ -217,16 +219,15 @@ class TestEqualsEager:
 
     @pytest.mark.slow
     def test_inductor_backend(self):
-        step = fx.train_step(by_item, TX)
-        compiled, donating = fx.compile(step), fx.compile(step, donate=True)
-        plain, ours, donated = start(), start(), start()
+        tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
+        step = fx.train_step(by_item, tx)
+        compiled = fx.compile(step, donate=True)
+        plain, ours = start(tx), start(tx)
         for number in range(4):
             plain, _ = step(plain, batch(number))
             ours, _ = quietly(compiled, ours, batch(number))
-            donated, _ = quietly(donating, donated, batch(number))
-        assert compiled.route == donating.route == "inductor, regions"
+        assert compiled.route == "inductor, regions"
         assert_same(ours, plain)
-        assert_same(donated, plain)
 
 
 class TestGarbage:
@@ -277,8 +278,9 @@ class TestWarning:
         logger = logging.getLogger("torch._dynamo")  # its records do not propagate to the logger of torch
         logger.addHandler(handler)
         try:
-            for rows in range(2, 12):  # more sizes than Dynamo's limit of recompilations
-                quietly(step, start(), batch(0, rows))
+            with torch._dynamo.config.patch(recompile_limit=2):
+                for rows in range(2, 6):  # more sizes than Dynamo's limit of recompilations
+                    quietly(step, start(), batch(0, rows))
         finally:
             logger.removeHandler(handler)
         assert records == []
@@ -381,13 +383,14 @@ class TestRecordedRoute:
 
     def test_checkpoint_names_the_route_of_the_first_call(self, tmp_path):
         step = fx.train_step(branching, TX)
-        quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
+        first = fx.compile(step, backend="eager")
+        quietly(self.run, tmp_path, first, 2)
         assert fx.checkpointer(tmp_path).read(start()).environment["compiled by"] == "eager, regions"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             resumed = self.run(tmp_path, fx.compile(step, backend="eager"), 4, resume=True)
         assert not [warning for warning in caught if "compiled by" in str(warning.message)]
-        whole = quietly(self.run, tmp_path / "whole", fx.compile(step, backend="eager"), 4)
+        whole = quietly(self.run, tmp_path / "whole", first, 4)
         testing.assert_equal(resumed.state, whole.state, "resumed on the same route")
 
     def test_resume_on_another_route_warns(self, tmp_path):
@@ -431,7 +434,7 @@ class TestUserErrors:
             compiled(plain, batch(0))
 
     @pytest.mark.parametrize("donate", [False, True])
-    def test_error_in_a_later_batch_names_the_line(self, donate):
+    def test_error_in_a_later_batch_names_the_line_and_leaves_saved_tensor_hooks_enabled(self, donate):
         def loss_fn(model, batch):
             return F.cross_entropy(model(batch["x"]), batch["y"])
 
@@ -440,15 +443,6 @@ class TestUserErrors:
         with pytest.raises(IndexError, match="Target 50 is out of bounds") as caught:
             step(state, {**batch(0), "y": torch.full((8,), 50)})
         assert "return F.cross_entropy(model" in "".join(str(line.statement) for line in caught.traceback)
-
-    def test_error_leaves_saved_tensor_hooks_enabled(self):
-        def loss_fn(model, batch):
-            return F.cross_entropy(model(batch["x"]), batch["y"])
-
-        step = fx.compile(fx.train_step(loss_fn, TX), backend="eager")
-        state, _ = step(fx.init(torch.nn.Linear(4, 3), TX), batch(0))
-        with pytest.raises(IndexError):
-            step(state, {**batch(0), "y": torch.full((8,), 50)})
         x = torch.ones(2, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved * 2, lambda saved: saved):
             y = x * x
