@@ -13,11 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing, tree
+from fxtrain._torch_internals.kernels import shared_libraries
 from fxtrain.compiler.lowering._modes import CudaGraphReplay
 from fxtrain.compiler.passes import _matmuls as matmul
 from fxtrain.compiler.passes._scalars import hoist_scalars
-
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +39,13 @@ def close(got, wanted):
     torch.testing.assert_close(tree.leaves(got), tree.leaves(wanted), rtol=1e-4, atol=1e-5)
 
 
-def everything():
-    """Returns a state and a step with accumulation, traced callbacks, metrics and a momentum optimizer.
+def small():
+    """Returns the kinds of layers of ``problem`` with fewer tensors, because each takes time to trace."""
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 1))
 
-    An adaptive optimizer would amplify the gradient of a bias before batch norm, which is only rounding noise.
-    """
+
+def everything():
+    """Returns a state and a step with accumulation, traced callbacks, metrics and a momentum optimizer."""
 
     def watch(state, event: fx.Microbatch | fx.Gradients | fx.Updated, memory):
         control = fx.Control(log={f"loss at {type(event).__name__}": event.loss})
@@ -60,14 +61,27 @@ def everything():
     rate = fx.schedules.cosine(1e-1, 100)
     tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.sgd(rate, momentum=0.9))
     step = fx.train_step(problem.loss_fn, tx, accumulate=2, callbacks=callbacks)
-    return fx.attach(fx.init(problem.module(), tx), step), step
+    return fx.attach(fx.init(small(), tx), step), step
+
+
+def compare_backends(graph, inputs):
+    """A backend of ``torch.compile`` that compares Inductor with the traced operations, from one trace."""
+    with shared_libraries():
+        compiled = torch._inductor.compile(graph, inputs)
+
+    def run(*given):
+        found = compiled(*given)
+        torch.testing.assert_close(found, graph(*given), rtol=1e-4, atol=1e-5)
+        return found
+
+    return run
 
 
 class TestEqualsEager:
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_torch_compiles_step_as_full_graph(self, backend):
+    @pytest.mark.slow
+    def test_torch_compiles_step_as_full_graph(self):
         state, step = everything()
-        compiled = torch.compile(step, fullgraph=True, backend=backend)
+        compiled = torch.compile(step, fullgraph=True, backend=compare_backends)
         wanted = state
         for batch in problem.data():
             (state, output), (wanted, expected) = compiled(state, batch), step(wanted, batch)
@@ -88,7 +102,7 @@ class TestEqualsEager:
             new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, buffers=found.buffers)
             return new, fx.StepOutput({**found.metrics, **fx.optim.learning_rates(tx, state)})
 
-        state, batch = fx.init(problem.module(), tx), problem.data()[0]
+        state, batch = fx.init(small(), tx), problem.data()[0]
         wanted = fx.train_step(problem.loss_fn, tx)(state, batch)
         raw = torch.compile(by_hand, fullgraph=True, backend="aot_eager")(state, batch)
         close(raw[0].params, wanted[0].params)
@@ -105,7 +119,7 @@ class TestEqualsEager:
         first, second = nn.Linear(4, 4), nn.Linear(4, 4)
         second.weight = first.weight
         second.bias.requires_grad_(False)
-        tx = fx.optim.adamw(1e-2)
+        tx = fx.optim.sgd(1e-2, momentum=0.9)
         state = fx.init({"a": first, "b": second, "scale": torch.tensor(2.0)}, tx)
 
         def loss_fn(model, batch):
@@ -114,15 +128,17 @@ class TestEqualsEager:
         step, batch = fx.train_step(loss_fn, tx), problem.data()[0]
         close(fx.compile(step, backend="eager")(state, batch), step(state, batch))
 
-    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-    def test_vmapped_runs(self, backend):
+    @pytest.mark.slow
+    def test_vmapped_runs(self):
         state, step = everything()
         states = tree.map(
             lambda *leaves: torch.stack(leaves), *[state.replace(seed=state.seed + index) for index in range(3)]
         )
         batch = problem.data()[0]
         wanted = torch.vmap(step, (0, None))(states, batch)
-        batched = torch.compile(lambda s, b: torch.vmap(step, (0, None))(s, b), fullgraph=True, backend=backend)
+        batched = torch.compile(
+            lambda s, b: torch.vmap(step, (0, None))(s, b), fullgraph=True, backend=compare_backends
+        )
         close(batched(states, batch), wanted)
         for index in range(3):
             alone, _ = step(state.replace(seed=state.seed + index), batch)
@@ -180,7 +196,7 @@ class TestOneGraph:
         inside = fx.stateful("inside", lambda state: torch.zeros(977), keeps)
         counter = counting()
         step = fx.compile(fx.train_step(problem.loss_fn, fx.optim.sgd(0.1), callbacks=inside), backend=counter)
-        state = fx.attach(fx.init(problem.module(), fx.optim.sgd(0.1)), step)
+        state = fx.attach(fx.init(small(), fx.optim.sgd(0.1)), step)
         state = state.with_slot("outside", torch.zeros(983))
         outside = state.slots["outside"]
         state, _ = step(state, problem.data()[0])
@@ -193,21 +209,21 @@ class TestOneGraph:
         counter = counting()
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         step = fx.compile(fx.train_step(problem.loss_fn, tx), backend=counter)
-        state, sizes = fx.init(problem.module(), tx), []
+        state, sizes = fx.init(small(), tx), []
         for rate in (1.0, 0.1, 0.0):
             state = state.replace(opt_state=fx.optim.set_hyperparams(state.opt_state, learning_rate=rate))
             new, _ = step(state, problem.data()[0])
-            sizes.append(float((new.params["4.weight"] - state.params["4.weight"]).norm()) / rate if rate else 0.0)
+            sizes.append(float((new.params["2.weight"] - state.params["2.weight"]).norm()) / rate if rate else 0.0)
         assert counter.frame_count == 1
         assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
         assert sizes[0] > sizes[2]
 
-    @pytest.mark.parametrize(("dynamic", "graphs"), [(False, 3), (True, 1)])
+    @pytest.mark.parametrize(("dynamic", "graphs"), [(False, 2), (True, 1)])
     def test_new_size_recompiles_unless_dynamic(self, dynamic, graphs):
         counter, tx = counting(), fx.optim.sgd(0.1)
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         state, compiled = fx.init(nn.Linear(2, 1), tx), fx.compile(step, backend=counter, dynamic=dynamic)
-        for size in (8, 6, 4, 8):
+        for size in (8, 6, 8):
             close(compiled(state, torch.ones(size, 2)), step(state, torch.ones(size, 2)))
         assert counter.frame_count == graphs
 
@@ -216,9 +232,10 @@ class TestOneGraph:
             return lambda state, batch: (state, fx.StepOutput({"sum": factor * batch.sum()}))
 
         state = fx.init(torch.tensor(1.0))
-        for factor in range(torch._dynamo.config.recompile_limit + 2):
-            _, output = fx.compile(scaled(factor), backend="eager")(state, torch.ones(2))
-            assert float(output.metrics["sum"]) == 2.0 * factor
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for factor in range(4):
+                _, output = fx.compile(scaled(factor), backend="eager")(state, torch.ones(2))
+                assert float(output.metrics["sum"]) == 2.0 * factor
 
 
 class TestErrors:
@@ -368,16 +385,19 @@ class TestMatmuls:
         assert operations(graph) == {"aten.addmm.default"}
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("mode", [None, "ahead-of-time"])
-    def test_step_with_onednn_equals_eager(self, mode):
+    def test_step_with_onednn_equals_eager(self):
         tx = fx.optim.sgd(0.1)
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         module = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
         state, batch = fx.init(module, tx), torch.randn(256, 128)
         expected, output = step(state, batch)
-        found, compiled = fx.compile(step, mode=mode)(state, batch)
-        torch.testing.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(compiled.metrics["loss"], output.metrics["loss"])
+        ahead = fx.compile(step, mode="ahead-of-time")
+        ends = [compiled(state, batch) for compiled in (fx.compile(step), ahead)]
+        for found, compiled in ends:
+            torch.testing.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(compiled.metrics["loss"], output.metrics["loss"])
+        assert all(map(torch.equal, *map(tree.leaves, ends)))
+        assert "ahead-of-time" in ahead.route
 
 
 class TestScalars:
@@ -457,26 +477,26 @@ class TestLayouts:
 
 
 @pytest.mark.slow
-class TestAheadOfTime:
-    @pytest.mark.parametrize("donate", [False, True])
-    def test_equals_default_mode_bitwise(self, donate):
-        step, batches = problem.step(), problem.data()
-        ahead, plain = fx.compile(step, mode="ahead-of-time", donate=donate), fx.compile(step)
-        first = second = problem.start()
-        first = first.copy()
-        for batch in batches:
-            first, found = ahead(first, batch)
-            second, expected = plain(second, batch)
-            assert float(found.metrics["loss"]) == float(expected.metrics["loss"])
-        assert all(map(torch.equal, tree.leaves(first), tree.leaves(second)))
-        assert "ahead-of-time" in ahead.route
+def test_ahead_of_time_package_equals_default_mode_bitwise_and_is_loaded_from_cache(monkeypatch, tmp_path):
+    """The step donates here. ``TestMatmuls`` has one that does not."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tx = fx.optim.sgd(fx.schedules.cosine(1e-1, 100), momentum=0.9)
+    step, batches = fx.train_step(problem.loss_fn, tx), problem.data()
+    start = fx.init(small(), tx)
 
-    def test_built_package_is_loaded_from_cache(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        step, state, batch = problem.step(), problem.start(), problem.data()[0]
-        expected, _ = fx.compile(step, mode="ahead-of-time")(state, batch)
-        (built,) = tmp_path.rglob("*.pt2")
+    def run(compiled):
+        state, losses = start.copy(), []
+        for batch in batches:
+            state, output = compiled(state, batch)
+            losses.append(float(output.metrics["loss"]))
+        return tree.leaves(state), losses
+
+    expected, losses = run(fx.compile(step))
+    for _ in range(2):
+        ahead = fx.compile(step, mode="ahead-of-time", donate=True)
+        found, found_losses = run(ahead)
+        assert found_losses == losses
+        assert all(map(torch.equal, found, expected))
+        assert "ahead-of-time" in ahead.route
+        assert len(list(tmp_path.rglob("*.pt2"))) == 1
         monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", None)
-        found, _ = fx.compile(step, mode="ahead-of-time")(state, batch)
-        assert all(map(torch.equal, tree.leaves(found), tree.leaves(expected)))
-        assert list(tmp_path.rglob("*.pt2")) == [built]
