@@ -185,13 +185,14 @@ def gradients(
                 "expected a trainable parameter, got none. Make a floating or complex parameter require gradients."
             )
         model.refuse_hooks()
-        reached = model.checked_functions(("reached", wrt))
-        is_first = not torch.compiler.is_dynamo_compiling() and reached.samples_on_host(loss_fn) is None
+        # Dynamo would guard what it reads here, and compile again once it has changed.
+        reached = None if torch.compiler.is_dynamo_compiling() else model.checked_functions(("reached", wrt))
+        is_first = reached is not None and reached.samples_on_host(loss_fn) is None
         with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
             grads, used, (metrics, buffers, written, weights, extra) = differentiation(objective, trainable)
             if is_first and not any(tree.leaves(used)):
                 raise missing_gradient(loss_fn, wrt, functools.partial(rerun, objective, trainable))
-        if is_first:
+        if reached is not None and is_first:
             reached.add(loss_fn)
         if tree.leaves(written):
             _record_replaced(model, state.params, written)
