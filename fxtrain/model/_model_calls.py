@@ -210,7 +210,7 @@ class ModelCalls(ParameterTrees):
             self._written |= writes.written
             frozen = flat_params.keys() - self._trained if examine else self._written
             replaced = {name: value for name in frozen if (value := template.parameter(name)) is not tensors[name]}
-            self._written |= replaced.keys()
+            self._written |= frozenset(replaced)
             tensors |= replaced
             # Read before the template is restored, because a module may assign a new buffer.
             after = template.buffers()
