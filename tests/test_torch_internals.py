@@ -638,3 +638,13 @@ def kernels_are_compiled_by_two_methods():
     libraries = internals.kernels.LIBRARIES.get()
     assert next(iter(inspect.signature(libraries.load_async).parameters)) == "main_code"
     assert "submit_fn" in inspect.signature(libraries.load_async).parameters
+
+
+@canary("torch._inductor.graph.GraphLowering")
+def lowering_drops_dead_values():
+    with internals.dead_values.dead_values_skipped():
+        graph = internals.dead_values.GRAPH.get()
+    assert list(inspect.signature(graph.mark_buffer_mutated.__wrapped__).parameters) == ["self", "name"]
+    lowering = graph(recorded(torch.sin, torch.ones(1)))
+    assert lowering.garbage_collect_values
+    assert (lowering.env, lowering.name_to_users) == ({}, {})

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxtrain._torch_internals.dead_values import dead_values_skipped
 from fxtrain._torch_internals.interface import Feature, Interface
 from fxtrain._torch_internals.kernels import shared_libraries
 
@@ -52,7 +53,7 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], optio
         examples: Fake tensors, one for each input.
         options: Settings of Inductor by name.
     """
-    with shared_libraries():
+    with shared_libraries(), dead_values_skipped():
         return COMPILE.get()(graph, examples, options=dict(options))
 
 
