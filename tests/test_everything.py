@@ -27,6 +27,7 @@ def callbacks():
         cb.epoch_mean("loss", "mae"),
         cb.grad_norms(layer="*"),
         cb.grad_flow(every=2),
+        cb.grad_profile(every=2),
         cb.weight_stats(),
         cb.update_ratios(worst=2),
         *[cb.histograms(of, every=3, sample=8) for of in ("grads", "weights", "updates")],
