@@ -39,7 +39,7 @@ FIRST_STEP = (
     "(`fxtrain/_torch_internals/dead_values.py`). The loop by hand with the model compiled took 22 and 29 s. With a "
     "warm cache, they took 9.2, 9.4 and 9.1 s. Inductor schedules 559 nodes instead of 1,461, and generates the same "
     "kernels. (torch 2.13.0+cpu, one torch thread, AMD EPYC of family 23; single runs, one after another, and two of "
-    "the new version; 2026-11-25.)\n\n"
+    "the new version, which had one more change that only the compilers see; 2026-11-25.)\n\n"
     "Regional compilation (`nested_compile_region`) would share the work of layers. torch 2.13 fails on it "
     'inside `torch.func.grad` ("Expected FakeTensor"), and `make_fx` does not mark the regions, so it cannot be used '
     "for a single graph of forward, backward and update."
