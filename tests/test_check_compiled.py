@@ -220,6 +220,20 @@ class TestWrongResults:
         with pytest.raises(fx.MiscompiledError):
             taken(step, fx.init(Classifier(), tx))
 
+    def test_noise_of_a_value_that_was_zero_explains_nothing_at_the_second_call(self, compiled_by):
+        extra = [1e-7]
+
+        def change(node, result):
+            return result + extra[0] if "aten.sub" in str(node.target) else result
+
+        compiled_by(Compiler, change)
+        step = checked(fx.eval_step(lambda model, batch: {"zero": (batch * 0.1 * 10 - batch).sum()}))
+        state = fx.init(nn.ReLU())
+        step(state, torch.ones(4))
+        extra[0] = 5.0
+        with pytest.raises(fx.MiscompiledError, match=r"second call .*output\.metrics\['zero'\]"):
+            step(state, torch.ones(4))
+
     def test_integers_must_be_equal(self, compiled_by):
         compiled_by(Compiler, lambda node, result: result + 1 if "sum" in str(node.target) else result)
         step = checked(fx.eval_step(lambda model, batch: {"count": (batch > 0).sum()}))

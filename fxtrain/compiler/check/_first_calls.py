@@ -224,8 +224,10 @@ class CheckedRun:
                 difference = unexplained(leaf.old, leaf.expected, leaf.found, spread)
                 if difference is not None:
                     left.append(_Unexplained(leaf, difference, spread))
-                elif spread is not None:
-                    self._noise[leaf.index] = spread / change_size(leaf.old, leaf.expected)
+                elif spread is not None and spread.isfinite().all():
+                    size = change_size(leaf.old, leaf.expected)
+                    if size > 0:
+                        self._noise[leaf.index] = spread / size
             suspects = [leaf for leaf, *_ in left]
             if not left:
                 break
