@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from fxtrain._torch_internals.interface import Interface
+from fxtrain._torch_internals.replaced_methods import ReplacedMethods
 
 GRAPH = Interface("torch._inductor.graph.GraphLowering", "in-place writes that do not keep dead values")
-
-_active = threading.local()
-_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -27,28 +24,14 @@ def dead_values_skipped() -> Generator[None]:
 
     The kernels are the same as outside of this context.
     """
-    if GRAPH.exists:
-        _install()
-    depth = getattr(_active, "depth", 0)
-    _active.depth = depth + 1
-    try:
+    with _METHODS.active():
         yield
-    finally:
-        _active.depth = depth
-
-
-def _install() -> None:
-    """Replaces a method of Inductor by one that does the same outside of ``dead_values_skipped()``."""
-    graph = GRAPH.get()
-    with _lock:
-        if not hasattr(graph.mark_buffer_mutated, "__wrapped__"):
-            graph.mark_buffer_mutated = _of_live_values(graph.mark_buffer_mutated)
 
 
 def _of_live_values(mark: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(mark)
     def mark_buffer_mutated(self: Any, name: str) -> None:
-        if getattr(_active, "depth", 0) and name in self.name_to_users:
+        if _METHODS.are_active and name in self.name_to_users:
             # The interpreter of the graph drops each value after the last node that reads it.
             live = set(map(id, _flat(self.env.values())))
             self.name_to_users[name] = [user for user in self.name_to_users[name] if id(user) in live]
@@ -64,3 +47,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield from _flat(value)
         else:
             yield value
+
+
+_METHODS = ReplacedMethods(GRAPH, {"mark_buffer_mutated": _of_live_values})

@@ -11,11 +11,11 @@ import contextlib
 import functools
 import logging
 import re
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fxtrain._torch_internals.interface import Interface
+from fxtrain._torch_internals.replaced_methods import ReplacedMethods
 
 COMPILER = Interface("torch._inductor.async_compile.AsyncCompile", "one library for all kernels of a graph")
 THREADS = Interface("torch._inductor.async_compile.get_compile_threads", "one library for all kernels of a graph")
@@ -112,40 +112,21 @@ class Kernel(NamedTuple):
         return len(_ENTRY.findall(self.source)) != 1 or _DIRECTIVE.search(self.source) is not None
 
 
-_active = threading.local()
-_lock = threading.Lock()
-
-
 @contextlib.contextmanager
 def shared_libraries() -> Generator[None]:
     """A context in which Inductor compiles the kernels of each graph together, in this thread.
 
     Without the interfaces that this needs, Inductor compiles each kernel alone, as outside of this context.
     """
-    if COMPILER.exists and THREADS.exists and LIBRARIES.exists:
-        _install()
-    depth = getattr(_active, "depth", 0)
-    _active.depth = depth + 1
-    try:
+    with _METHODS.active():
         yield
-    finally:
-        _active.depth = depth
-
-
-def _install() -> None:
-    """Replaces two methods of Inductor by ones that do the same outside of ``shared_libraries()``."""
-    compiler = COMPILER.get()
-    with _lock:
-        if not hasattr(compiler.cpp_pybinding, "__wrapped__"):
-            compiler.cpp_pybinding = _collecting(compiler.cpp_pybinding)
-            compiler.wait = _building(compiler.wait)
 
 
 def _collecting(compile_alone: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compile_alone)
     def cpp_pybinding(self: Any, argtypes: Sequence[str], source_code: str) -> Any:
         kernel = Kernel(argtypes, source_code)
-        if not getattr(_active, "depth", 0) or kernel.is_alone:
+        if not _METHODS.are_active or kernel.is_alone:
             return compile_alone(self, argtypes, source_code)
         return kernel
 
@@ -166,6 +147,9 @@ def _building(wait: Callable[..., None]) -> Callable[..., None]:
         wait(self, scope)
 
     return wait_for_all
+
+
+_METHODS = ReplacedMethods(COMPILER, {"cpp_pybinding": _collecting, "wait": _building}, THREADS, LIBRARIES)
 
 
 def build(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None) -> list[Callable[..., None]]:
