@@ -22,8 +22,9 @@ SEED = 5
 DROPOUT = 0.2
 EXACT = 1e-9  # uncompiled against a plain loop, float64
 CLOSE = 1e-4  # compiled against uncompiled, float32
-# Adam divides by the size of a gradient. A large eps keeps rounding errors of zero gradients from becoming full steps.
-ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+# Adam divides by the size of a gradient, so the rounding errors of gradients that are zero, such as those of biases of
+# attention keys, grow to 1e-7 / eps of a step, which has to stay below CLOSE.
+ADAM = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1}
 
 
 class CheckError(AssertionError):
