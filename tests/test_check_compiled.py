@@ -1,6 +1,5 @@
 """Compiled steps are checked against their uncompiled selves: wrong results are refused, and rounding passes."""
 
-import functools
 import importlib
 import logging
 import random
@@ -23,8 +22,6 @@ X = torch.linspace(-2, 2, 96).reshape(16, 6).sin()
 Y = torch.arange(16) % 3
 BATCH = {"x": X, "y": Y}
 SETTINGS = {"scale": 1.0}
-
-checked = functools.partial(fx.compile, check=True)
 
 
 class Compiler(torch.fx.Interpreter):
@@ -150,7 +147,7 @@ class TestWrongResults:
 
         compiled_by(Compiler, change)
         tx = fx.optim.adamw(1e-3)
-        step = checked(fx.train_step(cross_entropy, tx), donate=donate)
+        step = fx.compile(fx.train_step(cross_entropy, tx), donate=donate)
         with pytest.raises(fx.MiscompiledError, match=r"first call .*(state|output)\.[\s\S]*check=False"):
             taken(step, fx.init(Classifier(), tx))
 
@@ -165,7 +162,7 @@ class TestWrongResults:
 
         compiled_by(Losing)
         tx = fx.optim.sgd(3e-5)  # updates of about 20 rounding errors of a weight
-        step = checked(fx.train_step(cross_entropy, tx), donate=True)
+        step = fx.compile(fx.train_step(cross_entropy, tx), donate=True)
         with pytest.raises(fx.MiscompiledError):
             taken(step, fx.init(Classifier(), tx))
 
@@ -174,27 +171,27 @@ class TestWrongResults:
         compiled_by(Compiler, lambda node, result: result)
         step = fx.train_step(lambda model, batch: (model["w"] * batch).sum(), tx)
         state = fx.init({"w": torch.ones(4)}, tx)
-        taken(checked(step), state, torch.ones(4))
+        taken(fx.compile(step), state, torch.ones(4))
         last = scaled("mul", 1.3, -1)
         compiled_by(Compiler, last)
         with pytest.raises(fx.MiscompiledError, match=r"state\.params\['w'\]"):
-            taken(checked(step), state, torch.ones(4))
+            taken(fx.compile(step), state, torch.ones(4))
 
     def test_step_can_be_left_unchecked(self, compiled_by):
         compiled_by(Compiler, scaled("tanh"))
         tx = fx.optim.sgd(0.1)
-        taken(checked(fx.train_step(cross_entropy, tx), check=False), fx.init(Classifier(), tx))
+        taken(fx.compile(fx.train_step(cross_entropy, tx), check=False), fx.init(Classifier(), tx))
 
     def test_evaluation_is_checked(self, compiled_by):
         compiled_by(Compiler, scaled("tanh", 1.01))
-        step = checked(fx.eval_step(cross_entropy))
+        step = fx.compile(fx.eval_step(cross_entropy))
         with pytest.raises(fx.MiscompiledError, match=r"output\.metrics\['loss'\]"):
             step(fx.init(Classifier()), BATCH)
 
     def test_several_steps_per_call_are_checked(self, compiled_by):
         compiled_by(Compiler, scaled("tanh", occurrence=1))
         tx = fx.optim.sgd(0.1)
-        step = checked(fx.train_step(cross_entropy, tx), steps_per_call=2)
+        step = fx.compile(fx.train_step(cross_entropy, tx), steps_per_call=2)
         with pytest.raises(fx.MiscompiledError, match="2 of"):
             step.multi_step(fx.init(Classifier(), tx), [BATCH, BATCH])
 
@@ -203,7 +200,7 @@ class TestWrongResults:
             return result * 1.01 if "tanh" in str(node.target) and len(result) == 9 else result
 
         compiled_by(Compiler, change)
-        step = checked(fx.eval_step(cross_entropy), dynamic=True)
+        step = fx.compile(fx.eval_step(cross_entropy), dynamic=True)
         state = fx.init(Classifier())
         for size in (16, 12, 16, 10):
             step(state, {"x": X[:size], "y": Y[:size]})
@@ -216,7 +213,7 @@ class TestWrongResults:
             return lambda *args: [each * 1.01 if each.is_floating_point() else each for each in graph(*args)]
 
         tx = fx.optim.sgd(0.1)
-        step = checked(fx.train_step(cross_entropy, tx), backend=backend)
+        step = fx.compile(fx.train_step(cross_entropy, tx), backend=backend)
         with pytest.raises(fx.MiscompiledError):
             taken(step, fx.init(Classifier(), tx))
 
@@ -227,7 +224,7 @@ class TestWrongResults:
             return result + extra[0] if "aten.sub" in str(node.target) else result
 
         compiled_by(Compiler, change)
-        step = checked(fx.eval_step(lambda model, batch: {"zero": (batch * 0.1 * 10 - batch).sum()}))
+        step = fx.compile(fx.eval_step(lambda model, batch: {"zero": (batch * 0.1 * 10 - batch).sum()}))
         state = fx.init(nn.ReLU())
         step(state, torch.ones(4))
         extra[0] = 5.0
@@ -236,7 +233,7 @@ class TestWrongResults:
 
     def test_integers_must_be_equal(self, compiled_by):
         compiled_by(Compiler, lambda node, result: result + 1 if "sum" in str(node.target) else result)
-        step = checked(fx.eval_step(lambda model, batch: {"count": (batch > 0).sum()}))
+        step = fx.compile(fx.eval_step(lambda model, batch: {"count": (batch > 0).sum()}))
         with pytest.raises(fx.MiscompiledError, match=r"got another at output\.metrics"):
             step(fx.init(nn.ReLU()), X)
 
@@ -245,7 +242,7 @@ class TestFrozenValues:
     def test_global_that_changes_is_found_at_second_call(self, compiled_by, monkeypatch):
         compiled_by(Compiler)
         tx = fx.optim.sgd(0.1)
-        step = checked(fx.train_step(squares, tx))
+        step = fx.compile(fx.train_step(squares, tx))
         state, _ = step(fx.init(Classifier(), tx), BATCH)
         monkeypatch.setitem(SETTINGS, "scale", 2.0)
         with pytest.raises(fx.MiscompiledError, match=r"second call .*A value was frozen when the step was compiled"):
@@ -259,7 +256,7 @@ class TestFrozenValues:
 
         compiled_by(Compiler)
         with pytest.raises((fx.MiscompiledError, RuntimeError), match="frozen when the step was compiled"):
-            checked(noisy)(fx.init(torch.tensor(1.0)), X)
+            fx.compile(noisy)(fx.init(torch.tensor(1.0)), X)
 
 
 class TestWithoutTraces:
@@ -269,7 +266,7 @@ class TestWithoutTraces:
         states = []
         for check in (False, True):
             torch.manual_seed(1), random.seed(1), np.random.seed(1)
-            taken(checked(fx.train_step(cross_entropy, tx), check=check), fx.init(Classifier(), tx, seed=3))
+            taken(fx.compile(fx.train_step(cross_entropy, tx), check=check), fx.init(Classifier(), tx, seed=3))
             states.append((torch.rand(3).tolist(), random.random(), np.random.random()))
         assert states[0] == states[1]
 
@@ -278,7 +275,7 @@ class TestWithoutTraces:
         compiled_by(Noisy)
         tx = fx.optim.adam(1e-3)
         step, state = fx.train_step(cross_entropy, tx), fx.init(Classifier(), tx)
-        states = [taken(checked(step, check=check, donate=donate), state.copy()) for check in (False, True)]
+        states = [taken(fx.compile(step, check=check, donate=donate), state.copy()) for check in (False, True)]
         for one, two in zip(*map(fx.tree.leaves, states), strict=True):
             assert torch.equal(one, two)
 
@@ -291,7 +288,7 @@ class TestWithoutTraces:
             calls.append(1)
             return state.replace(params=state.params * 0.5), fx.StepOutput({"first": batch[0, 0]})
 
-        step, state, counts = checked(counted), fx.init(torch.tensor(1.0)), []
+        step, state, counts = fx.compile(counted), fx.init(torch.tensor(1.0)), []
         for _ in range(5):
             state, _ = step(state, X)
             counts.append(len(calls))
@@ -308,7 +305,7 @@ class TestWithoutTraces:
                 file.read()
             return state.replace(params=state.params * 0.5), fx.StepOutput({"mean": batch.mean()})
 
-        step, state = checked(by_value), fx.init(torch.tensor(1.0))
+        step, state = fx.compile(by_value), fx.init(torch.tensor(1.0))
         with pytest.warns(UserWarning, match="cannot be traced"):
             state, _ = step(state, X)
         before = len(calls)
@@ -320,7 +317,7 @@ class TestWithoutTraces:
         monkeypatch.setattr(obstacles, "_available_bytes", lambda device: 100)
         compiled_by(Compiler, scaled("tanh"))
         tx = fx.optim.sgd(0.1)
-        taken(checked(fx.train_step(cross_entropy, tx)), fx.init(Classifier(), tx))
+        taken(fx.compile(fx.train_step(cross_entropy, tx)), fx.init(Classifier(), tx))
         said = [each.getMessage() for each in caplog.records if "not checked" in each.getMessage()]
         assert len(said) == 1
         assert re.search(r"GB on cpu, of which .* are free", said[0])
@@ -330,7 +327,7 @@ class TestWithoutTraces:
         monkeypatch.setattr(obstacles, "_processes", lambda: 2)
         compiled_by(Compiler, scaled("tanh"))
         tx = fx.optim.sgd(0.1)
-        taken(checked(fx.train_step(cross_entropy, tx)), fx.init(Classifier(), tx))
+        taken(fx.compile(fx.train_step(cross_entropy, tx)), fx.init(Classifier(), tx))
         assert "not checked against the uncompiled step: torch.distributed runs several processes" in caplog.text
 
 
@@ -345,19 +342,19 @@ class TestMark:
     def test_graph_that_has_passed_is_not_checked_again(self, checks, tmp_path):
         tx = fx.optim.sgd(0.1)
         step = fx.train_step(squares, tx)
-        for compiled, count in ((checked(step), 2), (checked(step), 2)):
+        for compiled, count in ((fx.compile(step), 2), (fx.compile(step), 2)):
             taken(compiled, fx.init(nn.Linear(6, 2), tx))
             assert checks() == count
         (mark,) = tmp_path.glob("fxtrain/*.checked")
         mark.unlink()
-        taken(checked(step), fx.init(nn.Linear(6, 2), tx))
+        taken(fx.compile(step), fx.init(nn.Linear(6, 2), tx))
         assert checks() == 4
 
     @pytest.mark.parametrize("reason", ["refused", "obstacle"])
     def test_graph_that_has_not_passed_is_checked_again(self, checks, tmp_path, monkeypatch, reason):
         tx = fx.optim.sgd(0.1)
         step = fx.train_step(squares, tx)
-        compiled = checked(step)
+        compiled = fx.compile(step)
         state, _ = compiled(fx.init(nn.Linear(6, 2), tx), BATCH)
         if reason == "refused":
             monkeypatch.setitem(SETTINGS, "scale", 2.0)
@@ -413,7 +410,7 @@ def test_rounding_is_no_false_alarm(compiled_by, name):
     for seed in range(2):
         torch.manual_seed(seed)
         tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-3))
-        step = checked(fx.train_step(loss_fn, tx), donate=seed == 1)
+        step = fx.compile(fx.train_step(loss_fn, tx), donate=seed == 1)
         taken(step, fx.init(module(), tx, seed=seed), steps=2)
 
 
@@ -432,4 +429,4 @@ def test_rounding_errors_of_statistics_are_no_false_alarm(compiled_by, loss, act
     torch.manual_seed(0)
     tx = fx.optim.adam(1e-3)
     state = fx.init(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), activation()), tx)
-    taken(checked(fx.train_step(LOSSES[loss], tx)), state, batch, steps=2)
+    taken(fx.compile(fx.train_step(LOSSES[loss], tx)), state, batch, steps=2)

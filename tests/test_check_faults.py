@@ -96,7 +96,7 @@ def taken(step, state, steps=2):
 @pytest.mark.parametrize("fault", [*MODEL_FAULTS, "label smoothing", "count of correct answers"])
 def test_fault_in_the_loss_is_found(fault):
     tx = fx.optim.sgd(1e-3, momentum=0.9)
-    step = fx.compile(fx.train_step(loss_of(fault), tx), check=True)
+    step = fx.compile(fx.train_step(loss_of(fault), tx))
     with pytest.raises(fx.MiscompiledError):
         step(fx.init(Model(fault), tx), BATCH)
 
@@ -115,14 +115,14 @@ OPTIMIZER_FAULTS = {
 def test_fault_in_the_optimizer_is_found(fault):
     make = OPTIMIZER_FAULTS[fault]
     tx = fx.optim.GradientTransformation(make().init, lambda *args, **options: make().update(*args, **options))
-    step = fx.compile(fx.train_step(loss_of(None), tx), check=True)
+    step = fx.compile(fx.train_step(loss_of(None), tx))
     with pytest.raises(fx.MiscompiledError):
         taken(step, fx.init(Model(None), tx))
 
 
 def test_step_without_fault_passes():
     tx = fx.optim.adamw(1e-3)
-    taken(fx.compile(fx.train_step(loss_of(None), tx), check=True), fx.init(Model(None), tx))
+    taken(fx.compile(fx.train_step(loss_of(None), tx)), fx.init(Model(None), tx))
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -134,7 +134,7 @@ def test_donated_state_survives_a_mismatch(steps):
 
     tx = fx.optim.adam(1e-3)
     uncompiled = fx.train_step(loss_fn, tx)
-    step = fx.compile(uncompiled, check=True, donate=True)
+    step = fx.compile(uncompiled, donate=True)
     state, _ = taken(step, fx.init(nn.Linear(6, 3), tx), steps) if steps else (fx.init(nn.Linear(6, 3), tx), None)
     scale[0], copy = 1.5, state.copy()
     with pytest.raises(fx.MiscompiledError):

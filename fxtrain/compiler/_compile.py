@@ -35,7 +35,7 @@ def compile(  # noqa: A001
     on_recompile: OnRecompile = "warn",
     background: bool = False,
     memory: Memory = "save",
-    check: bool = False,
+    check: bool = True,
     artefacts: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
@@ -62,16 +62,16 @@ def compile(  # noqa: A001
     that a later process starts in a few seconds. ``artefacts`` takes it to other machines. The logger
     ``fxtrain.compiler`` reports at level INFO what is compiled or loaded and how long it took.
 
-    With ``check=True``, the first two calls of each graph are checked against the uncompiled step, which runs once more
-    on the same state and batch. All leaves of the new state and of the output are compared. Where a tolerance is not
-    enough, the uncompiled step is repeated with noise in the last bits of each operation, and differences of that size
-    pass. The second call shows values that were frozen by the trace, such as a global that has changed. The check never
-    changes results or random generators, but the step's own Python code, such as ``print``, runs again. Steps that open
-    files, states that do not fit into memory several times, and steps in several processes are not checked, which the
-    logger reports. A check takes one uncompiled step. If differences need an explanation, as those of transformers do,
-    the first check takes two to eight more steps, each about five times as slow because of the noise. A graph that has
+    The first two calls of each graph are checked against the uncompiled step, which runs once more on the same state
+    and batch. All leaves of the new state and of the output are compared. Where a tolerance is not enough, the
+    uncompiled step is repeated with noise in the last bits of each operation, and differences of that size pass. The
+    second call shows values that were frozen by the trace, such as a global that has changed. The check never changes
+    results or random generators, but the step's own Python code, such as ``print``, runs again. Steps that open files,
+    states that do not fit into memory several times, and steps in several processes are not checked, which the logger
+    reports. A check takes one uncompiled step. If differences need an explanation, as those of transformers do, the
+    first check takes two to eight more steps, each about five times as slow because of the noise. A graph that has
     passed is marked in the folder of torch's compiled code, and is not checked again by later processes on this
-    machine.
+    machine. ``check=False`` leaves all this out.
 
     On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
     system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.
