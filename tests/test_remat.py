@@ -272,7 +272,8 @@ def peak(function):
 
 def peak_of(step, how=plain, layers=3):
     state, x = start(Residual, how, layers=layers, dropout=0.0), batch(4096)
-    step(state.copy(), x)
+    for _ in range(2):  # the calls that are checked
+        step(state.copy(), x)
     given = [state]
     return peak(lambda: step(given.pop(), x))
 

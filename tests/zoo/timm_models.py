@@ -68,7 +68,12 @@ def mobilenet_v3(models: Any, dropout: float) -> Any:
 
 def convnext(models: Any, dropout: float) -> Any:
     return models.convnext.ConvNeXt(
-        num_classes=CLASSES, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), patch_size=2, drop_path_rate=dropout
+        num_classes=CLASSES,
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 8, 8),
+        patch_size=2,
+        drop_path_rate=dropout,
+        ls_init_value=0.1,  # the default hides the blocks, and with them their dropout, for many steps
     )
 
 
