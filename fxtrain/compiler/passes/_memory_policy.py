@@ -69,7 +69,7 @@ def limit_memory(graph: Graph, memory: Memory) -> Outcome | None:
     if not passes:
         return None
     before = timeline.peak().nbytes
-    limit = before if memory in ("recompute", 1) else int(memory * before * _MARGIN)
+    limit = before if isinstance(memory, str) or memory == 1 else int(memory * before * _MARGIN)
     plans = [_plan(timeline, given, passes, segments) for segments in _SEGMENTS]
     plans = [plan for plan in plans if plan is not None]
     if not plans:
