@@ -29,10 +29,8 @@ ABOUT = (
     "include gradients and return to zero after the step."
 )
 REASON = (
-    "The limit holds for values of the forward pass, which the graph puts at 0.328 of those of `save`, and at 0.262 "
-    "with `recompute`. The measured peak also has gradients of activations and of parameters. `recompute` also keeps "
-    "what follows the last cut, which a loop by hand recomputes. How much each of these adds has not been measured "
-    "separately."
+    "Peaks are estimated from the graph before the compiler fuses its operations. They include neither workspaces of "
+    "operators nor gradients of parameters that wait for the update."
 )
 
 

@@ -1,6 +1,7 @@
 """Finders of the batch size and the learning rate: their results, and that the given state stays bitwise unchanged."""
 
 import gc
+import importlib
 import math
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import weakref
 import problem
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain.finders import find_batch_size, find_learning_rate
+
+trace = importlib.import_module("fxtrain.compiler.lowering._trace")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,7 +148,7 @@ class TestBatchSize:
         assert find_batch_size(state, called, make, limit=4) == 2
         before.check()
         gc.collect()
-        assert len(made) == 2
+        assert len(made) == 3  # one for the estimate, and two for steps
         assert not any(ref() is not None for ref in made)
         assert not compiled or called.graphs == 0
 
@@ -172,6 +176,31 @@ class TestBatchSize:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         # A row takes 32 bytes in the batch and more for activations, so fewer than 2**28 / 32 = 2**23 rows fit.
         assert 2**18 <= int(done.stdout) < 2**23
+
+    @pytest.mark.parametrize("memory", [None, "save", "recompute"])
+    def test_sizes_whose_estimate_exceeds_free_memory_are_not_tried(self, memory, monkeypatch):
+        finder = importlib.import_module("fxtrain.finders._batch_size")
+        monkeypatch.setattr(finder, "available_bytes", lambda device: 10**6)
+        monkeypatch.setattr(trace, "_compiled", lambda graph, *_: lambda given: graph(*given))
+        tried, layers = [], [module for _ in range(8) for module in (torch.nn.Linear(32, 32), torch.nn.GELU())]
+
+        def loss_fn(model, batch):
+            if not isinstance(batch, FakeTensor):
+                tried.append(len(batch))
+            return model(batch).square().mean()
+
+        state, step = fx.init(torch.nn.Sequential(*layers), TX), fx.train_step(loss_fn, TX)
+        step = step if memory is None else fx.compile(step, memory=memory, check=False, on_recompile="allow")
+        found = find_batch_size(state, step, lambda size: torch.ones(size, 32), multiple=64)
+        # A row has 128 bytes at each of 16 layers, without recomputation.
+        assert (100 if memory != "recompute" else 800) < found < (10**6 / 128 / 8 if memory != "recompute" else 4000)
+        assert memory or max(tried) == found
+
+    def test_smallest_size_beyond_free_memory_is_an_error(self, monkeypatch):
+        finder = importlib.import_module("fxtrain.finders._batch_size")
+        monkeypatch.setattr(finder, "available_bytes", lambda device: 0)
+        with pytest.raises(RuntimeError, match=r"batch of 1 fits into memory \(it takes about .* B, of which 0 B"):
+            find_batch_size(*linear(), batch, limit=4)
 
     def test_invalid_batch_size_options_are_rejected(self):
         with pytest.raises(ValueError, match="expected limit to be a positive int, got 0"):

@@ -25,7 +25,8 @@ LAYERS = [
     {"interop"},
     {"observers"},
     {"compiler", "loop"},
-    {"diagnostics", "ensemble", "finders", "report"},
+    {"diagnostics", "ensemble", "report"},
+    {"finders"},
     {"testing", "cli"},
     {"__main__"},
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,21 @@ def arguments_kept(operator: Operator) -> list[bool]:
         [False, True, True]
     """
     return [argument.alias_info is None for argument in operator._schema.arguments]
+
+
+def argument_of(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """Returns the argument with this name of a call of an operator, or its default, or None.
+
+    Example:
+        >>> argument_of(torch.ops.aten.add.Tensor, (1, 2), {}, "other")
+        2
+        >>> argument_of(torch.ops.aten.add.Tensor, (1, 2), {}, "alpha")
+        1
+    """
+    for argument, given in itertools.zip_longest(operator._schema.arguments, args, fillvalue=None):
+        if argument is not None and argument.name == name:
+            return kwargs.get(name, argument.default_value if given is None else given)
+    return None
 
 
 def is_view(operator: object) -> bool:

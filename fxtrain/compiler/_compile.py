@@ -114,13 +114,13 @@ def compile(  # noqa: A001
             the values at cuts of the forward pass, at the places where the fewest bytes are live, such as between the
             blocks of a transformer. All others are recomputed, at the cost of at most one more forward pass. The number
             of cuts is the one with the lowest estimated peak. A fraction in (0, 1] limits the activations, which are
-            values of the forward pass that are in memory at one time, to this part of what they take with ``"save"``,
-            and recomputes as little as possible, by estimated time. Estimates come from the graph before fusion. A
-            limit below what recomputation can reach causes a warning and takes the lowest peak. Results are those of
-            ``"save"``, random samples included, bitwise if the compiler rounds the same operations in the same way, as
-            it does for float32. Dropout masks are not batched then, so compilation takes longer. Works on the step as
-            one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another route keep everything
-            and say so. ``fxtrain.remat`` chooses by hand and works with any value.
+            values of the forward pass and their gradients that are in memory at one time, to this part of what they
+            take with ``"save"``, and recomputes as little as possible, by estimated time. Estimates come from the graph
+            before fusion. A limit below what recomputation can reach causes a warning and takes the lowest peak.
+            Results are those of ``"save"``, random samples included, bitwise if the compiler rounds the same operations
+            in the same way, as it does for float32. Dropout masks are not batched then, so compilation takes longer.
+            Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
+            route keep everything and say so. ``fxtrain.remat`` chooses by hand and works with any value.
         check: Whether the first two calls of each graph are checked against the uncompiled step. With ``dynamic``, the
             first call of each batch size is checked too, for up to 32 sizes. It takes memory for four more states
             while it runs.

@@ -38,8 +38,9 @@ class Explanation:
             result is written once.
         most_traffic: Estimated upper bound of the bytes that a step moves: each operation reads its inputs from memory
             and writes its results there.
-        activation_bytes: Estimated bytes of activations at their peak: values of forward passes that are in memory at
-            one time, with the memory policy of the step. None for evaluation steps and steps without a graph.
+        activation_bytes: Estimated bytes of activations at their peak: values of forward passes and their gradients
+            that are in memory at one time, with the memory policy of the step. None for evaluation steps and steps
+            without a graph.
         at_peak: What lives at that peak, by the line that computed it, the largest first.
         seconds: Median seconds of a call, by part: ``graph``, and ``calling`` for the dispatch overhead in Python, or
             ``uncompiled`` if there is no graph. On an accelerator, each measured call is synchronized, whereas in a run

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fxtrain.compiler import Compiled
-from fxtrain.core import Batch, StepFn, TrainState, check_callable, check_positive_int, check_train_state
+from fxtrain.core import (
+    Batch,
+    StepFn,
+    TrainState,
+    check_callable,
+    check_positive_int,
+    check_train_state,
+    format_bytes,
+)
+from fxtrain.core._available_memory import available_bytes
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import to_device
+from fxtrain.diagnostics._memory_estimate import estimated_bytes
 from fxtrain.fold import attach
 from fxtrain.step import Step
 
@@ -43,8 +54,9 @@ def find_batch_size(
     that are then discarded.
 
     On a GPU, leave room for other allocations, such as evaluation with a larger batch. On a CPU, most systems kill a
-    process that uses too much memory instead of raising an error. Choose ``limit`` so that this cannot happen, or set a
-    memory limit for the process.
+    process that uses too much memory instead of raising an error. There a size is only tried if an estimate of the
+    step's memory, that of ``fxtrain.explain``, is below what the machine and the container have left. Steps that cannot
+    be traced have no estimate: choose ``limit`` so that they fit, or set a memory limit for the process.
 
     Args:
         state: The training state. Only copies of it are used.
@@ -99,7 +111,7 @@ def find_batch_size(
 def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> str | None:
     """Returns the message of the error if memory was insufficient, or None."""
     try:
-        _take_steps(state, step, make_batch, size)
+        return _take_steps(state, step, make_batch, size)
     except Exception as error:
         reason = _out_of_memory_reason(error)
         if reason is None:
@@ -110,17 +122,27 @@ def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], 
         gc.collect()
         if state.step.device.type != "cpu":
             torch.accelerator.empty_cache()
-    return None
 
 
-def _take_steps(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> None:
+def _take_steps(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> str | None:
+    """Takes steps, or returns why they would not fit."""
     # A separate compiled step, so that its graphs are freed after the trial.
     step = step.fresh() if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
+    if state.step.device.type == "cpu" and (reason := _too_large(state, step, make_batch(size))):
+        return reason
     state = attach(state, step).copy()
     for _ in range(_STEPS):
         state, _ = step(state, to_device(make_batch(size), state.step.device))
     if state.step.device.type != "cpu":
         torch.accelerator.synchronize(state.step.device)
+    return None
+
+
+def _too_large(state: TrainState, step: Any, batch: Batch) -> str | None:
+    available, needed = available_bytes(state.step.device), estimated_bytes(step, state, batch)
+    if available is None or needed is None or needed <= available:
+        return None
+    return f"it takes about {format_bytes(needed)}, of which {format_bytes(available)} are free"
 
 
 def _out_of_memory_reason(error: BaseException | None) -> str | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from fxtrain.core._available_memory import available_bytes
+
 _STATES = 3
 """States besides that of the run: the result of the uncompiled step, its gradients, and its updates."""
-_CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 def obstacle(leaves: Sequence[Tensor], is_in_place: bool) -> str | None:
@@ -33,7 +32,7 @@ def obstacle(leaves: Sequence[Tensor], is_in_place: bool) -> str | None:
     for leaf in leaves:
         needed[leaf.device] = needed.get(leaf.device, 0) + leaf.nbytes * (_STATES + is_in_place)
     for device, count in needed.items():
-        available = _available_bytes(device)
+        available = available_bytes(device)
         if available is not None and count > available:
             return f"this takes about {count / 1e9:.1f} GB on {device}, of which {available / 1e9:.1f} GB are free"
     return None
@@ -42,18 +41,3 @@ def obstacle(leaves: Sequence[Tensor], is_in_place: bool) -> str | None:
 def _processes() -> int:
     distributed: Any = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _available_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    available = psutil.virtual_memory().available
-    try:
-        limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return min(available, int(limit) - int(used))
-    except (OSError, ValueError):
-        # Not Linux, or no limit.
-        return available

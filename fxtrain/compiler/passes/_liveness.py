@@ -28,7 +28,23 @@ _REDUCTIONS = {
     "any",
     "all",
 }
-_LAYOUT_ONLY = {"_to_copy", "clone", "expand", "permute", "squeeze", "transpose", "unsqueeze", "_unsafe_view", "full"}
+_ELEMENTWISE = {
+    "_to_copy",
+    "clone",
+    "expand",
+    "permute",
+    "squeeze",
+    "transpose",
+    "unsqueeze",
+    "_unsafe_view",
+    "full",
+    "_softmax",
+    "_softmax_backward_data",
+    "_log_softmax",
+    "_log_softmax_backward_data",
+    "nll_loss_backward",
+}
+"""Operators whose result Inductor computes element by element, from their inputs and from sums of a few elements."""
 
 
 class Peak(NamedTuple):
@@ -46,10 +62,11 @@ class Peak(NamedTuple):
 
 
 class Timeline:
-    """The operations of a graph, with its forward values as they would be if some were recomputed.
+    """The operations of a graph, with the values of its passes as they would be if some were recomputed.
 
     Elementwise operations count as fused with their readers, as Inductor compiles them: they take no memory, and their
-    inputs live until the reader. Inputs of the graph and gradients are left out.
+    inputs live until the reader. Inputs of the graph are left out. So are gradients of parameters after the last
+    operation of the backward pass that reads them, because compilers order the updates.
 
     Args:
         graph: A graph from ``make_fx``.
@@ -86,7 +103,7 @@ class Timeline:
         return found
 
     def peak(self, dropped: Container[int] = (), kept: Container[int] = ()) -> Peak:
-        """Returns when the values of forward passes, kept or recomputed, take most memory.
+        """Returns when the values of forward and backward passes, kept or recomputed, take most memory.
 
         Args:
             dropped: Values that are recomputed.
@@ -101,7 +118,7 @@ class Timeline:
             reads_copies = is_copy or (each is not None and each.is_backward)
             stored = self.is_stored[index] or (index in kept and not is_copy)
             until = position if stored else last.get((index, is_copy), position)
-            for other in self.inputs[index]:
+            for other in self.inputs[index] if each is not None else ():
                 key = other, reads_copies and other in copied
                 if last.get(key, -1) < until:
                     last[key] = until
@@ -109,7 +126,7 @@ class Timeline:
         lives: list[tuple[int, int, int]] = []
         for position, (index, is_copy) in enumerate(operations):
             stored = self.is_stored[index] or (index in kept and not is_copy)
-            if not stored or not self.is_forward(index):
+            if not stored or self.passes[index] is None:
                 continue
             end = last.get((index, is_copy), position)
             changes[position] += self.nbytes[index]
@@ -128,7 +145,7 @@ def _is_stored(node: Any) -> bool:
     """Whether Inductor stores a value in memory of its own."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or is_view(node.target):
         return False
-    if not is_pointwise(node.target, _LAYOUT_ONLY):
+    if not is_pointwise(node.target, _ELEMENTWISE):
         return True
     todo, seen = list(node.users), set[Any]()
     while todo:
@@ -147,7 +164,7 @@ def _is_loop(node: Any) -> bool:
     """Whether Inductor fuses an operation with the elementwise operations before it."""
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op == "call_function"
-    if is_pointwise(node.target, _LAYOUT_ONLY):
+    if is_pointwise(node.target, _ELEMENTWISE):
         return True
     if node.target is torch.ops.aten.copy_.default:
         return node.args[0].op == "placeholder"
@@ -169,8 +186,12 @@ def crossing(timeline: Timeline, forward: Sequence[int]) -> list[int]:
                 last[base[other]] = index
     changes: dict[int, int] = {}
     for index, end in last.items():
-        changes[index] = changes.get(index, 0) + timeline.nbytes[index]
-        changes[end] = changes.get(end, 0) - timeline.nbytes[index]
+        # A cut between an operator of several results and the results would keep all of them.
+        value = timeline.nodes[index].meta.get("val")
+        results = value if isinstance(value, tuple | list) else (value,)
+        nbytes = sum(part.nbytes for part in results if isinstance(part, Tensor))
+        changes[index] = changes.get(index, 0) + nbytes
+        changes[end] = changes.get(end, 0) - nbytes
     total, found = 0, list[int]()
     for index in forward:
         total += changes.get(index, 0)

@@ -24,6 +24,9 @@ Memory = Literal["save", "recompute"] | float
 
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
+_MARGIN = 0.95
+"""Leaves the rest of a limit for what the graph does not show, such as the workspace of an operator."""
+
 _FLOPS_PER_SECOND, _BYTES_PER_SECOND = 5e10, 1e10
 """Rough speeds of a core. Only their ratio matters, to compare matmuls with loops."""
 
@@ -32,7 +35,7 @@ class Outcome(NamedTuple):
     """What a policy achieved.
 
     Args:
-        before: Bytes of the activations at their peak if all are kept, as estimated from the graph.
+        before: Bytes of the activations and their gradients at the peak if all are kept, as estimated from the graph.
         after: The same with the policy.
     """
 
@@ -66,7 +69,7 @@ def limit_memory(graph: Graph, memory: Memory) -> Outcome | None:
     if not passes:
         return None
     before = timeline.peak().nbytes
-    limit = before if memory == "recompute" else int(memory * before)
+    limit = before if isinstance(memory, str) or memory == 1 else int(memory * before * _MARGIN)
     plans = [_plan(timeline, given, passes, segments) for segments in _SEGMENTS]
     plans = [plan for plan in plans if plan is not None]
     if not plans:

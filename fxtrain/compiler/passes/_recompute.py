@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from fxtrain._torch_internals.dispatch import Operator, is_in_place, is_view
+from fxtrain._torch_internals.dispatch import Operator, argument_of, is_in_place, is_view
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
 from fxtrain.compiler.passes._operators import after, once
@@ -135,12 +135,19 @@ def _is_repeatable(node: Any, written: set[int]) -> bool:
         return False
     if node.target in _BATCH_NORMS:
         return bool(node.args[_IS_TRAINING])
-    if is_in_place(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if is_in_place(node.target) or _is_random(node):
         return False
     if node.target.namespace in _COLLECTIVES:
         return False
     values = [other.meta.get("val") for other in (node, *node.all_input_nodes)]
     return not any(isinstance(value, Tensor) and storage_id(value) in written for value in values)
+
+
+def _is_random(node: Any) -> bool:
+    """Whether an operator takes random samples. Attention is tagged as random, but without dropout it is not."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    return argument_of(node.target, node.args, node.kwargs, "dropout_p") != 0.0
 
 
 def _is_backward(node: Any) -> bool:
