@@ -470,4 +470,6 @@ class TestMemory:
         assert largest.nbytes * largest.count > 0
         assert sum(each.nbytes for each in found["save"].at_peak) == found["save"].activation_bytes
         assert any(f"{__file__}:" in each.where for each in found["save"].at_peak)
+        (gradients,) = (each for each in found["save"].at_peak if each.where == "backward pass")
+        assert gradients.values.startswith("mm")
         assert "of activations at their peak" in repr(found["save"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fxtrain._torch_internals.tracing import recording_nodes
 from fxtrain.core import Record, dtype_name, format_bytes
+from fxtrain.core._graph_marks import pass_of
 from fxtrain.core._tracebacks import place, places
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Live(Record):
         nbytes: Their bytes.
         count: Their number.
         values: The operation, dtype and shape of the largest.
-        where: ``file:line in function`` of the innermost user code, else of a library. Empty if unknown.
+        where: ``file:line in function`` of the innermost user code, else of a library. ``"backward pass"`` for
+            gradients. Empty if unknown.
         code: The source of that line.
 
     Example:
@@ -87,8 +89,9 @@ def activations(graph: GraphModule, memory: Any) -> Activations:
     peak = Timeline(graph.graph).peak()
     lines: dict[tuple[str, int], list[Any]] = {}
     for node in peak.live:
-        frame = node.meta.get(_PLACE)
-        lines.setdefault(("", 0) if frame is None else (frame.filename, frame.lineno), []).append(node)
+        frame, is_backward = node.meta.get(_PLACE), _is_backward(node)
+        line = ("", int(is_backward)) if frame is None or is_backward else (frame.filename, frame.lineno)
+        lines.setdefault(line, []).append(node)
     found = [_live(nodes) for nodes in lines.values()]
     return Activations(peak.nbytes, tuple(sorted(found, key=lambda each: -each.nbytes)))
 
@@ -99,7 +102,14 @@ def _live(nodes: list[Any]) -> Live:
     name = str(getattr(largest.target, "overloadpacket", largest.args[0].target)).removeprefix("aten.")
     described = f"{name} {dtype_name(value.dtype)}{list(value.shape)}"
     total = sum(node.meta["val"].nbytes for node in nodes)
+    if _is_backward(largest):
+        return Live(total, len(nodes), described, "backward pass")
     if frame is None:
         return Live(total, len(nodes), described)
     where = f"{place(frame.filename, frame.lineno)} in {frame.name}"
     return Live(total, len(nodes), described, where, linecache.getline(frame.filename, frame.lineno).strip())
+
+
+def _is_backward(node: Any) -> bool:
+    found = pass_of(node)
+    return found is not None and found.is_backward
