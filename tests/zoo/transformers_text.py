@@ -75,6 +75,7 @@ def case(
     *,
     dropouts: tuple[str, ...] = (),
     batch: Any = padded,
+    recomputes: bool = False,
     limitation: Limitation | None = None,
 ) -> Case:
     """A case with a model built from its configuration.
@@ -86,6 +87,7 @@ def case(
         sizes: Arguments of the configuration.
         dropouts: Names of the dropout probabilities among the arguments.
         batch: Returns a batch.
+        recomputes: Whether the model recomputes its activations in the backward pass.
         limitation: As for ``Case``.
     """
 
@@ -93,7 +95,10 @@ def case(
         import transformers
 
         given = {**sizes, **dict.fromkeys(dropouts, dropout)}
-        return getattr(transformers, model)(getattr(transformers, config)(**given))
+        made = getattr(transformers, model)(getattr(transformers, config)(**given))
+        if recomputes:
+            made.gradient_checkpointing_enable()
+        return made
 
     return Case(name, "transformers", build, batch, loss, dropout=bool(dropouts), limitation=limitation)
 
@@ -103,6 +108,7 @@ HIDDEN = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 CASES = [
     case("llama", "LlamaConfig", "LlamaForCausalLM", LLAMA, dropouts=ATTENTION),
+    case("llama, recomputed", "LlamaConfig", "LlamaForCausalLM", LLAMA, dropouts=ATTENTION, recomputes=True),
     case("llama, padded left", "LlamaConfig", "LlamaForCausalLM", LLAMA, batch=padded_left),
     case("mistral", "MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 4}, dropouts=ATTENTION),
     case("qwen2", "Qwen2Config", "Qwen2ForCausalLM", LLAMA, dropouts=ATTENTION),
@@ -180,6 +186,7 @@ CASES = [
         batch=unpadded,
     ),
     case("bert", "BertConfig", "BertForMaskedLM", BERT, dropouts=HIDDEN),
+    case("bert, recomputed", "BertConfig", "BertForMaskedLM", BERT, dropouts=HIDDEN, recomputes=True),
     case("roberta", "RobertaConfig", "RobertaForMaskedLM", BERT, dropouts=HIDDEN),
     case("electra", "ElectraConfig", "ElectraForMaskedLM", {**BERT, "embedding_size": 8}, dropouts=HIDDEN),
     case("albert", "AlbertConfig", "AlbertForMaskedLM", {**BERT, "embedding_size": 8}, dropouts=HIDDEN),
