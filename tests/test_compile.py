@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -463,29 +462,6 @@ class TestScalars:
         assert not any("sqrt(" in loop and "(-750.0)" in loop for _, loop in loops)
         assert "cos(" in code
         assert not any(re.search(r"\bcos\(", loop) for _, loop in loops)
-
-
-@pytest.mark.slow
-class TestLayouts:
-    def test_cpu_training_keeps_convolution_layouts(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        kept = []
-        compiled = compile_fx.compile_fx
-
-        def seen(*args, config_patches=None, **options):
-            if config_patches is not None:  # it calls itself without them
-                kept.append(config_patches.get("layout_optimization", True) is False)
-            return compiled(*args, config_patches=config_patches, **options)
-
-        monkeypatch.setattr(compile_fx, "compile_fx", seen)
-        module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-        tx = fx.optim.sgd(0.1)
-        state, images = fx.init(module, tx), torch.randn(2, 1, 6, 6)
-        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
-        measure = fx.eval_step(lambda model, batch: {"loss": model(batch).square().mean()})
-        close(fx.compile(step)(state, images)[0], step(state, images)[0])
-        close(fx.compile(measure)(state, images).metrics, measure(state, images).metrics)
-        assert kept == [True, False]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dispatch import Operator, grad_mode_setter
 from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import (
+    changed_settings,
     compile_graph,
     compiled_graph_class,
     has_option,
@@ -54,6 +55,9 @@ from fxtrain.step import Step
 # Inductor's assertions on input sizes repeat what the caller has just checked, and add to the dispatch overhead.
 _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
 
+# Inductor tries to fuse each loop that reads a buffer with this many of the next ones. The updates of all parameters
+# read the same scalars and are not fused for that, so most of the default of 64 attempts fail.
+_ATTEMPTS, _MAX_ATTEMPTS = "max_fusion_buffer_group_pairwise_attempts", 16
 
 _EMPTY = types.CellType()
 
@@ -200,6 +204,9 @@ def _options(graph: GraphModule, examples: Sequence[Tensor], mode: str | None) -
         options |= dict.fromkeys((name for name in _UNASSERTED if has_option(name)), False)
     if _is_better_channels_first(graph, examples):
         options["layout_optimization"] = False
+    changed = changed_settings()
+    if changed is not None and has_option(_ATTEMPTS) and _ATTEMPTS not in changed:
+        options[_ATTEMPTS] = _MAX_ATTEMPTS
     return options
 
 
