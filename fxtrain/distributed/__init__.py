@@ -1,0 +1,5 @@
+"""Data parallel training: one process per device, on ``torch.distributed``."""
+
+from fxtrain.distributed._mesh import LostRankError, Mesh, mesh
+
+__all__ = ["LostRankError", "Mesh", "mesh"]
