@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.rng._arithmetic import Form, form_of
-from fxtrain.rng._philox import MASK, Key, blocks
+from fxtrain.rng._philox import MASK, Key, Rows, blocks
 
 
 def bits(
@@ -55,8 +55,37 @@ def fill(
     for size in shape:  # torch.Size(shape).numel() would specialize symbolic sizes
         count *= size
     where = key.seed.device if device is None else torch.device(device)
-    words = blocks(key, -(-count // per_block), site=site, device=where)
+    if key.rows is not None and len(shape) and shape[0] == key.rows.count and count:
+        return _fill_rows(key, key.rows, shape, count // key.rows.count, site, where, per_block, samples_of)
+    total = -(-count // per_block)
+    words = blocks(key, torch.arange(total, device=where), total, site=site)
     return torch.stack(list(samples_of(*words)), -1).flatten()[:count].reshape(shape)
+
+
+def _fill_rows(
+    key: Key,
+    rows: Rows,
+    shape: Sequence[int],
+    size: int,
+    site: int,
+    device: torch.device,
+    per_block: int,
+    samples_of: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """Returns the rows of this rank, of ``size`` samples each, from what ``fill`` returns for those of all ranks."""
+    count, ranks = rows.count, rows.ranks
+    first = (torch.arange(count, device=device) * ranks + rows.rank.to(device)) * size  # the first sample of each row
+    is_aligned = size % per_block == 0
+    # A row that does not begin with a block reaches into one more.
+    width = size // per_block if is_aligned else (size + per_block - 2) // per_block + 1
+    start = first // per_block
+    index = (start[:, None] + torch.arange(width, device=device)).flatten()
+    total = count * ranks * size // per_block + 2
+    samples = torch.stack(list(samples_of(*blocks(key, index, total, site=site))), -1)
+    if is_aligned:
+        return samples.reshape(shape)
+    places = (first - start * per_block)[:, None] + torch.arange(size, device=device)
+    return samples.reshape(count, width * per_block).gather(1, places).reshape(shape)
 
 
 def integers(key: Key, shape: Sequence[int], site: int, device: torch.device | str | None, form: Form) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ from fxtrain.step._differentiate import Differentiate, Differentiation, Find, or
 from fxtrain.step._forward_pass import forward
 from fxtrain.step._loss_mistakes import missing_gradient, torch_optimizers_refused
 from fxtrain.step._loss_results import detached_outputs, loss_and_metrics, refuse_growing, without_outputs
+
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
+
+class LocalPart(NamedTuple):
+    """What ``fxtrain.distributed.averaged`` needs to know about the part of a rank.
+
+    Args:
+        examples: float64 []. The number of examples.
+        buffers: The buffers before the forward pass.
+    """
+
+    examples: Tensor
+    buffers: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Gradient:
         weight: float64 []. The weight in a mean, from ``fxtrain.weighted``. None without it.
         written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after the pass.
         outputs: Other outputs of the loss function, detached. None without ``outputs=True``.
+        local: With a mesh, the number of examples of this rank, and the buffers before the forward pass.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -56,6 +73,7 @@ class Gradient:
     weight: Tensor | None = None
     written: Tree = dataclasses.field(default_factory=dict)
     outputs: Tree | None = None
+    local: LocalPart | None = None
 
     def carried(self, state: TrainState) -> TrainState:
         """Returns the state with the buffers and frozen parameters that the forward pass wrote.
@@ -73,7 +91,7 @@ class Gradient:
         return moved.replace(params=model_of(state).with_written(state.params, self.written))
 
 
-_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written", "outputs")
+_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written", "outputs", "local")
 
 
 def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
@@ -85,9 +103,9 @@ def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
 
 def _unflatten(used: Tree, children: Sequence[Tree]) -> Gradient:
     leaves, structure = used
-    loss, metrics, grads, buffers, weight, written, outputs = children
+    loss, metrics, grads, buffers, weight, written, outputs, local = children
     used = tree.unflatten(structure, leaves)
-    return Gradient(loss, metrics, grads, buffers, used, present(weight), written, present(outputs))
+    return Gradient(loss, metrics, grads, buffers, used, present(weight), written, present(outputs), present(local))
 
 
 register_node(Gradient, _flatten, _unflatten, fields=_FIELDS)
@@ -100,6 +118,7 @@ def gradients(
     precision: str | Policy | None = None,
     differentiate: Differentiate = "auto",
     outputs: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Gradient]:
     """Returns a function ``(state, batch, index=0) -> Gradient`` that differentiates a loss.
 
@@ -116,6 +135,8 @@ def gradients(
             backward hooks, any ``autograd.Function``. Both give the same gradients. ``"auto"`` uses ``torch.func``, and
             switches to ``torch.autograd`` with a warning if ``torch.func`` rejects the loss.
         outputs: Whether ``loss_fn`` returns a pair of such a result and a pytree of other tensors, such as logits.
+        mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``. Random samples are then
+            those of the rank's examples, and ``fxtrain.distributed.averaged`` averages the results.
 
     Returns:
         A pure function. Calls with different ``index`` in one step take different random samples.
@@ -147,6 +168,13 @@ def gradients(
         model = model_of(state)
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
+        local = None
+        if mesh is not None:
+            from fxtrain.distributed import _examples
+
+            key = _examples.on_rank(key, mesh, batch)
+            examples = _examples.scalar(_examples.num_examples(batch), state.step.device)
+            local = LocalPart(examples, state.buffers)
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
 
@@ -199,7 +227,15 @@ def gradients(
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
         found = Gradient(
-            metrics["loss"], metrics, grads, buffers, used, *weights, written=written, outputs=present(extra)
+            metrics["loss"],
+            metrics,
+            grads,
+            buffers,
+            used,
+            *weights,
+            written=written,
+            outputs=present(extra),
+            local=local,
         )
         return found if found.weight is None else _zero_unless_counted(found, found.weight > 0)
 
