@@ -19,6 +19,7 @@ TWO = [
     "nan_on_one_rank",
     "used_parameters",
     "batch_norm_statistics",
+    "synced_batch_norm",
     "graph_text",
     "evaluation",
     "hand_written_steps",
