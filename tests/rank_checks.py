@@ -6,6 +6,7 @@ A check takes a mesh. It fails on a rank by raising, and the outcomes of all ran
 import dataclasses
 import hashlib
 import json
+import logging
 import sys
 import traceback
 
@@ -282,10 +283,43 @@ def compiled_by_inductor(mesh):
     steps = []
 
     def compiled(step, state, batch):
-        steps.append(fx.compile(step, donate=True, fullgraph=True))
+        steps.append(fx.compile(step, donate=True, fullgraph=True, check=True))
         return steps[0]
 
+    # The check runs the uncompiled step on all ranks.
+    with_logs = Logs("fxtrain.compiler.check._first_calls")
     assert_as_alone(mesh, 1e-12, module, fx.optim.sgd(0.1, momentum=0.9), batches, run_step=compiled)
+    assert steps[0].graphs == 1
+    assert [text.partition(" ")[0] for text in with_logs.texts] == ["Checked"]
+
+
+def miscompiled_on_one_rank(mesh):
+    def backend(graph, inputs):
+        def run(*tensors):
+            outputs = graph(*tensors)
+            off = mesh.rank == mesh.size - 1
+            return [out + 0.01 if off and out.is_floating_point() and out.ndim == 2 else out for out in outputs]
+
+        return run
+
+    step = fx.compile(fx.train_step(loss_fn, fx.optim.sgd(0.1), mesh=mesh), backend=backend, check=True)
+    state = fx.init(network(), fx.optim.sgd(0.1), seed=3)
+    with pytest.raises(fx.MiscompiledError, match="expected the result of the uncompiled step from the first call"):
+        step(state, part(data(), mesh))
+
+
+class Logs(logging.Handler):
+    """The texts that a logger receives."""
+
+    def __init__(self, name):
+        super().__init__(logging.INFO)
+        self.texts = []
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
 
 
 def evaluation(mesh):

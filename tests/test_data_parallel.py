@@ -24,6 +24,7 @@ TWO = [
     "evaluation",
     "hand_written_steps",
     "growing_metrics",
+    "miscompiled_on_one_rank",
     "compiled_by_inductor",
 ]
 FOUR = ["host_facts", "twenty_steps", "uneven_batches", "rank_without_examples", "evaluation", "nan_on_one_rank"]
