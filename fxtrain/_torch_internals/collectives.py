@@ -67,7 +67,7 @@ def rank(like: Tensor) -> Tensor:
         like: Any tensor on the device of the result.
 
     Example:
-        >>> register_rank()
+        >>> library = register_rank()
         >>> rank(torch.zeros(2))
         tensor(0)
     """

@@ -59,9 +59,10 @@ class RankRows(MappedBatches):
         self.is_in_memory = source.is_in_memory
 
     def fetch(self, position: int) -> Batch:
-        source = self.source
-        if isinstance(source, IndexedBatches) and source.drop_last != "pad":
-            return source.fetch_rows(position, self.mesh.rank, self.mesh.size)
+        source, ranks = self.source, self.mesh.size
+        # A dataset has no batch of no samples, so that of a rank without examples is cut from the whole batch.
+        if isinstance(source, IndexedBatches) and source.drop_last != "pad" and source.num_items(position) >= ranks:
+            return source.fetch_rows(position, self.mesh.rank, ranks)
         return self.function(as_tensors(source.fetch(position)))
 
 
