@@ -74,6 +74,11 @@ def rank(like: Tensor) -> Tensor:
     return torch.ops.fxtrain.rank.default(like)
 
 
+def is_rank(target: object) -> bool:
+    """Whether the target of a graph's node is the operator of ``rank``."""
+    return getattr(target, "namespace", None) == "fxtrain" and target == torch.ops.fxtrain.rank.default
+
+
 # Cached, because operators are removed when their library is.
 @functools.cache
 def register_rank() -> torch.library.Library:
