@@ -169,6 +169,13 @@ def test_rank_reads_only_its_rows():
     assert rows.epoch_length == 2
 
 
+def test_rows_are_prefetched():
+    rows = fx.distributed.rows(fx.data.batches(torch.arange(12), 4, shuffle=False), mesh_of(1, 2))
+    ahead = fx.data.prefetch(rows, size=2)
+    assert [ahead[position].tolist() for position in range(3)] == [[1, 3], [5, 7], [9, 11]]
+    ahead.close()
+
+
 def test_random_augmentations_differ_between_ranks():
     class Dataset(torch.utils.data.Dataset):
         def __len__(self):

@@ -25,8 +25,9 @@ def rows(source: SourceLike, mesh: Mesh) -> Source:
     microbatches of all ranks are together those of one process. Which examples these are is a function of the position,
     which counts whole batches, so a run that resumes with another number of ranks continues in the same order.
 
-    ``fxtrain.data.batches`` and ``windows`` read only these examples. Of other sources, each rank reads whole batches.
-    Random augmentations of a map-style dataset depend on the number of ranks.
+    ``fxtrain.data.batches`` and ``windows`` read only these examples. Of other sources, each rank reads whole batches,
+    so write ``prefetch(rows(data, mesh))`` rather than ``rows(prefetch(data), mesh)``. Random augmentations of a
+    map-style dataset depend on the number of ranks.
 
     Args:
         source: A source of whole batches, as for ``fit``. Their tensors have one row per example. 0-d tensors, tensors
@@ -54,15 +55,20 @@ class RankRows(MappedBatches):
     """The rows of one rank. Use ``rows``."""
 
     def __init__(self, source: Source, mesh: Mesh) -> None:
-        super().__init__(source, functools.partial(rows_of_rank, rank=mesh.rank, ranks=mesh.size))
-        self.mesh = mesh
+        # Not the mesh, which cannot be sent to the workers of prefetch.
+        self.rank, self.ranks = mesh.rank, mesh.size
+        super().__init__(source, functools.partial(rows_of_rank, rank=self.rank, ranks=self.ranks))
         self.is_in_memory = source.is_in_memory
 
     def fetch(self, position: int) -> Batch:
-        source, ranks = self.source, self.mesh.size
+        source = self.source
         # A dataset has no batch of no samples, so that of a rank without examples is cut from the whole batch.
-        if isinstance(source, IndexedBatches) and source.drop_last != "pad" and source.num_items(position) >= ranks:
-            return source.fetch_rows(position, self.mesh.rank, ranks)
+        if (
+            isinstance(source, IndexedBatches)
+            and source.drop_last != "pad"
+            and source.num_items(position) >= self.ranks
+        ):
+            return source.fetch_rows(position, self.rank, self.ranks)
         return self.function(as_tensors(source.fetch(position)))
 
 
