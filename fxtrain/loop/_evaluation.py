@@ -106,7 +106,7 @@ class Evaluations:
 
     def __init__(self, emitter: Emitter, data: Source | None, interrupts: Interrupts) -> None:
         self._plan, self._now, self._emit, self._time = emitter.plan, emitter.now, emitter.emit, emitter.time
-        self._data, self._interrupts = data, interrupts
+        self._data, self._interrupts, self._ranks = data, interrupts, emitter.ranks
         # Read once, because data of unknown length has one after an evaluation, which a resumed run would not know.
         self._num_batches = None if data is None else data.epoch_length
 
@@ -132,13 +132,24 @@ class Evaluations:
         try:
             for index, batch in _batches(Waits(data, self._interrupts), now.state.step.device):
                 yield from self._emit(EvalStepBegin, index=index, batch=batch)
-                output, total = _measured(seen, eval_step, index, batch, total)
+                if self._ranks is None:
+                    output, total = _measured(seen, eval_step, index, batch, total)
+                else:
+                    self._ranks.meet("a batch of an evaluation", now.step, index)
+                    if self._interrupts.cause is not None:
+                        raise Abandoned
+                    with self._ranks.dispatch("collectives of the evaluation step", now.step):
+                        output, total = _measured(seen, eval_step, index, batch, total)
                 if self._interrupts.cause is not None:
                     raise Abandoned
                 yield from self._emit(
                     EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
                 )
+            if self._ranks is not None:
+                self._ranks.meet("the end of an evaluation", now.step)
         except Abandoned:
+            if self._interrupts.cause is None and self._ranks is not None:
+                self._ranks.meet(None)  # agrees on the signal that ended this rank's wait for data
             now.roll_back(mark)
             return
         measured = metrics.compute(total)
