@@ -58,16 +58,28 @@ def all_gather(tensor: Tensor, group: Any, size: int) -> Tensor:
 def rank(like: Tensor) -> Tensor:
     """Returns the rank of this process as a tensor, int64 [].
 
-    An operator that reads it when it runs, so that all ranks trace the same graph.
+    An operator that reads it when it runs, so that all ranks trace the same graph. Call ``register_rank`` first.
 
     Args:
         like: Any tensor on the device of the result.
 
     Example:
+        >>> register_rank()
         >>> rank(torch.zeros(2))
         tensor(0)
     """
-    return _rank_operator()(like)
+    return torch.ops.fxtrain.rank.default(like)
+
+
+# Cached, because operators are removed when their library is.
+@functools.cache
+def register_rank() -> torch.library.Library:
+    """Registers the operator of ``rank``. Dynamo cannot trace this."""
+    library = torch.library.Library("fxtrain", "FRAGMENT")
+    library.define("rank(Tensor like) -> Tensor")
+    library.impl("rank", _rank, "CompositeExplicitAutograd")
+    torch.library.register_fake("fxtrain::rank", _fake_rank, lib=library)
+    return library
 
 
 @functools.cache
@@ -82,18 +94,3 @@ def _rank(like: Tensor) -> Tensor:
 
 def _fake_rank(like: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=like.device)
-
-
-@functools.cache
-def _rank_operator() -> Any:
-    library = _library()
-    library.define("rank(Tensor like) -> Tensor")
-    library.impl("rank", _rank, "CompositeExplicitAutograd")
-    torch.library.register_fake("fxtrain::rank", _fake_rank, lib=library)
-    return torch.ops.fxtrain.rank.default
-
-
-# Cached, because operators are removed when their library is.
-@functools.cache
-def _library() -> torch.library.Library:
-    return torch.library.Library("fxtrain", "FRAGMENT")

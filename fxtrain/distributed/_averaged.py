@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.tracing import is_traced
-from fxtrain.core import Tree, describe
-from fxtrain.distributed._examples import scalar
+from fxtrain.core import Batch, Metrics, Tree, describe
+from fxtrain.data._batch_weight import batch_weight
+from fxtrain.distributed._examples import scalar, wide
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._reduce import gathered, summed
+from fxtrain.metrics import Metric
 
 G = TypeVar("G")
 
@@ -87,6 +89,29 @@ def averaged(gradient: G, mesh: Mesh) -> G:
         weight=None if found.weight is None else weights.total,
         local=local._replace(examples=weights.total if found.weight is None else local.examples),
     )
+
+
+def averaged_metrics(
+    metrics: Metrics, weight: Tensor | None, batch: Batch, mesh: Mesh, device: torch.device
+) -> tuple[Metrics, Tensor | None]:
+    """Returns the metrics of an evaluation batch over all ranks, and the sum of the weights of all ranks.
+
+    Args:
+        metrics: 0-d tensors and ``fxtrain.metrics``.
+        weight: The weight from ``fxtrain.weighted``. None for that of the batch, which ``fxtrain.evaluate`` describes.
+        batch: The part of this rank.
+        mesh: The ranks.
+        device: The device of the state.
+
+    Returns:
+        The metrics, and their weight. None if all metrics have weights of their own.
+    """
+    has_own = all(isinstance(value, Metric) for value in metrics.values())
+    if weight is None:
+        counted = 1 if has_own else batch_weight(batch)
+        weight = wide(counted, device)[0] if isinstance(counted, Tensor) else scalar(counted, device)
+    merged, weights, _ = gathered(metrics, weight, mesh)
+    return merged, None if has_own else weights.total
 
 
 def _share_dtype(value: Tensor) -> torch.dtype:

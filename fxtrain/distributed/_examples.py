@@ -25,7 +25,8 @@ def num_examples(batch: Batch) -> int:
         >>> num_examples({"positions": torch.zeros(1, 7), "x": torch.zeros(4, 7)})
         4
     """
-    count = count_examples(batch)
+    # Dynamo cannot trace the search for graphs.
+    count = None if torch.compiler.is_dynamo_compiling() else count_examples(batch)
     if count is not None:
         return count
     return next((leaf.shape[0] for leaf in tree.leaves(batch) if has_examples(leaf)), 1)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxtrain._torch_internals.collectives import register_rank
 from fxtrain.core import check_int, check_positive
 
 T = TypeVar("T")
@@ -193,6 +194,7 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
     group = dist.new_group(timeout=limit)
     control = dist.new_group(timeout=limit, backend="gloo")
     background = dist.new_group(timeout=limit, backend="gloo")
+    register_rank()
     return Mesh(size, rank, device, timeout, group, control, background)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import all_gather, all_reduce
-from fxtrain.core import Metrics
+from fxtrain.core import Metrics, Tree
 from fxtrain.distributed._examples import wide
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.metrics import Metric
@@ -24,12 +24,10 @@ class Weights(NamedTuple):
     """The weights of all ranks in a mean.
 
     Args:
-        of_ranks: float64 [ranks].
         total: float64 []. Their sum.
         share: float64 []. The part of this rank in the sum, or 1 / ranks if it is 0.
     """
 
-    of_ranks: Tensor
     total: Tensor
     share: Tensor
 
@@ -61,27 +59,28 @@ def gathered(
     weights = weights[:, 0]
     total = weights.sum()
     share = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 1 / mesh.size)
-    of_ranks = [
-        tree.unflatten(
-            structure,
-            [
-                column[number].reshape(leaf.shape).to(leaf.dtype)
-                for leaf, column in zip(leaves, columns, strict=False)
-            ],
-        )
-        for number in range(mesh.size)
-    ]
-    means = {id(leaf): column[:, 0] for leaf, column in zip(leaves, columns, strict=False) if leaf.ndim == 0}
+    of_ranks: Metrics = tree.unflatten(structure, columns[: len(leaves)])
     merged: Metrics = {}
     for name, value in metrics.items():
         if isinstance(value, Metric):
-            merged[name] = of_ranks[0][name]
-            for other in of_ranks[1:]:
-                merged[name] = merged[name].merge(other[name])
+            merged[name] = _merged(value, of_ranks[name], mesh.size)
         else:
             dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-            merged[name] = _mean(means[id(value)], weights, total).to(dtype)
-    return merged, Weights(weights, total, share), [column[:, 0] for column in columns[len(leaves) :]]
+            merged[name] = _mean(of_ranks[name][:, 0], weights, total).to(dtype)
+    return merged, Weights(total, share), [column[:, 0] for column in columns[len(leaves) :]]
+
+
+def _merged(metric: Metric, of_ranks: Tree, size: int) -> Metric:
+    """Returns the merged metrics of all ranks, from a tree like ``metric`` with leaves float64 [ranks, values]."""
+
+    def of_rank(number: int) -> Tree:
+        return tree.map(
+            lambda leaf, column: column[number].reshape(leaf.shape).to(leaf.dtype),  # pyright: ignore[reportUnknownLambdaType]
+            metric,
+            of_ranks,
+        )
+
+    return functools.reduce(lambda one, other: one.merge(other), map(of_rank, range(size)))
 
 
 def _mean(values: Tensor, weights: Tensor, total: Tensor) -> Tensor:
@@ -115,7 +114,8 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
     found: list[list[int]] = []
     kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
     for kind in kinds:
-        bucket, size = list[int](), 0
+        bucket: list[int] = []
+        size = 0
         for index, tensor in enumerate(tensors):
             if (tensor.dtype, tensor.device) != kind:
                 continue

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fxtrain import metrics, tree
+from fxtrain import metrics
 from fxtrain.core import (
     EVALUATED,
     Batch,
@@ -25,7 +24,7 @@ from fxtrain.core import (
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
-from fxtrain.data._foreign_containers import count_examples
+from fxtrain.data._batch_weight import batch_weight
 from fxtrain.fold import Handler, as_trigger, on
 from fxtrain.loop._checks import check_eval_step, check_state
 from fxtrain.loop._emitter import Emitter
@@ -221,42 +220,10 @@ def _measured(
 def _weight(batch: Batch, index: int) -> Tensor | int:
     """Returns the weight of a batch in averages.
 
-    This is the sum of its mask, the number of its graphs or list elements, or the first dimension of all its tensors.
-
     Raises:
         ValueError: If the tensors differ in their first dimension. The message names two of them.
     """
-    mask = _mask(batch)
-    tensors = [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    sizes = {leaf.shape[0] for leaf in tensors if leaf is not mask}
-    if mask is not None and (not sizes or len(mask) in sizes):
-        return mask.sum()
-    examples = count_examples(batch) if mask is None else None
-    if examples is not None:
-        return examples
-    if len(sizes) > 1 or mask is not None:
-        raise ValueError(
-            f"Evaluation batch {index}: expected one first dimension, the batch size that weights the averages, got "
-            f'{_two_sizes(batch)}. Give the batch a 1-d "mask" of its examples, keep tensors without a batch dimension '
-            "out of it, or return metrics with their own weights from eval_step, such as "
-            "fxtrain.metrics.Average.from_model_output(losses)."
-        )
-    return sizes.pop() if sizes else 1
-
-
-def _mask(batch: Batch) -> Tensor | None:
-    """Returns the 1-d mask of a batch, which selects or weights its examples; None if there is none."""
-    if isinstance(batch, Tensor | list):
-        return None
-    mask = cast(Mapping[Any, Any], batch).get("mask") if isinstance(batch, Mapping) else getattr(batch, "mask", None)
-    return mask if isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_complex() else None
-
-
-def _two_sizes(batch: Batch) -> str:
-    pairs = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-    shapes = {
-        leaf.shape[0]: f"{path} of shape {list(leaf.shape)}"
-        for path, leaf in pairs
-        if isinstance(leaf, Tensor) and leaf.ndim
-    }
-    return " and ".join(list(shapes.values())[:2])
+    try:
+        return batch_weight(batch)
+    except ValueError as error:
+        raise ValueError(f"Evaluation batch {index}: {error}") from None
