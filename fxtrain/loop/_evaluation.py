@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,18 +34,25 @@ from fxtrain.loop._interrupts import Abandoned, Interrupts, Waits, leaving_compi
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import EvalFn, Events
 
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
 _Total = dict[str, metrics.Metric]
 """The mergeable metrics of all batches so far."""
 
 
 @with_short_traceback
-def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
+def evaluate(
+    state: TrainState, eval_step: EvalFn, data: SourceLike, *, mesh: Mesh | None = None
+) -> dict[str, float]:
     """Returns the metrics of ``state`` over one epoch of ``data``.
 
     Args:
         state: Any state. It is not modified.
         eval_step: From ``fxtrain.eval_step``, compiled or not.
         data: A source of batches, as for ``fit``.
+        mesh: The ranks among which each batch is split, as for ``fit``. All ranks must call this function, and all
+            return the same metrics.
 
     Returns:
         Averages by name. Values of ``fxtrain.metrics`` merge with their own weights. The weight of a batch for 0-d
@@ -70,6 +78,10 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
         state, eval_step = lifted_evaluation(state, eval_step)
     total: _Total = {}
     source = as_source(data)
+    if mesh is not None:
+        from fxtrain.distributed._rank_rows import split  # keeps the import of fxtrain fast
+
+        source = split(source, mesh)
     declare_shapes(eval_step, source)
     for index, batch in _batches(source, state.step.device):
         _, total = _measured(state, eval_step, index, batch, total)

@@ -19,10 +19,13 @@ import xxhash
 from fxtrain import tree
 from fxtrain.checkpoint._host_copy import host_bytes
 from fxtrain.core import TrainState
+from fxtrain.data import Source
 from fxtrain.distributed import FailedRankError, LostRankError, Mesh
+from fxtrain.distributed._rank_rows import split
 from fxtrain.loop._interrupts import Interrupts
 
 T = TypeVar("T")
+D = TypeVar("D", Source, Source | None)
 
 _NOTHING = torch.iinfo(torch.int64).min  # the neutral element of a maximum
 
@@ -183,6 +186,10 @@ class Ranks:
             self.is_over = True
             raise own or FailedRankError.from_reports(failed)
 
+    def rows(self, source: D) -> D | Source:
+        """Returns the rows of this rank, unless the source is None or split already."""
+        return source if source is None else split(source, self.mesh)
+
     def check_equal(self, state: TrainState, when: str, remedy: str) -> None:
         """Raises unless all ranks have the same state.
 
@@ -197,7 +204,7 @@ class Ranks:
         self.meet(f"the comparison of states {when}")
         paths = tree.paths(state, "state")
         digests = [_digest(leaf) for leaf in tree.leaves(state)]
-        whole = xxhash.xxh3_64("".join(map(str, zip(paths, digests, strict=True)))).hexdigest()
+        whole = xxhash.xxh3_64(repr((paths, digests)).encode()).hexdigest()
         found = self.mesh.gather(whole, "digests of states", step=self._step)
         if len(set(found)) == 1:
             return

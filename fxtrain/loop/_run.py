@@ -110,6 +110,8 @@ class Run:
         seed = int(state.seed)
         self._data = as_source(data, seed=seed)
         self._eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
+        if self._ranks is not None:
+            self._data, self._eval_data = self._ranks.rows(self._data), self._ranks.rows(self._eval_data)
         self._callbacks = self._publish.watched(compose(callbacks, *_run_statistics(self._step, self._data)))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = begin_epochs(state, self._data)
