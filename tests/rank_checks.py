@@ -6,9 +6,11 @@ A check takes a mesh. It fails on a rank by raising, and the outcomes of all ran
 import dataclasses
 import hashlib
 import json
+import logging
 import sys
 import traceback
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,6 +55,14 @@ def part(batch, mesh):
 def network(*layers, dtype=torch.float64):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(FEATURES, 16), *layers, nn.GELU(), nn.Linear(16, CLASSES)).to(dtype)
+
+
+def network_of(*layers):
+    module = nn.Sequential(*layers).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.rand(parameter.shape, dtype=torch.float64, generator=generator) - 0.4)
+    return module
 
 
 def loss_fn(model, batch):
@@ -218,6 +228,39 @@ def batch_norm_statistics(mesh):
     assert int(state.buffers["1.num_batches_tracked"]) == 3
 
 
+def synced_batch_norm(mesh):
+    # Biases before a batch norm have zero gradients, whose rounding errors AdamW would amplify.
+    convolution = (nn.Conv1d(1, 4, 2, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten())
+    plain = network_of(*convolution, nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, CLASSES))
+    synced = fx.distributed.sync_batch_norm(plain, mesh)
+    assert synced.state_dict().keys() == plain.state_dict().keys()
+
+    def mean(model, batch):
+        return F.cross_entropy(model(batch["x"][:, None]), batch["y"])
+
+    def weighted(model, batch):
+        kept = (batch["y"] > 0).double()
+        losses = F.cross_entropy(model(batch["x"][:, None]), batch["y"], reduction="none")
+        return fx.weighted((losses * kept).sum() / kept.sum(), kept.sum())
+
+    batches = [data(seed=seed) for seed in range(20)]
+    uneven = [data(rows=rows, seed=rows) for rows in (2 * mesh.size + 1, 3 * mesh.size - 1)]
+    for loss, run_step, accumulate, given in (
+        (mean, None, 3, batches),
+        (mean, traced, 3, batches),
+        (mean, None, 1, uneven),
+        (weighted, None, 1, uneven),
+    ):
+        options = {"loss": loss, "accumulate": accumulate}
+        state, output = train(mesh, synced, optimizer(), given, run_step=run_step, **options)
+        expected, expected_output = train(None, plain, optimizer(), given, **options)
+        assert_close(state, expected, 1e-11)
+        assert_close(output.metrics, expected_output.metrics, 1e-11)
+    by_autograd, _ = train(mesh, synced, optimizer(), batches[:5], loss=mean, differentiate="autograd")
+    expected, _ = train(None, plain, optimizer(), batches[:5], loss=mean)
+    assert_close(by_autograd, expected, 1e-11)
+
+
 def graph_text(mesh):
     step = fx.train_step(loss_fn, optimizer(), mesh=mesh, accumulate=2, callbacks=[fx.callbacks.nan_guard()])
     state = step.attached(fx.init(network(nn.Dropout(0.2)), optimizer(), seed=3))
@@ -240,10 +283,43 @@ def compiled_by_inductor(mesh):
     steps = []
 
     def compiled(step, state, batch):
-        steps.append(fx.compile(step, donate=True, fullgraph=True))
+        steps.append(fx.compile(step, donate=True, fullgraph=True, check=True))
         return steps[0]
 
+    # The check runs the uncompiled step on all ranks.
+    with_logs = Logs("fxtrain.compiler.check._first_calls")
     assert_as_alone(mesh, 1e-12, module, fx.optim.sgd(0.1, momentum=0.9), batches, run_step=compiled)
+    assert steps[0].graphs == 1
+    assert [text.partition(" ")[0] for text in with_logs.texts] == ["Checked"]
+
+
+def miscompiled_on_one_rank(mesh):
+    def backend(graph, inputs):
+        def run(*tensors):
+            outputs = graph(*tensors)
+            off = mesh.rank == mesh.size - 1
+            return [out + 0.01 if off and out.is_floating_point() and out.ndim == 2 else out for out in outputs]
+
+        return run
+
+    step = fx.compile(fx.train_step(loss_fn, fx.optim.sgd(0.1), mesh=mesh), backend=backend, check=True)
+    state = fx.init(network(), fx.optim.sgd(0.1), seed=3)
+    with pytest.raises(fx.MiscompiledError, match="expected the result of the uncompiled step from the first call"):
+        step(state, part(data(), mesh))
+
+
+class Logs(logging.Handler):
+    """The texts that a logger receives."""
+
+    def __init__(self, name):
+        super().__init__(logging.INFO)
+        self.texts = []
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
 
 
 def evaluation(mesh):
@@ -297,12 +373,8 @@ def growing_metrics(mesh):
         return {"curve": Growing.from_model_output(batch["x"])}
 
     state = fx.init(network(), seed=3)
-    try:
+    with pytest.raises(TypeError, match="expected the metric 'curve' to have a fixed size on all ranks, got Growing"):
         fx.eval_step(measure, mesh=mesh)(state, part(data(), mesh))
-    except TypeError as error:
-        assert "expected the metric 'curve' to have a fixed size on all ranks, got Growing" in str(error)
-    else:
-        raise AssertionError("no error")
 
 
 def host_facts(mesh):

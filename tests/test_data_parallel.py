@@ -19,10 +19,12 @@ TWO = [
     "nan_on_one_rank",
     "used_parameters",
     "batch_norm_statistics",
+    "synced_batch_norm",
     "graph_text",
     "evaluation",
     "hand_written_steps",
     "growing_metrics",
+    "miscompiled_on_one_rank",
     "compiled_by_inductor",
 ]
 FOUR = ["host_facts", "twenty_steps", "uneven_batches", "rank_without_examples", "evaluation", "nan_on_one_rank"]

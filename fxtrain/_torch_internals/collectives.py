@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,37 +21,41 @@ NAMESPACE = "_c10d_functional"
 """The namespace of the operators."""
 
 
-def all_reduce(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+# A group is given by its name, which can be copied and pickled. Without the operators, the default group takes its
+# place, which has the same ranks.
+
+
+def all_reduce(tensors: Sequence[Tensor], group: str) -> list[Tensor]:
     """Returns the sums of tensors over all ranks of a group. All transfers start before the first is waited for.
 
     Args:
         tensors: Floating or integer tensors, of equal shapes and dtypes on all ranks.
-        group: The process group.
+        group: The name of the process group.
     """
     if not _has_operators():
         sums = [tensor.clone() for tensor in tensors]
         for each in sums:
-            dist.all_reduce(each, group=group)
+            dist.all_reduce(each)
         return sums
     start, wait = ALL_REDUCE.get(), WAIT.get()
-    started = [start(tensor.contiguous(), "sum", group.group_name) for tensor in tensors]
+    started = [start(tensor.contiguous(), "sum", group) for tensor in tensors]
     return [wait(each) for each in started]
 
 
-def all_gather(tensor: Tensor, group: Any, size: int) -> Tensor:
+def all_gather(tensor: Tensor, group: str, size: int) -> Tensor:
     """Returns the tensors of all ranks of a group, stacked in the order of ranks: [size, ...].
 
     Args:
         tensor: Of equal shape and dtype on all ranks.
-        group: The process group.
+        group: The name of the process group.
         size: Number of its ranks.
     """
     shape = (size, *tensor.shape)
     if not _has_operators():
         parts = [torch.empty_like(tensor) for _ in range(size)]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
+        dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
-    return WAIT.get()(ALL_GATHER.get()(tensor.contiguous().reshape(-1), size, group.group_name)).reshape(shape)
+    return WAIT.get()(ALL_GATHER.get()(tensor.contiguous().reshape(-1), size, group)).reshape(shape)
 
 
 def rank(like: Tensor) -> Tensor:

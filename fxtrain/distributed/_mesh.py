@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxtrain._torch_internals.collectives import register_rank
 from fxtrain.core import check_int, check_positive
+from fxtrain.core._collective_errors import is_of_collective
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ class Mesh:
         except LostRankError:
             raise
         except RuntimeError as error:
-            if not _is_of_collective(error):
+            if not is_of_collective(error):
                 raise
             at = "" if step is None else f" at step {step}"
             (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
@@ -217,9 +218,3 @@ def _place() -> tuple[int, int]:
             "which sets them."
         )
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def _is_of_collective(error: RuntimeError) -> bool:
-    """Whether a process group raised this error. gloo raises a plain RuntimeError."""
-    words = ("gloo", "timed out", "connection closed", "connection reset", "broken pipe", "nccl")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

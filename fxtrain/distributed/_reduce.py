@@ -54,7 +54,7 @@ def gathered(
     leaves, structure = tree.flatten(metrics)
     row = [weight, *leaves, *flags]
     sizes = [value.numel() for value in row]
-    table = all_gather(torch.cat([wide(value, weight.device) for value in row]), mesh.group, mesh.size)
+    table = all_gather(torch.cat([wide(value, weight.device) for value in row]), mesh.group.group_name, mesh.size)
     weights, *columns = table.split(sizes, 1)
     weights = weights[:, 0]
     total = weights.sum()
@@ -100,7 +100,7 @@ def summed(tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
     buckets = list(_buckets(real))
     flat = [torch.cat([real[index].reshape(-1) for index in bucket]) for bucket in buckets]
     found: dict[int, Tensor] = {}
-    for bucket, sums in zip(buckets, all_reduce(flat, mesh.group), strict=True):
+    for bucket, sums in zip(buckets, all_reduce(flat, mesh.group.group_name), strict=True):
         parts = sums.split([real[index].numel() for index in bucket])
         found |= {index: part.view(real[index].shape) for index, part in zip(bucket, parts, strict=True)}
     return [

@@ -29,6 +29,7 @@ class EvalFunction:
 
     Args:
         function: Any pure function with this signature.
+        mesh: The ranks over which it averages, from ``fxtrain.distributed.mesh``.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -40,8 +41,8 @@ class EvalFunction:
     callbacks: tuple[()] = ()  # an evaluation folds none
     enters: frozenset[str] = frozenset()  # the slots that enter the compiled graph
 
-    def __init__(self, function: Callable[[TrainState, Batch], StepOutput]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[TrainState, Batch], StepOutput], *, mesh: Mesh | None = None) -> None:
+        self.function, self.mesh = function, mesh
         self._of_members: EvalFunction | None = None
         functools.update_wrapper(self, function, updated=())
 
@@ -137,4 +138,4 @@ def eval_step(
 
     step.__name__ = f"eval_step({name_of(measure)})"
     step.__doc__ = measure.__doc__
-    return EvalFunction(step)
+    return EvalFunction(step, mesh=mesh)

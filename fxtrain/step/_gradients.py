@@ -168,13 +168,14 @@ def gradients(
         model = model_of(state)
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
-        local = None
+        local, is_synced = None, False
         if mesh is not None:
-            from fxtrain.distributed import _examples
+            from fxtrain.distributed import _examples, _sync_batch_norm
 
             key = _examples.on_rank(key, mesh, batch)
             examples = _examples.scalar(_examples.num_examples(batch), state.step.device)
             local = LocalPart(examples, state.buffers)
+            is_synced = _sync_batch_norm.is_synced(model.named_modules(train=True).values())
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
 
@@ -201,6 +202,9 @@ def gradients(
                     metrics = policy.cast_output({"loss": loss, **measured})
                     loss = metrics["loss"]
                     value = loss if scale is None else loss * scale
+                    if local is not None and is_synced:
+                        # Gradients that flow from one rank to another have the weight of the rank that they come from.
+                        value = value * (local.examples if weight is None else weight).to(value.dtype)
                     return value, find(value), (metrics, () if weight is None else (weight,), extra)
 
             called = forward(policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish)
@@ -226,6 +230,8 @@ def gradients(
             _record_replaced(model, state.params, written)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
+        if local is not None and is_synced:
+            grads = _divided(grads, weights[0] if weights else local.examples)
         found = Gradient(
             metrics["loss"],
             metrics,
@@ -320,6 +326,15 @@ def refuse_lost(who: str, replaced: list[tuple[str, Tensor]], params: Tree) -> N
             f"expected {who} to return a state with the frozen parameters that its forward pass wrote, got {lost} from "
             "before it. Use state = found.carried(state), where found is the result of fxtrain.gradients."
         )
+
+
+def _divided(grads: Tree, weight: Tensor) -> Tree:
+    """Returns the gradients divided by the weight, and zeros if it is 0."""
+
+    def divided(grad: Tensor) -> Tensor:
+        return torch.where(weight > 0, grad / weight.to(grad.real.dtype if grad.is_complex() else grad.dtype), 0)
+
+    return tree.map(divided, grads)
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:

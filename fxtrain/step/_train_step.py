@@ -193,6 +193,7 @@ def train_step(
             settings=settings,
             description=description,
             check_state=functools.partial(check_optimizer_state, tx),
+            mesh=mesh,
         )
 
     return build(folded)
