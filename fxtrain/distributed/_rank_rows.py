@@ -51,6 +51,14 @@ def rows(source: SourceLike, mesh: Mesh) -> Source:
     return RankRows(as_source(source), mesh)
 
 
+def split(source: Source, mesh: Mesh) -> Source:
+    """Returns ``rows(source, mesh)``, or ``source`` if it or a source that it wraps is split already."""
+    inner: Any = source
+    while inner is not None and not isinstance(inner, RankRows):
+        inner = getattr(inner, "source", None)
+    return source if inner is not None else rows(source, mesh)
+
+
 class RankRows(MappedBatches):
     """The rows of one rank. Use ``rows``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,18 +34,23 @@ from fxtrain.loop._interrupts import Abandoned, Interrupts, Waits, leaving_compi
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import EvalFn, Events
 
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
 _Total = dict[str, metrics.Metric]
 """The mergeable metrics of all batches so far."""
 
 
 @with_short_traceback
-def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
+def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike, *, mesh: Mesh | None = None) -> dict[str, float]:
     """Returns the metrics of ``state`` over one epoch of ``data``.
 
     Args:
         state: Any state. It is not modified.
         eval_step: From ``fxtrain.eval_step``, compiled or not.
         data: A source of batches, as for ``fit``.
+        mesh: The ranks among which each batch is split, as for ``fit``. All ranks must call this function, and all
+            return the same metrics.
 
     Returns:
         Averages by name. Values of ``fxtrain.metrics`` merge with their own weights. The weight of a batch for 0-d
@@ -70,6 +76,10 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
         state, eval_step = lifted_evaluation(state, eval_step)
     total: _Total = {}
     source = as_source(data)
+    if mesh is not None:
+        from fxtrain.distributed._rank_rows import split  # keeps the import of fxtrain fast
+
+        source = split(source, mesh)
     declare_shapes(eval_step, source)
     for index, batch in _batches(source, state.step.device):
         _, total = _measured(state, eval_step, index, batch, total)
@@ -105,7 +115,7 @@ class Evaluations:
 
     def __init__(self, emitter: Emitter, data: Source | None, interrupts: Interrupts) -> None:
         self._plan, self._now, self._emit, self._time = emitter.plan, emitter.now, emitter.emit, emitter.time
-        self._data, self._interrupts = data, interrupts
+        self._data, self._interrupts, self._ranks = data, interrupts, emitter.ranks
         # Read once, because data of unknown length has one after an evaluation, which a resumed run would not know.
         self._num_batches = None if data is None else data.epoch_length
 
@@ -131,13 +141,24 @@ class Evaluations:
         try:
             for index, batch in _batches(Waits(data, self._interrupts), now.state.step.device):
                 yield from self._emit(EvalStepBegin, index=index, batch=batch)
-                output, total = _measured(seen, eval_step, index, batch, total)
+                if self._ranks is None:
+                    output, total = _measured(seen, eval_step, index, batch, total)
+                else:
+                    self._ranks.meet("a batch of an evaluation", now.step, index)
+                    if self._interrupts.cause is not None:
+                        raise Abandoned
+                    with self._ranks.dispatch("collectives of the evaluation step", now.step):
+                        output, total = _measured(seen, eval_step, index, batch, total)
                 if self._interrupts.cause is not None:
                     raise Abandoned
                 yield from self._emit(
                     EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
                 )
+            if self._ranks is not None:
+                self._ranks.meet("the end of an evaluation", now.step)
         except Abandoned:
+            if self._interrupts.cause is None and self._ranks is not None:
+                self._ranks.meet(None)  # agrees on the signal that ended this rank's wait for data
             now.roll_back(mark)
             return
         measured = metrics.compute(total)

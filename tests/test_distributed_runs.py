@@ -1,0 +1,120 @@
+"""Whole runs of several ranks: they decide alike, end together, and any number of ranks continues them."""
+
+import json
+import signal
+import time
+
+import pytest
+
+import fxtrain as fx
+from tests import ranks
+
+CHECKS = [
+    "equals_one_process",
+    "each_row_is_read_once",
+    "other_numbers_of_ranks_continue",
+    "data_of_unknown_length",
+    "data_that_ends_on_one_rank",
+    "rewinds_in_memory_and_from_checkpoints",
+    "rank_zero_keeps_the_time",
+    "different_states_are_refused",
+    "forgotten_mesh_of_the_step_is_found",
+    "error_of_a_callback_ends_all_ranks",
+    "error_of_all_ranks_is_that_of_each",
+    "error_of_the_data_ends_all_ranks",
+    "error_in_an_evaluation_ends_all_ranks",
+    "error_of_a_save_ends_all_ranks",
+    "callbacks_that_depend_on_the_rank_are_found",
+    "saves_are_seen_at_the_same_step",
+    "steps_yield_the_same_events",
+    "warnings_are_those_of_rank_zero",
+    "evaluate_is_that_of_all_rows",
+]
+
+
+def program(call):
+    return f"from tests import rank_runs\nrank_runs.{call}"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Runs all checks with two ranks, and returns the errors of each."""
+    folder = tmp_path_factory.mktemp("runs")
+    results = ranks.run(program(f"run({CHECKS!r}, {str(folder)!r})"), 2, timeout=120, check=False)
+    found = {"stderr": [done.stderr for done in results]}
+    for line in results[0].stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks(outcomes, name):
+    errors = outcomes.get(name, ["not run, because an earlier check failed", *outcomes["stderr"]])
+    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+
+
+def ended(started, timeout=60):
+    """Waits for all ranks, and returns the result of each."""
+    return started.results(timeout, check=False)
+
+
+def when_ready(started, rank):
+    """Waits for "ready" on the output of a rank."""
+    for line in started.processes[rank].stdout:
+        if line == "ready\n":
+            return
+    raise AssertionError(f"rank {rank} ended without a signal:\n{started.processes[rank].communicate()[1]}")
+
+
+def last_line(done):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result of a run that nothing interrupts."""
+    call = f"interrupted({str(tmp_path_factory.mktemp('whole') / 'run')!r}, '')"
+    return last_line(ranks.run(program(call), 2, env={"STEPS": "60"})[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "receiver", "where"),
+    [(signal.SIGTERM, 0, "step"), (signal.SIGTERM, 1, "step"), (signal.SIGINT, 1, "evaluation")],
+)
+def test_signal_on_one_rank_ends_all_at_the_same_step(tmp_path, whole, number, receiver, where):
+    folder = str(tmp_path / "run")
+    env = {"STEPS": "60"}
+    with ranks.started(program(f"interrupted({folder!r}, {where!r})"), 2, env=env) as started:
+        when_ready(started, receiver)
+        started.processes[receiver].send_signal(number)
+        results = ended(started)
+    assert [done.returncode for done in results] == [128 + number] * 2, [done.stderr for done in results]
+    steps = [last_line(done)[0] for done in results]
+    assert steps[0] == steps[1]
+    assert last_line(results[0])[1:] == last_line(results[1])[1:]
+    assert last_line(results[1])[1] == f"interrupted by {number.name}"
+    assert fx.checkpointer(folder).latest() == steps[0] < 60
+    assert not any("Traceback" in done.stderr for done in results)
+    if where == "step":
+        resumed = ranks.run(program(f"interrupted({folder!r}, '')"), 2, env=env)
+        assert last_line(resumed[0]) == last_line(resumed[1]) == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_hung_rank_ends_the_other_within_the_timeout(rank):
+    with ranks.started(program(f"hanging({rank})"), 2) as started:
+        other = started.processes[1 - rank]
+        assert other.wait(30) == 1
+        errors = other.communicate(5)[1]
+    assert "LostRankError: expected all 2 ranks to join the all-reduce of agreement of ranks at step 4" in errors
+    assert f"within 3 s, got an error on rank {1 - rank}" in errors
+
+
+def test_killed_rank_ends_the_other():
+    with ranks.started(program("killed(1)"), 2) as started:
+        began = time.monotonic()
+        assert started.processes[1].wait(30) == -signal.SIGKILL
+        assert started.processes[0].wait(10) == 1
+        assert time.monotonic() - began < 30
+        assert "LostRankError" in started.processes[0].communicate(5)[1]
