@@ -169,6 +169,12 @@ def test_rank_reads_only_its_rows():
     assert rows.epoch_length == 2
 
 
+def test_last_example_belongs_to_one_rank():
+    source = fx.data.batches({"x": torch.arange(5.0)}, 4, shuffle=False, drop_last=False)
+    parts = [fx.distributed.rows(source, mesh_of(rank, 2))[1]["x"].tolist() for rank in range(2)]
+    assert parts == [[4.0], []]
+
+
 def test_rows_are_prefetched():
     rows = fx.distributed.rows(fx.data.batches(torch.arange(12), 4, shuffle=False), mesh_of(1, 2))
     ahead = fx.data.prefetch(rows, size=2)

@@ -70,18 +70,23 @@ class RankRows(MappedBatches):
 
     def fetch(self, position: int) -> Batch:
         source = self.source
-        # A dataset has no batch of no samples, so that of a rank without examples is cut from the whole batch.
-        if (
-            isinstance(source, IndexedBatches)
-            and source.drop_last != "pad"
-            and source.num_items(position) >= self.ranks
-        ):
+        if not isinstance(source, IndexedBatches) or source.drop_last == "pad":
+            return self.function(as_tensors(source.fetch(position)))
+        count = source.num_items(position)
+        if count >= self.ranks:
             return source.fetch_rows(position, self.rank, self.ranks)
-        return self.function(as_tensors(source.fetch(position)))
+        # A dataset has no batch of no samples, so that of a rank without examples is cut from the whole batch.
+        return rows_of_rank(as_tensors(source.fetch(position)), self.rank, self.ranks, count)
 
 
-def rows_of_rank(batch: Batch, rank: int, ranks: int) -> Batch:
+def rows_of_rank(batch: Batch, rank: int, ranks: int, count: int | None = None) -> Batch:
     """Returns the examples ``rank``, ``rank + ranks``, ... of a batch.
+
+    Args:
+        batch: The whole batch.
+        rank: The rank.
+        ranks: Number of ranks.
+        count: Number of examples. If it is unknown, all ranks share a batch of one example.
 
     Raises:
         ValueError: As for ``rows``.
@@ -96,19 +101,20 @@ def rows_of_rank(batch: Batch, rank: int, ranks: int) -> Batch:
             "expected a batch of tensors [examples, ...], got a graph, which cannot be split. Give each rank batches "
             "of its own graphs, without fxtrain.distributed.rows."
         )
-    count = num_examples(batch)
+    is_single = count == 1
+    size = num_examples(batch) if count is None else count
 
     def is_column(part: Any) -> bool:
-        return type(part) in (list, tuple) and len(part) == count and not _are_fields(part, count)
+        return type(part) in (list, tuple) and len(part) == size and not _are_fields(part, size)
 
     def split(path: str, leaf: Any) -> Any:
         if is_column(leaf):
             return leaf[rank::ranks]
-        if not has_examples(leaf):
+        if not has_examples(leaf) and not (is_single and isinstance(leaf, Tensor) and leaf.ndim):
             return leaf
-        if leaf.shape[0] != count:
+        if leaf.shape[0] != size:
             raise ValueError(
-                f"expected tensors with the same first dimension, {count}, got {describe(leaf)} at {path}. Keep a "
+                f"expected tensors with the same first dimension, {size}, got {describe(leaf)} at {path}. Keep a "
                 "tensor without examples outside the batch, or give it a first dimension of 1."
             )
         return leaf[rank::ranks]
