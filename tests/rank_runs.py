@@ -415,3 +415,36 @@ def killed(rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
     fit(mesh, steps=9, callbacks=at(3, kill))
+
+
+def restarted(folder, kills):
+    """Trains with resume, in a job that torchrun restarts. Each attempt but the last is killed on one rank.
+
+    Args:
+        folder: The folder of the checkpoints.
+        kills: The rank and the step of each attempt's SIGKILL, as JSON.
+    """
+    torch.set_num_threads(1)
+    mesh = fx.distributed.mesh(timeout=30)
+    attempt, kills = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), json.loads(kills)
+    rank, step = kills[attempt] if attempt < len(kills) else (-1, -1)
+
+    def kill(state, event: fx.StepBegin):
+        if event.step >= step > 0 and mesh.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return state, fx.Control()
+
+    result = fit(
+        mesh,
+        steps=30,
+        callbacks=[kill, fx.callbacks.save(every=4)],
+        checkpointer=fx.checkpointer(folder),
+        resume=True,
+    )
+    assert_same(mesh, values_of(result.state), "states")
+    if mesh.is_main:
+        (pathlib.Path(folder) / "result.json").write_text(json.dumps([attempt, values_of(result.state)]))
+
+
+if __name__ == "__main__":
+    restarted(*sys.argv[1:])

@@ -1,7 +1,11 @@
 """Whole runs of several ranks: they decide alike, end together, and any number of ranks continues them."""
 
 import json
+import os
+import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -118,3 +122,35 @@ def test_killed_rank_ends_the_other():
         assert started.processes[0].wait(10) == 1
         assert time.monotonic() - began < 30
         assert "LostRankError" in started.processes[0].communicate(5)[1]
+
+
+def restarted(folder, kills):
+    """Runs a job that torchrun restarts after each kill. Returns the number of restarts, and the final state."""
+    command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
+    arguments = [*command, "-m", "tests.rank_runs", str(folder), json.dumps(kills)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ranks.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ranks.ROOT,
+        env=environment,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return restarted(tmp_path_factory.mktemp("undisturbed"), [])[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(2))
+def test_job_that_is_killed_and_restarted_ends_bitwise_like_an_undisturbed_one(tmp_path, undisturbed, trial):
+    chance = random.Random(trial)
+    kills = [(chance.randrange(2), chance.randrange(1, 30)) for _ in range(2)]
+    attempts, state = restarted(tmp_path, kills)
+    assert attempts == 2, kills
+    assert state == undisturbed, kills

@@ -42,9 +42,7 @@ _Total = dict[str, metrics.Metric]
 
 
 @with_short_traceback
-def evaluate(
-    state: TrainState, eval_step: EvalFn, data: SourceLike, *, mesh: Mesh | None = None
-) -> dict[str, float]:
+def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike, *, mesh: Mesh | None = None) -> dict[str, float]:
     """Returns the metrics of ``state`` over one epoch of ``data``.
 
     Args:

@@ -59,17 +59,13 @@ class SharedCheckpointer:
     ) -> Restoration | None:
         """Restores the newest readable checkpoint that a rewind to ``step`` can return to."""
         own = self._own
-        return self._read(
-            lambda: own.read_newest_until(step, like, newer_than=newer_than, **options), like, options
-        )
+        return self._read(lambda: own.read_newest_until(step, like, newer_than=newer_than, **options), like, options)
 
     def read_snapshot(self, step: int, like: Tree, **options: Unpack[ReadOptions]) -> Restoration | None:
         """Restores the newest snapshot of a step."""
         return self._read(lambda: self._own.read_snapshot(step, like, **options), like, options)
 
-    def _read(
-        self, select: Callable[[], Restoration | None], like: Tree, options: ReadOptions
-    ) -> Restoration | None:
+    def _read(self, select: Callable[[], Restoration | None], like: Tree, options: ReadOptions) -> Restoration | None:
         """Restores on all ranks the checkpoint that rank 0 selects and restores first."""
         reports: list[Restoration] = []
 
