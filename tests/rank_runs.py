@@ -355,7 +355,7 @@ def warnings_are_those_of_rank_zero(mesh, folder):
 
 
 def evaluate_is_that_of_all_rows(mesh, folder):
-    state, _, data, options = parts(mesh)
+    state, _, _, options = parts(mesh)
     ours = fx.evaluate(state, options["eval_step"], options["eval_data"], mesh=mesh)
     alone = fx.evaluate(state, fx.eval_step(loss_fn), options["eval_data"])
     assert abs(ours["loss"] - alone["loss"]) < 1e-12
@@ -415,6 +415,50 @@ def killed(rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
     fit(mesh, steps=9, callbacks=at(3, kill))
+
+
+FILE_CALLS = ("open", "mkdir", "rename", "replace", "fsync", "write", "writev", "pwritev", "unlink", "rmdir")
+
+
+def killed_in_a_save(folder, rank, number):
+    """Is killed before a call of the second save: on rank 0 of the file system, on rank 1 of a collective.
+
+    Args:
+        folder: The folder of the checkpoints.
+        rank: The rank that is killed.
+        number: The number of the call, from 1.
+    """
+    torch.set_num_threads(1)
+    mesh = fx.distributed.mesh(timeout=30)
+    calls, is_armed = 0, False
+
+    def counting(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += is_armed
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    if mesh.rank == rank == 0:
+        for name in FILE_CALLS:
+            setattr(os, name, counting(getattr(os, name)))
+    elif mesh.rank == rank:
+        fx.distributed.Mesh.maximum = counting(fx.distributed.Mesh.maximum)
+
+    def arm(state, event: fx.SaveBegin):
+        nonlocal is_armed
+        is_armed = is_armed or event.step == 8
+        return state, fx.Control()
+
+    def announce(state, event: fx.Saved):
+        print(f"saved {event.step}", flush=True)
+        return state, fx.Control()
+
+    fit(mesh, steps=12, callbacks=[fx.callbacks.save(every=4), arm, announce], checkpointer=fx.checkpointer(folder))
+    print(f"{calls} calls", flush=True)
 
 
 def restarted(folder, kills):

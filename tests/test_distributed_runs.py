@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
 import fxtrain as fx
-from tests import ranks
+from tests import rank_runs, ranks
 
 CHECKS = [
     "equals_one_process",
@@ -154,3 +155,19 @@ def test_job_that_is_killed_and_restarted_ends_bitwise_like_an_undisturbed_one(t
     attempts, state = restarted(tmp_path, kills)
     assert attempts == 2, kills
     assert state == undisturbed, kills
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, 1), (0, 3), (0, 5), (0, 7), (0, 9), (0, 12), (1, 1), (1, 3)])
+def test_rank_killed_in_a_save_loses_no_reported_checkpoint(tmp_path, rank, number):
+    folder = str(tmp_path / "run")
+    call = program(f"killed_in_a_save({folder!r}, {rank}, {number})")
+    results = ranks.run(call, 2, timeout=60, check=False)
+    assert results[rank].returncode == -signal.SIGKILL, results[rank]
+    assert results[1 - rank].returncode == 1
+    reported = [int(line.split()[1]) for done in results for line in done.stdout.splitlines()]
+    saved = fx.checkpointer(folder).steps()
+    assert set(reported) <= set(saved) <= set(range(4, 13))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the number of ranks differs
+        resumed = rank_runs.fit(None, steps=12, checkpointer=fx.checkpointer(folder), resume=True)
+    rank_runs.assert_close(resumed.state, rank_runs.fit(None, steps=12).state)

@@ -145,8 +145,8 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
     on GPUs, with the device of each process. Without that environment, the process is the only rank, so one script runs
     with and without torchrun. All ranks must call this function equally often.
 
-    A job that ``torchrun --max-restarts`` restarts continues with ``resume=True``. On several machines, torch 2.13 needs
-    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for that, because restarted workers would else find old addresses.
+    A job that ``torchrun --max-restarts`` restarts continues with ``resume=True``. On several machines, set
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun, because restarted workers otherwise find old addresses.
 
     Args:
         data: Number of ranks among which each batch is split. -1 means all.
