@@ -278,8 +278,10 @@ def graph_text(mesh):
 
 
 def compiled_by_inductor(mesh):
-    module = network(nn.Dropout(0.2))
-    batches = [data(seed=seed) for seed in range(4)]
+    module = network(nn.BatchNorm1d(16), nn.Dropout(0.2))
+    module[0].bias = None
+    synced = fx.distributed.sync_batch_norm(module, mesh)
+    batches, tx = [data(seed=seed) for seed in range(4)], fx.optim.sgd(0.1, momentum=0.9)
     steps = []
 
     def compiled(step, state, batch):
@@ -288,7 +290,9 @@ def compiled_by_inductor(mesh):
 
     # The check runs the uncompiled step on all ranks.
     with_logs = Logs("fxtrain.compiler.check._first_calls")
-    assert_as_alone(mesh, 1e-12, module, fx.optim.sgd(0.1, momentum=0.9), batches, run_step=compiled)
+    state, output = train(mesh, synced, tx, batches, run_step=compiled)
+    expected, expected_output = train(None, module, tx, batches)
+    assert_close((state, output.metrics), (expected, expected_output.metrics), 1e-11)
     assert steps[0].graphs == 1
     assert [text.partition(" ")[0] for text in with_logs.texts] == ["Checked"]
 
@@ -375,6 +379,38 @@ def growing_metrics(mesh):
     state = fx.init(network(), seed=3)
     with pytest.raises(TypeError, match="expected the metric 'curve' to have a fixed size on all ranks, got Growing"):
         fx.eval_step(measure, mesh=mesh)(state, part(data(), mesh))
+
+
+def replicated_states(mesh):
+    torch.manual_seed(mesh.rank)
+    module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    module.register_buffer("flags", torch.rand(5) > 0.5)
+    given = fx.init(module, optimizer(), seed=mesh.rank)
+    before = given.copy()
+    state = fx.distributed.replicated(given, mesh)
+    assert_close(given, before, 0)
+    assert_same_bits(mesh, state)
+    assert int(state.seed) == 0
+    pairs = zip(fx.tree.leaves(state), fx.tree.leaves(given), strict=True)
+    assert not any(found.data_ptr() == old.data_ptr() for found, old in pairs)
+    assert state.params["0.weight"].stride() == given.params["0.weight"].stride()
+    other = fx.init(nn.Linear(2 + mesh.rank, 2))
+    with pytest.raises(ValueError, match=r"expected states with the same leaves on all ranks, got others at .*weight"):
+        fx.distributed.replicated(other, mesh)
+
+
+def precision_policies(mesh):
+    """The loss scale finds an overflow of one rank on all, and half precision has the same bits on all."""
+    module = network(nn.LayerNorm(16), dtype=torch.float32)
+    batches = [data(torch.float32, seed=seed) for seed in range(6)]
+    for precision in ("bf16", "fp16"):
+        if precision == "fp16":
+            batches[3]["x"][mesh.size - 1] = 1e30  # overflows on the last rank
+        state, output = train(mesh, module, fx.optim.sgd(0.1), batches, precision=precision)
+        alone, _ = train(None, module, fx.optim.sgd(0.1), batches, precision=precision)
+        assert_close(state.params, alone.params, 0.02)
+        assert_close(state.slots, alone.slots, 0)
+        assert output.metrics["loss"].isfinite()
 
 
 def host_facts(mesh):

@@ -24,6 +24,8 @@ TWO = [
     "evaluation",
     "hand_written_steps",
     "growing_metrics",
+    "replicated_states",
+    "precision_policies",
     "miscompiled_on_one_rank",
     "compiled_by_inductor",
 ]

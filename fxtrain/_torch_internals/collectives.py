@@ -67,11 +67,16 @@ def rank(like: Tensor) -> Tensor:
         like: Any tensor on the device of the result.
 
     Example:
-        >>> register_rank()
+        >>> library = register_rank()
         >>> rank(torch.zeros(2))
         tensor(0)
     """
     return torch.ops.fxtrain.rank.default(like)
+
+
+def is_rank(target: object) -> bool:
+    """Whether the target of a graph's node is the operator of ``rank``."""
+    return getattr(target, "namespace", None) == "fxtrain" and target == torch.ops.fxtrain.rank.default
 
 
 # Cached, because operators are removed when their library is.

@@ -73,10 +73,14 @@ class IndexedBatches(Source):
         """Returns the items ``rank``, ``rank + ranks``, ... of the batch at this position, and reads no others."""
         return self._take(self._items(position)[rank::ranks], position, rank)
 
+    def num_items(self, position: int) -> int:
+        """Returns the number of items of the batch at this position, without padding."""
+        return min(self.batch_size, self.size - position % self.epoch_length * self.batch_size)
+
     def _items(self, position: int) -> np.ndarray:
         epoch, index = divmod(position, self.epoch_length)
         start = index * self.batch_size
-        return self._order.items(epoch, start, min(start + self.batch_size, self.size))
+        return self._order.items(epoch, start, start + self.num_items(position))
 
 
 def _padded(batch: Batch, rows: int, batch_size: int) -> dict[str, Tree]:

@@ -25,8 +25,9 @@ def rows(source: SourceLike, mesh: Mesh) -> Source:
     microbatches of all ranks are together those of one process. Which examples these are is a function of the position,
     which counts whole batches, so a run that resumes with another number of ranks continues in the same order.
 
-    ``fxtrain.data.batches`` and ``windows`` read only these examples. Of other sources, each rank reads whole batches.
-    Random augmentations of a map-style dataset depend on the number of ranks.
+    ``fxtrain.data.batches`` and ``windows`` read only these examples. Of other sources, each rank reads whole batches,
+    so write ``prefetch(rows(data, mesh))`` rather than ``rows(prefetch(data), mesh)``. Random augmentations of a
+    map-style dataset depend on the number of ranks.
 
     Args:
         source: A source of whole batches, as for ``fit``. Their tensors have one row per example. 0-d tensors, tensors
@@ -62,19 +63,30 @@ class RankRows(MappedBatches):
     """The rows of one rank. Use ``rows``."""
 
     def __init__(self, source: Source, mesh: Mesh) -> None:
-        super().__init__(source, functools.partial(rows_of_rank, rank=mesh.rank, ranks=mesh.size))
-        self.mesh = mesh
+        # Not the mesh, which cannot be sent to the workers of prefetch.
+        self.rank, self.ranks = mesh.rank, mesh.size
+        super().__init__(source, functools.partial(rows_of_rank, rank=self.rank, ranks=self.ranks))
         self.is_in_memory = source.is_in_memory
 
     def fetch(self, position: int) -> Batch:
         source = self.source
-        if isinstance(source, IndexedBatches) and source.drop_last != "pad":
-            return source.fetch_rows(position, self.mesh.rank, self.mesh.size)
-        return self.function(as_tensors(source.fetch(position)))
+        if not isinstance(source, IndexedBatches) or source.drop_last == "pad":
+            return self.function(as_tensors(source.fetch(position)))
+        count = source.num_items(position)
+        if count >= self.ranks:
+            return source.fetch_rows(position, self.rank, self.ranks)
+        # A dataset has no batch of no samples, so that of a rank without examples is cut from the whole batch.
+        return rows_of_rank(as_tensors(source.fetch(position)), self.rank, self.ranks, count)
 
 
-def rows_of_rank(batch: Batch, rank: int, ranks: int) -> Batch:
+def rows_of_rank(batch: Batch, rank: int, ranks: int, count: int | None = None) -> Batch:
     """Returns the examples ``rank``, ``rank + ranks``, ... of a batch.
+
+    Args:
+        batch: The whole batch.
+        rank: The rank.
+        ranks: Number of ranks.
+        count: Number of examples. If it is unknown, all ranks share a batch of one example.
 
     Raises:
         ValueError: As for ``rows``.
@@ -89,19 +101,20 @@ def rows_of_rank(batch: Batch, rank: int, ranks: int) -> Batch:
             "expected a batch of tensors [examples, ...], got a graph, which cannot be split. Give each rank batches "
             "of its own graphs, without fxtrain.distributed.rows."
         )
-    count = num_examples(batch)
+    is_single = count == 1
+    size = num_examples(batch) if count is None else count
 
     def is_column(part: Any) -> bool:
-        return type(part) in (list, tuple) and len(part) == count and not _are_fields(part, count)
+        return type(part) in (list, tuple) and len(part) == size and not _are_fields(part, size)
 
     def split(path: str, leaf: Any) -> Any:
         if is_column(leaf):
             return leaf[rank::ranks]
-        if not has_examples(leaf):
+        if not has_examples(leaf) and not (is_single and isinstance(leaf, Tensor) and leaf.ndim):
             return leaf
-        if leaf.shape[0] != count:
+        if leaf.shape[0] != size:
             raise ValueError(
-                f"expected tensors with the same first dimension, {count}, got {describe(leaf)} at {path}. Keep a "
+                f"expected tensors with the same first dimension, {size}, got {describe(leaf)} at {path}. Keep a "
                 "tensor without examples outside the batch, or give it a first dimension of 1."
             )
         return leaf[rank::ranks]

@@ -38,7 +38,7 @@ def sync_batch_norm(module: M, mesh: Mesh) -> M:
         >>> import torch, fxtrain as fx
         >>> mesh = fx.distributed.mesh()
         >>> fx.distributed.sync_batch_norm(torch.nn.BatchNorm2d(3), mesh)
-        SyncedBatchNorm(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        SyncedBatchNorm(3, eps=1e-05, momentum=0.1, affine=True, ...)
     """
     # deepcopy puts the objects in this memo in place of the batch norms, wherever and however often these occur.
     memo: dict[int, Any] = {}

@@ -74,18 +74,20 @@ def _fill_rows(
 ) -> Tensor:
     """Returns the rows of this rank, of ``size`` samples each, from what ``fill`` returns for those of all ranks."""
     count, ranks = rows.count, rows.ranks
-    first = (torch.arange(count, device=device) * ranks + rows.rank.to(device)) * size  # the first sample of each row
-    is_aligned = size % per_block == 0
-    # A row that does not begin with a block reaches into one more.
-    width = size // per_block if is_aligned else (size + per_block - 2) // per_block + 1
-    start = first // per_block
-    index = (start[:, None] + torch.arange(width, device=device)).flatten()
     total = count * ranks * size // per_block + 2
-    samples = torch.stack(list(samples_of(*blocks(key, index, total, site=site))), -1)
-    if is_aligned:
-        return samples.reshape(shape)
-    places = (first - start * per_block)[:, None] + torch.arange(size, device=device)
-    return samples.reshape(count, width * per_block).gather(1, places).reshape(shape)
+    row = torch.arange(count, device=device) * ranks + rows.rank.to(device)
+
+    def samples(start: Tensor, width: int) -> Tensor:
+        index = (start[:, None] + torch.arange(width, device=device)).flatten()
+        return torch.stack(list(samples_of(*blocks(key, index, total, site=site))), -1)
+
+    if size % per_block == 0:
+        width = size // per_block
+        return samples(row * width, width).reshape(shape)
+    # A row that does not begin with a block reaches into one more.
+    start, width = row * size // per_block, (size + per_block - 2) // per_block + 1
+    places = (row * size - start * per_block)[:, None] + torch.arange(size, device=device)
+    return samples(start, width).reshape(count, width * per_block).gather(1, places).reshape(shape)
 
 
 def integers(key: Key, shape: Sequence[int], site: int, device: torch.device | str | None, form: Form) -> Tensor:

@@ -135,8 +135,11 @@ def gradients(
             backward hooks, any ``autograd.Function``. Both give the same gradients. ``"auto"`` uses ``torch.func``, and
             switches to ``torch.autograd`` with a warning if ``torch.func`` rejects the loss.
         outputs: Whether ``loss_fn`` returns a pair of such a result and a pytree of other tensors, such as logits.
-        mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``. Random samples are then
-            those of the rank's examples, and ``fxtrain.distributed.averaged`` averages the results.
+        mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``, whose results
+            ``fxtrain.distributed.averaged`` averages. Random samples of torch with one row per example are those that
+            one process takes for these examples of the whole batch. All other samples are equal on all ranks: those
+            whose first dimension is not the number of examples, such as the masks of ``[time, examples, channels]``,
+            and those of Python and NumPy.
 
     Returns:
         A pure function. Calls with different ``index`` in one step take different random samples.

@@ -92,7 +92,9 @@ def train_step(
         mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``. The step of each rank takes
             its own examples, as ``fxtrain.distributed.rows`` splits them, and gradients, loss and metrics are averaged
             over ranks before ``Gradients``, as ``fxtrain.distributed.averaged`` describes. All ranks must take the step
-            equally often. If a callback subscribes to ``Microbatch``, those of each microbatch are averaged before it.
+            equally often, and begin with the same state. ``accumulate`` must divide the examples of each rank. If a
+            callback subscribes to ``Microbatch``, the average is taken for each microbatch. ``gradients`` describes
+            random samples.
 
     Returns:
         The step ``(state, batch) -> (state, output)``.
