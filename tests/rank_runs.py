@@ -417,6 +417,21 @@ def killed(rank):
     fit(mesh, steps=9, callbacks=at(3, kill))
 
 
+def failing_in_a_step(rank):
+    """Raises inside the third step of one rank, where the other waits in a collective of the step."""
+    mesh = fx.distributed.mesh(timeout=30)
+    calls = 0
+
+    def failing_loss(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and mesh.rank == rank:
+            fail()
+        return loss_fn(model, batch)
+
+    fit(mesh, step=fx.train_step(failing_loss, fx.optim.adam(1e-2), mesh=mesh), steps=9)
+
+
 FILE_CALLS = ("open", "mkdir", "rename", "replace", "fsync", "write", "writev", "pwritev", "unlink", "rmdir")
 
 

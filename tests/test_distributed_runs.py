@@ -157,6 +157,19 @@ def test_job_that_is_killed_and_restarted_ends_bitwise_like_an_undisturbed_one(t
     assert state == undisturbed, kills
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_inside_a_step_of_one_rank_ends_the_other(rank):
+    began = time.monotonic()
+    results = ranks.run(program(f"failing_in_a_step({rank})"), 2, timeout=60, check=False)
+    assert [done.returncode for done in results] == [1, 1]
+    assert "ValueError: a bad value" in results[rank].stderr
+    assert (
+        "LostRankError: expected all 2 ranks to join the collectives of the training step" in results[1 - rank].stderr
+    )
+    assert "at step 3" in results[1 - rank].stderr
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize(("rank", "number"), [(0, 1), (0, 3), (0, 5), (0, 7), (0, 9), (0, 12), (1, 1), (1, 3)])
 def test_rank_killed_in_a_save_loses_no_reported_checkpoint(tmp_path, rank, number):
     folder = str(tmp_path / "run")
