@@ -9,6 +9,7 @@ import torch
 
 import fxtrain as fx
 from fxtrain._torch_internals import collectives
+from fxtrain.compiler.lowering._trace import trace_step
 from fxtrain.distributed import Mesh
 from tests import processes, ranks
 
@@ -94,6 +95,24 @@ def test_collectives_without_operators_of_graphs(monkeypatch):
     monkeypatch.setattr(collectives, "_has_operators", lambda: False)
     found = [collectives.all_reduce(given, group), collectives.all_gather(given[1], group, 1)]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_dropout_masks_of_a_rank_are_merged():
+    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(8, 8), torch.nn.Dropout(0.3))]
+    tx, batch = fx.optim.sgd(0.1), torch.randn(16, 8)
+    state = fx.init(torch.nn.Sequential(*layers), tx)
+    samplers = []
+
+    def backend(graph, inputs):
+        samplers.append(sum("bitwise_xor" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    for mesh in (None, fx.distributed.mesh()):
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx, mesh=mesh)
+        run = trace_step(step, state, batch, mode=None, in_place=False, backend=backend)().run
+        _, output = run(fx.tree.leaves(state), [batch])
+        torch.testing.assert_close(output.metrics, step(state, batch)[1].metrics)
+    assert samplers[0] == samplers[1]
 
 
 # The rows of a rank. Only the size and the rank of a mesh count.

@@ -20,9 +20,10 @@ One script trains on one device, and on those of several machines::
 ``torchrun --nproc-per-node 8 script.py`` starts it on one machine with 8 devices. With ``--max-restarts 3``, the job
 continues from the newest checkpoint when a process is killed.
 
-All ranks have the same state and the same bits after each step. Each reads its rows of a batch. Callbacks run on all
-ranks and see the values of the whole batch, so no callback depends on the number of ranks. Rank 0 alone writes, prints
-and draws. A run that is resumed with another number of ranks, or without a mesh, continues in the same order of data.
+A batch size is that of all ranks. Each rank reads its rows of each batch, and gradients, loss and metrics are averaged
+inside the step, so a run has the same result with any number of ranks, up to rounding. All ranks hold the same state,
+with the same bits. Callbacks run on all ranks and see the values of the whole batch. Rank 0 alone writes, prints and
+draws. A run that is resumed with another number of ranks, or without a mesh, continues in the same order of data.
 
 A signal or an error on one rank ends all ranks at the same step. Where a rank is lost or hangs, the others raise
 ``LostRankError`` within the timeout of the mesh.

@@ -70,6 +70,8 @@ class RankRows(MappedBatches):
 
     def fetch(self, position: int) -> Batch:
         source = self.source
+        if self.ranks == 1:
+            return source.fetch(position)
         if not isinstance(source, IndexedBatches) or source.drop_last == "pad":
             return self.function(as_tensors(source.fetch(position)))
         count = source.num_items(position)
