@@ -355,7 +355,7 @@ def warnings_are_those_of_rank_zero(mesh, folder):
 
 
 def evaluate_is_that_of_all_rows(mesh, folder):
-    state, _, data, options = parts(mesh)
+    state, _, _, options = parts(mesh)
     ours = fx.evaluate(state, options["eval_step"], options["eval_data"], mesh=mesh)
     alone = fx.evaluate(state, fx.eval_step(loss_fn), options["eval_data"])
     assert abs(ours["loss"] - alone["loss"]) < 1e-12
@@ -415,3 +415,95 @@ def killed(rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
     fit(mesh, steps=9, callbacks=at(3, kill))
+
+
+def failing_in_a_step(rank):
+    """Raises inside the third step of one rank, where the other waits in a collective of the step."""
+    mesh = fx.distributed.mesh(timeout=30)
+    calls = 0
+
+    def failing_loss(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and mesh.rank == rank:
+            fail()
+        return loss_fn(model, batch)
+
+    fit(mesh, step=fx.train_step(failing_loss, fx.optim.adam(1e-2), mesh=mesh), steps=9)
+
+
+FILE_CALLS = ("open", "mkdir", "rename", "replace", "fsync", "write", "writev", "pwritev", "unlink", "rmdir")
+
+
+def killed_in_a_save(folder, rank, number):
+    """Is killed before a call of the second save: on rank 0 of the file system, on rank 1 of a collective.
+
+    Args:
+        folder: The folder of the checkpoints.
+        rank: The rank that is killed.
+        number: The number of the call, from 1.
+    """
+    torch.set_num_threads(1)
+    mesh = fx.distributed.mesh(timeout=30)
+    calls, is_armed = 0, False
+
+    def counting(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += is_armed
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    if mesh.rank == rank == 0:
+        for name in FILE_CALLS:
+            setattr(os, name, counting(getattr(os, name)))
+    elif mesh.rank == rank:
+        fx.distributed.Mesh.maximum = counting(fx.distributed.Mesh.maximum)
+
+    def arm(state, event: fx.SaveBegin):
+        nonlocal is_armed
+        is_armed = is_armed or event.step == 8
+        return state, fx.Control()
+
+    def announce(state, event: fx.Saved):
+        print(f"saved {event.step}", flush=True)
+        return state, fx.Control()
+
+    fit(mesh, steps=12, callbacks=[fx.callbacks.save(every=4), arm, announce], checkpointer=fx.checkpointer(folder))
+    print(f"{calls} calls", flush=True)
+
+
+def restarted(folder, kills):
+    """Trains with resume, in a job that torchrun restarts. Each attempt but the last is killed on one rank.
+
+    Args:
+        folder: The folder of the checkpoints.
+        kills: The rank and the step of each attempt's SIGKILL, as JSON.
+    """
+    torch.set_num_threads(1)
+    mesh = fx.distributed.mesh(timeout=30)
+    attempt, kills = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), json.loads(kills)
+    rank, step = kills[attempt] if attempt < len(kills) else (-1, -1)
+
+    def kill(state, event: fx.StepBegin):
+        if event.step >= step > 0 and mesh.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return state, fx.Control()
+
+    result = fit(
+        mesh,
+        steps=30,
+        callbacks=[kill, fx.callbacks.save(every=4)],
+        checkpointer=fx.checkpointer(folder),
+        resume=True,
+    )
+    assert_same(mesh, values_of(result.state), "states")
+    if mesh.is_main:
+        (pathlib.Path(folder) / "result.json").write_text(json.dumps([attempt, values_of(result.state)]))
+
+
+if __name__ == "__main__":
+    restarted(*sys.argv[1:])

@@ -90,3 +90,10 @@ def test_processes_that_would_train_alone_are_refused(text, tmp_path, capsys, mo
 def test_one_process_with_ddp_is_refused(text, tmp_path, capsys):
     assert main(["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "ddp"]) == 2
     assert "torchrun --standalone --nproc-per-node 2 -m fxtrain lm --parallel ddp" in capsys.readouterr().err
+
+
+def test_train_in_several_processes_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "run.yaml", "--runs", str(tmp_path / "runs")]) == 2
+    assert "expected one process of fxtrain train, got 2." in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

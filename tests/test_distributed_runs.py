@@ -1,13 +1,18 @@
 """Whole runs of several ranks: they decide alike, end together, and any number of ranks continues them."""
 
 import json
+import os
+import random
 import signal
+import subprocess
+import sys
 import time
+import warnings
 
 import pytest
 
 import fxtrain as fx
-from tests import ranks
+from tests import rank_runs, ranks
 
 CHECKS = [
     "equals_one_process",
@@ -118,3 +123,64 @@ def test_killed_rank_ends_the_other():
         assert started.processes[0].wait(10) == 1
         assert time.monotonic() - began < 30
         assert "LostRankError" in started.processes[0].communicate(5)[1]
+
+
+def restarted(folder, kills):
+    """Runs a job that torchrun restarts after each kill. Returns the number of restarts, and the final state."""
+    command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
+    arguments = [*command, "-m", "tests.rank_runs", str(folder), json.dumps(kills)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ranks.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ranks.ROOT,
+        env=environment,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return restarted(tmp_path_factory.mktemp("undisturbed"), [])[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(2))
+def test_job_that_is_killed_and_restarted_ends_bitwise_like_an_undisturbed_one(tmp_path, undisturbed, trial):
+    chance = random.Random(trial)
+    kills = [(chance.randrange(2), chance.randrange(1, 30)) for _ in range(2)]
+    attempts, state = restarted(tmp_path, kills)
+    assert attempts == 2, kills
+    assert state == undisturbed, kills
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_inside_a_step_of_one_rank_ends_the_other(rank):
+    began = time.monotonic()
+    results = ranks.run(program(f"failing_in_a_step({rank})"), 2, timeout=60, check=False)
+    assert [done.returncode for done in results] == [1, 1]
+    assert "ValueError: a bad value" in results[rank].stderr
+    assert (
+        "LostRankError: expected all 2 ranks to join the collectives of the training step" in results[1 - rank].stderr
+    )
+    assert "at step 3" in results[1 - rank].stderr
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, 1), (0, 3), (0, 5), (0, 7), (0, 9), (0, 12), (1, 1), (1, 3)])
+def test_rank_killed_in_a_save_loses_no_reported_checkpoint(tmp_path, rank, number):
+    folder = str(tmp_path / "run")
+    call = program(f"killed_in_a_save({folder!r}, {rank}, {number})")
+    results = ranks.run(call, 2, timeout=60, check=False)
+    assert results[rank].returncode == -signal.SIGKILL, results[rank]
+    assert results[1 - rank].returncode == 1
+    reported = [int(line.split()[1]) for done in results for line in done.stdout.splitlines()]
+    saved = fx.checkpointer(folder).steps()
+    assert set(reported) <= set(saved) <= set(range(4, 13))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the number of ranks differs
+        resumed = rank_runs.fit(None, steps=12, checkpointer=fx.checkpointer(folder), resume=True)
+    rank_runs.assert_close(resumed.state, rank_runs.fit(None, steps=12).state)

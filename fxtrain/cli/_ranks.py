@@ -53,6 +53,16 @@ def mesh_of(parallel: Parallel, command: str) -> Mesh | None:
     return mesh()
 
 
+def refuse_several(command: str) -> None:
+    """Raises CommandError if torchrun has started several processes of a command that trains in one."""
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    if size > 1:
+        raise CommandError(
+            f"expected one process of fxtrain {command}, got {size}. Start it without torchrun, or call "
+            "fxtrain.fit(..., mesh=fxtrain.distributed.mesh()) in a script."
+        )
+
+
 def of_main(ranks: Mesh | None, what: str, function: Callable[[], T]) -> T:
     """Returns the result of a function that only rank 0 calls, or raises its error on all ranks.
 

@@ -1,13 +1,32 @@
-"""Data parallel training: one process per device, on ``torch.distributed``, started by torchrun.
+"""Data parallel training: one process per device, on ``torch.distributed``.
 
-    mesh   = fx.distributed.mesh()
-    state  = fx.distributed.replicated(fx.init(module, tx, seed=0), mesh)
-    step   = fx.compile(fx.train_step(loss_fn, tx, mesh=mesh))
-    result = fx.fit(state, step, data, mesh=mesh, eval_step=fx.eval_step(loss_fn, mesh=mesh), eval_data=held_out)
+One script trains on one device, and on those of several machines::
+
+    mesh = fx.distributed.mesh()
+    state = fx.init(module, tx, seed=0, device=mesh.device)
+    result = fx.fit(
+        fx.distributed.replicated(state, mesh),
+        fx.compile(fx.train_step(loss_fn, tx, mesh=mesh)),
+        fx.data.batches(train, 512),  # 512 examples on all devices together
+        mesh=mesh,
+        eval_step=fx.compile(fx.eval_step(loss_fn, mesh=mesh)),
+        eval_data=fx.data.batches(held_out, 512),
+        epochs=3,
+        checkpointer=fx.checkpointer("runs/1"),  # one folder that all machines see
+        resume=True,
+    )
+    sys.exit(result.exit_code)
+
+``torchrun --nproc-per-node 8 script.py`` starts it on one machine with 8 devices. With ``--max-restarts 3``, the job
+continues from the newest checkpoint when a process is killed.
 
 A batch size is that of all ranks. Each rank reads its rows of each batch, and gradients, loss and metrics are averaged
-inside the step, so a run has the same result with any number of ranks, up to rounding, and callbacks see the values of
-the whole batch. All ranks hold the same state, with the same bits.
+inside the step, so a run has the same result with any number of ranks, up to rounding. All ranks hold the same state,
+with the same bits. Callbacks run on all ranks and see the values of the whole batch. Rank 0 alone writes, prints and
+draws. A run that is resumed with another number of ranks, or without a mesh, continues in the same order of data.
+
+A signal or an error on one rank ends all ranks at the same step. Where a rank is lost or hangs, the others raise
+``LostRankError`` within the timeout of the mesh.
 """
 
 from fxtrain.distributed._averaged import averaged

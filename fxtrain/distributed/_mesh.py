@@ -156,6 +156,9 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
     on GPUs, with the device of each process. Without that environment, the process is the only rank, so one script runs
     with and without torchrun. All ranks must call this function equally often.
 
+    A job that ``torchrun --max-restarts`` restarts continues with ``resume=True``. On several machines, set
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun, because restarted workers otherwise find old addresses.
+
     Args:
         data: Number of ranks among which each batch is split. -1 means all.
         timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. gloo takes
@@ -198,7 +201,7 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=timeout)
     if not dist.is_initialized():
-        store = None if "RANK" in os.environ else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        store = _store(limit)
         placed = {} if store is None else {"store": store, "rank": rank, "world_size": size}
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=limit, device_id=device if backend == "nccl" else None, **placed)
@@ -209,6 +212,21 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
     background = dist.new_group(timeout=limit, backend="gloo")
     register_rank()
     return Mesh(size, rank, device, timeout, group, control, background)
+
+
+def _store(limit: datetime.timedelta) -> Any:
+    """Returns the store in which the ranks find each other, or None for the default of torch."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Restarts are counted per machine, so they are no common prefix on several.
+    if not of_agent or int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        return None
+    # The store of torchrun outlives the workers. Without a prefix, restarted ones find the addresses of those killed.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"fxtrain/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _leave() -> None:

@@ -57,8 +57,8 @@ class Interrupts:
     If not, the next session raises SystemExit after SIGTERM and SIGUSR1. SIGINT ends only the current session, because
     the user can press Ctrl-C again.
 
-    In a run of several ranks, a recorded signal takes effect once all ranks have agreed on it by ``adopt``. Compilations
-    and waits for data are not aborted, because the other ranks would wait for this one in a collective.
+    In a run of several ranks, a recorded signal takes effect once all ranks have agreed on it and call ``adopt``.
+    Compilations and waits for data are not aborted, because the other ranks would wait for this one in a collective.
 
     Args:
         is_saving: Returns whether a checkpoint is being written.

@@ -110,8 +110,9 @@ class Ranks:
             of_main = [*map(_bits, times), int(error is None and self.has_news())]
         facts = [int(error is not None), place, negated, signal or 0, *of_main]
         try:
-            agreed = mesh.maximum(torch.tensor(facts), "agreement of ranks", step=self._step).tolist()
-            failed, place, negated, signal, time, data_wait, duration, news = agreed
+            found = mesh.maximum(torch.tensor(facts), "agreement of ranks", step=self._step)
+            agreed: list[int] = found.tolist()
+            failed, place, negated, signal, *times, news = agreed
             if failed or (place != -negated and place != _NOTHING):
                 self.is_over = True
                 self._raise_for(point, error)
@@ -119,7 +120,7 @@ class Ranks:
         except LostRankError:
             self.is_over = True
             raise
-        self._time, self.data_wait, self.duration = map(_float, (time, data_wait, duration))
+        self._time, self.data_wait, self.duration = map(_float, times)
         if signal:
             self._interrupts.adopt(signal)
         return bool(news)

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from fxtrain.loop._ranks import Ranks
 
 _EQUAL_STATES = (
-    "Make the state from the same seed and weights on all ranks: seed torch before the module is made, and let all "
-    "ranks read the same files."
+    "Take that of rank 0: fxtrain.distributed.replicated(state, mesh). If it was restored, let all ranks read the same "
+    "files."
 )
 
 
