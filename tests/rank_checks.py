@@ -347,6 +347,32 @@ def evaluation(mesh):
     assert abs(found["loss"] - expected["loss"]) < 1e-12
 
 
+def several_buckets(mesh):
+    """Gradients of several dtypes, of which those of one dtype do not fit into one bucket."""
+    size = 4 * 2**20
+    params = {
+        "first": torch.ones(size),
+        "second": torch.ones(size),
+        "complex": torch.ones(3, dtype=torch.complex64),
+        "double": torch.ones(2, 2, dtype=torch.float64),
+        "half": torch.ones(5, dtype=torch.bfloat16),
+        "scalar": torch.ones(()),
+    }
+
+    def loss(model, batch):
+        x = batch["x"].mean()
+        parts = [model[name].abs().square().mean().double() for name in params]
+        return sum(number * part for number, part in enumerate(parts, 1)) * x
+
+    step = fx.gradients(loss, mesh=mesh)
+    state, batch = fx.init(params), data(rows=ROWS + 1)
+    found = fx.distributed.averaged(step(state, part(batch, mesh)), mesh)
+    expected = fx.gradients(loss)(state, batch)
+    assert_same_bits(mesh, found.grads)
+    for name, grad in found.grads.items():
+        torch.testing.assert_close(grad, expected.grads[name])
+
+
 def hand_written_steps(mesh):
     def step_of(mesh):
         find, tx = fx.gradients(loss_fn, mesh=mesh), fx.optim.sgd(0.1)
