@@ -24,6 +24,7 @@ TWO = [
     "evaluation",
     "hand_written_steps",
     "growing_metrics",
+    "several_buckets",
     "replicated_states",
     "precision_policies",
     "miscompiled_on_one_rank",

@@ -1,5 +1,6 @@
 """The ranks of a run: launching, errors of lost and hung ranks, collectives, and the rows of each rank."""
 
+import copy
 import os
 import time
 
@@ -259,9 +260,10 @@ def test_synced_batch_norm_refuses_other_classes():
         fx.distributed.sync_batch_norm(torch.nn.Sequential(Other(2)), fx.distributed.mesh())
 
 
-def test_synced_batch_norm_of_one_rank_is_a_batch_norm():
+@pytest.mark.parametrize("convert", [lambda module: module, torch.nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_synced_batch_norm_of_one_rank_is_a_batch_norm(convert):
     plain = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=None), torch.nn.BatchNorm2d(3, affine=False)).double()
-    synced = fx.distributed.sync_batch_norm(plain, fx.distributed.mesh())
+    synced = fx.distributed.sync_batch_norm(convert(copy.deepcopy(plain)), fx.distributed.mesh())
     x = torch.randn(4, 3, 2, 5, dtype=torch.float64)
     for module in (plain, synced):
         module.train()
@@ -270,5 +272,9 @@ def test_synced_batch_norm_of_one_rank_is_a_batch_norm():
         x = x * 2 + 1
     torch.testing.assert_close(synced.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(synced.eval()(x), plain.eval()(x), rtol=1e-12, atol=1e-12)
+    tied = torch.nn.Sequential(plain[0], plain[0])
+    found = fx.distributed.sync_batch_norm(tied, fx.distributed.mesh())
+    assert found[0] is found[1]
+    assert type(tied[0]) is torch.nn.BatchNorm2d
     half = x.to(torch.bfloat16)
     assert synced.train().float()(half).dtype == torch.bfloat16

@@ -79,11 +79,7 @@ class BackgroundGraphs:
                 "their graphs at different steps would deadlock. Leave out background=True."
             )
         executable = uncompiled(self._step, entered, batch, in_place=self._options["donate"])
-        options = self._options
-        if self._step.mesh is not None:
-            # Ranks finish compiling at different steps, so they cannot check their graphs together.
-            options = {**options, "check": False}
-        graph = Graph(self._step, state, batch, executable, **options)
+        graph = Graph(self._step, state, batch, executable, **self._options)
         self._entries.append(_Entry(graph, kinds, tree.map(_blank, batch)))
         return graph
 

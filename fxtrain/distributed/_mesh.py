@@ -118,9 +118,20 @@ class Mesh:
     def collective(self, name: str, *, step: int | None = None) -> Iterator[None]:
         """A context manager that turns the errors of collectives into a ``LostRankError`` with rank, step and name.
 
+        ``fit`` uses it for each step.
+
         Args:
             name: The collective, as a noun.
             step: The training step. None if there is none.
+
+        Example:
+            >>> import torch, fxtrain as fx
+            >>> mesh, tx = fx.distributed.mesh(), fx.optim.sgd(0.1)
+            >>> step = fx.train_step(lambda model, batch: (model["w"] * batch).mean(), tx, mesh=mesh)
+            >>> state = fx.init({"w": torch.tensor(1.0)}, tx)
+            >>> for number in range(1, 3):
+            ...     with mesh.collective("gradients", step=number):
+            ...         state, output = step(state, torch.ones(2))
         """
         try:
             yield
@@ -150,9 +161,10 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
 
     Args:
         data: Number of ranks among which each batch is split. -1 means all.
-        timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. A lost
-            process is noticed immediately by gloo. It must exceed the longest difference between ranks, such as that of
-            their compile times.
+        timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. gloo takes
+            up to twice as long, and notices a lost process immediately. NCCL ends the process, and its log names the
+            collective. The timeout must exceed the longest difference between ranks, such as that of their compile
+            times.
 
     Returns:
         The mesh, to give to ``train_step``, ``eval_step`` and ``fit``.

@@ -28,7 +28,7 @@ def sync_batch_norm(module: M, mesh: Mesh) -> M:
     Names and shapes of parameters and buffers stay the same, so checkpoints and state dicts fit both modules.
 
     Args:
-        module: A module with ``BatchNorm1d``, ``2d`` or ``3d``. It is not modified.
+        module: A module with ``BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm``. It is not modified.
         mesh: The ranks, as given to ``train_step``.
 
     Raises:
@@ -49,13 +49,15 @@ def sync_batch_norm(module: M, mesh: Mesh) -> M:
 
 
 def _synced(norm: nn.Module, mesh: Mesh, memo: dict[int, Any]) -> SyncedBatchNorm:
-    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         raise TypeError(
             f"expected batch norms of class BatchNorm1d, BatchNorm2d or BatchNorm3d, got a {name_of(type(norm))}. "
             "Replace it by one of these first."
         )
+    # The process group of a SyncBatchNorm cannot be copied.
+    attributes = {name: value for name, value in vars(norm).items() if name != "process_group"}
     made = SyncedBatchNorm.__new__(SyncedBatchNorm)
-    made.__dict__.update(copy.deepcopy(vars(norm), memo))
+    made.__dict__.update(copy.deepcopy(attributes, memo))
     made.group, made.ranks = mesh.group.group_name, mesh.size
     return made
 
