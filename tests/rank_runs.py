@@ -368,12 +368,14 @@ def evaluate_is_that_of_all_rows(mesh, folder):
 def interrupted(folder, where):
     """Trains until a signal arrives, after printing "ready" at a point of the run."""
     mesh = fx.distributed.mesh(timeout=30)
+    rows = [dict(zip("xy", pair, strict=True)) for pair in zip(*examples().values(), strict=True)]
+    workers = {"data": torch.utils.data.DataLoader(rows, BATCH, num_workers=2)} if where == "workers" else {}
 
     def announce():
         print("ready", flush=True)
 
     def pause(state, event: fx.StepEnd):
-        if where == "step" and event.step == 5:
+        if where in ("step", "workers") and event.step == 7:
             announce()
         time.sleep(0.02)
         return state, fx.Control()
@@ -390,6 +392,7 @@ def interrupted(folder, where):
         callbacks=[pause, evaluation, fx.callbacks.save(every=7)],
         checkpointer=fx.checkpointer(folder),
         resume=True,
+        **workers,
     )
     print(json.dumps([int(result.state.step), result.reason, values_of(result.state.params)]), flush=True)
     sys.exit(result.exit_code)

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 
+import psutil
 import pytest
 
 import fxtrain as fx
@@ -104,6 +105,30 @@ def test_signal_on_one_rank_ends_all_at_the_same_step(tmp_path, whole, number, r
     if where == "step":
         resumed = ranks.run(program(f"interrupted({folder!r}, '')"), 2, env=env)
         assert last_line(resumed[0]) == last_line(resumed[1]) == whole
+
+
+def test_run_continues_with_any_number_of_ranks(tmp_path):
+    folder = str(tmp_path / "run")
+    for size, steps in ((2, 6), (4, 13), (2, 17)):
+        done = ranks.run(program(f"interrupted({folder!r}, '')"), size, env={"STEPS": str(steps)})
+        assert [last_line(each)[0] for each in done] == [steps] * size
+        assert sum("UserWarning" in each.stderr for each in done) == int(steps > 6)
+    with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+        last = rank_runs.fit(None, steps=22, checkpointer=fx.checkpointer(folder), resume=True)
+    rank_runs.assert_close(last.state, rank_runs.fit(None, steps=22).state)
+
+
+def test_signal_that_kills_the_workers_of_a_rank_ends_all_ranks(tmp_path):
+    folder = str(tmp_path / "run")
+    with ranks.started(program(f"interrupted({folder!r}, 'workers')"), 2) as started:
+        when_ready(started, 1)
+        process = psutil.Process(started.processes[1].pid)
+        for each in [*process.children(recursive=True), process]:
+            each.send_signal(signal.SIGTERM)
+        results = ended(started)
+    assert [done.returncode for done in results] == [128 + signal.SIGTERM] * 2, [done.stderr for done in results]
+    steps = [last_line(done)[0] for done in results]
+    assert steps[0] == steps[1] == fx.checkpointer(folder).latest() >= 7
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -127,6 +127,10 @@ class Evaluations:
                 "expected eval_step and eval_data for an evaluation requested by a callback, got neither. Give both to "
                 "fit, or remove the callback."
             )
+        if self._ranks is not None:
+            self._ranks.meet("an evaluation", now.step)  # agrees on the time at which it begins
+            if self._interrupts.cause is not None:
+                return
         # An interrupted evaluation is rolled back and stays due.
         mark, began = now.mark(), self._time()
         now.set(evaluate=False)
