@@ -72,12 +72,12 @@ finally:
         _gc.enable()
 
 if _typing.TYPE_CHECKING:
-    from fxtrain import callbacks, diagnostics, ensemble, finders, interop
+    from fxtrain import callbacks, diagnostics, distributed, ensemble, finders, interop
     from fxtrain.diagnostics import Explanation, explain
     from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
 
-_PACKAGES_IMPORTED_ON_USE = ("callbacks", "diagnostics", "ensemble", "finders", "interop")
+_PACKAGES_IMPORTED_ON_USE = ("callbacks", "diagnostics", "distributed", "ensemble", "finders", "interop")
 _NAMES_IMPORTED_ON_USE = {
     "Explanation": "fxtrain.diagnostics",
     "explain": "fxtrain.diagnostics",
@@ -116,6 +116,7 @@ __all__ = [
     "compile",
     "compose",
     "data",
+    "distributed",
     "ensemble",
     "eval_step",
     "evaluate",

@@ -20,6 +20,7 @@ LAYERS = [
     {"values", "schedules", "disk"},
     {"fold", "metrics", "rng", "optim", "writers"},
     {"precision", "data"},
+    {"distributed"},
     {"model"},
     {"step", "callbacks", "checkpoint"},
     {"interop"},

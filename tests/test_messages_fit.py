@@ -238,7 +238,7 @@ MISTAKES = {
         (
             "TypeError: fit: expected the arguments callbacks, eval_step, eval_data, eval_when, "
             "eval_view, epochs, steps, observers, progress, checkpointer, resume, snapshot_every, snapshots, "
-            "snapshots_on_host, rewind_limit, lag, clock, run, got 'val_data'. Did you mean 'eval_data'?"
+            "snapshots_on_host, rewind_limit, lag, clock, run, mesh, got 'val_data'. Did you mean 'eval_data'?"
         ),
     ),
     "a name for the run": (

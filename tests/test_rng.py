@@ -128,7 +128,7 @@ def test_arithmetic_is_accurate_to_a_few_epsilons(dtype):
 @pytest.mark.parametrize("word", [0, ONES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_extreme_words_give_samples_in_range(monkeypatch, word, dtype):
-    monkeypatch.setattr(_uniform, "blocks", lambda key, n, **_: [torch.full((n,), word)] * 4)
+    monkeypatch.setattr(_uniform, "blocks", lambda key, index, *_, **__: [torch.full_like(index, word)] * 4)
     key = rng.key(0)
     for low, high in ((0.0, 1.0), (1.0, 2.0), (-1e-3, 1e3)):
         drawn = rng.uniform(key, [4], low=low, high=high, dtype=dtype)
@@ -138,6 +138,39 @@ def test_extreme_words_give_samples_in_range(monkeypatch, word, dtype):
     assert rng.normal(key, [4], dtype=dtype).isfinite().all()
     assert rng.randint(key, [4], low=-(2**63), high=2**63).unique().item() == (-(2**63) if word == 0 else 2**63 - 1)
     assert rng.randint(key, [4], low=5, high=12).unique().item() == (5 if word == 0 else 11)
+
+
+SAMPLERS = [
+    lambda key, shape: rng.uniform(key, shape),
+    lambda key, shape: rng.uniform(key, shape, dtype=torch.float64),
+    lambda key, shape: rng.normal(key, shape),
+    lambda key, shape: rng.normal(key, shape, dtype=torch.float64),
+    lambda key, shape: rng.bernoulli(key, shape, p=0.3),
+    lambda key, shape: rng.randint(key, shape, high=100),
+    lambda key, shape: rng.bits(key, shape, width=64),
+    lambda key, shape: rng.dropout(key, torch.ones(shape), p=0.5),
+    lambda key, shape: rng.categorical(key, torch.zeros(*shape, 3)),
+]
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3), (8, 4), (8, 5, 3), (8, 1), (8, 0)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 9])
+def test_rows_of_ranks_are_those_of_one_process(shape, ranks):
+    key = rng.key(3, step=5)
+    for sampler in SAMPLERS:
+        whole = sampler(key, shape)
+        for rank in range(ranks):
+            expected = whole[rank::ranks]
+            rows = _uniform.Rows(torch.tensor(rank), ranks, len(expected))
+            assert torch.equal(sampler(key.replace(rows=rows), (len(expected), *shape[1:])), expected)
+
+
+def test_other_shapes_are_the_same_on_all_ranks():
+    key = rng.key(3, step=5)
+    for rank in range(2):
+        rows = _uniform.Rows(torch.tensor(rank), 2, 8)
+        assert torch.equal(rng.uniform(key.replace(rows=rows), (3, 8)), rng.uniform(key, (3, 8)))
+        assert key.replace(rows=rows).replace(step=6).rows is rows
 
 
 # Distributions. Seeds are fixed, so the results are deterministic.

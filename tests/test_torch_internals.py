@@ -127,6 +127,26 @@ def dispatch_keys_are_restored():
     assert repr(torch._C._dispatch_tls_local_include_set()) == repr(included)
 
 
+@canary(
+    "torch.distributed._functional_collectives",
+    "torch.ops._c10d_functional.all_reduce",
+    "torch.ops._c10d_functional.all_gather_into_tensor",
+    "torch.ops._c10d_functional.wait_tensor",
+)
+def collectives_are_recorded():
+    group = fxtrain.distributed.mesh().group.group_name
+
+    def doubled(x):
+        (total,) = internals.collectives.all_reduce([x], group)
+        return total + internals.collectives.all_gather(x, group, 1)[0] + internals.collectives.rank(x)
+
+    graph = recorded(doubled, torch.ones(2))
+    assert graph(torch.tensor([1.0, 2.0])).tolist() == [2, 4]
+    namespaces = [getattr(node.target, "namespace", "") for node in graph.graph.nodes]
+    assert namespaces.count("_c10d_functional") == 4
+    assert namespaces.count("fxtrain") == 1
+
+
 @canary("torch._C._set_grad_enabled")
 def grad_mode_is_set():
     with torch.no_grad():

@@ -6,4 +6,4 @@ private interface may change with any release of torch. tests/test_torch_interna
 """
 
 # All modules are imported, so that INTERFACES is complete.
-from fxtrain._torch_internals import dispatch, dynamo, inductor, loaders, memory, modules, pytree, tracing
+from fxtrain._torch_internals import collectives, dispatch, dynamo, inductor, loaders, memory, modules, pytree, tracing

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from fxtrain.cli._errors import EXIT_FAILURE, EXIT_USAGE, message_of
+from fxtrain.cli._ranks import is_said_elsewhere, printing_on_main
 from fxtrain.cli._streams import lasting_streams
 
 COMMANDS = {
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     with lasting_streams() as failures:
         try:
-            code = _run(given)
+            with printing_on_main():
+                code = _run(given)
         except SystemExit as error:  # tyro has printed help or an error
             code = error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt:
@@ -52,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if is_debugged:
                 traceback.print_exc()
-            for line in getattr(error, "details", ()):
-                print(line, file=sys.stderr)
-            print(f"fxtrain {given[0]}: {message_of(error)}", file=sys.stderr)
+            if not is_said_elsewhere(error):
+                for line in getattr(error, "details", ()):
+                    print(line, file=sys.stderr)
+                print(f"fxtrain {given[0]}: {message_of(error)}", file=sys.stderr)
             code = getattr(error, "exit_code", EXIT_FAILURE)
     if failures:
         print(

@@ -22,6 +22,7 @@ from fxtrain.cli._arguments import Configurable, parse, read_options, saved_opti
 from fxtrain.cli._corpus import check_fits, read_corpus
 from fxtrain.cli._device import device_named
 from fxtrain.cli._errors import CommandError, ConfigError, FailedError
+from fxtrain.cli._ranks import Parallel, is_main, mesh_of, of_main
 from fxtrain.cli._run_folder import (
     CONFIG,
     make_folder,
@@ -110,11 +111,14 @@ class Options(Configurable):
     """Compile each step into one graph. This takes up to a minute and makes steps faster."""
     device: str = "auto"
     """The device: cpu, cuda, or auto, which uses cuda if available."""
+    parallel: Parallel = "none"
+    """How several processes, which torchrun starts, train one model: ddp splits each batch among them. The results are
+    those of one process up to rounding. fsdp and tp are not implemented."""
     runs: pathlib.Path = pathlib.Path("runs")
     """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
     """The folder of a run to resume, with its options. Options of evaluations, checkpoints, monitors, early stopping,
-    compilation and device may change; the others cannot."""
+    compilation, device and parallelism may change; the others cannot."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -152,14 +156,15 @@ class _Job:
     def __init__(self, options: Options) -> None:
         self.options = options
         _validate(options)
-        self.device = device_named(options.device, "--device")
+        self.mesh = mesh_of(options.parallel, "lm")
+        self.device = device_named(options.device, "--device", self.mesh)
         self.corpus = read_corpus(options.dataset)
         check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
         self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
         self.steps = _steps(options, self.data.epoch_length)
-        self.folder = self._start_folder()
+        self.folder = of_main(self.mesh, "the folder of the run", self._start_folder)
         self.checkpoints = fx.checkpointer(self.folder / "checkpoints", keep=options.keep, best="loss")
-        if options.resume is not None and not self.checkpoints.steps():
+        if is_main() and options.resume is not None and not self.checkpoints.steps():
             print(f"{self.folder} has no checkpoint yet, so the run starts at its first step.", file=sys.stderr)
 
     def run(self) -> int:
@@ -167,7 +172,8 @@ class _Job:
         self._print_header()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
-        step, eval_step = fx.train_step(_cross_entropy, tx), fx.eval_step(_cross_entropy)
+        step = fx.train_step(_cross_entropy, tx, mesh=self.mesh)
+        eval_step = fx.eval_step(_cross_entropy, mesh=self.mesh)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
         tokens = options.batch_size * options.length
@@ -188,7 +194,7 @@ class _Job:
         result = fx.fit(
             state,
             step,
-            fx.data.prefetch(self.data),
+            fx.data.prefetch(self.data if self.mesh is None else fx.distributed.rows(self.data, self.mesh)),
             callbacks=callbacks,
             eval_step=eval_step,
             eval_data=self._part_of_validation(),
@@ -206,6 +212,7 @@ class _Job:
                 fx.observers.record_run(self.folder),
                 fx.observers.summary(file=self.folder / "summary.txt"),
             ],
+            mesh=self.mesh,
             run=fx.RunInfo(project="fxtrain lm", name=self.folder.name, config=saved_options(options)),
         )
         if not result.exit_code:
@@ -266,10 +273,11 @@ class _Job:
         options = self.options
         count = sum(leaf.numel() for leaf in self._model().parameters())
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        ranks = "" if self.mesh is None else f", {self.mesh.size} processes"
         how = "each step compiled into one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
         print(f"model       {pluralize(options.layers, 'layer')} of width {options.width}: {count:,} parameters")
-        print(f"device      {self.device}{threads}, {how}")
+        print(f"device      {self.device}{threads}{ranks}, {how}")
         print(f"run         {self.folder}\n", flush=True)
 
     def _report(self, state: fx.TrainState, eval_step: Callable[..., fx.StepOutput]) -> None:
@@ -277,7 +285,9 @@ class _Job:
         # All models are measured on the bytes of the full batches.
         text = self.corpus.validation[: whole.epoch_length * whole[0]["x"].numel() + 1]
         print("\nevaluating  this model and baselines on the validation text", flush=True)
-        ours = fx.evaluate(state, eval_step, whole)["loss"] / math.log(2)
+        ours = fx.evaluate(state, eval_step, whole, mesh=self.mesh)["loss"] / math.log(2)
+        if not is_main():
+            return
         marks = {
             "this model": ours,
             "xz -9": baselines.xz_bits(text),
@@ -300,7 +310,9 @@ class _Job:
 
     def _print_commands(self) -> None:
         print(f"\nrun         {self.folder}")
-        print(f"resume      fxtrain lm --resume {self.folder}")
+        count = 1 if self.mesh is None else self.mesh.size
+        command = "fxtrain" if count == 1 else f"torchrun --standalone --nproc-per-node {count} -m fxtrain"
+        print(f"resume      {command} lm --resume {self.folder}")
         print(f"report      fxtrain report {self.folder}")
 
     def _start_folder(self) -> pathlib.Path:

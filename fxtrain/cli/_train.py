@@ -21,6 +21,7 @@ from fxtrain.cli._errors import CommandError, ConfigError, message_of
 from fxtrain.cli._factories import read
 from fxtrain.cli._names import add_current_folder, function_at
 from fxtrain.cli._overrides import override
+from fxtrain.cli._ranks import refuse_several
 from fxtrain.cli._run_folder import make_folder, read_config, refuse_changes, write_config
 from fxtrain.cli._training import DEFINING, training
 from fxtrain.cli._yaml import dump, load
@@ -85,6 +86,7 @@ class Options(Common):
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     options = _options(arguments)
+    refuse_several("train")
     add_current_folder()
     saved = None if options.resume is None else read_config(options.resume, "train")
     call = _read(_config(options, saved))

@@ -66,12 +66,13 @@ def compile(  # noqa: A001
     and batch. All leaves of the new state and of the output are compared. Where a tolerance is not enough, the
     uncompiled step is repeated with noise in the last bits of each operation, and differences of that size pass. The
     second call shows values that were frozen by the trace, such as a global that has changed. The check never changes
-    results or random generators, but the step's own Python code, such as ``print``, runs again. Steps that open files,
-    states that do not fit into memory several times, and steps in several processes are not checked, which the logger
-    reports. A check takes one uncompiled step. If differences need an explanation, as those of transformers do, the
-    first check takes two to eight more steps, each about five times as slow because of the noise. A graph that has
-    passed is marked in the folder of torch's compiled code, and is not checked again by later processes on this
-    machine. ``check=False`` leaves all this out.
+    results or random generators, but the step's own Python code, such as ``print``, runs again. Steps that open files
+    and states that do not fit into memory several times are not checked, which the logger reports. A check takes one
+    uncompiled step. If differences need an explanation, as those of transformers do, the first check takes two to eight
+    more steps, each about five times as slow because of the noise. A graph that has passed is marked in the folder of
+    torch's compiled code, and is not checked again by later processes on this machine. Of a step with a mesh, the first
+    call is checked, on all ranks together. Other steps in several processes are not. ``check=False`` leaves all this
+    out.
 
     On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
     system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.

@@ -20,6 +20,7 @@ from fxtrain.compiler.check._mismatch import MiscompiledError
 from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import Batch, Callback, StepOutput, TrainState, warn
+from fxtrain.core._collective_errors import is_of_collective
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step
@@ -254,7 +255,7 @@ class Compiled:
             try:
                 return graph(state, *found)
             except Exception as error:
-                if not isinstance(error, _UNRELATED) and not reaches_users(error):
+                if not isinstance(error, _UNRELATED) and not reaches_users(error) and not is_of_collective(error):
                     graph.raise_uncompiled(found, batch)
                 raise
         except Exception as error:
@@ -328,7 +329,11 @@ class Compiled:
             _log.info("%r is ready after %.1f s.", self.step, seconds)
             if "traced" not in self.route and number == 1:
                 self._warn_of_options_without_effect()
-            graph = Graph(self.step, state, batch, executable, **self._options)
+            options = self._options
+            if self._graphs and self.step.mesh is not None:
+                # Other ranks may not need this graph, and would not take part in its check.
+                options = {**options, "check": False}
+            graph = Graph(self.step, state, batch, executable, **options)
         self._graphs.insert(0, graph)
         if not is_again:
             self._recompiles.known.append(kinds)

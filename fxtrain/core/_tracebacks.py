@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import sys
 import traceback
@@ -12,6 +13,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+
+_log = logging.getLogger(__name__)
 
 FXTRAIN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH_FOLDER = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -109,6 +113,8 @@ def ipython_shell() -> Any:
 def warn(message: str, category: type[Warning]) -> None:
     """Warns at the innermost line of the user's code, or if there is none, as in a worker thread, at the caller's line.
 
+    Of the ranks of torch.distributed, rank 0 warns. The others have the message in the logger ``fxtrain.core``.
+
     Example:
         >>> import warnings
         >>> with warnings.catch_warnings(record=True) as caught:
@@ -116,6 +122,9 @@ def warn(message: str, category: type[Warning]) -> None:
         >>> caught[0].filename
         '<doctest fxtrain.core._tracebacks.warn[1]>'
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        _log.info("%s: %s", category.__name__, message)
+        return
     frames = enumerate(traceback.walk_stack(inspect.currentframe()), 1)
     level = next((level for level, (frame, _) in frames if is_of_users(frame.f_code.co_filename)), 2)
     warnings.warn(message, category, stacklevel=level)

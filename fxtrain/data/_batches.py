@@ -84,8 +84,8 @@ def batches(
         return from_iterable(StreamBatches(source, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
     if _is_dataset(source):
 
-        def take(items: np.ndarray, position: int) -> Batch:
-            with seeded(seed, position):
+        def take(items: np.ndarray, position: int, *rank: int) -> Batch:
+            with seeded(seed, position, *rank):
                 return collate(samples(source, items.tolist()))
 
         size, what = len(source), f"a dataset with {len(source)} samples"
@@ -97,7 +97,7 @@ def batches(
                 f'expected a dict of arrays without the key "mask", which drop_last="pad" adds, got {describe(source)}.'
             )
 
-        def take(items: np.ndarray, position: int) -> Batch:
+        def take(items: np.ndarray, position: int, *rank: int) -> Batch:
             return tree.map(lambda leaf: take_rows(leaf, items), source)
 
     data = IndexedBatches(

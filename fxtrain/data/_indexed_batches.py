@@ -25,7 +25,7 @@ class IndexedBatches(Source):
     """Batches of indexed items. Use ``batches`` or ``windows``.
 
     Args:
-        take: Maps items (int64 [n]) and a position to a batch.
+        take: Maps items (int64 [n]), a position, and the rank if there are several, to a batch.
         size: Number of items per epoch.
         what: Description of the data, for errors.
     """
@@ -35,7 +35,7 @@ class IndexedBatches(Source):
 
     def __init__(
         self,
-        take: Callable[[np.ndarray, int], Batch],
+        take: Callable[..., Batch],
         size: int,
         batch_size: int,
         *,
@@ -65,11 +65,22 @@ class IndexedBatches(Source):
         self._order = Order(size, seed=seed, shuffle=shuffle)
 
     def fetch(self, position: int) -> Batch:
+        items = self._items(position)
+        batch = self._take(items, position)
+        return _padded(as_tensors(batch), len(items), self.batch_size) if self.drop_last == "pad" else batch
+
+    def fetch_rows(self, position: int, rank: int, ranks: int) -> Batch:
+        """Returns the items ``rank``, ``rank + ranks``, ... of the batch at this position, and reads no others."""
+        return self._take(self._items(position)[rank::ranks], position, rank)
+
+    def num_items(self, position: int) -> int:
+        """Returns the number of items of the batch at this position, without padding."""
+        return min(self.batch_size, self.size - position % self.epoch_length * self.batch_size)
+
+    def _items(self, position: int) -> np.ndarray:
         epoch, index = divmod(position, self.epoch_length)
         start = index * self.batch_size
-        stop = min(start + self.batch_size, self.size)
-        batch = self._take(self._order.items(epoch, start, stop), position)
-        return _padded(as_tensors(batch), stop - start, self.batch_size) if self.drop_last == "pad" else batch
+        return self._order.items(epoch, start, start + self.num_items(position))
 
 
 def _padded(batch: Batch, rows: int, batch_size: int) -> dict[str, Tree]:
@@ -155,7 +166,7 @@ def windows(
     size = max((total - length) // length if shuffle else (total - 1) // length, 0)
     steps = np.arange(length)
 
-    def take(items: np.ndarray, position: int) -> dict[str, Tensor]:
+    def take(items: np.ndarray, position: int, *_: int) -> dict[str, Tensor]:
         offset = mix(seed, position // data.epoch_length, 1) % length if shuffle else 0
         at = ((items * length + offset)[:, None] + steps).ravel()
         x, y = (take_rows(tokens, index).to(torch.int64).reshape(-1, length) for index in (at, at + 1))

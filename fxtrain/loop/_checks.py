@@ -57,6 +57,16 @@ def check_state(state: object, order: str) -> None:
         )
 
 
+def check_mesh(mesh: object) -> None:
+    """Raises TypeError unless ``mesh`` is None or a mesh."""
+    if mesh is None:
+        return
+    from fxtrain.distributed import Mesh  # keeps the import of fxtrain fast
+
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"expected mesh to be a Mesh, got {describe(mesh)}. Make one: fxtrain.distributed.mesh().")
+
+
 def check_unchanged_at_end(state: TrainState) -> None:
     """Raises ValueError if callbacks changed the state at the ``FitEnd`` of another run."""
     if CHANGED_AT_END in state.slots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._types import EventRecord, Events
 from fxtrain.values import METRIC_PREFIXES
 
+if TYPE_CHECKING:
+    from fxtrain.loop._ranks import Ranks
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Emitter:
@@ -30,6 +34,7 @@ class Emitter:
         publish: The observers.
         reader: The data, which measures the wait for batches.
         every_event: Whether to yield each event, even if nothing subscribes to it.
+        ranks: The ranks of the run, whose agreed clock is used; None if there is one.
     """
 
     plan: Plan
@@ -38,9 +43,11 @@ class Emitter:
     publish: Publisher
     reader: BatchReader
     every_event: bool
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
-        self._steps, self._epochs, self._clock = self.plan.steps, self.plan.epochs, self.plan.clock
+        self._steps, self._epochs = self.plan.steps, self.plan.epochs
+        self._clock = self.plan.clock if self.ranks is None else self.ranks.time
         self._start = self._clock()
         self._times: dict[type[LoopEvent], float] = {}
         self.epoch_began = 0.0  # time of the latest EpochBegin of this session

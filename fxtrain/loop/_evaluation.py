@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fxtrain import metrics, tree
+from fxtrain import metrics
 from fxtrain.core import (
     EVALUATED,
     Batch,
@@ -25,7 +25,7 @@ from fxtrain.core import (
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
-from fxtrain.data._foreign_containers import count_examples
+from fxtrain.data._batch_weight import batch_weight
 from fxtrain.fold import Handler, as_trigger, on
 from fxtrain.loop._checks import check_eval_step, check_state
 from fxtrain.loop._emitter import Emitter
@@ -34,18 +34,23 @@ from fxtrain.loop._interrupts import Abandoned, Interrupts, Waits, leaving_compi
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import EvalFn, Events
 
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
 _Total = dict[str, metrics.Metric]
 """The mergeable metrics of all batches so far."""
 
 
 @with_short_traceback
-def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str, float]:
+def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike, *, mesh: Mesh | None = None) -> dict[str, float]:
     """Returns the metrics of ``state`` over one epoch of ``data``.
 
     Args:
         state: Any state. It is not modified.
         eval_step: From ``fxtrain.eval_step``, compiled or not.
         data: A source of batches, as for ``fit``.
+        mesh: The ranks among which each batch is split, as for ``fit``. All ranks must call this function, and all
+            return the same metrics.
 
     Returns:
         Averages by name. Values of ``fxtrain.metrics`` merge with their own weights. The weight of a batch for 0-d
@@ -71,6 +76,10 @@ def evaluate(state: TrainState, eval_step: EvalFn, data: SourceLike) -> dict[str
         state, eval_step = lifted_evaluation(state, eval_step)
     total: _Total = {}
     source = as_source(data)
+    if mesh is not None:
+        from fxtrain.distributed._rank_rows import split  # keeps the import of fxtrain fast
+
+        source = split(source, mesh)
     declare_shapes(eval_step, source)
     for index, batch in _batches(source, state.step.device):
         _, total = _measured(state, eval_step, index, batch, total)
@@ -106,7 +115,7 @@ class Evaluations:
 
     def __init__(self, emitter: Emitter, data: Source | None, interrupts: Interrupts) -> None:
         self._plan, self._now, self._emit, self._time = emitter.plan, emitter.now, emitter.emit, emitter.time
-        self._data, self._interrupts = data, interrupts
+        self._data, self._interrupts, self._ranks = data, interrupts, emitter.ranks
         # Read once, because data of unknown length has one after an evaluation, which a resumed run would not know.
         self._num_batches = None if data is None else data.epoch_length
 
@@ -118,6 +127,10 @@ class Evaluations:
                 "expected eval_step and eval_data for an evaluation requested by a callback, got neither. Give both to "
                 "fit, or remove the callback."
             )
+        if self._ranks is not None:
+            self._ranks.meet("an evaluation", now.step)  # agrees on the time at which it begins
+            if self._interrupts.cause is not None:
+                return
         # An interrupted evaluation is rolled back and stays due.
         mark, began = now.mark(), self._time()
         now.set(evaluate=False)
@@ -132,13 +145,24 @@ class Evaluations:
         try:
             for index, batch in _batches(Waits(data, self._interrupts), now.state.step.device):
                 yield from self._emit(EvalStepBegin, index=index, batch=batch)
-                output, total = _measured(seen, eval_step, index, batch, total)
+                if self._ranks is None:
+                    output, total = _measured(seen, eval_step, index, batch, total)
+                else:
+                    self._ranks.meet("a batch of an evaluation", now.step, index)
+                    if self._interrupts.cause is not None:
+                        raise Abandoned
+                    with self._ranks.dispatch("collectives of the evaluation step", now.step):
+                        output, total = _measured(seen, eval_step, index, batch, total)
                 if self._interrupts.cause is not None:
                     raise Abandoned
                 yield from self._emit(
                     EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
                 )
+            if self._ranks is not None:
+                self._ranks.meet("the end of an evaluation", now.step)
         except Abandoned:
+            if self._interrupts.cause is None and self._ranks is not None:
+                self._ranks.meet(None)  # agrees on the signal that ended this rank's wait for data
             now.roll_back(mark)
             return
         measured = metrics.compute(total)
@@ -210,42 +234,10 @@ def _measured(
 def _weight(batch: Batch, index: int) -> Tensor | int:
     """Returns the weight of a batch in averages.
 
-    This is the sum of its mask, the number of its graphs or list elements, or the first dimension of all its tensors.
-
     Raises:
         ValueError: If the tensors differ in their first dimension. The message names two of them.
     """
-    mask = _mask(batch)
-    tensors = [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    sizes = {leaf.shape[0] for leaf in tensors if leaf is not mask}
-    if mask is not None and (not sizes or len(mask) in sizes):
-        return mask.sum()
-    examples = count_examples(batch) if mask is None else None
-    if examples is not None:
-        return examples
-    if len(sizes) > 1 or mask is not None:
-        raise ValueError(
-            f"Evaluation batch {index}: expected one first dimension, the batch size that weights the averages, got "
-            f'{_two_sizes(batch)}. Give the batch a 1-d "mask" of its examples, keep tensors without a batch dimension '
-            "out of it, or return metrics with their own weights from eval_step, such as "
-            "fxtrain.metrics.Average.from_model_output(losses)."
-        )
-    return sizes.pop() if sizes else 1
-
-
-def _mask(batch: Batch) -> Tensor | None:
-    """Returns the 1-d mask of a batch, which selects or weights its examples; None if there is none."""
-    if isinstance(batch, Tensor | list):
-        return None
-    mask = cast(Mapping[Any, Any], batch).get("mask") if isinstance(batch, Mapping) else getattr(batch, "mask", None)
-    return mask if isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_complex() else None
-
-
-def _two_sizes(batch: Batch) -> str:
-    pairs = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-    shapes = {
-        leaf.shape[0]: f"{path} of shape {list(leaf.shape)}"
-        for path, leaf in pairs
-        if isinstance(leaf, Tensor) and leaf.ndim
-    }
-    return " and ".join(list(shapes.values())[:2])
+    try:
+        return batch_weight(batch)
+    except ValueError as error:
+        raise ValueError(f"Evaluation batch {index}: {error}") from None

@@ -122,6 +122,14 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
             accelerator, where an immediate read would stall the device. Both give the same result, because a stopped
             state is a fixed point of the step.
         clock: Returns the time in seconds. All times in events are taken from it.
+        mesh: The ranks of the run, from ``fxtrain.distributed.mesh``, as given to ``train_step`` and ``eval_step``.
+            Each rank reads its rows of each batch, so batch sizes and positions are those of all ranks together.
+            Callbacks run on all ranks and see the same values. Observers run on rank 0, except for those of
+            ``fxtrain.observers.every_rank``. A signal on any rank, the clock of rank 0, errors and finished saves are
+            agreed on before each step, so all ranks stop, save, evaluate and rewind at the same step. Compilations and
+            waits for data are not aborted by a signal. Rank 0 writes one whole checkpoint, which all ranks read, and
+            which any number of ranks can resume. ``StepEnd.time`` is read before the step, and ``StepEnd.duration`` is
+            that of the step before, except after the first step.
         run: The name, tags, configuration and other facts of the run, for ``FitBegin.run``, the summary, ``record_run``
             and all writers. They do not affect training.
 
@@ -132,6 +140,8 @@ def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result
             ``FitEnd``.
         CheckpointError: If the folder has checkpoints of another run, or cannot be written to.
         SystemExit: If SIGTERM or SIGUSR1 ended an earlier run in this process.
+        FailedRankError: With ``mesh``, if another rank has failed. The message has its error.
+        LostRankError: With ``mesh``, if another rank does not join a collective within the timeout of the mesh.
 
     Example:
         >>> import torch, fxtrain as fx

@@ -57,17 +57,28 @@ class Interrupts:
     If not, the next session raises SystemExit after SIGTERM and SIGUSR1. SIGINT ends only the current session, because
     the user can press Ctrl-C again.
 
+    In a run of several ranks, a recorded signal takes effect once all ranks have agreed on it and call ``adopt``.
+    Compilations and waits for data are not aborted, because the other ranks would wait for this one in a collective.
+
     Args:
         is_saving: Returns whether a checkpoint is being written.
+        is_alone: Whether this process is the only rank.
+
+    Attributes:
+        noted: The first signal that this process has received.
+        cause: Name of the signal that ends the session.
+        exit_code: 128 plus its number, or 0.
 
     Raises:
         SystemExit: If a signal during an earlier session was to end the process.
     """
 
-    def __init__(self, is_saving: Callable[[], bool] = bool) -> None:
+    def __init__(self, is_saving: Callable[[], bool] = bool, *, is_alone: bool = True) -> None:
         _deliver_pending()
+        self.noted: signal.Signals | None = None
         self.cause: str | None = None
         self.exit_code = 0
+        self._is_alone = is_alone
         self._kind: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._has_left = False
@@ -85,6 +96,7 @@ class Interrupts:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.adopt_own()
         before, kind = self._restore(), self._kind
         if kind is None:
             return
@@ -94,6 +106,21 @@ class Interrupts:
         elif callable(handler) and handler is not signal.default_int_handler:
             signal.raise_signal(kind)
 
+    def adopt(self, number: int) -> None:
+        """Ends the session by a signal, unless it ends by another one already.
+
+        Args:
+            number: The number of the signal, which another rank may have received.
+        """
+        if self.cause is None:
+            self._kind = signal.Signals(number)
+            self.cause, self.exit_code = self._kind.name, 128 + number
+
+    def adopt_own(self) -> None:
+        """Ends the session by this process's signal, which came after the last agreement of ranks."""
+        if self.noted is not None:
+            self.adopt(self.noted)
+
     def explains(self, error: Exception) -> bool:
         """Whether an error of the data was caused by a signal, such as one that killed DataLoader workers.
 
@@ -101,9 +128,9 @@ class Interrupts:
         """
         from_workers = isinstance(error, OSError | EOFError) or _DEAD_WORKER in str(error)
         until = time.monotonic() + (_GRACE if from_workers and self._before else 0.0)
-        while self.cause is None and time.monotonic() < until:
+        while self.noted is None and time.monotonic() < until:
             time.sleep(0.01)
-        return self.cause is not None
+        return self.noted is not None
 
     def _restore(self) -> dict[signal.Signals, Any]:
         before, self._before = self._before, {}
@@ -119,13 +146,15 @@ class Interrupts:
                 self._restore()
                 signal.raise_signal(kind)
             return
-        if self.cause is None:
-            self.cause, self.exit_code, self._kind = kind.name, 128 + number, kind
+        if self.noted is None:
+            self.noted = kind
+            if self._is_alone:
+                self.adopt(kind)
             self._ignore_dead_workers()
         elif kind == signal.SIGINT:
             self._end_now(kind)
             return
-        if not self._has_left and _can_be_left(frame):
+        if self._is_alone and not self._has_left and _can_be_left(frame):
             self._has_left = True
             raise Abandoned
 
@@ -183,7 +212,7 @@ class Waits:
         except Exception as error:
             if not self._interrupts.explains(error):
                 raise
-            _log.info("Reading a batch failed after %s: %r.", self._interrupts.cause, error)
+            _log.info("Reading a batch failed after %s: %r.", self._interrupts.noted, error)
             raise Abandoned from error
 
 

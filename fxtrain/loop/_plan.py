@@ -7,7 +7,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
 from fxtrain.checkpoint import Checkpointer
 from fxtrain.core import (
@@ -25,10 +25,13 @@ from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import SourceLike
 from fxtrain.equivalents import refuse_foreign_callback, unknown_argument
 from fxtrain.fold import When, as_trigger
-from fxtrain.loop._checks import check_checkpointer, check_eval_step
+from fxtrain.loop._checks import check_checkpointer, check_eval_step, check_mesh
 from fxtrain.loop._types import EvalFn
 from fxtrain.observers._progress import Progress, progress
 from fxtrain.values import HParams
+
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -58,6 +61,7 @@ class Plan:
     lag: Literal[0, 1] | None = None
     clock: Callable[[], float] = time.monotonic
     run: RunInfo | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None:
@@ -79,6 +83,7 @@ class Plan:
                 f"expected run to be an fxtrain.RunInfo, got {describe(self.run)}. Make one: "
                 "fxtrain.RunInfo(name=..., config=...)."
             )
+        check_mesh(self.mesh)
         if self.run is not None:
             HParams(self.run.config)  # raises for two values of one flattened name
         if self.resume and self.checkpointer is None:
@@ -112,6 +117,8 @@ def with_progress(plan: Plan, *, by_default: bool) -> Plan:
         by_default: Whether to show progress if ``plan.progress`` is None.
     """
     if not (by_default if plan.progress is None else plan.progress):
+        return plan
+    if plan.mesh is not None and not plan.mesh.is_main:
         return plan
     given = list(plan.observers) if isinstance(plan.observers, Iterable) else [plan.observers]
     if any(isinstance(inspect.unwrap(observer), Progress) for observer in given):

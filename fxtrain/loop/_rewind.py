@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from fxtrain.loop._epochs import announce
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._types import Events
 
+if TYPE_CHECKING:
+    from fxtrain.loop._shared_checkpointer import CheckpointStore
+
 
 class Snapshots:
     """Retains snapshots of the state: in memory, and on disk next to each checkpoint.
@@ -27,14 +31,17 @@ class Snapshots:
 
     Args:
         plan: The options of the run.
+        checkpointer: What to save to, or None.
         copied: Whether to copy the states, because the step donates them.
         notes: Returns the notes to save with each snapshot.
     """
 
-    def __init__(self, plan: Plan, *, copied: bool, notes: Callable[[], dict[str, str]]) -> None:
+    def __init__(
+        self, plan: Plan, checkpointer: CheckpointStore | None, *, copied: bool, notes: Callable[[], dict[str, str]]
+    ) -> None:
         self._every, self._count = plan.snapshot_every, plan.snapshots
         self._on_host, self._copied = plan.snapshots_on_host, copied
-        self._checkpointer, self._notes = plan.checkpointer, notes
+        self._checkpointer, self._notes = checkpointer, notes
         self._may_be_on_disk = False
         self._in_memory: dict[int, tuple[TrainState, EpochMetrics]] = {}
         self._on_disk: set[int] = set()

@@ -9,7 +9,7 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -49,6 +49,14 @@ from fxtrain.loop._types import Events, LoopStep
 from fxtrain.step import Step
 from fxtrain.step._callbacks import shared
 
+if TYPE_CHECKING:
+    from fxtrain.loop._ranks import Ranks
+
+_EQUAL_STATES = (
+    "Take that of rank 0: fxtrain.distributed.replicated(state, mesh). If it was restored, let all ranks read the same "
+    "files."
+)
+
 
 class Run:
     """A session of the loop. Iterating over ``events`` runs it, and sets its result.
@@ -76,13 +84,20 @@ class Run:
         # The loop owns its state, so a compiled step may donate it.
         self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
         self._plan, self._callbacks = plan, callbacks
-        self._interrupts = Interrupts(lambda: self._checkpoints.under_way)
-        self._publish = Publisher(plan.observers, state.step.device)
+        is_alone = plan.mesh is None or plan.mesh.size == 1
+        self._interrupts = Interrupts(lambda: self._checkpoints.under_way, is_alone=is_alone)
+        self._ranks: Ranks | None = None
+        checkpointer, observers = plan.checkpointer, plan.observers
+        if plan.mesh is not None and not is_alone:
+            from fxtrain.loop._shared import share  # keeps the import of fxtrain fast
+
+            self._ranks, checkpointer, observers = share(plan, plan.mesh, state, self._interrupts)
+        self._publish = Publisher(observers, state.step.device)
         # Not the live history of events, which references the observers.
         recorder = self._publish.recorder
         self.history = History(recorder.points, clock=recorder.clock)
 
-        self._checkpoints = Checkpoints(plan.checkpointer, self._step)
+        self._checkpoints = Checkpoints(checkpointer, self._step, 1 if self._ranks is None else self._ranks.mesh.size)
         self._restored = self._checkpoints.restored(self._attached(state)) if plan.resume else None
         is_whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
@@ -95,6 +110,8 @@ class Run:
         seed = int(state.seed)
         self._data = as_source(data, seed=seed)
         self._eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
+        if self._ranks is not None:
+            self._data, self._eval_data = self._ranks.rows(self._data), self._ranks.rows(self._eval_data)
         self._callbacks = self._publish.watched(compose(callbacks, *_run_statistics(self._step, self._data)))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = begin_epochs(state, self._data)
@@ -112,16 +129,18 @@ class Run:
         # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
         # has no other owner.
         state = state if is_whole else state.copy()
+        if self._ranks is not None:
+            self._ranks.check_equal(state, "when a session begins", _EQUAL_STATES)
         now = self.now = Cursor(state, saved.epoch_metrics or EpochMetrics(), lag=plan.lag, why=saved.stop_reasons)
         reader = BatchReader(Waits(self._data, self._interrupts), state.step.device, plan.clock, plan.length)
         if saved.data is not None and self._data.has_snapshots:
             self._data.restore(now.epoch.data_index(now.position), saved.data)
-        else:
+        elif self._ranks is None:
             reader.expected = saved.batch
-        emitter = Emitter(plan, self._callbacks, now, self._publish, reader, every_event)
+        emitter = Emitter(plan, self._callbacks, now, self._publish, reader, every_event, self._ranks)
         donates = self._step is not given or getattr(given, "donates", False)
         self._emitter, self._emit = emitter, emitter.emit
-        self._snapshots = Snapshots(plan, copied=donates, notes=self._checkpoints.notes)
+        self._snapshots = Snapshots(plan, checkpointer, copied=donates, notes=self._checkpoints.notes)
         self._evaluations = Evaluations(emitter, self._eval_data, self._interrupts)
         self._epochs = Epochs(emitter, self._data)
         self._saves = Saves(emitter, self._checkpoints, self._snapshots, self._evaluations, self._data)
@@ -148,6 +167,7 @@ class Run:
                 yield from self._after_error(error)
                 raise
             yield from self._end()
+            self._interrupts.adopt_own()
             self.exit_code = self._interrupts.exit_code  # read last, because a signal can arrive after the last step
 
     def _train(self) -> Events[None]:
@@ -237,6 +257,7 @@ class Run:
 
     def _begin(self) -> Events[None]:
         now, pending = self.now, self.now.due["save"]
+        self._meet("the begin of the session")
         self._first_step = now.step
         yield from self._emit(
             FitBegin,
@@ -278,9 +299,17 @@ class Run:
             evaluation=now.last_evaluation(),
             history=self._publish.history,
         )
+        self._meet("the end of the session")
+
+    def _meet(self, purpose: str) -> None:
+        """Waits for all ranks, if there are several."""
+        if self._ranks is not None:
+            self._ranks.meet(purpose, self.now.step, self.now.position)
 
     def _after_error(self, error: Exception) -> Events[None]:
         now = self.now
+        if self._ranks is not None:
+            self._ranks.fail(error, now.step)
         if taken := now.marked.is_taken:
             error.add_note(
                 "The state before the step was donated, and not all callbacks have seen the state after it, so neither "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from fxtrain.checkpoint import Checkpointer, Committed, Restoration, Role, Save
+from fxtrain.checkpoint import Committed, Restoration, Role, Save
 from fxtrain.core import SaveBegin, Saved, TrainState, warn
 from fxtrain.data import Source
 from fxtrain.data._batch_checks import checksum
@@ -16,20 +17,26 @@ from fxtrain.loop._evaluation import Evaluations
 from fxtrain.loop._rewind import Snapshots
 from fxtrain.loop._types import Events, LoopStep
 
+if TYPE_CHECKING:
+    from fxtrain.loop._shared_checkpointer import CheckpointStore
+
 _COMPILED_BY = "compiled by"
+_RANKS = "ranks"
 
 
 class Checkpoints:
     """The loop's interface to a checkpointer, if there is one.
 
     Args:
-        checkpointer: From ``fxtrain.checkpointer``, or None.
+        checkpointer: What to save to, or None.
         step: The step of the run. Each save records its compile mode and settings, which affect results bitwise. A
             resume with others warns.
+        size: Number of ranks, which affects results bitwise too.
     """
 
-    def __init__(self, checkpointer: Checkpointer | None, step: LoopStep) -> None:
+    def __init__(self, checkpointer: CheckpointStore | None, step: LoopStep, size: int = 1) -> None:
         self.checkpointer, self._step = checkpointer, step
+        self._ranks = {_RANKS: str(size)}
         self._resumes = False
         self._compiled_by: str | None = None  # compile mode of the restored state, until the step has compiled
         # Weak references, because a step donates only states without other references.
@@ -42,7 +49,7 @@ class Checkpoints:
         checkpointer, self._resumes = self.checkpointer, True
         if checkpointer is None or not checkpointer.has_any():
             return None
-        report = checkpointer.read(like, notes=self.notes() | self._possible())
+        report = checkpointer.read(like, notes=self._ranks | self.notes() | self._possible())
         report.warn()
         before = report.environment.get(_COMPILED_BY)
         if before in self._possible().get(_COMPILED_BY, ()):  # any other is reported above
@@ -103,7 +110,8 @@ class Checkpoints:
 
         The compile mode is chosen at the step's first call.
         """
-        return {_COMPILED_BY: getattr(self._step, "route", "nothing"), **getattr(self._step, "settings", {})}
+        notes = {_COMPILED_BY: getattr(self._step, "route", "nothing"), **getattr(self._step, "settings", {})}
+        return notes if self._ranks[_RANKS] == "1" else notes | self._ranks
 
     def _possible(self) -> dict[str, tuple[str, ...]]:
         possible = getattr(self._step, "possible_routes", None)
@@ -143,6 +151,7 @@ class Saves:
     ) -> None:
         self._now, self._publish, self._reader, self._emit = emitter.now, emitter.publish, emitter.reader, emitter.emit
         self._checkpoints, self._snapshots, self._evaluations, self._data = checkpoints, snapshots, evaluations, data
+        self._is_shared = emitter.ranks is not None
 
     def handle(self) -> Events[None]:
         """Saves the current state, as a callback requested."""
@@ -172,6 +181,8 @@ class Saves:
 
     def _slots(self) -> CheckpointSlots:
         now, last = self._now, self._reader.last
+        if self._is_shared:  # the batch is a part of that of all ranks, and another number of ranks has another part
+            last = None
         return CheckpointSlots(
             batch=None if last is None else LastBatch(last[0], checksum(last[1])),
             data=self._data.snapshot(now.epoch.data_index(now.position)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
 
 from fxtrain import tree
 from fxtrain.core import Batch, Control, EpochBegin, StepBegin, StepEnd, StepOutput, TrainState, Tree
@@ -18,6 +19,9 @@ from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
 from fxtrain.loop._saving import Checkpoints
 from fxtrain.loop._types import EventRecord, Events, LoopStep
 from fxtrain.step import take_steps
+
+if TYPE_CHECKING:
+    from fxtrain.loop._ranks import Ranks
 
 _Many = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Sequence[StepOutput]]]
 
@@ -49,6 +53,8 @@ class Steps:
         self._epochs_differ = data.has_variable_epochs
         self._end: int | None = None  # data position at which the current epoch ends
         self._outside: dict[str, Tree] = {}  # slots that do not enter the step, from before the current StepBegin
+        self._ranks, self._has_stepped = emitter.ranks, False
+        self._waited = 0.0  # seconds that this rank waited for its latest batches
 
     def take(self) -> Events[None]:
         """Takes steps until a request is due."""
@@ -71,6 +77,8 @@ class Steps:
             outputs = self._step(batches)
             time = self._emitter.time()
             duration = (time - began) / max(len(outputs), 1) if ends else 0.0
+            if self._ranks is not None:
+                duration = self._ranks.duration
             for output in outputs:
                 now.step += 1
                 now.position += 1
@@ -99,14 +107,20 @@ class Steps:
     def _fetch(self) -> Sequence[Batch]:
         """Returns the batches of the next dispatch: none at the end of the epoch, or if a signal has arrived."""
         now, epoch = self._now, self._now.epoch
+        agreed_wait = self._reader.wait
         try:
             batches = self._reader.next(now.position, epoch, self._dispatch_length())
         except Abandoned:
+            self._meet(None)  # agrees on the signal that ended this rank's wait
             return ()
+        if self._ranks is not None:
+            # Until the ranks meet, events have rank 0's wait for the batches before.
+            self._waited, self._reader.wait = self._reader.wait, agreed_wait
         if not batches:  # end of data of unknown length, which is known from here on
             if not (now.unread and now.read_flags()):
                 now.count(epoch._replace(length=now.position - epoch.start))
                 now.set(end_epoch=True)
+            self._meet("the end of the data")
         elif self._epochs_differ and epoch.length and self._data.epoch_length is None:
             # The epoch is longer than expected, so its length is unknown again.
             now.count(epoch._replace(length=0))
@@ -126,6 +140,7 @@ class Steps:
                 now.set(end_epoch=True)
         elif not (now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]):
             return True
+        self._meet("a step that a callback prevents")
         # If the step is not taken and the run continues, the same batch is fetched again.
         if now.read_flags(len(now.marked.unread)) and now.marked.unread:
             # The run had stopped one step before, so this event is rolled back.
@@ -138,15 +153,40 @@ class Steps:
         now = self._now
         now.mark_as_delta()
         try:
-            now.state, outputs = self._dispatch(now.state, batches)
+            if self._ranks is None:
+                now.state, outputs = self._dispatch(now.state, batches)
+            else:
+                self._meet("a step")
+                if self._interrupts.cause is not None:
+                    raise Abandoned
+                with self._ranks.dispatch("collectives of the training step", now.step + 1, len(batches)):
+                    now.state, outputs = self._dispatch(now.state, batches)
         except Abandoned:
             now.roll_back(now.marked)
             return ()
+        if self._ranks is not None and not self._has_stepped:
+            self._check_first_step(self._ranks)
         if now.unread and self._has_stopped_before():
             return ()
         if len(outputs) > 1:
             outputs = outputs[: int(now.state.step) - now.step]  # steps after a stop were not taken
         return outputs
+
+    def _meet(self, purpose: str | None) -> None:
+        """Waits for all ranks, if there are several."""
+        if self._ranks is not None:
+            self._ranks.meet(purpose, self._now.step + 1, self._now.position, data_wait=self._waited)
+            self._reader.wait = self._ranks.data_wait
+
+    def _check_first_step(self, ranks: Ranks) -> None:
+        """Compares the states of all ranks. Their meeting also assigns the time of a compilation to its step."""
+        self._has_stepped = True
+        ranks.check_equal(
+            self._now.state,
+            "after the first step",
+            "Give the mesh to the step: fxtrain.train_step(loss_fn, tx, mesh=mesh). A hand-written step averages its "
+            "gradients with fxtrain.distributed.averaged.",
+        )
 
     def _has_stopped_before(self) -> bool:
         """Reads the flags left on the device; returns whether one was set, so that the step returned its input."""

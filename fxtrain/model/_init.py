@@ -153,7 +153,8 @@ def _refuse_distributed(path: str, module: nn.Module) -> None:
     if found is not None:
         itself = "without fully_shard" if found == "FSDPModule" else "itself, the .module of the wrapper"
         raise TypeError(
-            f"expected modules that are not distributed, got {path}, made by {found}. Give the module {itself}."
+            f"expected modules that are not distributed, got {path}, made by {found}. Give the module {itself}. To "
+            "train on several devices, give train_step and fit a mesh: fxtrain.distributed.mesh()."
         )
 
 

@@ -9,11 +9,12 @@ from fxtrain.observers._progress import progress
 from fxtrain.observers._record_code import record_code
 from fxtrain.observers._record_run import record_run
 from fxtrain.observers._summary import summary
-from fxtrain.observers._wrapped import rank_zero, required
+from fxtrain.observers._wrapped import every_rank, rank_zero, required
 from fxtrain.observers._write import write
 
 __all__ = [
     "debug",
+    "every_rank",
     "export",
     "memory",
     "profile",

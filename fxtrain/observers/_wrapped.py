@@ -1,4 +1,4 @@
-"""Observers made from others: ones that act only on rank 0, and ones whose failure ends the run."""
+"""Observers made from others: ones that act on rank 0 only or on every rank, and ones whose failure ends the run."""
 
 from __future__ import annotations
 
@@ -56,6 +56,39 @@ def _do_nothing(state: TrainState, event: FitEnd, control: Control) -> None:
     """Does nothing. It subscribes to ``FitEnd`` alone, so it costs nothing during training."""
 
 
+def every_rank(observer: Observer) -> Observer:
+    """Returns an observer that acts on all ranks of a run with ``mesh=``, where others act on rank 0 only.
+
+    For logs of each rank, such as its memory. Each rank needs a file of its own.
+
+    Args:
+        observer: A function ``(state, event, control) -> None``. It is not modified.
+
+    Example:
+        >>> from fxtrain.core import StepEnd
+        >>> def watch(state, event: StepEnd, control): ...
+        >>> every_rank(watch).every_rank
+        True
+    """
+    _refuse_others("every_rank", observer)
+
+    @functools.wraps(observer, updated=())  # keeps the annotation that subscribes the observer
+    def acting(state: TrainState, event: Any, control: Control) -> None:
+        observer(state, event, control)
+
+    result: Any = acting
+    result.__name__ = name_of(observer)
+    result.every_rank = True
+    for name in (*_ATTRIBUTES, "take_failure", "required", "flush", "close"):
+        if hasattr(observer, name):
+            setattr(result, name, getattr(observer, name))
+    return result
+
+
+_ATTRIBUTES = ("callback_ran", "compile_began", "compile_ended", "keeps", "sees_logged", "every_rank")
+"""What an observer may have besides the function, as ``Publisher`` describes."""
+
+
 def required(observer: Observer) -> Observer:
     """Makes failures of an observer, or of one of its writers, end the run.
 
@@ -89,8 +122,7 @@ def required(observer: Observer) -> Observer:
     result: Any = strict(observer)
     result.__name__ = name_of(observer)
     result.required = True
-    result.sees_logged = getattr(observer, "sees_logged", False)
-    for name in ("callback_ran", "compile_began", "compile_ended", "keeps"):
+    for name in _ATTRIBUTES:
         if hasattr(observer, name):
             setattr(result, name, getattr(observer, name))
     for verb in ("flush", "close"):

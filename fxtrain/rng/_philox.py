@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -69,6 +69,20 @@ class Stream(enum.IntEnum):
     BATCH = 5
 
 
+class Rows(NamedTuple):
+    """The examples of this rank, among those of all ranks: ``rank``, ``rank + ranks``, ``rank + 2 * ranks``, ...
+
+    Args:
+        rank: int64 []. The first example.
+        ranks: Number of ranks.
+        count: Number of examples of this rank.
+    """
+
+    rank: Tensor
+    ranks: int
+    count: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Key:
     """A position in a run, from which samples are computed. A pytree, created by ``key``.
@@ -81,16 +95,22 @@ class Key:
         step: int64 []. All 64 bits count.
         microbatch: int64 []. The lower 32 bits count.
         stream: The purpose of the samples, 0 to 255. Static: part of the tree structure, not a leaf.
+        rows: The examples of this rank, in data parallel training. Samples whose first dimension is that of the batch
+            are those that one process would take for the same examples of the whole batch. All other samples are equal
+            on all ranks. Not a leaf, and lost by transformations of the tree.
     """
 
     seed: Tensor
     step: Tensor
     microbatch: Tensor
     stream: int = Stream.TRAIN
+    rows: Rows | None = None
 
     def replace(self, **changes: Any) -> Self:
         """Returns the key with some fields changed. Accepts integers in place of tensors."""
-        return key(**{field: getattr(self, field) for field in (*_TENSORS, "stream")} | changes)  # pyright: ignore[reportReturnType]
+        rows = changes.pop("rows", self.rows)
+        made = key(**{field: getattr(self, field) for field in (*_TENSORS, "stream")} | changes)
+        return made if rows is None else dataclasses.replace(made, rows=rows)  # pyright: ignore[reportReturnType]
 
 
 _TENSORS = ("seed", "step", "microbatch")
@@ -150,14 +170,21 @@ def _scalar(name: str, value: int | Tensor, like: Tensor | None) -> Tensor:
     return value.to(torch.int64)
 
 
-def blocks(key: Key, count: int, *, site: int, device: torch.device) -> Words:
-    """Returns the first ``count`` blocks of four random words of a site: int64 [count] each, in [0, 2^32)."""
+def blocks(key: Key, index: Tensor, count: int, *, site: int) -> Words:
+    """Returns blocks of four random words of a site: int64 in the shape of ``index`` each, in [0, 2^32).
+
+    Args:
+        key: The position in the run.
+        index: int64. Which blocks.
+        count: A number that all indices are below.
+        site: The sampling call.
+    """
     if not 0 <= site < 1 << 24:
         raise ValueError(f"expected site to be an int from 0 to 2^24 - 1, got {site}.")
     if count > 1 << 32:
         raise ValueError(f"expected at most 2^34 random words from one site, got {4 * count}. Use several sites.")
-    position = key.seed.to(device), key.step.to(device), key.microbatch.to(device)
-    return words(torch.arange(count, device=device), site, key.stream, *position)
+    position = (part.to(index.device) for part in (key.seed, key.step, key.microbatch))
+    return words(index, site, key.stream, *position)
 
 
 def words(index: Word, site: int, stream: int, seed: Word, step: Word, microbatch: Word) -> Words:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.rng._arithmetic import Form, form_of
-from fxtrain.rng._philox import MASK, Key, blocks
+from fxtrain.rng._philox import MASK, Key, Rows, blocks
 
 
 def bits(
@@ -51,12 +51,48 @@ def fill(
     samples_of: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
 ) -> Tensor:
     """Fills the shape with the ``per_block`` samples that ``samples_of`` computes from each block of four words."""
-    count = 1
-    for size in shape:  # torch.Size(shape).numel() would specialize symbolic sizes
-        count *= size
+    count = _product(shape)
     where = key.seed.device if device is None else torch.device(device)
-    words = blocks(key, -(-count // per_block), site=site, device=where)
+    if key.rows is not None and len(shape) and shape[0] == key.rows.count and count:
+        return _fill_rows(key, key.rows, shape, _product(shape[1:]), site, where, per_block, samples_of)
+    total = -(-count // per_block)
+    words = blocks(key, torch.arange(total, device=where), total, site=site)
     return torch.stack(list(samples_of(*words)), -1).flatten()[:count].reshape(shape)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    count = 1
+    for size in sizes:  # torch.Size(sizes).numel() would specialize symbolic sizes
+        count *= size
+    return count
+
+
+def _fill_rows(
+    key: Key,
+    rows: Rows,
+    shape: Sequence[int],
+    size: int,
+    site: int,
+    device: torch.device,
+    per_block: int,
+    samples_of: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """Returns the rows of this rank, of ``size`` samples each, from what ``fill`` returns for those of all ranks."""
+    count, ranks = rows.count, rows.ranks
+    total = count * ranks * size // per_block + 2
+    row = torch.arange(count, device=device) * ranks + rows.rank.to(device)
+
+    def samples(start: Tensor, width: int) -> Tensor:
+        index = (start[:, None] + torch.arange(width, device=device)).flatten()
+        return torch.stack(list(samples_of(*blocks(key, index, total, site=site))), -1)
+
+    if size % per_block == 0:
+        width = size // per_block
+        return samples(row * width, width).reshape(shape)
+    # A row that does not begin with a block reaches into one more.
+    start, width = row * size // per_block, (size + per_block - 2) // per_block + 1
+    places = (row * size - start * per_block)[:, None] + torch.arange(size, device=device)
+    return samples(start, width).reshape(count, width * per_block).gather(1, places).reshape(shape)
 
 
 def integers(key: Key, shape: Sequence[int], site: int, device: torch.device | str | None, form: Form) -> Tensor:

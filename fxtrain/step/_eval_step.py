@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,12 +20,16 @@ from fxtrain.step._loss_results import measured, without_outputs
 from fxtrain.step._step import on_device
 from fxtrain.step._transform_batch import TransformBatch, seeded_transform
 
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
 
 class EvalFunction:
     """A pure function ``(state, batch) -> output`` that computes metrics. Made by ``eval_step``.
 
     Args:
         function: Any pure function with this signature.
+        mesh: The ranks over which it averages, from ``fxtrain.distributed.mesh``.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -36,8 +41,8 @@ class EvalFunction:
     callbacks: tuple[()] = ()  # an evaluation folds none
     enters: frozenset[str] = frozenset()  # the slots that enter the compiled graph
 
-    def __init__(self, function: Callable[[TrainState, Batch], StepOutput]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[TrainState, Batch], StepOutput], *, mesh: Mesh | None = None) -> None:
+        self.function, self.mesh = function, mesh
         self._of_members: EvalFunction | None = None
         functools.update_wrapper(self, function, updated=())
 
@@ -75,6 +80,7 @@ def eval_step(
     precision: str | Policy | None = None,
     outputs: bool = False,
     transform_batch: TransformBatch | None = None,
+    mesh: Mesh | None = None,
 ) -> EvalFunction:
     """Returns a function ``(state, batch) -> StepOutput`` that evaluates the model in eval mode.
 
@@ -87,6 +93,9 @@ def eval_step(
             ``EvalStep``.
         transform_batch: ``(state, batch) -> batch``, a pure function that runs before ``measure``, as in
             ``train_step``. The state has no optimizer state and no slots.
+        mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``. The metrics are then those
+            of the examples of all ranks, and metrics that grow with the data are refused. Outputs stay those of the
+            rank.
 
     Returns:
         A pure function, which ``fxtrain.compile`` compiles like a step.
@@ -104,20 +113,29 @@ def eval_step(
     """
     refuse_unless_loss(measure, "measure")
     policy = policy_of(precision)
-    transform = None if transform_batch is None else seeded_transform(transform_batch)
+    transform = None if transform_batch is None else seeded_transform(transform_batch, mesh)
 
     def step(state: TrainState, batch: Batch) -> StepOutput:
         if transform is not None:
             # Index 0 is that of training steps.
             batch = transform(state.replace(opt_state={}, slots={}), batch, state.position + 1)
         key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
+        if mesh is not None:
+            from fxtrain.distributed._examples import on_rank
+
+            key = on_rank(key, mesh, batch)
         result = forward(policy, state, measure, batch, train=False, key=key).output
         extra = None
         if outputs:
             result, extra = without_outputs(measure, result, "metrics")
         metrics, weight = measured(measure, result)
-        return StepOutput(policy.cast_output(metrics), outputs=extra, weight=weight)
+        metrics = policy.cast_output(metrics)
+        if mesh is not None:
+            from fxtrain.distributed._averaged import averaged_metrics
+
+            metrics, weight = averaged_metrics(metrics, weight, batch, mesh, state.step.device)
+        return StepOutput(metrics, outputs=extra, weight=weight)
 
     step.__name__ = f"eval_step({name_of(measure)})"
     step.__doc__ = measure.__doc__
-    return EvalFunction(step)
+    return EvalFunction(step, mesh=mesh)

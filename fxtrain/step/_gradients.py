@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ from fxtrain.step._differentiate import Differentiate, Differentiation, Find, or
 from fxtrain.step._forward_pass import forward
 from fxtrain.step._loss_mistakes import missing_gradient, torch_optimizers_refused
 from fxtrain.step._loss_results import detached_outputs, loss_and_metrics, refuse_growing, without_outputs
+
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
+
+class LocalPart(NamedTuple):
+    """What ``fxtrain.distributed.averaged`` needs to know about the part of a rank.
+
+    Args:
+        examples: float64 []. The number of examples.
+        buffers: The buffers before the forward pass.
+    """
+
+    examples: Tensor
+    buffers: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Gradient:
         weight: float64 []. The weight in a mean, from ``fxtrain.weighted``. None without it.
         written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after the pass.
         outputs: Other outputs of the loss function, detached. None without ``outputs=True``.
+        local: With a mesh, the number of examples of this rank, and the buffers before the forward pass.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -56,6 +73,7 @@ class Gradient:
     weight: Tensor | None = None
     written: Tree = dataclasses.field(default_factory=dict)
     outputs: Tree | None = None
+    local: LocalPart | None = None
 
     def carried(self, state: TrainState) -> TrainState:
         """Returns the state with the buffers and frozen parameters that the forward pass wrote.
@@ -73,7 +91,7 @@ class Gradient:
         return moved.replace(params=model_of(state).with_written(state.params, self.written))
 
 
-_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written", "outputs")
+_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written", "outputs", "local")
 
 
 def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
@@ -85,9 +103,9 @@ def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
 
 def _unflatten(used: Tree, children: Sequence[Tree]) -> Gradient:
     leaves, structure = used
-    loss, metrics, grads, buffers, weight, written, outputs = children
+    loss, metrics, grads, buffers, weight, written, outputs, local = children
     used = tree.unflatten(structure, leaves)
-    return Gradient(loss, metrics, grads, buffers, used, present(weight), written, present(outputs))
+    return Gradient(loss, metrics, grads, buffers, used, present(weight), written, present(outputs), present(local))
 
 
 register_node(Gradient, _flatten, _unflatten, fields=_FIELDS)
@@ -100,6 +118,7 @@ def gradients(
     precision: str | Policy | None = None,
     differentiate: Differentiate = "auto",
     outputs: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Gradient]:
     """Returns a function ``(state, batch, index=0) -> Gradient`` that differentiates a loss.
 
@@ -116,6 +135,11 @@ def gradients(
             backward hooks, any ``autograd.Function``. Both give the same gradients. ``"auto"`` uses ``torch.func``, and
             switches to ``torch.autograd`` with a warning if ``torch.func`` rejects the loss.
         outputs: Whether ``loss_fn`` returns a pair of such a result and a pytree of other tensors, such as logits.
+        mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``, whose results
+            ``fxtrain.distributed.averaged`` averages. Random samples of torch with one row per example are those that
+            one process takes for these examples of the whole batch. All other samples are equal on all ranks: those
+            whose first dimension is not the number of examples, such as the masks of ``[time, examples, channels]``,
+            and those of Python and NumPy.
 
     Returns:
         A pure function. Calls with different ``index`` in one step take different random samples.
@@ -147,6 +171,14 @@ def gradients(
         model = model_of(state)
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
+        local, is_synced = None, False
+        if mesh is not None:
+            from fxtrain.distributed import _examples, _sync_batch_norm
+
+            key = _examples.on_rank(key, mesh, batch)
+            examples = _examples.scalar(_examples.num_examples(batch), state.step.device)
+            local = LocalPart(examples, state.buffers)
+            is_synced = _sync_batch_norm.is_synced(model.named_modules(train=True).values())
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
 
@@ -173,6 +205,9 @@ def gradients(
                     metrics = policy.cast_output({"loss": loss, **measured})
                     loss = metrics["loss"]
                     value = loss if scale is None else loss * scale
+                    if local is not None and is_synced:
+                        # Gradients that flow from one rank to another have the weight of the rank that they come from.
+                        value = value * (local.examples if weight is None else weight).to(value.dtype)
                     return value, find(value), (metrics, () if weight is None else (weight,), extra)
 
             called = forward(policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish)
@@ -198,8 +233,18 @@ def gradients(
             _record_replaced(model, state.params, written)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
+        if local is not None and is_synced:
+            grads = _divided(grads, weights[0] if weights else local.examples)
         found = Gradient(
-            metrics["loss"], metrics, grads, buffers, used, *weights, written=written, outputs=present(extra)
+            metrics["loss"],
+            metrics,
+            grads,
+            buffers,
+            used,
+            *weights,
+            written=written,
+            outputs=present(extra),
+            local=local,
         )
         return found if found.weight is None else _zero_unless_counted(found, found.weight > 0)
 
@@ -284,6 +329,15 @@ def refuse_lost(who: str, replaced: list[tuple[str, Tensor]], params: Tree) -> N
             f"expected {who} to return a state with the frozen parameters that its forward pass wrote, got {lost} from "
             "before it. Use state = found.carried(state), where found is the result of fxtrain.gradients."
         )
+
+
+def _divided(grads: Tree, weight: Tensor) -> Tree:
+    """Returns the gradients divided by the weight, and zeros if it is 0."""
+
+    def divided(grad: Tensor) -> Tensor:
+        return torch.where(weight > 0, grad / weight.to(grad.real.dtype if grad.is_complex() else grad.dtype), 0)
+
+    return tree.map(divided, grads)
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:

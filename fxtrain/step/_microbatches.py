@@ -120,7 +120,10 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
     }
     used = tree.map(operator.or_, total.used, part.used)
     grads = tree.map(mix, total.grads, part.grads)
-    return Gradient(metrics["loss"], metrics, grads, part.buffers, used, weight, part.written)
+    local = total.local
+    if local is not None and part.local is not None:
+        local = local._replace(examples=local.examples + part.local.examples)
+    return Gradient(metrics["loss"], metrics, grads, part.buffers, used, weight, part.written, local=local)
 
 
 def averaged(total: Gradient, outputs: Sequence[Tree]) -> Gradient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from fxtrain.model import refuse_in_place_writes, versions
 from fxtrain.step._callbacks import refused, traced_others
 from fxtrain.step._check_function import refuse_unless_step
 from fxtrain.step._gradients import recording_replaced, refuse_lost
+
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
 
 
 class Step:
@@ -42,6 +45,7 @@ class Step:
             converted to text when they are read.
         check_state: ``check_state(state)`` raises if the step cannot train such a state. ``fit`` calls it before the
             first step, and the first call of the step does.
+        mesh: The ranks over which the step averages, from ``fxtrain.distributed.mesh``.
 
     Raises:
         TypeError: If the function does not take a state and a batch. When it runs, if its arguments or its result have
@@ -71,11 +75,13 @@ class Step:
         settings: Mapping[str, str] | None = None,
         description: Mapping[str, object] | None = None,
         check_state: Callable[[TrainState], None] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         refuse_unless_step(function)
         self.function = function
         self.callbacks: Composed = as_composed(callbacks)
         self.fires = frozenset(fires)
+        self.mesh = mesh
         self.settings = dict(settings or {})
         self._description = dict(description or {})
         self._rebuild = rebuild
@@ -165,7 +171,15 @@ class Step:
 
         Args:
             lift: Maps callbacks of one run to those of a batch.
+
+        Raises:
+            ValueError: If the step has a mesh.
         """
+        if self.mesh is not None:
+            raise ValueError(
+                f"expected a step without a mesh for a batch of runs, got {self._name} with one. Give each rank runs "
+                "of its own, or train one run on the mesh."
+            )
         if self._of_members is None:
             from fxtrain.step._members import MembersStep  # keeps the import of fxtrain fast
 
@@ -225,6 +239,7 @@ class ManySteps(Step):
             callbacks=step.callbacks,
             fires=step.fires,
             description=step.description,
+            mesh=step.mesh,
         )
         self.step, self.count = step, count
 

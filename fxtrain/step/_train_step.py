@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fxtrain import optim
 from fxtrain.core import (
@@ -31,11 +31,14 @@ from fxtrain.optim._wrappers import steps_per_update
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate
-from fxtrain.step._gradients import gradients
+from fxtrain.step._gradients import Gradient, gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches
 from fxtrain.step._step import Step
 from fxtrain.step._transform_batch import TransformBatch, seeded_transform
 from fxtrain.step._update import check_optimizer_state, merged, update
+
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
 
 
 @with_short_traceback
@@ -51,6 +54,7 @@ def train_step(
     unused: Literal["keep", "zero"] = "keep",
     outputs: bool = False,
     transform_batch: TransformBatch | None = None,
+    mesh: Mesh | None = None,
 ) -> Step:
     """Returns the step of supervised training: gradients averaged over microbatches, then the optimizer.
 
@@ -85,6 +89,12 @@ def train_step(
             split: mixup, noise that decays with ``state.step``, a curriculum. The new batch may have other entries,
             shapes and dtypes. torch's random functions depend on the seed and the step, so a resumed run samples the
             same. The state has the slots of traced callbacks.
+        mesh: The ranks among which each batch is split, from ``fxtrain.distributed.mesh``. The step of each rank takes
+            its own examples, as ``fxtrain.distributed.rows`` splits them, and gradients, loss and metrics are averaged
+            over ranks before ``Gradients``, as ``fxtrain.distributed.averaged`` describes. All ranks must take the step
+            equally often, and begin with the same state. ``accumulate`` must divide the examples of each rank. If a
+            callback subscribes to ``Microbatch``, the average is taken for each microbatch. ``gradients`` describes
+            random samples.
 
     Returns:
         The step ``(state, batch) -> (state, output)``.
@@ -129,8 +139,9 @@ def train_step(
     folded = as_composed(callbacks)
     if policy.loss_scale is not None:
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
-    find = gradients(loss_fn, precision=policy, differentiate=differentiate, outputs=outputs)
-    transform = None if transform_batch is None else seeded_transform(transform_batch)
+    find = gradients(loss_fn, precision=policy, differentiate=differentiate, outputs=outputs, mesh=mesh)
+    transform = None if transform_batch is None else seeded_transform(transform_batch, mesh)
+    over_ranks = None if mesh is None else _averaging(mesh)
 
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
@@ -149,6 +160,7 @@ def train_step(
 
     def build(folded: Composed) -> Step:
         visible = folded.traced_slots
+        is_early = Microbatch in folded.table
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
             number = state.step + 1
@@ -159,6 +171,8 @@ def train_step(
                 batch = transform(state.replace(slots=slots), batch, 0)
             for index, microbatch in enumerate(microbatches(batch, accumulate)):
                 part = find(before, microbatch, index)
+                if over_ranks is not None and is_early:
+                    part = over_ranks(part)
                 before = part.carried(before)
                 measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
                 state, requests = folded(state, Microbatch(step=number, index=index, **measured))
@@ -167,6 +181,8 @@ def train_step(
                 extra.append(part.outputs)
             assert found is not None
             found = averaged(found, extra)
+            if over_ranks is not None and not is_early:
+                found = over_ranks(found)
             return update(state, found, tx, folded, control=control, unused=unused)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
@@ -179,6 +195,13 @@ def train_step(
             settings=settings,
             description=description,
             check_state=functools.partial(check_optimizer_state, tx),
+            mesh=mesh,
         )
 
     return build(folded)
+
+
+def _averaging(mesh: Mesh) -> Callable[[Gradient], Gradient]:
+    from fxtrain.distributed import averaged as over_ranks  # keeps the import of fxtrain fast
+
+    return functools.partial(over_ranks, mesh=mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +17,21 @@ from fxtrain.model._unseeded_values import HostSeeding
 from fxtrain.rng import _host_generators as host
 from fxtrain.step._check_function import ContractError, place_of, refuse_unless_transform
 
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+
 TransformBatch = Callable[[TrainState, Batch], Batch]
 """A pure function from the state before a step and its batch to the batch that the step uses."""
 
 
-def seeded_transform(transform: TransformBatch) -> Callable[[TrainState, Batch, int | Tensor], Batch]:
+def seeded_transform(
+    transform: TransformBatch, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch, int | Tensor], Batch]:
     """Returns a function ``(state, batch, index) -> batch`` whose random samples depend on seed, step and index only.
 
     Args:
         transform: The function given to ``train_step`` or ``eval_step``.
+        mesh: The ranks among which the batch is split.
 
     Raises:
         TypeError: If ``transform`` does not take a state and a batch. When it runs, if it does not return a batch.
@@ -34,6 +41,10 @@ def seeded_transform(transform: TransformBatch) -> Callable[[TrainState, Batch, 
 
     def transformed(state: TrainState, batch: Batch, index: int | Tensor) -> Batch:
         key = rng.key(state.seed, stream=rng.Stream.BATCH, step=state.step, microbatch=index)
+        if mesh is not None:
+            from fxtrain.distributed._examples import on_rank
+
+            key = on_rank(key, mesh, batch)
         if torch.compiler.is_dynamo_compiling():
             with rng.functional(key):
                 return transform(state, batch)

@@ -15,6 +15,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.compiler.check._agreement import AbandonedError, Agreement
 from fxtrain.compiler.check._criterion import Difference, change_size, deviation, is_rounding, unexplained
 from fxtrain.compiler.check._generators import Generators, other_samples
 from fxtrain.compiler.check._mismatch import MiscompiledError, mismatch
@@ -23,6 +24,7 @@ from fxtrain.compiler.check._rounding_noise import RoundingNoise
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.compiler.lowering._side_effects import FileInTraceError, refusing_files
 from fxtrain.core import Tree, dtype_name
+from fxtrain.core._collective_errors import is_of_collective
 from fxtrain.model._outside_values import repeating
 from fxtrain.step import EvalFunction, Step
 
@@ -69,6 +71,9 @@ class _UncheckableError(RuntimeError):
 class CheckedRun:
     """The ``run`` function of an executable, whose first calls are compared with the uncompiled step.
 
+    Of a step with a mesh, only the first call is. All ranks make it together, and take all decisions together, because
+    each uncompiled step has collectives. Later calls may need a new graph on some ranks only.
+
     Args:
         step: The uncompiled step.
         state_structure: The structure of the part of the state that enters the step.
@@ -92,18 +97,22 @@ class CheckedRun:
         self._executable, self._is_dynamic, self._finish = executable, is_dynamic, finish
         self._is_in_place = executable.written is not None
         self._calls = self._passed = 0
+        mesh = step.mesh
+        self._ranks, self._has_ranks = Agreement(mesh), mesh is not None
+        self._calls_due = _CHECKED_CALLS if mesh is None else 1
         self._sizes = set[tuple[torch.Size, ...]]()
         self._noise: dict[int, Tensor] = {}  # deviations of leaves under noise, relative to their change
 
     def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
         run, graphs = self._executable.run, self._executable.graphs
-        size = tuple(leaf.shape for leaf in inputs) if self._is_dynamic else ()
-        is_due = self._calls < _CHECKED_CALLS or size not in self._sizes
+        size = tuple(leaf.shape for leaf in inputs) if self._is_dynamic and not self._has_ranks else ()
+        is_due = self._calls < self._calls_due or size not in self._sizes
         is_in_place = self._is_in_place
         if is_in_place and not is_due:
             return run(leaves, inputs)
-        why_not = obstacle(leaves, is_in_place) if is_due else None
-        if why_not is not None:
+        why_not = obstacle(leaves, is_in_place, has_mesh=self._has_ranks) if is_due else None
+        if is_due and self._ranks.any(why_not is not None):
+            why_not = why_not or "another rank cannot check it"
             _log.warning("%r is not checked against the uncompiled step: %s.", self._step, why_not)
             self._finish()
             return run(leaves, inputs)
@@ -111,7 +120,7 @@ class CheckedRun:
         before = Generators.now() if is_due else None
         count = 0 if graphs is None else len(graphs)
         new, output = run(leaves, inputs)
-        if graphs is not None and len(graphs) != count:
+        if graphs is not None and len(graphs) != count and not self._has_ranks:
             # Another graph, for other values of the tensors that Python reads.
             self._calls, is_due = 0, True
         if is_due:
@@ -123,8 +132,8 @@ class CheckedRun:
                 raise
         self._calls += 1
         self._sizes.add(size)
-        is_over = self._calls >= _CHECKED_CALLS and (not self._is_dynamic or len(self._sizes) >= _MAX_SIZES)
-        if is_over and graphs is None:
+        has_more_sizes = self._is_dynamic and not self._has_ranks and len(self._sizes) < _MAX_SIZES
+        if self._calls >= self._calls_due and not has_more_sizes and (graphs is None or self._has_ranks):
             self._finish()
             if self._passed == self._calls and self._executable.mark is not None:
                 _leave(self._executable.mark)
@@ -143,12 +152,16 @@ class CheckedRun:
             except (torch.OutOfMemoryError, MemoryError, FileInTraceError):
                 raise
             except Exception as error:
+                if is_of_collective(error):
+                    raise
                 raise _UncheckableError(f"it cannot run once more: {error!r}") from error
             suspects = self._differing(given, expected, found)
-            differences = self._unexplained(given, suspects) if suspects else []
-            if differences and self._differs_at_each_call(given, found, differences):
+            differences = self._unexplained(given, suspects) if self._ranks.any(bool(suspects)) else []
+            if self._ranks.any(bool(differences)) and self._differs_at_each_call(given, found, differences):
                 return False
-        except (_UncheckableError, FileInTraceError, torch.OutOfMemoryError, MemoryError) as error:
+        except (_UncheckableError, AbandonedError, FileInTraceError, torch.OutOfMemoryError, MemoryError) as error:
+            if not isinstance(error, AbandonedError):
+                self._ranks.abandon()
             _log.info("%r is not checked against the uncompiled step: %s", self._step, error)
             return False
         _log.info("Checked %r against the uncompiled step in %.1f s.", self._step, time.perf_counter() - began)
@@ -214,7 +227,7 @@ class CheckedRun:
         for seed in range(_MAX_PAIRS):
             for sign in (1.0, -1.0):
                 noisy = self._noisy(given, RoundingNoise(seed=seed, sign=sign))
-                if noisy is None:
+                if self._ranks.any(noisy is None) or noisy is None:
                     break
                 for leaf in suspects:
                     spreads[leaf.index] = deviation(leaf.expected, noisy[leaf.index], spreads[leaf.index])
@@ -229,7 +242,7 @@ class CheckedRun:
                     if size > 0:
                         self._noise[leaf.index] = spread / size
             suspects = [leaf for leaf, *_ in left]
-            if not left:
+            if not self._ranks.any(bool(left)):
                 break
         return left
 
@@ -264,13 +277,16 @@ class CheckedRun:
         is_frozen = self._calls > 0
         with other_samples():
             new, output = self._uncompiled(given._replace(generators=None))
-            if _vary(differences, [*new, *tree.leaves(output)], expected=True):
+            if self._ranks.any(_vary(differences, [*new, *tree.leaves(output)], expected=True)):
                 leaves = [leaf.clone() for leaf in given.leaves] if self._is_in_place else given.leaves
                 new, output = self._executable.run(leaves, given.batch)
-                if _vary(differences, [*(leaves if self._is_in_place else new), *tree.leaves(output)], expected=False):
+                result = [*(leaves if self._is_in_place else new), *tree.leaves(output)]
+                if self._ranks.any(_vary(differences, result, expected=False)):
                     _log.info("%r gives another result at each call, so it is not checked.", self._step)
                     return True
                 is_frozen = True
+        if not differences:
+            raise self._error(["a place that another rank names"], "read its log", is_frozen=is_frozen)
         leaf, difference, _ = max(differences, key=_severity)
         place = "".join(f"[{', '.join(map(str, difference.index))}]" for _ in difference.index[:1])
         values = f"{difference.found!r}, expected {difference.expected!r} (tolerance {difference.tolerance:.1e})"

@@ -14,18 +14,19 @@ _STATES = 3
 """States besides that of the run: the result of the uncompiled step, its gradients, and its updates."""
 
 
-def obstacle(leaves: Sequence[Tensor], is_in_place: bool) -> str | None:
+def obstacle(leaves: Sequence[Tensor], is_in_place: bool, *, has_mesh: bool = False) -> str | None:
     """Returns why a step cannot be checked, as a clause, or None if it can.
 
     Args:
         leaves: The leaves of the state.
         is_in_place: Whether the compiled step overwrites them, so that a copy is needed too.
+        has_mesh: Whether the ranks decide together how often the uncompiled step runs.
 
     Example:
         >>> obstacle([torch.ones(3)], is_in_place=True) is None
         True
     """
-    if _processes() > 1:
+    if _processes() > 1 and not has_mesh:
         # One process may need more calls than another, and their collectives would wait forever.
         return "torch.distributed runs several processes"
     needed: dict[torch.device, int] = {}

@@ -42,7 +42,8 @@ _PERIOD = 1 << 18
 _ADDITIONS = frozenset(("add", "sub", "rsub", "addcdiv", "addcmul", "lerp"))
 # These only move or select values, so their results are exact.
 _EXACT_NAMES = """
-abs alias amax amin arange as_strided as_strided_scatter bitwise_and bitwise_or bitwise_xor cat ceil clamp clamp_max
+abs alias all_gather_into_tensor all_reduce
+amax amin arange as_strided as_strided_scatter bitwise_and bitwise_or bitwise_xor cat ceil clamp clamp_max
 clamp_min clone complex constant_pad_nd copy copysign detach diag_embed diagonal diagonal_scatter embedding empty
 empty_like empty_strided expand eye fill flip floor fmax fmin full full_like gather hardtanh heaviside im2col index
 index_copy index_fill index_select isfinite isinf isnan lift_fresh masked_fill masked_scatter masked_select maximum
@@ -50,7 +51,7 @@ minimum nan_to_num narrow neg new_empty new_empty_strided new_full new_ones new_
 pixel_shuffle pixel_unshuffle put reflection_pad1d reflection_pad2d relu repeat replication_pad2d reshape resize roll
 round rot90 scalar_tensor scatter select select_backward select_scatter set sgn sign slice slice_backward slice_scatter
 split split_with_sizes squeeze stack t take threshold threshold_backward transpose tril triu trunc unbind unfold
-unfold_backward unsqueeze view view_as_complex view_as_real where zero zeros zeros_like
+unfold_backward unsqueeze view view_as_complex view_as_real wait_tensor where zero zeros zeros_like
 """
 _EXACT = frozenset(_EXACT_NAMES.split())
 # These return positions of floating-point values. Ties may be broken in another way by a compiled step.

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxtrain import tree
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
 from fxtrain._torch_internals.dispatch import Operator, grad_mode_setter
 from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import (
@@ -306,12 +307,12 @@ def _without_gradients(call: Callable[[list[Tensor]], Any]) -> Call:
 
 
 def _has_known_operators_only(graph: GraphModule) -> bool:
-    """Whether all operators are torch's or fxtrain's.
+    """Whether all operators are torch's or fxtrain's, collectives included.
 
     An operator from elsewhere may return other sizes than its fake implementation declares.
     """
     return all(
-        node.target.namespace in ("aten", "prims", "fxtrain")
+        node.target.namespace in ("aten", "prims", "fxtrain", COLLECTIVES)
         for node in graph.graph.nodes
         if isinstance(node.target, Operator)
     )

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fxtrain._torch_internals.collectives import is_rank
 from fxtrain._torch_internals.dispatch import is_in_place
 from fxtrain._torch_internals.tracing import make_fx
 from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
 
-_SHAPING = {"_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"}
+_SHAPING = {"_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "unsqueeze", "view"}
 
 
 class _Draw(NamedTuple):
@@ -65,7 +66,7 @@ def _merge_counter_nodes(graph: Graph) -> dict[Any, None]:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.is_floating_point():
             continue
-        if node.op == "placeholder":
+        if node.op == "placeholder" or is_rank(node.target):
             if not value.ndim:
                 integer_nodes[node] = None
             continue

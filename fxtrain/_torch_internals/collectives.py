@@ -1,0 +1,104 @@
+"""Collectives as pure functions, which ``make_fx`` records and Inductor compiles, and the rank as a tensor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxtrain._torch_internals.interface import Interface
+
+# Importing the module registers the shapes of the operators' results, which a trace needs.
+MODULE = Interface("torch.distributed._functional_collectives", "collectives in a graph")
+ALL_REDUCE = Interface("torch.ops._c10d_functional.all_reduce", "collectives in a graph")
+ALL_GATHER = Interface("torch.ops._c10d_functional.all_gather_into_tensor", "collectives in a graph")
+WAIT = Interface("torch.ops._c10d_functional.wait_tensor", "collectives in a graph")
+
+NAMESPACE = "_c10d_functional"
+"""The namespace of the operators."""
+
+
+# A group is given by its name, which can be copied and pickled. Without the operators, the default group takes its
+# place, which has the same ranks.
+
+
+def all_reduce(tensors: Sequence[Tensor], group: str) -> list[Tensor]:
+    """Returns the sums of tensors over all ranks of a group. All transfers start before the first is waited for.
+
+    Args:
+        tensors: Floating or integer tensors, of equal shapes and dtypes on all ranks.
+        group: The name of the process group.
+    """
+    if not _has_operators():
+        sums = [tensor.clone() for tensor in tensors]
+        for each in sums:
+            dist.all_reduce(each)
+        return sums
+    start, wait = ALL_REDUCE.get(), WAIT.get()
+    started = [start(tensor.contiguous(), "sum", group) for tensor in tensors]
+    return [wait(each) for each in started]
+
+
+def all_gather(tensor: Tensor, group: str, size: int) -> Tensor:
+    """Returns the tensors of all ranks of a group, stacked in the order of ranks: [size, ...].
+
+    Args:
+        tensor: Of equal shape and dtype on all ranks.
+        group: The name of the process group.
+        size: Number of its ranks.
+    """
+    shape = (size, *tensor.shape)
+    if not _has_operators():
+        parts = [torch.empty_like(tensor) for _ in range(size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+    return WAIT.get()(ALL_GATHER.get()(tensor.contiguous().reshape(-1), size, group)).reshape(shape)
+
+
+def rank(like: Tensor) -> Tensor:
+    """Returns the rank of this process as a tensor, int64 [].
+
+    An operator that reads it when it runs, so that all ranks trace the same graph. Call ``register_rank`` first.
+
+    Args:
+        like: Any tensor on the device of the result.
+
+    Example:
+        >>> library = register_rank()
+        >>> rank(torch.zeros(2))
+        tensor(0)
+    """
+    return torch.ops.fxtrain.rank.default(like)
+
+
+def is_rank(target: object) -> bool:
+    """Whether the target of a graph's node is the operator of ``rank``."""
+    return getattr(target, "namespace", None) == "fxtrain" and target == torch.ops.fxtrain.rank.default
+
+
+# Cached, because operators are removed when their library is.
+@functools.cache
+def register_rank() -> torch.library.Library:
+    """Registers the operator of ``rank``. Dynamo cannot trace this."""
+    library = torch.library.Library("fxtrain", "FRAGMENT")
+    library.define("rank(Tensor like) -> Tensor")
+    library.impl("rank", _rank, "CompositeExplicitAutograd")
+    torch.library.register_fake("fxtrain::rank", _fake_rank, lib=library)
+    return library
+
+
+@functools.cache
+def _has_operators() -> bool:
+    return all(each.exists for each in (MODULE, ALL_REDUCE, ALL_GATHER, WAIT))
+
+
+def _rank(like: Tensor) -> Tensor:
+    number = dist.get_rank() if dist.is_initialized() else 0
+    return torch.full((), number, dtype=torch.int64, device=like.device)
+
+
+def _fake_rank(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=like.device)

@@ -1,0 +1,48 @@
+"""Data parallel training: one process per device, on ``torch.distributed``.
+
+One script trains on one device, and on those of several machines::
+
+    mesh = fx.distributed.mesh()
+    state = fx.init(module, tx, seed=0, device=mesh.device)
+    result = fx.fit(
+        fx.distributed.replicated(state, mesh),
+        fx.compile(fx.train_step(loss_fn, tx, mesh=mesh)),
+        fx.data.batches(train, 512),  # 512 examples on all devices together
+        mesh=mesh,
+        eval_step=fx.compile(fx.eval_step(loss_fn, mesh=mesh)),
+        eval_data=fx.data.batches(held_out, 512),
+        epochs=3,
+        checkpointer=fx.checkpointer("runs/1"),  # one folder that all machines see
+        resume=True,
+    )
+    sys.exit(result.exit_code)
+
+``torchrun --nproc-per-node 8 script.py`` starts it on one machine with 8 devices. With ``--max-restarts 3``, the job
+continues from the newest checkpoint when a process is killed.
+
+A batch size is that of all ranks. Each rank reads its rows of each batch, and gradients, loss and metrics are averaged
+inside the step, so a run has the same result with any number of ranks, up to rounding. All ranks hold the same state,
+with the same bits. Callbacks run on all ranks and see the values of the whole batch. Rank 0 alone writes, prints and
+draws. A run that is resumed with another number of ranks, or without a mesh, continues in the same order of data.
+
+A signal or an error on one rank ends all ranks at the same step. Where a rank is lost or hangs, the others raise
+``LostRankError`` within the timeout of the mesh.
+"""
+
+from fxtrain.distributed._averaged import averaged
+from fxtrain.distributed._failed_rank import FailedRankError
+from fxtrain.distributed._mesh import LostRankError, Mesh, mesh
+from fxtrain.distributed._rank_rows import rows
+from fxtrain.distributed._replicated import replicated
+from fxtrain.distributed._sync_batch_norm import sync_batch_norm
+
+__all__ = [
+    "FailedRankError",
+    "LostRankError",
+    "Mesh",
+    "averaged",
+    "mesh",
+    "replicated",
+    "rows",
+    "sync_batch_norm",
+]

@@ -1,0 +1,122 @@
+"""The average of a gradient over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain._torch_internals.tracing import is_traced
+from fxtrain.core import Batch, Metrics, Tree, describe
+from fxtrain.data._batch_weight import batch_weight
+from fxtrain.distributed._examples import scalar, wide
+from fxtrain.distributed._mesh import Mesh
+from fxtrain.distributed._reduce import gathered, summed
+from fxtrain.metrics import Metric
+
+G = TypeVar("G")
+
+
+def averaged(gradient: G, mesh: Mesh) -> G:
+    """Returns the average of a gradient over all ranks, the same bits on each. For hand-written steps.
+
+        g = sum_r w_r g_r / sum_r w_r        w_r = the examples of rank r, or its weight from fxtrain.weighted
+
+    So the result is that of one process with all examples, if the loss is a mean over examples. It comes before the
+    event ``Gradients``, so a callback that skips the update, as for nan on one rank, does so on all ranks.
+
+    Loss and 0-d metrics are averaged in the same way, and ``fxtrain.metrics`` are merged. A parameter is used if any
+    rank uses it. A traced step cannot exchange this, and keeps what the trace of each rank finds.
+
+    Floating buffers, such as the statistics of batch norms, move by the weighted mean of the changes of all ranks. For
+    a batch norm, this leaves out the variance between ranks: use ``sync_batch_norm`` to include it. Other buffers must
+    change alike on all ranks, as counters do, and so must frozen parameters that the forward pass writes. Outputs stay
+    those of the rank.
+
+    Args:
+        gradient: The result of ``fxtrain.gradients(loss_fn, mesh=mesh)``, or its average over microbatches.
+        mesh: The ranks.
+
+    Raises:
+        TypeError: If ``gradient`` comes from ``fxtrain.gradients`` without ``mesh``, or a metric grows with the data.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> mesh = fx.distributed.mesh()
+        >>> find = fx.gradients(lambda model, batch: (model["w"] * batch).mean(), mesh=mesh)
+        >>> found = find(fx.init({"w": torch.tensor(1.0)}), torch.tensor([2.0, 4.0]))
+        >>> fx.distributed.averaged(found, mesh).grads
+        {'w': tensor(3.)}
+    """
+    found: Any = gradient
+    local = getattr(found, "local", None)
+    if local is None:
+        raise TypeError(
+            f"expected a gradient that knows its examples, got {describe(gradient)} without them. Compute it with "
+            "fxtrain.gradients(loss_fn, mesh=mesh)."
+        )
+    device = found.loss.device
+    weight = local.examples if found.weight is None else found.weight
+    used, used_structure = tree.flatten(found.used)
+    is_agreed = not torch.compiler.is_dynamo_compiling() and not is_traced()
+    flags = [scalar(float(flag), device) for flag in used] if is_agreed else []
+    metrics, weights, columns = gathered(found.metrics, weight, mesh, flags)
+    if is_agreed:
+        used = torch.stack(columns).amax(1).gt(0).tolist() if columns else []
+
+    def part(value: Tensor) -> Tensor:
+        # A rank without examples has nan for a mean.
+        return torch.where(weights.share > 0, value * weights.share.to(_share_dtype(value)), 0)
+
+    grads, structure = tree.flatten(found.grads)
+    before, buffers = tree.leaves(local.buffers), tree.leaves(found.buffers)
+    moving = [index for index, buffer in enumerate(buffers) if buffer.is_floating_point()]
+    # The change of a constant is exactly 0, and its mean is too.
+    changes = [buffers[index] - before[index] for index in moving]
+    sums = summed([part(value) for value in (*grads, *changes)], mesh)
+    for index, change in zip(moving, sums[len(grads) :], strict=True):
+        buffers[index] = before[index] + change
+    return dataclasses.replace(
+        found,
+        loss=metrics["loss"],
+        metrics=metrics,
+        grads=tree.unflatten(structure, sums[: len(grads)]),
+        buffers=_with_leaves(found.buffers, buffers),
+        used=tree.unflatten(used_structure, used),
+        weight=None if found.weight is None else weights.total,
+        local=local._replace(examples=weights.total if found.weight is None else local.examples),
+    )
+
+
+def averaged_metrics(
+    metrics: Metrics, weight: Tensor | None, batch: Batch, mesh: Mesh, device: torch.device
+) -> tuple[Metrics, Tensor | None]:
+    """Returns the metrics of an evaluation batch over all ranks, and the sum of the weights of all ranks.
+
+    Args:
+        metrics: 0-d tensors and ``fxtrain.metrics``.
+        weight: The weight from ``fxtrain.weighted``. None for that of the batch, which ``fxtrain.evaluate`` describes.
+        batch: The part of this rank.
+        mesh: The ranks.
+        device: The device of the state.
+
+    Returns:
+        The metrics, and their weight. None if all metrics have weights of their own.
+    """
+    has_own = all(isinstance(value, Metric) for value in metrics.values())
+    if weight is None:
+        counted = 1 if has_own else batch_weight(batch)
+        weight = wide(counted, device)[0] if isinstance(counted, Tensor) else scalar(counted, device)
+    merged, weights, _ = gathered(metrics, weight, mesh)
+    return merged, None if has_own else weights.total
+
+
+def _share_dtype(value: Tensor) -> torch.dtype:
+    return value.real.dtype if value.is_complex() else value.dtype
+
+
+def _with_leaves(like: Tree, leaves: list[Tensor]) -> Tree:
+    return tree.unflatten(tree.flatten(like)[1], leaves)

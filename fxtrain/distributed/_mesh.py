@@ -1,0 +1,250 @@
+"""The ranks of a run: one process per device, which train one model together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxtrain._torch_internals.collectives import register_rank
+from fxtrain.core import check_int, check_positive
+from fxtrain.core._collective_errors import is_of_collective
+
+T = TypeVar("T")
+
+_LAUNCH = "Launch the script with torchrun --nproc-per-node <processes> script.py"
+
+
+class LostRankError(RuntimeError):
+    """Raised if a collective fails, because another rank has ended, hangs, or runs other code."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mesh:
+    """The ranks of a run, as seen from one of them. Made by ``mesh``.
+
+    Args:
+        size: Number of ranks, among which each batch is split.
+        rank: The rank of this process, from 0 to ``size - 1``.
+        device: The device of this process.
+        timeout: Seconds after which a collective fails that other ranks have not joined.
+        group: The process group of gradients: gloo on CPUs, NCCL on GPUs.
+        control: A gloo group for facts on the host.
+        background: A second gloo group for threads that save checkpoints. The collectives of a group must run in one
+            order on all ranks, so a thread needs a group of its own.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> mesh = fx.distributed.mesh()
+        >>> mesh.size, mesh.rank, mesh.is_main
+        (1, 0, True)
+        >>> mesh.gather("loss")
+        ['loss']
+    """
+
+    size: int
+    rank: int
+    device: torch.device
+    timeout: float
+    group: Any
+    control: Any
+    background: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.rank == 0
+
+    def broadcast(self, value: T, what: str = "an object", *, step: int | None = None, group: Any = None) -> T:
+        """Returns rank 0's value on all ranks.
+
+        Args:
+            value: Any object that can be pickled. Only rank 0's is used.
+            what: What is sent, for the error message.
+            step: The training step, for the error message.
+            group: A gloo group. Defaults to ``control``.
+
+        Raises:
+            LostRankError: If another rank does not take part in time.
+        """
+        found: list[Any] = [value]
+        with self.collective(f"broadcast of {what}", step=step):
+            dist.broadcast_object_list(found, src=0, group=group or self.control, device=torch.device("cpu"))
+        return found[0]
+
+    def gather(self, value: T, what: str = "an object", *, step: int | None = None, group: Any = None) -> list[T]:
+        """Returns the values of all ranks on all ranks, in the order of ranks.
+
+        Args:
+            value: A small object that can be pickled.
+            what: What is sent, for the error message.
+            step: The training step, for the error message.
+            group: A gloo group. Defaults to ``control``.
+
+        Raises:
+            LostRankError: If another rank does not take part in time.
+        """
+        found: list[Any] = [None] * self.size
+        with self.collective(f"all-gather of {what}", step=step):
+            dist.all_gather_object(found, value, group=group or self.control)
+        return found
+
+    def maximum(self, values: Tensor, what: str = "integers", *, step: int | None = None, group: Any = None) -> Tensor:
+        """Returns the elementwise maximum over all ranks.
+
+        Args:
+            values: A small integer tensor on the CPU. It is not changed.
+            what: What is sent, for the error message.
+            step: The training step, for the error message.
+            group: A gloo group. Defaults to ``control``.
+
+        Raises:
+            LostRankError: If another rank does not take part in time.
+        """
+        found = values.clone()
+        with self.collective(f"all-reduce of {what}", step=step):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group or self.control)
+        return found
+
+    @contextlib.contextmanager
+    def collective(self, name: str, *, step: int | None = None) -> Iterator[None]:
+        """A context manager that turns the errors of collectives into a ``LostRankError`` with rank, step and name.
+
+        ``fit`` uses it for each step.
+
+        Args:
+            name: The collective, as a noun.
+            step: The training step. None if there is none.
+
+        Example:
+            >>> import torch, fxtrain as fx
+            >>> mesh, tx = fx.distributed.mesh(), fx.optim.sgd(0.1)
+            >>> step = fx.train_step(lambda model, batch: (model["w"] * batch).mean(), tx, mesh=mesh)
+            >>> state = fx.init({"w": torch.tensor(1.0)}, tx)
+            >>> for number in range(1, 3):
+            ...     with mesh.collective("gradients", step=number):
+            ...         state, output = step(state, torch.ones(2))
+        """
+        try:
+            yield
+        except LostRankError:
+            raise
+        except RuntimeError as error:
+            if not is_of_collective(error):
+                raise
+            at = "" if step is None else f" at step {step}"
+            (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
+            raise LostRankError(
+                f"expected all {self.size} ranks to join the {name}{at} within {self.timeout:g} s, got an error on "
+                f"rank {self.rank}: {reason}. Read the logs of the other ranks: one has ended, hangs, or runs other "
+                "code. If it was only slow, as in a long compilation, give fxtrain.distributed.mesh a longer timeout."
+            ) from error
+
+
+def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
+    """Returns the ranks of this run, after joining them.
+
+    Reads the environment that torchrun sets, and initializes ``torch.distributed`` unless it is: gloo on CPUs, and NCCL
+    on GPUs, with the device of each process. Without that environment, the process is the only rank, so one script runs
+    with and without torchrun. All ranks must call this function equally often.
+
+    A job that ``torchrun --max-restarts`` restarts continues with ``resume=True``. On several machines, set
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun, because restarted workers otherwise find old addresses.
+
+    Args:
+        data: Number of ranks among which each batch is split. -1 means all.
+        timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. gloo takes
+            up to twice as long, and notices a lost process immediately. NCCL ends the process, and its log names the
+            collective. The timeout must exceed the longest difference between ranks, such as that of their compile
+            times.
+
+    Returns:
+        The mesh, to give to ``train_step``, ``eval_step`` and ``fit``.
+
+    Raises:
+        ValueError: If ``data`` is not the number of ranks, or if the environment is incomplete.
+        LostRankError: If other ranks do not join in time.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> fx.distributed.mesh(data=4)
+        Traceback (most recent call last):
+        ...
+        ValueError: expected data to be the number of ranks, 1, or -1, got 4. Launch the script with torchrun ...
+    """
+    check_int("data", data, minimum=-1)
+    check_positive(timeout=timeout)
+    rank, size = _place()
+    if data not in (-1, size):
+        raise ValueError(
+            f"expected data to be the number of ranks, {size}, or -1, got {data}. {_LAUNCH}, with --nproc-per-node "
+            f"{max(data, 1)} on one machine."
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ValueError(
+                f"expected a GPU for each process of this machine, got {count} for local rank {local_rank}. Start at "
+                f"most {count} processes per machine, or set CUDA_VISIBLE_DEVICES='' to train on CPUs."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=timeout)
+    if not dist.is_initialized():
+        store = _store(limit)
+        placed = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=limit, device_id=device if backend == "nccl" else None, **placed)
+        # The threads of a process group that is not destroyed may abort the process on exit.
+        atexit.register(_leave)
+    group = dist.new_group(timeout=limit)
+    control = dist.new_group(timeout=limit, backend="gloo")
+    background = dist.new_group(timeout=limit, backend="gloo")
+    register_rank()
+    return Mesh(size, rank, device, timeout, group, control, background)
+
+
+def _store(limit: datetime.timedelta) -> Any:
+    """Returns the store in which the ranks find each other, or None for the default of torch."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Restarts are counted per machine, so they are no common prefix on several.
+    if not of_agent or int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        return None
+    # The store of torchrun outlives the workers. Without a prefix, restarted ones find the addresses of those killed.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"fxtrain/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """Returns rank and world size, from ``torch.distributed`` or the environment."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        return 0, 1
+    if missing:
+        raise ValueError(
+            f"expected the environment variables {', '.join(names)}, got none named {' or '.join(missing)}. {_LAUNCH}, "
+            "which sets them."
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

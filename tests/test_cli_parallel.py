@@ -1,0 +1,99 @@
+"""The command ``lm`` in several processes: one run, printed once, which one process can continue."""
+
+import json
+import pathlib
+import signal
+
+import pytest
+
+import fxtrain as fx
+from fxtrain.cli import main
+from tests import ranks
+
+SHAPE = ["--batch-size", "8", "--length", "16", "--layers", "1", "--width", "16", "--heads", "2", "--dropout", "0.1"]
+OPTIONS = ["--no-compile", "--eval-interval", "10", "--snapshot-interval", "5", "--steps", "40"]
+PROGRAM = "import sys\nfrom fxtrain.cli import main\nsys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_text("".join(pathlib.Path(module.__file__).read_text() for module in (json, pathlib)))
+    return str(path)
+
+
+def bits(folder):
+    return json.loads((folder / "result.json").read_text())["bits_per_byte"]["this model"]
+
+
+def only(folder):
+    (run,) = folder.iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The folder of a run in one process."""
+    runs = tmp_path_factory.mktemp("alone")
+    assert main(["lm", "--dataset", text, "--runs", str(runs), *SHAPE, *OPTIONS]) == 0
+    return only(runs)
+
+
+def test_two_processes_train_like_one_and_print_once(text, alone, tmp_path):
+    arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "ddp", *SHAPE, *OPTIONS]
+    first, second = ranks.run(PROGRAM, 2, arguments=arguments)
+    assert second.stdout == ""
+    assert first.stdout.count("corpus ") == 1
+    assert "2 processes" in first.stdout
+    assert "torchrun --standalone --nproc-per-node 2 -m fxtrain lm --resume" in first.stdout
+    run = only(tmp_path)
+    assert abs(bits(run) - bits(alone)) < 1e-3
+    assert len(list(run.iterdir())) == len(list(alone.iterdir()))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_one_process_continues_an_interrupted_run_of_two(text, alone, tmp_path, capsys):
+    arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "ddp", *SHAPE, *OPTIONS]
+    with ranks.started(PROGRAM, 2, arguments=arguments) as started:
+        for line in started.processes[0].stdout:
+            if line.startswith("step 10 "):
+                break
+        started.processes[1].send_signal(signal.SIGTERM)
+        results = started.results(60, check=False)
+    assert [done.returncode for done in results] == [128 + signal.SIGTERM] * 2, results
+    run = only(tmp_path)
+    assert 10 <= fx.checkpointer(run / "checkpoints").latest() < 40
+    assert main(["lm", "--resume", str(run)]) == 2
+    assert "To continue a run in one process, add --parallel none." in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+        assert main(["lm", "--resume", str(run), "--parallel", "none"]) == 0
+    assert abs(bits(run) - bits(alone)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_other_kinds_of_parallelism_are_refused(text, tmp_path, capsys, kind):
+    assert main(["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", kind]) == 2
+    assert f"expected --parallel none or ddp, got {kind}, which is not implemented." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_would_train_alone_are_refused(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["lm", "--dataset", text, "--runs", str(tmp_path)]) == 2
+    assert "expected --parallel ddp in 2 processes, got none" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["lm", "--dataset", text, "--runs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_one_process_with_ddp_is_refused(text, tmp_path, capsys):
+    assert main(["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "ddp"]) == 2
+    assert "torchrun --standalone --nproc-per-node 2 -m fxtrain lm --parallel ddp" in capsys.readouterr().err
+
+
+def test_train_in_several_processes_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "run.yaml", "--runs", str(tmp_path / "runs")]) == 2
+    assert "expected one process of fxtrain train, got 2." in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

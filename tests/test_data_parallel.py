@@ -1,0 +1,66 @@
+"""Data parallel training: two and four ranks train like one process, with the same bits on all ranks."""
+
+import json
+
+import pytest
+
+from tests import ranks
+
+TWO = [
+    "host_facts",
+    "twenty_steps",
+    "twenty_steps_traced",
+    "by_autograd",
+    "float32_sgd",
+    "uneven_batches",
+    "weighted_losses",
+    "microbatch_callbacks",
+    "transformed_batches",
+    "nan_on_one_rank",
+    "used_parameters",
+    "batch_norm_statistics",
+    "synced_batch_norm",
+    "graph_text",
+    "evaluation",
+    "hand_written_steps",
+    "growing_metrics",
+    "several_buckets",
+    "replicated_states",
+    "precision_policies",
+    "miscompiled_on_one_rank",
+    "compiled_by_inductor",
+]
+FOUR = ["host_facts", "twenty_steps", "uneven_batches", "rank_without_examples", "evaluation", "nan_on_one_rank"]
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Runs all checks of a number of ranks in one run, and returns the errors of each check."""
+    found = {}
+
+    def of(size, names):
+        if size not in found:
+            code = f"from tests.rank_checks import run\nrun({names!r})"
+            results = ranks.run(code, size, timeout=240, check=False)
+            found[size] = {}
+            for line in results[0].stdout.splitlines():
+                found[size] |= json.loads(line)
+            found[size]["stderr"] = [done.stderr for done in results]
+        return found[size]
+
+    return of
+
+
+def assert_passed(outcomes, name):
+    errors = outcomes.get(name, ["not run, because an earlier check failed", *outcomes["stderr"]])
+    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_train_like_one_process(outcomes, name):
+    assert_passed(outcomes(2, TWO), name)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_train_like_one_process(outcomes, name):
+    assert_passed(outcomes(4, FOUR), name)

@@ -1,0 +1,211 @@
+"""Whole runs of several ranks: they decide alike, end together, and any number of ranks continues them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import psutil
+import pytest
+
+import fxtrain as fx
+from tests import rank_runs, ranks
+
+CHECKS = [
+    "equals_one_process",
+    "each_row_is_read_once",
+    "other_numbers_of_ranks_continue",
+    "data_of_unknown_length",
+    "data_that_ends_on_one_rank",
+    "rewinds_in_memory_and_from_checkpoints",
+    "rank_zero_keeps_the_time",
+    "different_states_are_refused",
+    "forgotten_mesh_of_the_step_is_found",
+    "error_of_a_callback_ends_all_ranks",
+    "error_of_all_ranks_is_that_of_each",
+    "error_of_the_data_ends_all_ranks",
+    "error_in_an_evaluation_ends_all_ranks",
+    "error_of_a_save_ends_all_ranks",
+    "callbacks_that_depend_on_the_rank_are_found",
+    "saves_are_seen_at_the_same_step",
+    "steps_yield_the_same_events",
+    "warnings_are_those_of_rank_zero",
+    "evaluate_is_that_of_all_rows",
+]
+
+
+def program(call):
+    return f"from tests import rank_runs\nrank_runs.{call}"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Runs all checks with two ranks, and returns the errors of each."""
+    folder = tmp_path_factory.mktemp("runs")
+    results = ranks.run(program(f"run({CHECKS!r}, {str(folder)!r})"), 2, timeout=120, check=False)
+    found = {"stderr": [done.stderr for done in results]}
+    for line in results[0].stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks(outcomes, name):
+    errors = outcomes.get(name, ["not run, because an earlier check failed", *outcomes["stderr"]])
+    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+
+
+def ended(started, timeout=60):
+    """Waits for all ranks, and returns the result of each."""
+    return started.results(timeout, check=False)
+
+
+def when_ready(started, rank):
+    """Waits for "ready" on the output of a rank."""
+    for line in started.processes[rank].stdout:
+        if line == "ready\n":
+            return
+    raise AssertionError(f"rank {rank} ended without a signal:\n{started.processes[rank].communicate()[1]}")
+
+
+def last_line(done):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result of a run that nothing interrupts."""
+    call = f"interrupted({str(tmp_path_factory.mktemp('whole') / 'run')!r}, '')"
+    return last_line(ranks.run(program(call), 2, env={"STEPS": "60"})[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "receiver", "where"),
+    [(signal.SIGTERM, 0, "step"), (signal.SIGTERM, 1, "step"), (signal.SIGINT, 1, "evaluation")],
+)
+def test_signal_on_one_rank_ends_all_at_the_same_step(tmp_path, whole, number, receiver, where):
+    folder = str(tmp_path / "run")
+    env = {"STEPS": "60"}
+    with ranks.started(program(f"interrupted({folder!r}, {where!r})"), 2, env=env) as started:
+        when_ready(started, receiver)
+        started.processes[receiver].send_signal(number)
+        results = ended(started)
+    assert [done.returncode for done in results] == [128 + number] * 2, [done.stderr for done in results]
+    steps = [last_line(done)[0] for done in results]
+    assert steps[0] == steps[1]
+    assert last_line(results[0])[1:] == last_line(results[1])[1:]
+    assert last_line(results[1])[1] == f"interrupted by {number.name}"
+    assert fx.checkpointer(folder).latest() == steps[0] < 60
+    assert not any("Traceback" in done.stderr for done in results)
+    if where == "step":
+        resumed = ranks.run(program(f"interrupted({folder!r}, '')"), 2, env=env)
+        assert last_line(resumed[0]) == last_line(resumed[1]) == whole
+
+
+def test_run_continues_with_any_number_of_ranks(tmp_path):
+    folder = str(tmp_path / "run")
+    for size, steps in ((2, 6), (4, 13), (2, 17)):
+        done = ranks.run(program(f"interrupted({folder!r}, '')"), size, env={"STEPS": str(steps)})
+        assert [last_line(each)[0] for each in done] == [steps] * size
+        assert sum("UserWarning" in each.stderr for each in done) == int(steps > 6)
+    with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+        last = rank_runs.fit(None, steps=22, checkpointer=fx.checkpointer(folder), resume=True)
+    rank_runs.assert_close(last.state, rank_runs.fit(None, steps=22).state)
+
+
+def test_signal_that_kills_the_workers_of_a_rank_ends_all_ranks(tmp_path):
+    folder = str(tmp_path / "run")
+    with ranks.started(program(f"interrupted({folder!r}, 'workers')"), 2) as started:
+        when_ready(started, 1)
+        process = psutil.Process(started.processes[1].pid)
+        for each in [*process.children(recursive=True), process]:
+            each.send_signal(signal.SIGTERM)
+        results = ended(started)
+    assert [done.returncode for done in results] == [128 + signal.SIGTERM] * 2, [done.stderr for done in results]
+    steps = [last_line(done)[0] for done in results]
+    assert steps[0] == steps[1] == fx.checkpointer(folder).latest() >= 7
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_hung_rank_ends_the_other_within_the_timeout(rank):
+    with ranks.started(program(f"hanging({rank})"), 2) as started:
+        other = started.processes[1 - rank]
+        assert other.wait(30) == 1
+        errors = other.communicate(5)[1]
+    assert "LostRankError: expected all 2 ranks to join the all-reduce of agreement of ranks at step 4" in errors
+    assert f"within 3 s, got an error on rank {1 - rank}" in errors
+
+
+def test_killed_rank_ends_the_other():
+    with ranks.started(program("killed(1)"), 2) as started:
+        began = time.monotonic()
+        assert started.processes[1].wait(30) == -signal.SIGKILL
+        assert started.processes[0].wait(10) == 1
+        assert time.monotonic() - began < 30
+        assert "LostRankError" in started.processes[0].communicate(5)[1]
+
+
+def restarted(folder, kills):
+    """Runs a job that torchrun restarts after each kill. Returns the number of restarts, and the final state."""
+    command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
+    arguments = [*command, "-m", "tests.rank_runs", str(folder), json.dumps(kills)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ranks.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ranks.ROOT,
+        env=environment,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return restarted(tmp_path_factory.mktemp("undisturbed"), [])[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(2))
+def test_job_that_is_killed_and_restarted_ends_bitwise_like_an_undisturbed_one(tmp_path, undisturbed, trial):
+    chance = random.Random(trial)
+    kills = [(chance.randrange(2), chance.randrange(1, 30)) for _ in range(2)]
+    attempts, state = restarted(tmp_path, kills)
+    assert attempts == 2, kills
+    assert state == undisturbed, kills
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_inside_a_step_of_one_rank_ends_the_other(rank):
+    began = time.monotonic()
+    results = ranks.run(program(f"failing_in_a_step({rank})"), 2, timeout=60, check=False)
+    assert [done.returncode for done in results] == [1, 1]
+    assert "ValueError: a bad value" in results[rank].stderr
+    assert (
+        "LostRankError: expected all 2 ranks to join the collectives of the training step" in results[1 - rank].stderr
+    )
+    assert "at step 3" in results[1 - rank].stderr
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, 1), (0, 3), (0, 5), (0, 7), (0, 9), (0, 12), (1, 1), (1, 3)])
+def test_rank_killed_in_a_save_loses_no_reported_checkpoint(tmp_path, rank, number):
+    folder = str(tmp_path / "run")
+    call = program(f"killed_in_a_save({folder!r}, {rank}, {number})")
+    results = ranks.run(call, 2, timeout=60, check=False)
+    assert results[rank].returncode == -signal.SIGKILL, results[rank]
+    assert results[1 - rank].returncode == 1
+    reported = [int(line.split()[1]) for done in results for line in done.stdout.splitlines()]
+    saved = fx.checkpointer(folder).steps()
+    assert set(reported) <= set(saved) <= set(range(4, 13))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the number of ranks differs
+        resumed = rank_runs.fit(None, steps=12, checkpointer=fx.checkpointer(folder), resume=True)
+    rank_runs.assert_close(resumed.state, rank_runs.fit(None, steps=12).state)
