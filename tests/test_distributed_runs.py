@@ -155,7 +155,8 @@ def restarted(folder, kills):
     """Runs a job that torchrun restarts after each kill. Returns the number of restarts, and the final state."""
     command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
     arguments = [*command, "-m", "tests.rank_programs", str(folder), json.dumps(kills)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ranks.ROOT)}
+    on_cpus = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **on_cpus, "PYTHONPATH": str(ranks.ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         capture_output=True,
