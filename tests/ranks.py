@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
+LIMIT = datetime.timedelta(seconds=60)
 
 
 def run(code, size, *, timeout=120, env=None, arguments=(), check=True):
@@ -84,6 +85,3 @@ class Ranks:
                 assert done.returncode == 0, f"rank {rank} ended with {done.returncode}:\n{done.stderr}\n{done.stdout}"
         assert time.monotonic() <= deadline, f"ranks {pending} still ran after {timeout} s"
         return found
-
-
-LIMIT = datetime.timedelta(seconds=60)

@@ -116,6 +116,24 @@ def test_dropout_masks_of_a_rank_are_merged():
     assert samplers[0] == samplers[1]
 
 
+def test_graph_of_symbolic_sizes_holds_for_uneven_batches():
+    def loss_fn(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+    def batch(rows):
+        return {"x": torch.randn(rows, 5), "y": torch.randint(0, 3, (rows,))}
+
+    tx = fx.optim.adamw(0.1)
+    state = fx.init(torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 3)), tx)
+    step = fx.train_step(loss_fn, tx, mesh=fx.distributed.mesh())
+    made = trace_step(step, state, batch(12), mode=None, in_place=False, backend="eager", dynamic=True)()
+    for rows in (12, 7, 30):
+        given = batch(rows)
+        assert made.conditions(fx.tree.leaves(given))
+        _, output = made.run(fx.tree.leaves(state), fx.tree.leaves(given))
+        torch.testing.assert_close(output.metrics, step(state, given)[1].metrics)
+
+
 # The rows of a rank. Only the size and the rank of a mesh count.
 
 

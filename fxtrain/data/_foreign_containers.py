@@ -55,8 +55,11 @@ def count_examples(batch: Batch) -> int | None:
     if len(firsts) == 1 and len(elements) > len(lists) and all(isinstance(element, Tensor) for element in elements):
         return None  # a record, such as a pair of inputs, whose tensors have a row per example
     lengths = {len(part) for part in lists}
+    if len(lengths) != 1:
+        return None
+    # Only now, because len() specializes a symbolic size.
     rows = {len(part) for part in parts if isinstance(part, Tensor) and part.ndim}
-    return lengths.pop() if len(lengths) == 1 and rows <= lengths else None
+    return lengths.pop() if rows <= lengths else None
 
 
 def _node_kind(node: object) -> tuple[Callable[..., Any], Callable[..., object], type[optree.PyTreeEntry]] | None:

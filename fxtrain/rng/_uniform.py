@@ -51,15 +51,20 @@ def fill(
     samples_of: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
 ) -> Tensor:
     """Fills the shape with the ``per_block`` samples that ``samples_of`` computes from each block of four words."""
-    count = 1
-    for size in shape:  # torch.Size(shape).numel() would specialize symbolic sizes
-        count *= size
+    count = _product(shape)
     where = key.seed.device if device is None else torch.device(device)
     if key.rows is not None and len(shape) and shape[0] == key.rows.count and count:
-        return _fill_rows(key, key.rows, shape, count // key.rows.count, site, where, per_block, samples_of)
+        return _fill_rows(key, key.rows, shape, _product(shape[1:]), site, where, per_block, samples_of)
     total = -(-count // per_block)
     words = blocks(key, torch.arange(total, device=where), total, site=site)
     return torch.stack(list(samples_of(*words)), -1).flatten()[:count].reshape(shape)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    count = 1
+    for size in sizes:  # torch.Size(sizes).numel() would specialize symbolic sizes
+        count *= size
+    return count
 
 
 def _fill_rows(
