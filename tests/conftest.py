@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fxtrain.loop import _interrupts as interrupts
 
@@ -29,6 +30,13 @@ def _no_pending_signal():
     """Clears pending signals, because SIGTERM in one test would also end the next one."""
     yield
     interrupts._pending.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group():
+    """Destroys the process group of an earlier test or doctest, which would determine the rank of the next one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -39,14 +39,15 @@ CHECKS = [
 
 
 def program(call):
-    return f"from tests import rank_runs\nrank_runs.{call}"
+    return f"from tests import rank_programs\nrank_programs.{call}"
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Runs all checks with two ranks, and returns the errors of each."""
     folder = tmp_path_factory.mktemp("runs")
-    results = ranks.run(program(f"run({CHECKS!r}, {str(folder)!r})"), 2, timeout=120, check=False)
+    code = f"from tests import rank_runs\nrank_runs.run({CHECKS!r}, {str(folder)!r})"
+    results = ranks.run(code, 2, timeout=120, check=False)
     found = {"stderr": [done.stderr for done in results]}
     for line in results[0].stdout.splitlines():
         if line.startswith("{"):
@@ -153,8 +154,9 @@ def test_killed_rank_ends_the_other():
 def restarted(folder, kills):
     """Runs a job that torchrun restarts after each kill. Returns the number of restarts, and the final state."""
     command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
-    arguments = [*command, "-m", "tests.rank_runs", str(folder), json.dumps(kills)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ranks.ROOT)}
+    arguments = [*command, "-m", "tests.rank_programs", str(folder), json.dumps(kills)]
+    on_cpus = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **on_cpus, "PYTHONPATH": str(ranks.ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         capture_output=True,

@@ -159,6 +159,8 @@ class _Job:
         self.mesh = mesh_of(options.parallel, "lm")
         self.device = device_named(options.device, "--device", self.mesh)
         self.corpus = read_corpus(options.dataset)
+        if self.mesh is not None and len(set(self.mesh.gather(self.corpus.digest, "digests of the text"))) > 1:
+            raise FailedError("expected the same text in all processes, got several. Give all the same files.")
         check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
         self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
         self.steps = _steps(options, self.data.epoch_length)

@@ -185,7 +185,7 @@ class Steps:
             self._now.state,
             "after the first step",
             "Give the mesh to the step: fxtrain.train_step(loss_fn, tx, mesh=mesh). A hand-written step averages its "
-            "gradients with fxtrain.distributed.averaged.",
+            "gradients with fxtrain.distributed.averaged. Let no callback depend on its process.",
         )
 
     def _has_stopped_before(self) -> bool:

@@ -211,7 +211,7 @@ def _config_facts(event: FitBegin, rows: int) -> Facts:
 
 
 def _process_facts() -> Facts:
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
     world_size = os.environ.get("WORLD_SIZE") or "1"
     if world_size != "1":
