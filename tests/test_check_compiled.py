@@ -314,7 +314,7 @@ class TestWithoutTraces:
 
     def test_large_state_is_not_checked_and_said(self, compiled_by, monkeypatch, caplog):
         obstacles = importlib.import_module("fxtrain.compiler.check._obstacles")
-        monkeypatch.setattr(obstacles, "_available_bytes", lambda device: 100)
+        monkeypatch.setattr(obstacles, "available_bytes", lambda device: 100)
         compiled_by(Compiler, scaled("tanh"))
         tx = fx.optim.sgd(0.1)
         taken(fx.compile(fx.train_step(cross_entropy, tx)), fx.init(Classifier(), tx))
@@ -362,7 +362,7 @@ class TestMark:
                 compiled(state, BATCH)
         else:
             obstacles = importlib.import_module("fxtrain.compiler.check._obstacles")
-            monkeypatch.setattr(obstacles, "_available_bytes", lambda device: 100)
+            monkeypatch.setattr(obstacles, "available_bytes", lambda device: 100)
             taken(compiled, state)
         assert checks() == 1
         assert not list(tmp_path.glob("fxtrain/*.checked"))

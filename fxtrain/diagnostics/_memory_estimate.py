@@ -21,7 +21,7 @@ def estimated_bytes(step: Compiled | Step, state: TrainState, batch: Batch) -> i
         >>> step = fx.train_step(lambda model, batch: model(batch).relu().square().mean(), tx)
         >>> state = fx.init(torch.nn.Linear(4, 100), tx)
         >>> [round(estimated_bytes(step, state, torch.ones(size, 4)), -5) for size in (1000, 2000)]
-        [1200000, 2400000]
+        [800000, 1600000]
     """
     # Imported here, because they load the compiler.
     from fxtrain.diagnostics._activations import activations
