@@ -133,9 +133,8 @@ class Event:
 
 
 class OnDevice(torch.Tensor):
-    """A host tensor that claims to be on the CUDA device ``cuda:1``. Operations return plain tensors."""
+    """A host tensor that claims to be on the CUDA device ``cuda:1``, as do the results of its operations."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
     is_cpu, is_cuda, device = False, True, torch.device("cuda", 1)
 
     def record_stream(self, stream):
@@ -147,25 +146,40 @@ def on_device(tensor):
     return tensor.as_subclass(OnDevice)
 
 
-def record_copies(streams, monkeypatch):
-    """Records copies between host and device with their stream, and allocates pinned memory as ordinary memory."""
-    copy, empty, empty_like = torch.Tensor.copy_, torch.empty, torch.empty_like
+def on_host(tensor):
+    """Returns the tensor as an ordinary one."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
 
-    def copied(self, other, non_blocking=False):
-        if isinstance(other, OnDevice):
+
+def record_copies(streams, monkeypatch):
+    """Records copies from the device to the host with their stream, and allocates pinned memory as ordinary memory."""
+    copy, copy_all, empty, empty_like = torch.Tensor.copy_, torch._foreach_copy_, torch.empty, torch.empty_like
+
+    def record(source, non_blocking):
+        if isinstance(source, OnDevice):
             how = "asynchronous" if non_blocking else "blocking"
-            streams.acts.append(f"{how} copy to the host on {streams.current(other.device).name}")
-        return copy(self, other.as_subclass(torch.Tensor))
+            streams.acts.append(f"{how} copy to the host on {streams.current(source.device).name}")
+
+    def copied(target, source, non_blocking=False):
+        record(source, non_blocking)
+        return copy(on_host(target), on_host(source))
+
+    def all_copied(targets, sources, non_blocking=False):
+        for source in sources:
+            record(source, non_blocking)
+        copy_all(targets, list(map(on_host, sources)))
 
     def pinned(make):
-        def allocate(*args, pin_memory=False, **options):
+        def allocate(first, *args, pin_memory=False, **options):
             if pin_memory:
                 streams.acts.append("pinned memory")
-            return make(*args, **options)
+            return make(on_host(first) if isinstance(first, OnDevice) else first, *args, **options)
 
         return allocate
 
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch, "_foreach_copy_", all_copied)
     monkeypatch.setattr(torch, "empty", pinned(empty))
     monkeypatch.setattr(torch, "empty_like", pinned(empty_like))
 

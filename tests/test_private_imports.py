@@ -20,6 +20,7 @@ ALLOWED = {
     "_torch_internals.kernels": CANARY,
     "callbacks._decoding": ALGORITHM,
     "callbacks._textgen": ALGORITHM,
+    "checkpoint._host_copy": "copies to the host, from a device that a test imitates",
     "checkpoint._manifest": "a benchmark compares what two folders contain",
     "checkpoint._orphaned_slots": ALGORITHM,
     "cli._arguments": COMMAND,
