@@ -10,10 +10,14 @@ Doubts from torch's documentation and source, which a CPU cannot settle:
 - Pinned memory is never returned to the system by torch's allocator, unless its cache is emptied.
 """
 
+import inspect
+
+import problem
 import pytest
 import torch
 from cuda_stand_ins import Streams, on_device, record_copies
 
+import fxtrain as fx
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.data import prefetch
 
@@ -130,3 +134,34 @@ class TestPrefetch:
         self.read([torch.ones(2)], "cuda:1")
         assert "pinned with cuda:1 current" in streams.acts
         assert "pinned with cuda:0 current" not in streams.acts
+
+
+class TestLoop:
+    def test_loop_makes_no_tensor_on_the_device_by_a_blocking_copy(self, monkeypatch, tmp_path):
+        """``torch.tensor(value, device=...)`` synchronizes with the device.
+
+        The loop makes tensors for each batch of an evaluation, each epoch, each request and each checkpoint. Reads of
+        the device that the loop makes on purpose are those of its counters at the start and at a rewind, of ``done``,
+        ``start`` and ``length`` once an epoch, and of the list of snapshots when one is retained.
+        """
+        made, real = [], torch.tensor
+
+        def tensor(*args, device=None, **options):
+            if device is not None and "fxtrain/loop" in (place := inspect.stack()[1].filename):
+                made.append(place)
+            return real(*args, device=device, **options)
+
+        def save(state, event: fx.StepEnd):
+            return state, fx.Control(save=event.step % 3 == 0)
+
+        def run(steps):
+            checkpoints = fx.checkpointer(tmp_path / str(steps))
+            options = {"eval_step": problem.eval_step, "eval_data": problem.data(2), "eval_when": 2, "lag": 1}
+            problem.fit(steps=steps, callbacks=[save], checkpointer=checkpoints, **options)
+
+        monkeypatch.setattr(torch, "tensor", tensor)
+        run(3)
+        at_start = len(made)
+        made.clear()
+        run(12)
+        assert len(made) == at_start
