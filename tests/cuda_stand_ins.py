@@ -189,6 +189,9 @@ def add_graphs(streams, monkeypatch):
     pools = itertools.count()
 
     class Graph:
+        def __init__(self):
+            self.id = next(pools)
+
         def pool(self):
             return self.id
 
@@ -196,9 +199,9 @@ def add_graphs(streams, monkeypatch):
             pass
 
     class Capture:
-        def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
-            self.context, self.stream = streams.on(stream), stream
-            graph.id = next(pools) if pool is None else pool
+        def __init__(self, graph, *, pool, stream, capture_error_mode):
+            self.context = streams.on(stream)
+            graph.id = graph.id if pool is None else pool
             self.described = f"{stream.name} of cuda:{stream.index}, {capture_error_mode}, pool {pool}"
 
         def __enter__(self):
