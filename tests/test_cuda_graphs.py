@@ -273,13 +273,13 @@ class TestRuns:
     """Whole runs, bitwise equal to those of the plain compiled step."""
 
     def run(self, step, **options):
-        return fx.fit(problem.start(), step, problem.data(20), steps=20, **options)
+        return fx.fit(problem.start(), step, problem.data(), steps=20, **options)
 
     def test_run_replays_and_equals_the_plain_run(self, on_host):
         step = problem.step(callbacks=[fx.callbacks.nan_guard()])
         replayed, plain = self.run(compiled(step)), self.run(fx.compile(step, check=False))
         assert not replayed.state.diff(plain.state)
-        assert on_host.acts[:4] == ["warm up", "capture", "replay", "replay"]
+        assert on_host.acts == ["warm up", "capture", *["replay"] * 19]
 
     def test_requests_of_callbacks_keep_the_addresses(self, on_host):
         """Requests write ``state.due`` and epochs write a slot, which a step must not read at a changed address."""
@@ -330,6 +330,22 @@ class TestRuns:
         plain = self.run(fx.compile(problem.step(), check=False))
         assert not replayed.state.diff(plain.state)
         assert on_host.acts.count("capture") == 2
+
+    def test_checkpoints_and_snapshots_hold_no_references(self, on_host, tmp_path):
+        """Both are copies, so the state stays where it is. Only the two rewinds give it other addresses."""
+
+        def save_and_rewind(state, event: fx.StepEnd):
+            return state, fx.Control(save=event.step % 3 == 0, rewind=4 if event.position == 15 else 0)
+
+        options = {"callbacks": [save_and_rewind], "snapshot_every": 5, "snapshots_on_host": True}
+        plain = self.run(
+            fx.compile(problem.step(), check=False), checkpointer=fx.checkpointer(tmp_path / "1"), **options
+        )
+        replayed = self.run(compiled(problem.step()), checkpointer=fx.checkpointer(tmp_path / "2"), **options)
+        assert not replayed.state.diff(plain.state)
+        assert on_host.acts.count("capture") == 3
+        first = on_host.acts.index("capture", 2)
+        assert on_host.acts[:first] == ["warm up", "capture", *["replay"] * 14]
 
     def test_state_is_intact_after_a_capture_without_memory(self, on_host):
         on_host.error = torch.OutOfMemoryError("CUDA out of memory.")
