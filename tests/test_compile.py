@@ -13,7 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain._torch_internals.kernels import shared_libraries
-from fxtrain.compiler.lowering._modes import CudaGraphReplay
 from fxtrain.compiler.passes import _matmuls as matmul
 from fxtrain.compiler.passes._scalars import hoist_scalars
 
@@ -306,39 +305,6 @@ class TestErrors:
         step = fx.train_step(lambda model, batch: model(batch["x"]), problem.transform())
         with pytest.raises(TypeError, match=r"to return a 0-d floating tensor"):
             fx.compile(step, backend="eager")(problem.start(), problem.data()[0])
-
-
-class TestReplay:
-    """CudaGraphReplay of captured graphs, simulated without a GPU."""
-
-    def test_replays_from_second_call_with_same_memory(self):
-        calls, replays = [], []
-
-        def add(tensors):
-            calls.append(len(tensors))
-            tensors[0].add_(tensors[1])
-            return [tensors[0] * 10]
-
-        def capture(function):
-            outputs = []
-
-            def replay():
-                replays.append(1)
-                outputs[:] = function()
-
-            return replay, outputs
-
-        replay = CudaGraphReplay(add, 1, capture)
-        state = torch.zeros(2)
-        seen = [replay([state, torch.full((2,), float(i))])[0] for i in (1, 2, 3)]
-        assert [value.tolist() for value in seen] == [[10.0, 10.0], [30.0, 30.0], [60.0, 60.0]]
-        assert state.tolist() == [6.0, 6.0]
-        assert len(replays) == 2
-        other = torch.ones(2)
-        replay([other, torch.ones(2)])
-        assert other.tolist() == [2.0, 2.0]
-        assert len(replays) == 2
-        assert state.tolist() == [6.0, 6.0]
 
 
 def changed(change, function, given):

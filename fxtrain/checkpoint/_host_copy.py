@@ -18,7 +18,8 @@ from fxtrain.core import Tree, describe
 class Direct:
     """Reads the leaves without a snapshot, so they must not change until they are written.
 
-    Leaves that are not contiguous or not on the CPU are copied one at a time.
+    Leaves that are not contiguous or not on the CPU are copied one at a time. Those on a GPU are copied through pinned
+    memory on a stream of their own, so the steps taken meanwhile neither wait for the copies nor delay them.
 
     Args:
         state: A pytree of dense tensors.
@@ -30,12 +31,15 @@ class Direct:
     def __init__(self, state: Tree) -> None:
         self.leaves, self.structure = dense_leaves(state)
         self.places = places(self.leaves)
-        self._ready_event: torch.cuda.Event | None = None
+        self._ready_event: torch.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pinned = torch.empty(0, dtype=torch.uint8, device="cpu")
         device = next((leaf.device for leaf in self.leaves if leaf.device.type == "cuda"), None)
         if device is not None:
-            # The writer thread copies on its own stream, which does not wait for kernels on this thread's stream.
-            self._ready_event = torch.cuda.Event()
-            self._ready_event.record(torch.cuda.current_stream(device))
+            before = torch.cuda.current_stream(device)
+            self._ready_event = before.record_event()
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(before)
 
     def wait(self) -> None:
         """Blocks until the device has computed the leaves."""
@@ -43,13 +47,26 @@ class Direct:
             self._ready_event.synchronize()
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
-        """Yields the index and the bytes of each leaf, in file order."""
+        """Yields the index and the bytes of each leaf, in file order. The bytes are valid until the next part."""
         for index in _in_file_order(self.places):
-            yield index, host_bytes(self.leaves[index])
+            yield index, bytes_of(self._on_host(index))
 
     def scalar(self, index: int) -> int:
         """Returns the value of one 0-d integer leaf."""
-        return int(self.leaves[index])
+        return int(self._on_host(index))
+
+    def _on_host(self, index: int) -> Tensor:
+        """Returns a leaf in row-major order on the host, in memory that the next call may reuse."""
+        leaf, place = self.leaves[index], self.places[index]
+        if self._stream is None or leaf.device.type != "cuda":
+            return _row_major(leaf.detach().cpu())
+        with torch.cuda.stream(self._stream):
+            if self._pinned.nbytes < place.size:
+                self._pinned = torch.empty(place.size, dtype=torch.uint8, device="cpu", pin_memory=True)
+            target = self._pinned[: place.size]
+            target.copy_(_row_major(leaf.detach()).reshape(-1).view(torch.uint8), non_blocking=True)
+            self._stream.record_event().synchronize()
+        return target.view(place.dtype).view(place.shape)
 
 
 class HostCopy:
@@ -129,7 +146,11 @@ def bytes_of(leaf: Tensor) -> memoryview:
 
 def host_bytes(leaf: Tensor) -> memoryview:
     """Returns the bytes of a dense tensor in row-major order. Copies tensors on a device or not contiguous."""
-    return bytes_of(leaf.detach().resolve_conj().resolve_neg().cpu().contiguous())
+    return bytes_of(_row_major(leaf.detach().cpu()))
+
+
+def _row_major(leaf: Tensor) -> Tensor:
+    return leaf.resolve_conj().resolve_neg().contiguous()
 
 
 def dense_leaves(state: Tree) -> tuple[list[Tensor], PyTreeSpec]:

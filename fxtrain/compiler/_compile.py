@@ -85,9 +85,11 @@ def compile(  # noqa: A001
         backend: A backend of ``torch.compile``, by name or as a function. It is called through Dynamo, which checks its
             assumptions about Python at each call, so dispatch overhead is higher. By default, the step is traced and
             compiled by Inductor.
-        mode: As in ``torch.compile``. ``"reduce-overhead"`` replays CUDA graphs. ``"ahead-of-time"`` builds a shared
-            library that runs without Python between its kernels. It takes about twice as long to build, makes small
-            steps faster, and is cached with torch's other compiled code.
+        mode: As in ``torch.compile``. ``"reduce-overhead"`` and ``"max-autotune"`` replay CUDA graphs of steps that are
+            one traced graph of fixed sizes, with the state donated and the batch on the same GPU. They share one memory
+            pool. Other steps run without CUDA graphs. ``"ahead-of-time"`` builds a shared library that runs without
+            Python between its kernels. It takes about twice as long to build, makes small steps faster, and is cached
+            with torch's other compiled code.
         dynamic: Whether batch sizes are symbolic: one graph for all sizes, slower than a graph for each. Dropout masks
             and other random samples are those of the uncompiled step at every size. Sizes 0 and 1 are never symbolic,
             so a batch of one example compiles another graph. Code that reads a size as a number, such as ``len(x)`` or

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.core._device_tensors import tensor_on
 from fxtrain.core._state import TrainState
 from fxtrain.core._types import wide_dtype
 
@@ -63,7 +64,7 @@ class Epoch(NamedTuple):
     def written_to(self, state: TrainState) -> TrainState:
         """Returns ``state`` with this epoch in its slot."""
         device = state.step.device
-        slot = {name: torch.tensor(value, device=device) for name, value in self._asdict().items()}
+        slot = {name: tensor_on(device, value) for name, value in self._asdict().items()}
         return state.with_slot(EPOCH, slot)
 
 

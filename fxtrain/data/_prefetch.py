@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import operator
 import threading
@@ -120,10 +121,10 @@ class PrefetchedBatches(Source):
             raise item.error
         self._expected = item.follows
         if item.copied is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(item.copied)
             for leaf in tree.leaves(item.batch):
                 if isinstance(leaf, Tensor) and leaf.is_cuda:
+                    stream = torch.cuda.current_stream(leaf.device)
+                    stream.wait_event(item.copied)
                     leaf.record_stream(stream)
         return item.batch
 
@@ -254,18 +255,20 @@ class PrefetchThread:
 
 
 def _reading(data: Source, device: torch.device | None) -> Callable[[int], PrefetchedItem]:
-    stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+    copies = _Copies(device) if device is not None and device.type == "cuda" else None
 
     def read(position: int) -> PrefetchedItem:
         batch = error = snapshot = copied = None
         length = data.epoch_length
         try:
-            batch = data[position]
-            snapshot = data.snapshot(position + 1)
-            if stream is not None:
-                batch, copied = _copied(batch, device, stream)
-            elif device is not None:
-                batch = map_tensors(lambda leaf: leaf.to(device), batch)
+            # Each thread has a current device, at first the first one. Pinning memory would initialize that.
+            with contextlib.nullcontext() if copies is None else torch.cuda.device(copies.device):
+                batch = data[position]
+                snapshot = data.snapshot(position + 1)
+                if copies is not None:
+                    batch, copied = copies.start(batch)
+                elif device is not None:
+                    batch = map_tensors(lambda leaf: leaf.to(device), batch)
         except BaseException as raised:  # raised again in the consumer's thread
             error = raised
         # In an epoch that exceeds its expected length, positions count from its start.
@@ -275,10 +278,26 @@ def _reading(data: Source, device: torch.device | None) -> Callable[[int], Prefe
     return read
 
 
-def _copied(batch: Batch, device: torch.device | None, stream: torch.cuda.Stream) -> tuple[Batch, torch.Event]:
-    def copy(leaf: Tensor) -> Tensor:
-        return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(device, non_blocking=True)
+class _Copies:
+    """Copies batches to a CUDA device on a stream of its own. Create one in the consumer's thread.
 
-    stream.wait_stream(torch.cuda.current_stream(device))  # the batch may have been computed on it
-    with torch.cuda.stream(stream):
-        return map_tensors(copy, batch), stream.record_event()
+    Args:
+        device: The device. Without an index, the current one of this thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self.device)
+
+    def start(self, batch: Batch) -> tuple[Batch, torch.Event]:
+        """Starts to copy a batch. Returns it with the event that its consumer's stream must wait for."""
+        if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree.leaves(batch)):
+            # The data computes on the thread's stream. It is also that of the training steps, for which the copies of
+            # other batches must not wait.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            return map_tensors(self._copied, batch), self._stream.record_event()
+
+    def _copied(self, leaf: Tensor) -> Tensor:
+        return (leaf.pin_memory() if leaf.is_cpu else leaf).to(self.device, non_blocking=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import BATCH, DATA, EPOCH_METRICS, STOP_REASONS, TrainState
+from fxtrain.core._device_tensors import tensor_on
 from fxtrain.loop._batches import LastBatch
 from fxtrain.loop._epoch_metrics import EpochMetrics
 
@@ -34,14 +35,14 @@ class CheckpointSlots(NamedTuple):
     def added_to(self, state: TrainState) -> TrainState:
         """Returns the state with these slots, as it is saved."""
         device = state.step.device
-        state = state.with_slot(BATCH, torch.tensor(self.batch or (-1, 0), device=device))
+        state = state.with_slot(BATCH, tensor_on(device, self.batch or (-1, 0)))
         if self.data is not None:
             state = state.with_slot(DATA, self.data)
         if self.epoch_metrics is not None:
             state = self.epoch_metrics.added_to(state)
         if self.stop_reasons:
             text = json.dumps(list(dict.fromkeys(self.stop_reasons))).encode()
-            state = state.with_slot(STOP_REASONS, torch.tensor(list(text), dtype=torch.uint8, device=device))
+            state = state.with_slot(STOP_REASONS, tensor_on(device, list(text), torch.uint8))
         return state
 
     @classmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import EVALUATED, SNAPSHOTS, Control, Donated, Due, Epoch, TrainState, Tree
+from fxtrain.core._device_tensors import tensor_on
 from fxtrain.core._slots import MEMBERS
 from fxtrain.core._state import FIELDS
 from fxtrain.loop._epoch_metrics import EpochMetrics
@@ -123,7 +124,7 @@ class Cursor:
         if changed:
             self.due = {**self.due, **changed}
             device = self.state.step.device
-            tensors = {name: torch.tensor(value, device=device) for name, value in changed.items()}
+            tensors = {name: tensor_on(device, value) for name, value in changed.items()}
             self.state = self.state.replace(due=self.state.due._replace(**tensors))
 
     def move_to(self, position: int) -> None:
@@ -150,7 +151,7 @@ class Cursor:
         self.snapshots = tuple(steps[-count:])
         listed = [*self.snapshots, *[-1] * (count - len(self.snapshots))]
         if SNAPSHOTS not in self.state.slots or self.state.slots[SNAPSHOTS].tolist() != listed:
-            self.state = self.state.with_slot(SNAPSHOTS, torch.tensor(listed, device=self.state.step.device))
+            self.state = self.state.with_slot(SNAPSHOTS, tensor_on(self.state.step.device, listed))
 
     def stop(self, reason: str) -> None:
         """Requests a stop on behalf of the loop."""

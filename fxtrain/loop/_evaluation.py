@@ -22,6 +22,7 @@ from fxtrain.core import (
     StepOutput,
     TrainState,
 )
+from fxtrain.core._device_tensors import tensor_on
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Exhausted, Source, SourceLike, as_source, to_device
@@ -218,7 +219,7 @@ def _measured(
 ) -> tuple[StepOutput, _Total]:
     """Returns the output of a batch, and ``total`` merged with its metrics."""
     # The evaluation step derives its random samples from the position, so set it to the index of the batch.
-    output = eval_step(state.replace(position=torch.tensor(index, device=state.step.device)), batch)
+    output = eval_step(state.replace(position=tensor_on(state.step.device, index)), batch)
     if MEMBERS in state.slots:
         from fxtrain.loop._members import lifted_metrics
 

@@ -267,24 +267,19 @@ def start_copy(values: list[object]) -> Callable[[], list[object]]:
     Returns:
         A function that waits for the copies and returns all values, with Python scalars in place of 0-d tensors.
     """
-    read: list[object] = []
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim == 0:
-            if not value.is_cpu:
-                device = value.device
-                break
-            value = value.item()
-        read.append(value)
-    else:
-        return lambda: read
-    groups: dict[torch.dtype, dict[int, Tensor]] = {}
+    read: list[object] = list(values)
+    groups: dict[tuple[torch.dtype, torch.device], dict[int, Tensor]] = {}
     for index, value in enumerate(values):
         if isinstance(value, Tensor) and value.ndim == 0:
-            groups.setdefault(value.dtype, {})[index] = value
-    tensors = [index for group in groups.values() for index in group]
-    stacked = [torch.stack([tensor.to(device) for tensor in group.values()]) for group in groups.values()]
-    arrived = _start_copy_of_tensors(stacked)
-    return lambda: _with_scalars(values, tensors, [scalar for group in arrived() for scalar in group.tolist()])
+            if value.is_cpu:
+                read[index] = value.item()
+            else:
+                groups.setdefault((value.dtype, value.device), {})[index] = value
+    if not groups:
+        return lambda: read
+    places = [index for group in groups.values() for index in group]
+    arrived = _start_copy_of_tensors([torch.stack(list(group.values())) for group in groups.values()])
+    return lambda: _with_scalars(read, places, [scalar for group in arrived() for scalar in group.tolist()])
 
 
 def _start_copy_of_tensors(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -292,18 +287,21 @@ def _start_copy_of_tensors(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
 
     A direct read of a CUDA tensor would wait for all kernels launched since, such as those of later steps.
     """
-    if not any(tensor.is_cuda for tensor in tensors):
-        copies = [tensor.cpu() for tensor in tensors]
-        return lambda: copies
-    pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
-    for copy, tensor in zip(pinned, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    copies: list[Tensor] = []
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    for tensor in tensors:
+        if tensor.is_cuda:
+            copies.append(torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True))
+            streams[tensor.device] = torch.cuda.current_stream(tensor.device)
+        else:
+            copies.append(tensor.cpu())
+    # Recorded on the streams of the copies, because another device may be current.
+    events = [stream.record_event() for stream in streams.values()]
 
     def wait() -> list[Tensor]:
-        arrived.synchronize()
-        return pinned
+        for event in events:
+            event.synchronize()
+        return copies
 
     return wait
 

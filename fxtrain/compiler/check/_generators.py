@@ -68,4 +68,6 @@ def other_samples() -> Iterator[None]:
         random.random()
         np.random.random()
         torch.rand(())
+        if torch.cuda.is_initialized():
+            torch.rand((), device=torch.device("cuda", torch.cuda.current_device()))
         yield

@@ -8,7 +8,7 @@ from fxtrain._torch_internals.interface import Feature
 from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo
 from fxtrain.compiler.lowering._executable import Backend, uncompiled
-from fxtrain.compiler.lowering._modes import AHEAD
+from fxtrain.compiler.lowering._modes import AHEAD, without_cuda_graphs
 from fxtrain.compiler.lowering._regions import compile_in_regions
 from fxtrain.compiler.lowering._routes import Route, Routes
 from fxtrain.compiler.lowering._specialization import compile_specialized
@@ -56,6 +56,8 @@ def routes_to(
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
     )
     online = None if mode == AHEAD else mode
+    if chosen == "inductor" and online is not None:
+        online = without_cuda_graphs(online)
     checked = Route(
         f"{title}, traced with checks{suffix}",
         functools.partial(compile_specialized, mode=mode, backend=backend, memory=memory, artefacts=artefacts),

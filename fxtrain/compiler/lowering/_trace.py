@@ -36,10 +36,11 @@ from fxtrain._torch_internals.tracing import make_fx
 from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
+from fxtrain.compiler.lowering._cuda_graphs import Call, CudaCaptures, CudaGraphReplay, only_gpu
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
 from fxtrain.compiler.lowering._light_code import NotStorableError, light_files, load_light_code
-from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, Call, CudaGraphReplay, compile_ahead, load_ahead
+from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, compile_ahead, load_ahead, without_cuda_graphs
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.compiler.lowering._stored import Compiled, GraphFiles
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
@@ -51,7 +52,7 @@ from fxtrain.compiler.passes._operators import register_lowerings
 from fxtrain.compiler.passes._recompute import recompute_regions
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.core import Batch, TrainState, Tree, compiling
-from fxtrain.step import Step
+from fxtrain.step import EvalFunction, Step
 
 # Inductor's assertions on input sizes repeat what the caller has just checked, and add to the dispatch overhead.
 _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
@@ -140,11 +141,15 @@ def trace_step(
     # These passes compare sizes, which would add conditions on later batches.
     if symbolic is None:
         hoist_scalars(speed_up_matmuls(graph.graph))
-    replayed = mode == REPLAYED and in_place and not dynamic and all(leaf.is_cuda for leaf in (*leaves, *inputs))
+    # A step that returned new states instead would have other addresses at each call. Other backends may do on the host
+    # what a capture leaves out.
+    has_graph = (in_place and isinstance(step, Step)) or isinstance(step, EvalFunction)
+    is_capturable = mode in REPLAYED and has_graph and not dynamic and backend is None
+    gpu = only_gpu((*leaves, *inputs)) if is_capturable else None
     read = _without_unread(graph)
     pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
     examples = pick((*leaves, *inputs))
-    options = _options(graph, examples, None if replayed else mode) if backend is None else {}
+    options = _options(graph, examples, mode) if backend is None else {}
     if mode != AHEAD:
         # A reference to the state would keep later steps from donating it.
         examples = ()
@@ -161,8 +166,8 @@ def trace_step(
             call = files.compiled_or_loaded(compiler, load_ahead)
         else:
             call = _compiled(graph, fakes, options, has_autocast, files)
-        if replayed:
-            call = CudaGraphReplay(call, sum(index < count for index in read))
+        if gpu is not None:
+            call = CudaGraphReplay(call, sum(index < count for index in read), CudaCaptures(gpu))
 
         if in_place or not is_step:
 
@@ -200,7 +205,7 @@ def _without_unread(graph: GraphModule) -> list[int]:
 
 def _options(graph: GraphModule, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
     """Returns the options of Inductor for a graph."""
-    options: dict[str, Any] = {} if mode is None or mode == AHEAD else mode_options(mode)
+    options: dict[str, Any] = {} if mode is None or mode == AHEAD else mode_options(without_cuda_graphs(mode))
     if _has_known_operators_only(graph):
         options |= dict.fromkeys((name for name in _UNASSERTED if has_option(name)), False)
     if _is_better_channels_first(graph, examples):
