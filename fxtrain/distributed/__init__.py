@@ -29,20 +29,25 @@ A signal or an error on one rank ends all ranks at the same step. Where a rank i
 ``LostRankError`` within the timeout of the mesh.
 """
 
+from fxtrain.core._shard import Shard
 from fxtrain.distributed._averaged import averaged
 from fxtrain.distributed._failed_rank import FailedRankError
 from fxtrain.distributed._mesh import LostRankError, Mesh, mesh
 from fxtrain.distributed._rank_rows import rows
 from fxtrain.distributed._replicated import replicated
+from fxtrain.distributed._shards import gathered, shard
 from fxtrain.distributed._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "FailedRankError",
     "LostRankError",
     "Mesh",
+    "Shard",
     "averaged",
+    "gathered",
     "mesh",
     "replicated",
     "rows",
+    "shard",
     "sync_batch_norm",
 ]

@@ -1,0 +1,100 @@
+"""Sharded states as the optimizer and callbacks see them: with DTensors, whose reductions are those of all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import Tree
+from fxtrain.core._shard import Shard, full_tensor, is_shard
+from fxtrain.distributed._mesh import Mesh
+from fxtrain.distributed._shards import device_mesh, sliced
+
+
+class Opened:
+    """A tree with shards, opened: each shard is replaced by a DTensor that shares the memory of its slice.
+
+    Args:
+        closed: The tree with shards.
+
+    Attributes:
+        tree: The tree with DTensors.
+    """
+
+    def __init__(self, closed: Tree) -> None:
+        self._shards: dict[int, tuple[Tensor, Shard]] = {}
+        self._mesh: Mesh | None = None
+        self.tree: Tree = tree.map(self._open, closed, is_leaf=is_shard)
+        self._placed = dict(zip(tree.paths(closed, is_leaf=is_shard), tree.leaves(closed, is_leaf=is_shard)))
+
+    def _open(self, leaf: Tree) -> Tree:
+        if not is_shard(leaf):
+            return leaf
+        self._mesh = leaf.mesh
+        opened = dtensor(leaf)
+        self._shards[id(opened)] = (opened, leaf)
+        return opened
+
+    def close(self, new: Tree) -> Tree:
+        """Returns a tree with shards for one with DTensors.
+
+        Leaves keep the placement of those at the same path. Others, such as new slots, keep their own.
+
+        Args:
+            new: The tree that a callback or an optimizer made of ``self.tree``.
+        """
+        leaves, structure = tree.flatten(new)
+        if not self._shards:
+            return new
+        paths = tree.paths(new)
+        return tree.unflatten(
+            structure, [self._close(leaf, self._placed.get(path)) for leaf, path in zip(leaves, paths, strict=True)]
+        )
+
+    def _close(self, leaf: Tensor, before: Tree) -> Tree:
+        known = self._shards.get(id(leaf))
+        if known is not None and (before is None or before is known[1]):
+            return known[1]
+        assert self._mesh is not None
+        if is_shard(before):
+            return before.with_local(_local(leaf, before.axis, before.mesh))
+        if isinstance(before, Tensor):
+            return full_tensor(leaf)
+        axis = _axis_of(leaf)
+        if axis is None or leaf.shape[axis] % self._mesh.size:
+            return full_tensor(leaf)
+        return Shard(_local(leaf, axis, self._mesh), axis, self._mesh)
+
+
+def dtensor(shard: Shard) -> Tensor:
+    """Returns a DTensor with the memory of a shard's slice."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Placement
+
+    mesh: Any = device_mesh(shard.mesh)
+    shape = shard.shape
+    stride = torch.empty(shape, device="meta").stride()
+    with torch.no_grad():
+        return DTensor.from_local(
+            shard.local, mesh, [Placement(shard.axis)], run_check=False, shape=shape, stride=stride
+        )
+
+
+def _local(leaf: Any, axis: int, mesh: Mesh) -> Tensor:
+    """Returns this rank's part along an axis, of a DTensor of any placement or a whole tensor."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Placement
+
+    if not isinstance(leaf, DTensor):
+        return sliced(leaf, axis, mesh).contiguous()
+    with torch.no_grad():
+        return leaf.redistribute(placements=[Placement(axis)]).to_local()
+
+
+def _axis_of(leaf: Any) -> int | None:
+    """Returns the axis along which a DTensor is split, if any."""
+    placements = getattr(leaf, "placements", None)
+    return getattr(placements[0], "dim", None) if placements else None
