@@ -85,6 +85,12 @@ def is_shard(node: object) -> bool:
     return type(node) is Shard
 
 
+def holds_shards(params: Tree) -> bool:
+    """Whether there is a shard among parameters. Faster than ``shards_in`` for the flat dict of a module."""
+    values = params.values() if type(params) is dict else [params]
+    return any(is_shard(value) or (not isinstance(value, Tensor) and bool(shards_in(value))) for value in values)
+
+
 def shards_in(tree: Tree) -> list[Shard]:
     """Returns the shards in a tree."""
     return [leaf for leaf in ops.tree_leaves(tree, is_leaf=is_shard, namespace=NAMESPACE) if is_shard(leaf)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree
-from fxtrain.core._shard import Shard, full_tensor, is_shard
+from fxtrain.core import TrainState, Tree
+from fxtrain.core._shard import Shard, full_tensor, holds_shards, is_shard
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._shards import device_mesh, sliced
 
@@ -28,7 +29,8 @@ class Opened:
         self._shards: dict[int, tuple[Tensor, Shard]] = {}
         self._mesh: Mesh | None = None
         self.tree: Tree = tree.map(self._open, closed, is_leaf=is_shard)
-        self._placed = dict(zip(tree.paths(closed, is_leaf=is_shard), tree.leaves(closed, is_leaf=is_shard)))
+        paths, leaves = tree.paths(closed, is_leaf=is_shard), tree.leaves(closed, is_leaf=is_shard)
+        self._placed = dict(zip(paths, leaves, strict=True))
 
     def _open(self, leaf: Tree) -> Tree:
         if not is_shard(leaf):
@@ -67,6 +69,28 @@ class Opened:
         if axis is None or leaf.shape[axis] % self._mesh.size:
             return full_tensor(leaf)
         return Shard(_local(leaf, axis, self._mesh), axis, self._mesh)
+
+
+def on_opened(state: TrainState, function: Callable[[TrainState], TrainState]) -> TrainState:
+    """Returns ``function(state)`` for a function that is called with DTensors in place of shards.
+
+    Args:
+        state: A state, sharded or not.
+        function: A function of the loop or of callbacks. All ranks must call it.
+    """
+    if not holds_shards(state.params):
+        return function(state)
+    opened = Opened(state)
+    return opened.close(function(opened.tree))
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Returns a state for observers, which run on one rank: whole tensors without values in place of shards."""
+
+    def described(leaf: Tree) -> Tree:
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if is_shard(leaf) else leaf
+
+    return tree.map(described, state, is_leaf=is_shard)
 
 
 def dtensor(shard: Shard) -> Tensor:

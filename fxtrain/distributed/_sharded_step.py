@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import reduce_scatter
-from fxtrain.core import StepOutput, TrainState
+from fxtrain.core import StepOutput, TrainState, Tree
 from fxtrain.core._shard import Shard, full_tensor, shards_in
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._opened import Opened, dtensor
 from fxtrain.distributed._reduce import buckets
 from fxtrain.distributed._shards import whole
-from fxtrain.model import model_of
 
 
 class Placed:
@@ -37,7 +36,8 @@ class Placed:
     def __init__(self, state: TrainState, mesh: Mesh) -> None:
         self._mesh, self._state = mesh, state
         self.whole = self.opened = state
-        shards = shards_in(state)
+        # Dynamo cannot trace the search. A step that it compiles refuses sharded states before.
+        shards = [] if torch.compiler.is_dynamo_compiling() else shards_in(state)
         self._is_sharded = bool(shards)
         if not shards:
             return
@@ -63,13 +63,27 @@ class Placed:
                 "expected a forward pass that writes no frozen parameters of a sharded state, got one that does. Keep "
                 "them in buffers, which are not sharded, or train with a replicated state."
             )
-        return averaged_onto(found, self._mesh, model_of(self._state).split(self._state.params, None))
+        return averaged_onto(found, self._mesh, _trainable(self._state))
 
     def closed(self, state: TrainState, output: StepOutput) -> tuple[TrainState, StepOutput]:
         """Returns the new state, sharded as before, and the output with whole tensors."""
         if not self._is_sharded:
             return state, output
         return self._open.close(state), tree.map(full_tensor, output)
+
+
+def gathered_params(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns a state with whole parameters, for an evaluation. It can be traced.
+
+    Raises:
+        ValueError: If the state is sharded over another mesh.
+    """
+    refuse_other_mesh(shards_in(state.params), mesh)
+    return state.replace(params=whole(state.params))
+
+
+def _trainable(state: TrainState) -> Tree:
+    return state.params if state.model is None else state.model.split(state.params, None)
 
 
 def refuse_other_mesh(shards: Sequence[Shard], mesh: Mesh | None) -> None:

@@ -50,7 +50,7 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
         >>> fx.distributed.gathered(state).params["weight"].shape
         torch.Size([512, 512])
     """
-    check_train_state(state, "shard(state, mesh)")
+    check_train_state(state, "shard(state, mesh)", takes_shards=True)
     check_int("least", least, minimum=1)
     state = gathered(state)
     shapes = {leaf.shape for leaf in tree.leaves(state.params) if leaf.numel() >= least}
@@ -84,7 +84,7 @@ def gathered(state: TrainState) -> TrainState:
         >>> fx.distributed.gathered(state) is state
         True
     """
-    check_train_state(state, "gathered(state)")
+    check_train_state(state, "gathered(state)", takes_shards=True)
     found = shards_in(state)
     if not found:
         return state

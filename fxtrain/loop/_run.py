@@ -27,6 +27,7 @@ from fxtrain.core import (
     TrainState,
     warn,
 )
+from fxtrain.core._shard import full_tensor, shards_in
 from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Source, SourceLike, as_source
 from fxtrain.data._sizes import data_sizes
@@ -93,6 +94,10 @@ class Run:
 
             self._ranks, checkpointer, observers = share(plan, plan.mesh, state, self._interrupts)
         self._publish = Publisher(observers, state.step.device)
+        if shards := shards_in(state):
+            from fxtrain.loop._shared import check_shards
+
+            check_shards(shards, plan.mesh, self._step, plan.eval_step, self._publish)
         # Not the live history of events, which references the observers.
         recorder = self._publish.recorder
         self.history = History(recorder.points, clock=recorder.clock)
@@ -230,15 +235,26 @@ class Run:
         The parameters tell, and not the losses of the session, because an interrupted run ends with the same reason.
         """
         params = self.now.state.params
+        if self._emitter.is_sharded:
+            from fxtrain.distributed._opened import Opened
+
+            params = Opened(params).tree
         for path, leaf in zip(tree.paths(params, "state.params"), tree.leaves(params), strict=True):
             has_elements = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
-            if has_elements and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            if has_elements and leaf.is_floating_point() and not bool(full_tensor(leaf.isfinite().all())):
                 return f", but {path} is not finite"
         return ""
 
     # Begin and end of the session
 
     def _attached(self, state: TrainState) -> TrainState:
+        if self._ranks is None:
+            return self._with_slots(state)
+        from fxtrain.distributed._opened import on_opened
+
+        return on_opened(state, self._with_slots)
+
+    def _with_slots(self, state: TrainState) -> TrainState:
         return attach(attach(state, self._callbacks), as_composed(self._step))
 
     def _without_missing(self, restored: Restoration) -> TrainState:

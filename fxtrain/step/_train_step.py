@@ -201,6 +201,7 @@ def train_step(
             description=description,
             check_state=functools.partial(check_optimizer_state, tx),
             mesh=mesh,
+            takes_shards=mesh is not None,
         )
 
     return build(folded)
