@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,12 @@ def reduce_scatter(tensors: Sequence[Tensor], group: str, size: int) -> list[Ten
     start, wait = REDUCE_SCATTER.get(), WAIT.get()
     started = [start(tensor.contiguous().reshape(-1), "sum", size, group) for tensor in tensors]
     return [wait(each) for each in started]
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """Returns a tensor once its collective has ended: the plain tensor of an ``AsyncCollectiveTensor``."""
+    wait: Callable[[], Tensor] | None = getattr(tensor, "wait", None)
+    return tensor if wait is None else wait()
 
 
 def rank(like: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _unflatten(context: tuple[int, Any], children: Any) -> Shard:
 register_node(Shard, _flatten, _unflatten, fields=("local",))
 
 
-def is_shard(node: object) -> bool:
+def is_shard(node: object) -> TypeGuard[Shard]:
     """Whether a node of a tree is a ``Shard``."""
     return type(node) is Shard
 
@@ -102,19 +102,25 @@ def full_tensor(leaf: Tensor) -> Tensor:
     return leaf if full is None else full()
 
 
+def is_sharded(tree: Tree) -> bool:
+    """Whether a tree has shards, or the DTensors that callbacks see in their place."""
+    leaves = ops.tree_leaves(tree, is_leaf=is_shard, namespace=NAMESPACE)
+    return any(is_shard(leaf) or is_dtensor(leaf) for leaf in leaves)
+
+
 def is_dtensor(leaf: object) -> bool:
     """Whether a leaf is a DTensor, the form of a shard that callbacks see."""
     return hasattr(leaf, "full_tensor")
 
 
 def refuse_shards(tree: Tree, call: str) -> None:
-    """Raises TypeError if a tree has shards.
+    """Raises TypeError if a tree has shards, or DTensors of a callback.
 
     Args:
         tree: A state, or a part of one.
         call: The call that needs whole tensors, for the error.
     """
-    if shards_in(tree):
+    if is_sharded(tree):
         raise TypeError(
             f"expected whole tensors in {call}, got a sharded state, of which each rank has a part. Call "
             "fxtrain.distributed.gathered(state) on all ranks first."

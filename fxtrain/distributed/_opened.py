@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals.collectives import waited
+from fxtrain._torch_internals.dispatch import ITEM, TorchDispatchMode
 from fxtrain.core import TrainState, Tree
-from fxtrain.core._shard import Shard, full_tensor, holds_shards, is_shard
+from fxtrain.core._shard import Shard, full_tensor, holds_shards, is_dtensor, is_shard
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._shards import device_mesh, sliced
 
@@ -71,6 +73,18 @@ class Opened:
         return Shard(_local(leaf, axis, self._mesh), axis, self._mesh)
 
 
+class WholeScalars(TorchDispatchMode):
+    """Reads of a DTensor's value on the host, as ``float(norm)``, are of all ranks. torch reads the part of the rank.
+
+    Not in a trace, which refuses such reads.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ITEM.get() and is_dtensor(args[0]):
+            return args[0].full_tensor().item()
+        return func(*args, **(kwargs or {}))
+
+
 def on_opened(state: TrainState, function: Callable[[TrainState], TrainState]) -> TrainState:
     """Returns ``function(state)`` for a function that is called with DTensors in place of shards.
 
@@ -81,7 +95,8 @@ def on_opened(state: TrainState, function: Callable[[TrainState], TrainState]) -
     if not holds_shards(state.params):
         return function(state)
     opened = Opened(state)
-    return opened.close(function(opened.tree))
+    with WholeScalars():
+        return opened.close(function(opened.tree))
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -115,7 +130,7 @@ def _local(leaf: Any, axis: int, mesh: Mesh) -> Tensor:
     if not isinstance(leaf, DTensor):
         return sliced(leaf, axis, mesh).contiguous()
     with torch.no_grad():
-        return leaf.redistribute(placements=[Placement(axis)]).to_local()
+        return waited(leaf.redistribute(placements=[Placement(axis)]).to_local())
 
 
 def _axis_of(leaf: Any) -> int | None:

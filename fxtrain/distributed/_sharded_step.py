@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import reduce_scatter
+from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import StepOutput, TrainState, Tree
 from fxtrain.core._shard import Shard, full_tensor, shards_in
 from fxtrain.distributed._mesh import Mesh
-from fxtrain.distributed._opened import Opened, dtensor
+from fxtrain.distributed._opened import Opened, WholeScalars, dtensor
 from fxtrain.distributed._reduce import buckets
 from fxtrain.distributed._shards import whole
 
@@ -64,6 +66,10 @@ class Placed:
                 "them in buffers, which are not sharded, or train with a replicated state."
             )
         return averaged_onto(found, self._mesh, _trainable(self._state))
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Returns the context in which callbacks and the optimizer see the opened state."""
+        return WholeScalars() if self._is_sharded and not is_traced() else nullcontext()
 
     def closed(self, state: TrainState, output: StepOutput) -> tuple[TrainState, StepOutput]:
         """Returns the new state, sharded as before, and the output with whole tensors."""

@@ -137,11 +137,12 @@ class Emitter:
         """Folds an event over a state. Callbacks see DTensors in place of the shards of a state."""
         if not self.is_sharded:
             return self.callbacks(state, event)
-        from fxtrain.distributed._opened import Opened
+        from fxtrain.distributed._opened import Opened, WholeScalars
 
         opened = Opened(state)
-        state, control = self.callbacks(opened.tree, event)
-        return opened.close(state), tree.map(full_tensor, control)
+        with WholeScalars():
+            state, control = self.callbacks(opened.tree, event)
+            return opened.close(state), tree.map(full_tensor, control)
 
     def _for_observers(self, state: TrainState) -> TrainState:
         if not self.is_sharded:

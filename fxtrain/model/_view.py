@@ -37,9 +37,9 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
         raise TypeError(
             f"expected key to be a key of fxtrain.rng, got {describe(key)}. Make one: fxtrain.rng.key(seed)."
         )
-    refuse_shards(state.params, "view(state)")
     if any(map(is_dtensor, tree.leaves(state.params))):  # in a callback, which runs on all ranks
         state = state.replace(params=tree.map(full_tensor, state.params))
+    refuse_shards(state.params, "view(state)")
     key = key if key is not None else rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step)
     return View(state, train, key, lambda model: model)
 

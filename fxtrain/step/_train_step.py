@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
@@ -179,7 +180,8 @@ def train_step(
                     part = placed.averaged(part)
                 before = part.carried(before)
                 measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
-                state, requests = folded(state, Microbatch(step=number, index=index, **measured))
+                with contextlib.nullcontext() if placed is None else placed.reading():
+                    state, requests = folded(state, Microbatch(step=number, index=index, **measured))
                 control = merged(control, requests)
                 found = part if found is None else joined(found, part)
                 extra.append(part.outputs)
@@ -187,7 +189,8 @@ def train_step(
             found = averaged(found, extra)
             if placed is not None and not is_early:
                 found = placed.averaged(found)
-            result = update(state, found, tx, folded, control=control, unused=unused)
+            with contextlib.nullcontext() if placed is None else placed.reading():
+                result = update(state, found, tx, folded, control=control, unused=unused)
             return result if placed is None else placed.closed(*result)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
