@@ -98,7 +98,7 @@ def shards_in(tree: Tree) -> list[Shard]:
 
 def full_tensor(leaf: Tensor) -> Tensor:
     """Returns the whole tensor of a DTensor, and any other tensor as it is."""
-    full: Callable[[], Tensor] | None = getattr(leaf, "full_tensor", None)
+    full: Callable[[], Tensor] | None = None if type(leaf) is Tensor else getattr(leaf, "full_tensor", None)
     return leaf if full is None else full()
 
 
@@ -110,7 +110,7 @@ def is_sharded(tree: Tree) -> bool:
 
 def is_dtensor(leaf: object) -> bool:
     """Whether a leaf is a DTensor, the form of a shard that callbacks see."""
-    return hasattr(leaf, "full_tensor")
+    return type(leaf) is not Tensor and hasattr(leaf, "full_tensor")
 
 
 def refuse_shards(tree: Tree, call: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from fxtrain.core import TrainState, Tree
 from fxtrain.core._shard import Shard, full_tensor, holds_shards, is_dtensor, is_shard
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._shards import device_mesh, sliced
+
+T = TypeVar("T")
 
 
 class Opened:
@@ -30,6 +32,7 @@ class Opened:
     def __init__(self, closed: Tree) -> None:
         self._shards: dict[int, tuple[Tensor, Shard]] = {}
         self._mesh: Mesh | None = None
+        self._closed = closed
         self.tree: Tree = tree.map(self._open, closed, is_leaf=is_shard)
         paths, leaves = tree.paths(closed, is_leaf=is_shard), tree.leaves(closed, is_leaf=is_shard)
         self._placed = dict(zip(paths, leaves, strict=True))
@@ -50,6 +53,8 @@ class Opened:
         Args:
             new: The tree that a callback or an optimizer made of ``self.tree``.
         """
+        if new is self.tree:  # the same object, by which the loop knows whether it is on disk
+            return self._closed
         leaves, structure = tree.flatten(new)
         if not self._shards:
             return new
@@ -85,12 +90,12 @@ class WholeScalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def on_opened(state: TrainState, function: Callable[[TrainState], TrainState]) -> TrainState:
+def on_opened(state: TrainState, function: Callable[[TrainState], T]) -> T:
     """Returns ``function(state)`` for a function that is called with DTensors in place of shards.
 
     Args:
         state: A state, sharded or not.
-        function: A function of the loop or of callbacks. All ranks must call it.
+        function: A function of the loop or of callbacks, which returns such a state or None. All ranks must call it.
     """
     if not holds_shards(state.params):
         return function(state)

@@ -9,7 +9,8 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -52,6 +53,8 @@ from fxtrain.step._callbacks import shared
 
 if TYPE_CHECKING:
     from fxtrain.loop._ranks import Ranks
+
+T = TypeVar("T")
 
 _EQUAL_STATES = (
     "Take that of rank 0: fxtrain.distributed.replicated(state, mesh). If it was restored, let all ranks read the same "
@@ -126,7 +129,10 @@ class Run:
             state = record_epoch(state, ends=False)
         state = self._attached(state)
         best = getattr(plan.checkpointer, "best_metric", None)
-        check_needs(self._callbacks, state, self._step, plan.eval_step, self._eval_data, best)
+        self._on_opened(
+            state,
+            lambda seen: check_needs(self._callbacks, seen, self._step, plan.eval_step, self._eval_data, best),
+        )
         check_written(self._callbacks, self._publish.keeps())
         declare_shapes(self._step, self._data)
         declare_shapes(plan.eval_step, self._eval_data)
@@ -248,14 +254,18 @@ class Run:
     # Begin and end of the session
 
     def _attached(self, state: TrainState) -> TrainState:
+        def with_slots(seen: TrainState) -> TrainState:
+            return attach(attach(seen, self._callbacks), as_composed(self._step))
+
+        return self._on_opened(state, with_slots)
+
+    def _on_opened(self, state: TrainState, function: Callable[[TrainState], T]) -> T:
+        """Returns ``function(state)``, with DTensors in place of shards if the state has any."""
         if self._ranks is None:
-            return self._with_slots(state)
+            return function(state)
         from fxtrain.distributed._opened import on_opened
 
-        return on_opened(state, self._with_slots)
-
-    def _with_slots(self, state: TrainState) -> TrainState:
-        return attach(attach(state, self._callbacks), as_composed(self._step))
+        return on_opened(state, function)
 
     def _without_missing(self, restored: Restoration) -> TrainState:
         """Returns the restored state without the callbacks' slots that were not in the checkpoint."""

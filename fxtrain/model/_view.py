@@ -8,7 +8,7 @@ from torch import nn
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, Tree, describe
-from fxtrain.core._shard import full_tensor, is_dtensor, refuse_shards
+from fxtrain.core._shard import holds_shards, refuse_shards
 from fxtrain.model._model import model_of
 
 
@@ -37,9 +37,8 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
         raise TypeError(
             f"expected key to be a key of fxtrain.rng, got {describe(key)}. Make one: fxtrain.rng.key(seed)."
         )
-    if any(map(is_dtensor, tree.leaves(state.params))):  # in a callback, which runs on all ranks
-        state = state.replace(params=tree.map(full_tensor, state.params))
-    refuse_shards(state.params, "view(state)")
+    if holds_shards(state.params):
+        refuse_shards(state.params, "view(state)")
     key = key if key is not None else rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step)
     return View(state, train, key, lambda model: model)
 
