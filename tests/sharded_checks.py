@@ -247,6 +247,25 @@ def microbatches_and_policies(mesh, folder):
         assert_as_replicated(mesh, None, tolerance=1e-5, precision=precision, dtype=torch.float32, loss=cast_loss)
 
 
+def graph_text(mesh, folder):
+    """All ranks trace the same graph, with one bucket of gathered parameters and one of scattered gradients."""
+    state, tx = parts(mesh)
+    step = fx.train_step(loss_fn, tx, mesh=mesh, accumulate=2, callbacks=[fx.callbacks.ema(0.9)])
+    texts = []
+
+    def backend(graph, inputs):
+        assert all(type(value) is torch.Tensor or "Fake" in type(value).__name__ for value in inputs)
+        texts.append(graph.code)
+        return graph
+
+    batch = batch_of(mesh, examples(BATCH))
+    trace_step(step, step.attached(sharded(state, mesh)), batch, mode=None, in_place=True, backend=backend)()
+    assert len(texts) == 1
+    assert texts[0].count("_c10d_functional.reduce_scatter_tensor") == 1
+    assert texts[0].count("_c10d_functional.all_gather_into_tensor") == 2  # another one of loss and metrics
+    assert len(set(mesh.gather(texts[0], "graphs"))) == 1
+
+
 def refused(mesh, folder):
     state, tx = parts(mesh)
     found = sharded(state, mesh)

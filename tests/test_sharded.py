@@ -14,6 +14,7 @@ CHECKS = [
     "optimizers",
     "callbacks_in_the_step",
     "microbatches_and_policies",
+    "graph_text",
     "refused",
     "runs",
     "callbacks_of_the_loop",

@@ -6,8 +6,8 @@ Flattened, a sharded state has plain tensors of this rank as leaves. Where they 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,9 @@ def _flatten(shard: Shard) -> tuple[list[Any], tuple[int, Any]]:
     return [shard.local], (shard.axis, shard.mesh)
 
 
-def _unflatten(context: tuple[int, Any], children: Any) -> Shard:
-    return Shard(*children, *context)
+def _unflatten(context: tuple[int, Any], children: Sequence[Any]) -> Shard:
+    (local,), (axis, mesh) = children, context
+    return Shard(local, axis, mesh)
 
 
 register_node(Shard, _flatten, _unflatten, fields=("local",))
@@ -87,7 +88,7 @@ def is_shard(node: object) -> TypeGuard[Shard]:
 
 def holds_shards(params: Tree) -> bool:
     """Whether there is a shard among parameters. Faster than ``shards_in`` for the flat dict of a module."""
-    values = params.values() if type(params) is dict else [params]
+    values: list[Any] = list(cast("dict[str, Any]", params).values()) if type(params) is dict else [params]
     return any(is_shard(value) or (not isinstance(value, Tensor) and bool(shards_in(value))) for value in values)
 
 

@@ -124,8 +124,8 @@ def _all_whole(shards: Sequence[Shard]) -> list[Tensor]:
     return [found[index] for index in range(len(shards))]
 
 
-def on_main(state: TrainState) -> TrainState | None:
-    """Returns a state on rank 0 whose shards are whole tensors on the host, and None on the others.
+def on_main(state: TrainState) -> TrainState:
+    """Returns a state on rank 0 whose shards are whole tensors on the host, and the state itself on the others.
 
     All ranks must call it. Tensors are gathered one by one, so other ranks and devices need memory for one slice.
 
@@ -147,7 +147,7 @@ def on_main(state: TrainState) -> TrainState | None:
 
     with mesh.collective("gathering of a sharded state for a checkpoint"):
         full = tree.map(on_host, state, is_leaf=is_shard)
-    return full if mesh.is_main else None
+    return full if mesh.is_main else state
 
 
 def template(state: TrainState) -> TrainState:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxtrain import tree
-from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, Published, TrainState, event_of
+from fxtrain.core import CHANGED_AT_END, Control, Event, FitEnd, LoopEvent, Published, TrainState, event_of
 from fxtrain.core._shard import full_tensor, shards_in
 from fxtrain.fold import Composed
 from fxtrain.fold._checks import same_leaves
@@ -133,7 +133,7 @@ class Emitter:
         self.publish(self._for_observers(now.state), event, control)
         return ((now.state, event, control),) if self.every_event else (), control
 
-    def _call(self, state: TrainState, event: LoopEvent) -> tuple[TrainState, Control]:
+    def _call(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
         """Folds an event over a state. Callbacks see DTensors in place of the shards of a state."""
         if not self.is_sharded:
             return self.callbacks(state, event)

@@ -227,7 +227,7 @@ def described(error: Exception) -> str:
 
 
 def _digest(leaf: torch.Tensor | Shard) -> str:
-    if is_shard(leaf):  # of which each rank has another part
+    if isinstance(leaf, Shard):  # of which each rank has another part
         return f"{leaf.dtype} {tuple(leaf.shape)} split along axis {leaf.axis}"
     has_bytes = leaf.layout is torch.strided and not leaf.is_nested
     content = xxhash.xxh3_64(host_bytes(leaf)).hexdigest() if has_bytes else ""
