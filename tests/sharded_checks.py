@@ -456,3 +456,17 @@ def failed_ranks_do_not_save(mesh, folder):
         warnings.simplefilter("ignore")
         with pytest.raises((ValueError, fx.distributed.FailedRankError), match="on one rank"):
             fit(mesh, sharded(state, mesh), tx, callbacks=[fail], checkpointer=fx.checkpointer(folder))
+
+
+def refused_operations_say_why(mesh, folder):
+    """A callback or an optimizer that mixes DTensors with other tensors raises, compiled or not."""
+    state, tx = parts(mesh)
+
+    def mixes(state, event: fx.Gradients):
+        log = {"sum": (event.grads["0.weight"] * torch.ones(16, 6, dtype=torch.float64)).sum()}
+        return state, fx.Control(log=log)
+
+    for is_traced in (False, True):
+        with pytest.raises(RuntimeError, match="mixed") as caught:
+            take(mesh, sharded(state, mesh), tx, callbacks=[mixes], is_traced=is_traced)
+        assert any("full_tensor()" in note for note in caught.value.__notes__)

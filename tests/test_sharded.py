@@ -16,6 +16,7 @@ CHECKS = [
     "microbatches_and_policies",
     "graph_text",
     "refused",
+    "refused_operations_say_why",
     "runs",
     "callbacks_of_the_loop",
     "checkpoints",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +91,25 @@ class WholeScalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def seeing_dtensors(*, reads: bool = True) -> Iterator[None]:
+    """A context for callbacks and optimizers that see DTensors.
+
+    Args:
+        reads: Whether values may be read on the host, which a trace refuses.
+    """
+    try:
+        with WholeScalars() if reads else contextlib.nullcontext():
+            yield
+    except Exception as error:
+        if "DTensor" in str(error) or "harding" in str(error):
+            error.add_note(
+                "The state is sharded, so callbacks and the optimizer see DTensors. Where torch refuses an operation "
+                "on them, apply it to the whole tensor, leaf.full_tensor(), or train with a replicated state."
+            )
+        raise
+
+
 def on_opened(state: TrainState, function: Callable[[TrainState], T]) -> T:
     """Returns ``function(state)`` for a function that is called with DTensors in place of shards.
 
@@ -100,7 +120,7 @@ def on_opened(state: TrainState, function: Callable[[TrainState], T]) -> T:
     if not holds_shards(state.params):
         return function(state)
     opened = Opened(state)
-    with WholeScalars():
+    with seeing_dtensors():
         return opened.close(function(opened.tree))
 
 

@@ -15,7 +15,7 @@ from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import StepOutput, TrainState, Tree
 from fxtrain.core._shard import Shard, full_tensor, shards_in
 from fxtrain.distributed._mesh import Mesh
-from fxtrain.distributed._opened import Opened, WholeScalars, dtensor
+from fxtrain.distributed._opened import Opened, dtensor, seeing_dtensors
 from fxtrain.distributed._reduce import buckets
 from fxtrain.distributed._shards import whole
 
@@ -69,7 +69,7 @@ class Placed:
 
     def reading(self) -> AbstractContextManager[object]:
         """Returns the context in which callbacks and the optimizer see the opened state."""
-        return WholeScalars() if self._is_sharded and not is_traced() else nullcontext()
+        return seeing_dtensors(reads=not is_traced()) if self._is_sharded else nullcontext()
 
     def closed(self, state: TrainState, output: StepOutput) -> tuple[TrainState, StepOutput]:
         """Returns the new state, sharded as before, and the output with whole tensors."""

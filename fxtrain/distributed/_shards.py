@@ -62,6 +62,7 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
 
     if mesh.size == 1:
         return state.copy()
+    device_mesh(mesh)  # made now, because it holds a tensor that a trace would make fake
     parts = {name: tree.map(placed, getattr(state, name)) for name in ("params", "opt_state", "slots")}
     return state.copy().replace(**parts)
 
@@ -127,7 +128,8 @@ def _all_whole(shards: Sequence[Shard]) -> list[Tensor]:
 def on_main(state: TrainState) -> TrainState:
     """Returns a state on rank 0 whose shards are whole tensors on the host, and the state itself on the others.
 
-    All ranks must call it. Tensors are gathered one by one, so other ranks and devices need memory for one slice.
+    All ranks must call it. Tensors are gathered one by one, so other ranks and devices need memory for one slice. The
+    checkpointer copies the result, so the host of rank 0 holds the whole state twice for the time of the copy.
 
     Args:
         state: A sharded state.

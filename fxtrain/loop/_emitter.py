@@ -137,10 +137,10 @@ class Emitter:
         """Folds an event over a state. Callbacks see DTensors in place of the shards of a state."""
         if not self.is_sharded:
             return self.callbacks(state, event)
-        from fxtrain.distributed._opened import Opened, WholeScalars
+        from fxtrain.distributed._opened import Opened, seeing_dtensors
 
         opened = Opened(state)
-        with WholeScalars():
+        with seeing_dtensors():
             state, control = self.callbacks(opened.tree, event)
             return opened.close(state), tree.map(full_tensor, control)
 
