@@ -12,6 +12,22 @@ from tests import ranks
 
 SHAPE = ["--batch-size", "8", "--length", "16", "--layers", "1", "--width", "16", "--heads", "2", "--dropout", "0.1"]
 OPTIONS = ["--no-compile", "--eval-interval", "10", "--snapshot-interval", "5", "--steps", "40"]
+SHARDED = """
+import sys
+import fxtrain as fx
+from fxtrain.cli import main
+
+shard = fx.distributed.shard
+
+def shard_small(state, mesh):
+    state = shard(state, mesh, least=64)
+    kinds = [type(leaf).__name__ for leaf in state.params.values()]
+    print(f"{kinds.count('Shard')} of {len(kinds)} split among {mesh.size} processes", file=sys.stderr)
+    return state
+
+fx.distributed.shard = shard_small
+sys.exit(main(sys.argv[1:]))
+"""
 PROGRAM = "import sys\nfrom fxtrain.cli import main\nsys.exit(main(sys.argv[1:]))"
 
 
@@ -53,6 +69,20 @@ def test_two_processes_train_like_one_and_print_once(text, alone, tmp_path):
     assert steps == sorted(steps)
 
 
+def test_sharded_processes_train_like_one_and_one_continues_them(text, alone, tmp_path):
+    arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "fsdp", *SHAPE, *OPTIONS]
+    first, second = ranks.run(SHARDED, 2, arguments=[*arguments, "--gradient-monitor", "--early-stopping"])
+    assert second.stdout == ""
+    assert "split among 2 processes" in first.stderr
+    assert "sample" in first.stdout
+    run = only(tmp_path)
+    assert abs(bits(run) - bits(alone)) < 1e-3
+    assert fx.checkpointer(run / "checkpoints").latest() == 40
+    with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+        assert main(["lm", "--resume", str(run), "--parallel", "none"]) == 0
+    assert abs(bits(run) - bits(alone)) < 1e-3
+
+
 def test_one_process_continues_an_interrupted_run_of_two(text, alone, tmp_path, capsys):
     arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "ddp", *SHAPE, *OPTIONS]
     with ranks.started(PROGRAM, 2, arguments=arguments) as started:
@@ -71,17 +101,16 @@ def test_one_process_continues_an_interrupted_run_of_two(text, alone, tmp_path, 
     assert abs(bits(run) - bits(alone)) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "tp"])
-def test_other_kinds_of_parallelism_are_refused(text, tmp_path, capsys, kind):
-    assert main(["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", kind]) == 2
-    assert f"expected --parallel none or ddp, got {kind}, which is not implemented." in capsys.readouterr().err
+def test_tensor_parallelism_is_refused(text, tmp_path, capsys):
+    assert main(["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "tp"]) == 2
+    assert "expected --parallel none, ddp or fsdp, got tp, which is not implemented." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_processes_that_would_train_alone_are_refused(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["lm", "--dataset", text, "--runs", str(tmp_path)]) == 2
-    assert "expected --parallel ddp in 2 processes, got none" in capsys.readouterr().err
+    assert "expected --parallel ddp or fsdp in 2 processes, got none" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     assert main(["lm", "--dataset", text, "--runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err == ""

@@ -131,6 +131,7 @@ def dispatch_keys_are_restored():
     "torch.distributed._functional_collectives",
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.all_gather_into_tensor",
+    "torch.ops._c10d_functional.reduce_scatter_tensor",
     "torch.ops._c10d_functional.wait_tensor",
 )
 def collectives_are_recorded():
@@ -138,12 +139,13 @@ def collectives_are_recorded():
 
     def doubled(x):
         (total,) = internals.collectives.all_reduce([x], group)
-        return total + internals.collectives.all_gather(x, group, 1)[0] + internals.collectives.rank(x)
+        (part,) = internals.collectives.reduce_scatter([total.unsqueeze(0)], group, 1)
+        return part + internals.collectives.all_gather(x, group, 1)[0] + internals.collectives.rank(x)
 
     graph = recorded(doubled, torch.ones(2))
     assert graph(torch.tensor([1.0, 2.0])).tolist() == [2, 4]
     namespaces = [getattr(node.target, "namespace", "") for node in graph.graph.nodes]
-    assert namespaces.count("_c10d_functional") == 4
+    assert namespaces.count("_c10d_functional") == 6
     assert namespaces.count("fxtrain") == 1
 
 

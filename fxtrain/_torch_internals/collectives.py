@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from fxtrain._torch_internals.interface import Interface
 MODULE = Interface("torch.distributed._functional_collectives", "collectives in a graph")
 ALL_REDUCE = Interface("torch.ops._c10d_functional.all_reduce", "collectives in a graph")
 ALL_GATHER = Interface("torch.ops._c10d_functional.all_gather_into_tensor", "collectives in a graph")
+REDUCE_SCATTER = Interface("torch.ops._c10d_functional.reduce_scatter_tensor", "collectives in a graph")
 WAIT = Interface("torch.ops._c10d_functional.wait_tensor", "collectives in a graph")
 
 NAMESPACE = "_c10d_functional"
@@ -58,6 +59,39 @@ def all_gather(tensor: Tensor, group: str, size: int) -> Tensor:
     return WAIT.get()(ALL_GATHER.get()(tensor.contiguous().reshape(-1), size, group)).reshape(shape)
 
 
+def all_gather_all(tensors: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
+    """Returns ``all_gather`` of each tensor. All transfers start before the first is waited for."""
+    if not _has_operators():
+        return [all_gather(tensor, group, size) for tensor in tensors]
+    start, wait = ALL_GATHER.get(), WAIT.get()
+    started = [start(tensor.contiguous().reshape(-1), size, group) for tensor in tensors]
+    return [wait(each).reshape(size, *tensor.shape) for each, tensor in zip(started, tensors, strict=True)]
+
+
+def reduce_scatter(tensors: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
+    """Returns this rank's row of the sums over all ranks. All transfers start before the first is waited for.
+
+    Args:
+        tensors: One row per rank each, [size, values], of equal shapes and dtypes on all ranks.
+        group: The name of the process group.
+        size: Number of its ranks.
+    """
+    if not _has_operators():
+        rows = [torch.empty_like(tensor[0]) for tensor in tensors]
+        for row, tensor in zip(rows, tensors, strict=True):
+            dist.reduce_scatter_tensor(row, tensor.contiguous().reshape(-1))
+        return rows
+    start, wait = REDUCE_SCATTER.get(), WAIT.get()
+    started = [start(tensor.contiguous().reshape(-1), "sum", size, group) for tensor in tensors]
+    return [wait(each) for each in started]
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """Returns a tensor once its collective has ended: the plain tensor of an ``AsyncCollectiveTensor``."""
+    wait: Callable[[], Tensor] | None = getattr(tensor, "wait", None)
+    return tensor if wait is None else wait()
+
+
 def rank(like: Tensor) -> Tensor:
     """Returns the rank of this process as a tensor, int64 [].
 
@@ -92,7 +126,7 @@ def register_rank() -> torch.library.Library:
 
 @functools.cache
 def _has_operators() -> bool:
-    return all(each.exists for each in (MODULE, ALL_REDUCE, ALL_GATHER, WAIT))
+    return all(each.exists for each in (MODULE, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, WAIT))
 
 
 def _rank(like: Tensor) -> Tensor:

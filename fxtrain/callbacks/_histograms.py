@@ -12,6 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.callbacks._monitor import KINDS, UpdateStats, leaf_names, monitor
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching_blocks
+from fxtrain.core._shard import full_tensor
 from fxtrain.fold import Composed, Handler, When, compose
 from fxtrain.values import Histogram
 
@@ -109,6 +110,7 @@ def histograms(
 
 
 def _sample(leaf: Tensor, count: int) -> Tensor:
+    leaf = full_tensor(leaf)
     flat = (leaf.abs() if leaf.is_complex() else leaf).flatten()
     stride = max(1, flat.shape[0] // count)
     return flat[: stride * count : stride].to(torch.float32).contiguous()

@@ -18,6 +18,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.dispatch import is_recorded
 from fxtrain.callbacks._per_model import per_model
 from fxtrain.core import Control, Logged, SaveBegin, StepEnd, TrainState, Tree, Updated
+from fxtrain.core._shard import full_tensor, is_dtensor
 from fxtrain.fold import Handler, When, as_trigger, on, slotted
 from fxtrain.tree import as_name, leaf_paths
 
@@ -132,6 +133,8 @@ def _where(flag: Tensor, function: Callable[[_Seen, _Values], _Values], seen: _S
         except RuntimeError:  # vmap: the flag has one value per member
             return tree.where(flag, function(seen, otherwise), otherwise)
     leaves, structure = tree.flatten((seen, otherwise))
+    if any(map(is_dtensor, leaves)):  # which a conditional branch of the graph cannot hold
+        return tree.where(flag, function(seen, otherwise), otherwise)
 
     def yes(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(tree.leaves(function(*tree.unflatten(structure, leaves))))
@@ -243,7 +246,7 @@ def _reduced(leaf: Tensor, power: str) -> Tensor:
     size = size.to(torch.promote_types(size.dtype, torch.float32))
     if power == "squares":
         size = size.square()
-    return (size.max() if power == "max" and size.numel() else size.sum()).to(torch.float32)
+    return full_tensor(size.max() if power == "max" and size.numel() else size.sum()).to(torch.float32)
 
 
 def _grouped(values: Tensor, groups: Sequence[Sequence[int]], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from fxtrain.core import (
     check_positive_int,
     matching_blocks,
 )
+from fxtrain.core._shard import full_tensor
 from fxtrain.fold import Handler, When
 from fxtrain.values import Text
 
@@ -115,6 +116,10 @@ def _sizes(state: TrainState, parts: Sequence[int], like: Tensor) -> Tensor:
     return like.new_tensor([float(sum(leaves[index].numel() for index in groups[part])) for part in parts])
 
 
+def _sum(leaf: Tensor) -> Tensor:
+    return full_tensor((leaf.real if leaf.is_complex() else leaf).sum(dtype=torch.float32))
+
+
 class WeightStats(NamedTuple):
     """Measurements of ``weight_stats``, float32 [parameters] each."""
 
@@ -160,7 +165,7 @@ def weight_stats(
     def measure(state: TrainState, stats: UpdateStats, before: WeightStats | None) -> WeightStats:
         leaves = tree.leaves(stats.weights)
         squares, counts = stats.sums("weights", "squares"), stats.counts("weights", [[i] for i in range(len(leaves))])
-        total = torch.stack([(leaf.real if leaf.is_complex() else leaf).sum(dtype=torch.float32) for leaf in leaves])
+        total = torch.stack([_sum(leaf) for leaf in leaves])
         mean = total / counts
         variance = (squares / counts - mean * mean).clamp(min=0)
         return WeightStats(squares.sqrt(), mean, variance.sqrt(), stats.sums("weights", "max"))

@@ -13,6 +13,7 @@ from fxtrain._torch_internals.memory import copy_all
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_table import Place, places, root_of
 from fxtrain.core import Tree, describe
+from fxtrain.core._shard import is_sharded
 
 
 class Direct:
@@ -159,6 +160,11 @@ def dense_leaves(state: Tree) -> tuple[list[Tensor], PyTreeSpec]:
     Raises:
         CheckpointError: If a leaf is not a dense tensor with values.
     """
+    if is_sharded(state):
+        raise CheckpointError(
+            "expected whole tensors in a checkpoint, got a sharded state, of which each rank has a part. Save it with "
+            "fxtrain.fit(checkpointer=...), or call fxtrain.distributed.gathered(state) on all ranks first."
+        )
     leaves, structure = tree.flatten(state)
     for index, leaf in enumerate(leaves):
         problem = _problem(leaf)

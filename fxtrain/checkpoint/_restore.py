@@ -36,6 +36,7 @@ from fxtrain.core import (
     pluralize,
     warn,
 )
+from fxtrain.core._shard import refuse_shards
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.model._freezing import refuse_shared_counts
 
@@ -227,6 +228,7 @@ def read(
     """
     check_choice("extra", extra, ("keep", "drop"))
     check_device("device", device)
+    refuse_shards(like, "restore(path, like)")
     for leaf in tree.leaves(like):
         if not isinstance(leaf, Tensor):
             raise TypeError(

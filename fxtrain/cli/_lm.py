@@ -112,8 +112,9 @@ class Options(Configurable):
     device: str = "auto"
     """The device: cpu, cuda, or auto, which uses cuda if available."""
     parallel: Parallel = "none"
-    """How several processes, which torchrun starts, train one model: ddp splits each batch among them. The results are
-    those of one process up to rounding. fsdp and tp are not implemented."""
+    """How several processes, which torchrun starts, train one model: ddp splits each batch among them. fsdp also splits
+    large parameters and their optimizer state. The results are those of one process up to rounding. tp is not
+    implemented."""
     runs: pathlib.Path = pathlib.Path("runs")
     """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
@@ -174,6 +175,8 @@ class _Job:
         self._print_header()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
+        if self.mesh is not None and options.parallel == "fsdp":
+            state = fx.distributed.shard(state, self.mesh)
         step = fx.train_step(_cross_entropy, tx, mesh=self.mesh)
         eval_step = fx.eval_step(_cross_entropy, mesh=self.mesh)
         if options.compile:
@@ -288,6 +291,8 @@ class _Job:
         text = self.corpus.validation[: whole.epoch_length * whole[0]["x"].numel() + 1]
         print("\nevaluating  this model and baselines on the validation text", flush=True)
         ours = fx.evaluate(state, eval_step, whole, mesh=self.mesh)["loss"] / math.log(2)
+        if self.mesh is not None:
+            state = fx.distributed.gathered(state)  # for the sample
         if not is_main():
             return
         marks = {

@@ -31,20 +31,20 @@ def mesh_of(parallel: Parallel, command: str) -> Mesh | None:
         CommandError: If the kind of parallelism does not exist yet, or does not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE") or 1)
-    if parallel in ("fsdp", "tp"):
+    if parallel == "tp":
         raise CommandError(
-            f"expected --parallel none or ddp, got {parallel}, which is not implemented. With ddp, each process has "
-            "the whole model."
+            "expected --parallel none, ddp or fsdp, got tp, which is not implemented. With fsdp, each process has a "
+            "part of the model."
         )
     if parallel == "none" and size > 1:
         raise CommandError(
-            f"expected --parallel ddp in {size} processes, got none, which would train {size} times. Add --parallel "
-            "ddp, or start the command without torchrun."
+            f"expected --parallel ddp or fsdp in {size} processes, got none, which would train {size} times. Add "
+            "--parallel ddp, or start the command without torchrun."
         )
-    if parallel == "ddp" and size == 1:
+    if parallel != "none" and size == 1:
         raise CommandError(
-            f"expected several processes with --parallel ddp, got one. Start them: {_LAUNCH} {command} --parallel ddp. "
-            "To continue a run in one process, add --parallel none."
+            f"expected several processes with --parallel {parallel}, got one. Start them: {_LAUNCH} {command} "
+            f"--parallel {parallel}. To continue a run in one process, add --parallel none."
         )
     if parallel == "none":
         return None

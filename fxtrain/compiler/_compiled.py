@@ -21,6 +21,7 @@ from fxtrain.compiler.lowering._executable import Executable, Run
 from fxtrain.compiler.lowering._routes import Routes
 from fxtrain.core import Batch, Callback, StepOutput, TrainState, warn
 from fxtrain.core._collective_errors import is_of_collective
+from fxtrain.core._shard import holds_shards
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.core._tracebacks import reaches_users
 from fxtrain.data import for_step
@@ -304,6 +305,11 @@ class Compiled:
     def _make(self, state: TrainState, batch: Batch) -> None:
         entered = self.step.enter(state)
         refuse_sparse(batch)
+        if "traced" not in self.route and holds_shards(state.params):
+            raise ValueError(
+                f"expected a step compiled without backend and dynamic for a sharded state, got one compiled by "
+                f"{self.route}, which cannot trace DTensors. Leave these options out."
+            )
         kinds = described(entered, batch)
         is_again = self._pending.is_refused(kinds)
         if self._graphs and not is_again:

@@ -18,6 +18,7 @@ from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._html import html_view, view
 from fxtrain.core._leaf_values import leaf_bytes, leaf_shape
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
+from fxtrain.core._shard import refuse_shards
 from fxtrain.core._state_diff import StateDiff, state_diff
 from fxtrain.core._types import Tree
 
@@ -250,12 +251,13 @@ def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
     return rows, total
 
 
-def check_train_state(value: object, call: str) -> None:
-    """Raises TypeError unless ``value`` is a TrainState.
+def check_train_state(value: object, call: str, *, takes_shards: bool = False) -> None:
+    """Raises TypeError unless ``value`` is a TrainState with whole tensors.
 
     Args:
         value: The first argument of a call.
         call: The call with its arguments in order, for the error.
+        takes_shards: Whether the state may be sharded.
 
     Example:
         >>> check_train_state("runs/1", "save_weights(path, state)")
@@ -268,6 +270,8 @@ def check_train_state(value: object, call: str) -> None:
             f"expected a TrainState in {call}, got {describe(value)}. Make one with fxtrain.init(module, tx), and give "
             "the arguments in this order."
         )
+    if not takes_shards:
+        refuse_shards(value, call)
 
 
 class DonatedError(RuntimeError):

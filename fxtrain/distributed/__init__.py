@@ -25,24 +25,38 @@ inside the step, so a run has the same result with any number of ranks, up to ro
 with the same bits. Callbacks run on all ranks and see the values of the whole batch. Rank 0 alone writes, prints and
 draws. A run that is resumed with another number of ranks, or without a mesh, continues in the same order of data.
 
+Each rank has the whole state, unless it is sharded::
+
+    state = fx.distributed.shard(state, mesh)
+
+Then each rank keeps its part of the large parameters, their optimizer state and averages of them, and the step gathers
+parameters for the forward and the backward pass. All else stays the same: see ``shard`` for what callbacks see, and
+``gathered`` for the whole state after the run. With n ranks, the large tensors need 1 / n of the memory between steps.
+During a step, each rank also has all whole parameters and gradients.
+
 A signal or an error on one rank ends all ranks at the same step. Where a rank is lost or hangs, the others raise
 ``LostRankError`` within the timeout of the mesh.
 """
 
+from fxtrain.core._shard import Shard
 from fxtrain.distributed._averaged import averaged
 from fxtrain.distributed._failed_rank import FailedRankError
 from fxtrain.distributed._mesh import LostRankError, Mesh, mesh
 from fxtrain.distributed._rank_rows import rows
 from fxtrain.distributed._replicated import replicated
+from fxtrain.distributed._shards import gathered, shard
 from fxtrain.distributed._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "FailedRankError",
     "LostRankError",
     "Mesh",
+    "Shard",
     "averaged",
+    "gathered",
     "mesh",
     "replicated",
     "rows",
+    "shard",
     "sync_batch_norm",
 ]

@@ -11,10 +11,12 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Batch, Metrics, Tree, describe
+from fxtrain.core._shard import is_shard
 from fxtrain.data._batch_weight import batch_weight
 from fxtrain.distributed._examples import scalar, wide
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._reduce import gathered, summed
+from fxtrain.distributed._sharded_step import summed_parts
 from fxtrain.metrics import Metric
 
 G = TypeVar("G")
@@ -51,6 +53,20 @@ def averaged(gradient: G, mesh: Mesh) -> G:
         >>> fx.distributed.averaged(found, mesh).grads
         {'w': tensor(3.)}
     """
+    return averaged_onto(gradient, mesh, None)
+
+
+def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
+    """Returns the average, of which this rank keeps a part if the parameters are sharded.
+
+    Args:
+        gradient: As for ``averaged``.
+        mesh: The ranks.
+        placed: A tree like the gradients, whose shards have DTensors for gradients. None if nothing is sharded.
+
+    Raises:
+        TypeError: As for ``averaged``.
+    """
     found: Any = gradient
     local = getattr(found, "local", None)
     if local is None:
@@ -76,14 +92,19 @@ def averaged(gradient: G, mesh: Mesh) -> G:
     moving = [index for index, buffer in enumerate(buffers) if buffer.is_floating_point()]
     # The change of a constant is exactly 0, and its mean is too.
     changes = [buffers[index] - before[index] for index in moving]
-    sums = summed([part(value) for value in (*grads, *changes)], mesh)
-    for index, change in zip(moving, sums[len(grads) :], strict=True):
+    shards = {} if placed is None else dict(enumerate(tree.leaves(placed, is_leaf=is_shard)))
+    shards = {index: leaf for index, leaf in shards.items() if is_shard(leaf)}
+    whole = [part(value) for index, value in enumerate(grads) if index not in shards]
+    sums = iter(summed([*whole, *map(part, changes)], mesh))
+    scattered = iter(summed_parts([part(grads[index]) for index in shards], list(shards.values())))
+    grads = [next(scattered if index in shards else sums) for index in range(len(grads))]
+    for index, change in zip(moving, sums, strict=True):
         buffers[index] = before[index] + change
     return dataclasses.replace(
         found,
         loss=metrics["loss"],
         metrics=metrics,
-        grads=tree.unflatten(structure, sums[: len(grads)]),
+        grads=tree.unflatten(structure, grads),
         buffers=_with_leaves(found.buffers, buffers),
         used=tree.unflatten(used_structure, used),
         weight=None if found.weight is None else weights.total,

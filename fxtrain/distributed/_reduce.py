@@ -97,10 +97,10 @@ def summed(tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
         mesh: The ranks.
     """
     real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
-    buckets = list(_buckets(real))
-    flat = [torch.cat([real[index].reshape(-1) for index in bucket]) for bucket in buckets]
+    grouped = list(buckets(real))
+    flat = [torch.cat([real[index].reshape(-1) for index in bucket]) for bucket in grouped]
     found: dict[int, Tensor] = {}
-    for bucket, sums in zip(buckets, all_reduce(flat, mesh.group.group_name), strict=True):
+    for bucket, sums in zip(grouped, all_reduce(flat, mesh.group.group_name), strict=True):
         parts = sums.split([real[index].numel() for index in bucket])
         found |= {index: part.view(real[index].shape) for index, part in zip(bucket, parts, strict=True)}
     return [
@@ -109,8 +109,8 @@ def summed(tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
     ]
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Returns the indices of the tensors of each bucket."""
+def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Returns the indices of the tensors of each bucket, by dtype and device."""
     found: list[list[int]] = []
     kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
     for kind in kinds:

@@ -22,6 +22,7 @@ from fxtrain.core import (
 )
 from fxtrain.core._html import html_view, left_out, table, view
 from fxtrain.core._orphaned_slot import OrphanedSlot
+from fxtrain.core._shard import holds_shards, refuse_shards
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.fold._checks import cause_of, refuse_impossible_requests, refuse_other_structure, refuse_overreach
 from fxtrain.fold._handler import Handler, checked_result, handler_of
@@ -235,7 +236,9 @@ def attach(state: TrainState, callbacks: Callback | StepFn | Iterable[Callback])
         >>> list(attach(state, fx.callbacks.early_stopping("loss", patience=2)).slots)
         ['early_stopping']
     """
-    check_train_state(state, "attach(state, callbacks)")
+    check_train_state(state, "attach(state, callbacks)", takes_shards=True)
+    if holds_shards(state.params):
+        refuse_shards(state, "attach(state, callbacks)")
     for name, handler in as_composed(callbacks).slots.items():
         content = state.slots.get(name)
         is_orphaned = isinstance(content, OrphanedSlot)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxtrain.core import CHANGED_AT_END, Control, FitEnd, LoopEvent, Published, event_of
+from fxtrain import tree
+from fxtrain.core import CHANGED_AT_END, Control, Event, FitEnd, LoopEvent, Published, TrainState, event_of
+from fxtrain.core._shard import full_tensor, shards_in
 from fxtrain.fold import Composed
 from fxtrain.fold._checks import same_leaves
 from fxtrain.loop._batches import BatchReader
@@ -52,6 +54,7 @@ class Emitter:
         self._times: dict[type[LoopEvent], float] = {}
         self.epoch_began = 0.0  # time of the latest EpochBegin of this session
         self._shows_published = Published in self.callbacks.table
+        self.is_sharded = bool(shards_in(self.now.state))
 
     def time(self) -> float:
         """Returns the seconds since the session began."""
@@ -107,7 +110,7 @@ class Emitter:
         self._times[kind] = time
         before = now.state
         try:
-            now.state, control = self.callbacks(before, event)
+            now.state, control = self._call(before, event)
         except KeyError as error:
             from fxtrain.loop._missing_key import note_existing_keys  # keeps the import of fxtrain fast
 
@@ -127,8 +130,26 @@ class Emitter:
             now.state = now.state.with_slot(CHANGED_AT_END, torch.tensor(True, device=now.state.step.device))
         if control:
             now.ask(control)
-        self.publish(now.state, event, control)
+        self.publish(self._for_observers(now.state), event, control)
         return ((now.state, event, control),) if self.every_event else (), control
+
+    def _call(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
+        """Folds an event over a state. Callbacks see DTensors in place of the shards of a state."""
+        if not self.is_sharded:
+            return self.callbacks(state, event)
+        from fxtrain.distributed._opened import Opened, seeing_dtensors
+
+        opened = Opened(state)
+        with seeing_dtensors():
+            state, control = self.callbacks(opened.tree, event)
+            return opened.close(state), tree.map(full_tensor, control)
+
+    def _for_observers(self, state: TrainState) -> TrainState:
+        if not self.is_sharded:
+            return state
+        from fxtrain.distributed._opened import abstract
+
+        return abstract(state)
 
     def _fold_published(self, event: LoopEvent, control: Control) -> Control:
         """Folds what an event published over the state. Returns the requests made then."""
@@ -136,7 +157,7 @@ class Emitter:
         if seen is None:
             return Control()
         self._times[Published] = event.time
-        self.now.state, control = self.callbacks(self.now.state, seen)
+        self.now.state, control = self._call(self.now.state, seen)
         if self.now.is_batch:
             from fxtrain.loop._members import settled
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,7 +141,7 @@ class Evaluations:
             now.state = begin_evaluation(now.state)
         yield from self._emit(EvalBegin, num_batches=self._num_batches)
         total: _Total = {}
-        seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
+        seen = now.state if self._plan.eval_view is None else self._viewed(self._plan.eval_view, now.state)
         eval_step = leaving_compilation(eval_step)
         try:
             for index, batch in _batches(Waits(data, self._interrupts), now.state.step.device):
@@ -174,6 +174,13 @@ class Evaluations:
 
             now.state = end_evaluation(now.state, measured)
         yield from self._emit(EvalEnd, metrics=measured, duration=self._time() - began)
+
+    def _viewed(self, view: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
+        if self._ranks is None:
+            return view(state)
+        from fxtrain.distributed._opened import on_opened
+
+        return on_opened(state, view)
 
     def is_missing(self) -> bool:
         """Whether the epoch must end with an evaluation that no step has requested.

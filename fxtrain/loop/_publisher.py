@@ -107,8 +107,12 @@ class Publisher:
 
     def watched(self, callbacks: Composed) -> Composed:
         """Returns callbacks that report each call to the observers that watch them, if there are any."""
-        watching = any(hasattr(observer, "callback_ran") for observer in self._observers)
-        return Watched(callbacks, self._callback_ran) if watching else callbacks
+        return Watched(callbacks, self._callback_ran) if self.watches_callbacks else callbacks
+
+    @property
+    def watches_callbacks(self) -> bool:
+        """Whether an observer sees each call of a callback."""
+        return any(hasattr(observer, "callback_ran") for observer in self._observers)
 
     def _callback_ran(self, name: str, event: Event, before: TrainState, outcome: Outcome) -> None:
         at = f"{type(event).__name__} of step {int(event.step)}"

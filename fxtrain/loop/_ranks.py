@@ -19,6 +19,7 @@ import xxhash
 from fxtrain import tree
 from fxtrain.checkpoint._host_copy import host_bytes
 from fxtrain.core import TrainState
+from fxtrain.core._shard import Shard, is_shard
 from fxtrain.data import Source
 from fxtrain.distributed import FailedRankError, LostRankError, Mesh
 from fxtrain.distributed._rank_rows import split
@@ -203,8 +204,8 @@ class Ranks:
             ValueError: The message names the first leaf that differs, and the ranks that have another one than rank 0.
         """
         self.meet(f"the comparison of states {when}")
-        paths = tree.paths(state, "state")
-        digests = [_digest(leaf) for leaf in tree.leaves(state)]
+        paths = tree.paths(state, "state", is_leaf=is_shard)
+        digests = [_digest(leaf) for leaf in tree.leaves(state, is_leaf=is_shard)]
         whole = xxhash.xxh3_64(repr((paths, digests)).encode()).hexdigest()
         found = self.mesh.gather(whole, "digests of states", step=self._step)
         if len(set(found)) == 1:
@@ -225,7 +226,9 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _digest(leaf: torch.Tensor) -> str:
+def _digest(leaf: torch.Tensor | Shard) -> str:
+    if isinstance(leaf, Shard):  # of which each rank has another part
+        return f"{leaf.dtype} {tuple(leaf.shape)} split along axis {leaf.axis}"
     has_bytes = leaf.layout is torch.strided and not leaf.is_nested
     content = xxhash.xxh3_64(host_bytes(leaf)).hexdigest() if has_bytes else ""
     return f"{leaf.dtype} {tuple(leaf.shape)} {content}"

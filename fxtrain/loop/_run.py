@@ -9,7 +9,8 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -27,6 +28,7 @@ from fxtrain.core import (
     TrainState,
     warn,
 )
+from fxtrain.core._shard import full_tensor, shards_in
 from fxtrain.core._slots import MEMBERS
 from fxtrain.data import Source, SourceLike, as_source
 from fxtrain.data._sizes import data_sizes
@@ -51,6 +53,8 @@ from fxtrain.step._callbacks import shared
 
 if TYPE_CHECKING:
     from fxtrain.loop._ranks import Ranks
+
+T = TypeVar("T")
 
 _EQUAL_STATES = (
     "Take that of rank 0: fxtrain.distributed.replicated(state, mesh). If it was restored, let all ranks read the same "
@@ -93,6 +97,10 @@ class Run:
 
             self._ranks, checkpointer, observers = share(plan, plan.mesh, state, self._interrupts)
         self._publish = Publisher(observers, state.step.device)
+        if shards := shards_in(state):
+            from fxtrain.loop._shared import check_shards
+
+            check_shards(shards, plan.mesh, self._step, plan.eval_step, self._publish)
         # Not the live history of events, which references the observers.
         recorder = self._publish.recorder
         self.history = History(recorder.points, clock=recorder.clock)
@@ -121,7 +129,10 @@ class Run:
             state = record_epoch(state, ends=False)
         state = self._attached(state)
         best = getattr(plan.checkpointer, "best_metric", None)
-        check_needs(self._callbacks, state, self._step, plan.eval_step, self._eval_data, best)
+        self._on_opened(
+            state,
+            lambda seen: check_needs(self._callbacks, seen, self._step, plan.eval_step, self._eval_data, best),
+        )
         check_written(self._callbacks, self._publish.keeps())
         declare_shapes(self._step, self._data)
         declare_shapes(plan.eval_step, self._eval_data)
@@ -230,16 +241,31 @@ class Run:
         The parameters tell, and not the losses of the session, because an interrupted run ends with the same reason.
         """
         params = self.now.state.params
+        if self._emitter.is_sharded:
+            from fxtrain.distributed._opened import Opened
+
+            params = Opened(params).tree
         for path, leaf in zip(tree.paths(params, "state.params"), tree.leaves(params), strict=True):
             has_elements = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
-            if has_elements and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            if has_elements and leaf.is_floating_point() and not bool(full_tensor(leaf.isfinite().all())):
                 return f", but {path} is not finite"
         return ""
 
     # Begin and end of the session
 
     def _attached(self, state: TrainState) -> TrainState:
-        return attach(attach(state, self._callbacks), as_composed(self._step))
+        def with_slots(seen: TrainState) -> TrainState:
+            return attach(attach(seen, self._callbacks), as_composed(self._step))
+
+        return self._on_opened(state, with_slots)
+
+    def _on_opened(self, state: TrainState, function: Callable[[TrainState], T]) -> T:
+        """Returns ``function(state)``, with DTensors in place of shards if the state has any."""
+        if self._ranks is None:
+            return function(state)
+        from fxtrain.distributed._opened import on_opened
+
+        return on_opened(state, function)
 
     def _without_missing(self, restored: Restoration) -> TrainState:
         """Returns the restored state without the callbacks' slots that were not in the checkpoint."""

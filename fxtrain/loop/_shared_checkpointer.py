@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Unpack
 
 from fxtrain.checkpoint import Checkpointer, Committed, Restoration, Role, Save
 from fxtrain.checkpoint._restore import ReadOptions, read
-from fxtrain.core import TrainState, Tree
+from fxtrain.core import TrainState, Tree, warn
+from fxtrain.core._shard import shards_in
+from fxtrain.distributed._shards import on_main, placed_like, template
 from fxtrain.loop._ranks import Ranks, described
 
 
@@ -50,7 +53,7 @@ class SharedCheckpointer:
 
     def read(self, like: Tree, **options: Unpack[ReadOptions]) -> Restoration:
         """Restores the newest readable checkpoint."""
-        found = self._read(lambda: self._own.read(like, **options), like, options)
+        found = self._read(lambda like: self._own.read(like, **options), like, options)
         assert found is not None
         return found
 
@@ -59,18 +62,31 @@ class SharedCheckpointer:
     ) -> Restoration | None:
         """Restores the newest readable checkpoint that a rewind to ``step`` can return to."""
         own = self._own
-        return self._read(lambda: own.read_newest_until(step, like, newer_than=newer_than, **options), like, options)
+        return self._read(
+            lambda like: own.read_newest_until(step, like, newer_than=newer_than, **options), like, options
+        )
 
     def read_snapshot(self, step: int, like: Tree, **options: Unpack[ReadOptions]) -> Restoration | None:
         """Restores the newest snapshot of a step."""
-        return self._read(lambda: self._own.read_snapshot(step, like, **options), like, options)
+        return self._read(lambda like: self._own.read_snapshot(step, like, **options), like, options)
 
-    def _read(self, select: Callable[[], Restoration | None], like: Tree, options: ReadOptions) -> Restoration | None:
-        """Restores on all ranks the checkpoint that rank 0 selects and restores first."""
+    def _read(
+        self, select: Callable[[Tree], Restoration | None], like: Tree, options: ReadOptions
+    ) -> Restoration | None:
+        """Restores on all ranks the checkpoint that rank 0 selects and restores first.
+
+        Shards are cut from the whole tensors of the checkpoint, which are read to the host.
+        """
+        found = self._read_whole(select, blank := template(like), options)
+        return found if found is None else dataclasses.replace(found, state=placed_like(found.state, blank, like))
+
+    def _read_whole(
+        self, select: Callable[[Tree], Restoration | None], like: Tree, options: ReadOptions
+    ) -> Restoration | None:
         reports: list[Restoration] = []
 
         def selected() -> pathlib.Path | None:
-            report = select()
+            report = select(like)
             if report is None:
                 return None
             reports.append(report)
@@ -93,7 +109,8 @@ class SharedCheckpointer:
 
     def begin(self, state: TrainState, *, resume: bool) -> None:
         """Starts a session: locks the folder."""
-        self._ranks.shared("the state of the folder", lambda: self._own.begin(state, resume=resume))
+        whole = on_main(state) if shards_in(state) else state
+        self._ranks.shared("the state of the folder", lambda: self._own.begin(whole, resume=resume))
 
     def save(
         self,
@@ -104,8 +121,19 @@ class SharedCheckpointer:
         role: Role = "trajectory",
     ) -> Save:
         """Saves on rank 0. The handle has the result after the meeting at which it becomes known."""
-        own = self._own.save(state, metrics, notes=notes, role=role) if self._is_main else None
         save = Save(role)
+        if shards_in(state):
+            if self._ranks.is_over:
+                save.ended = True
+                if self._is_main:
+                    warn(
+                        "expected all ranks for a checkpoint of a sharded state, got a rank that has failed, so the "
+                        "last state is not saved. Resume from the newest checkpoint.",
+                        RuntimeWarning,
+                    )
+                return save
+            state = on_main(state)
+        own = self._own.save(state, metrics, notes=notes, role=role) if self._is_main else None
         if role != "snapshot" and (self._is_main or not self._ranks.is_over):
             self._pending.append((save, own))
         return save

@@ -17,6 +17,7 @@ from fxtrain import rng, tree
 from fxtrain._torch_internals.modules import own_modules
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, name_of
+from fxtrain.core._shard import full_tensor, holds_shards, is_dtensor, refuse_shards
 from fxtrain.model._captured_values import captured_tensors
 from fxtrain.model._first_call_checks import (
     CheckedFunctions,
@@ -83,7 +84,7 @@ class ModelCalls(ParameterTrees):
         changes: buffers are cloned first, and so are arguments and frozen parameters that calls write.
 
         Args:
-            params: Parameters of this architecture.
+            params: Parameters of this architecture. DTensors of a sharded state are gathered.
             buffers: Buffers of this architecture.
             function: Any function of the model.
             *args: Its other arguments.
@@ -106,6 +107,10 @@ class ModelCalls(ParameterTrees):
         if torch.compiler.is_dynamo_compiling():
             output, buffers, written = self._call_in_dynamo(params, buffers, function, args, train, key, inside)
             return CallResult(output if finish is None else finish(output), buffers, written)
+        if holds_shards(params):
+            refuse_shards(params, "a call of the model")
+        if any(map(is_dtensor, tree.leaves(params))):  # in a callback, which all ranks call
+            params = tree.map(full_tensor, params)
 
         def call(seeding: Callable[[], AbstractContextManager[None]], *, examine: bool = False) -> CallResult:
             given = params, buffers, function, args, train, key, seeding, inside, finish, examine

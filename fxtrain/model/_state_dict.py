@@ -24,6 +24,7 @@ from fxtrain.core import (
     matching,
     warn,
 )
+from fxtrain.core._shard import refuse_shards
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors, Rename, proposed, renamed
 from fxtrain.model._tensor_access import copies
@@ -59,7 +60,9 @@ def state_dict(state: TrainState) -> Tree:
             modules,
         )
 
-    return model_of(state).call(state.params, state.buffers, read, train=False)[0]
+    model = model_of(state)
+    refuse_shards(state.params, "state_dict(state)")
+    return model.call(state.params, state.buffers, read, train=False)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

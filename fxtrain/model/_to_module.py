@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain._torch_internals.modules import own_buffers, own_parameters
 from fxtrain.core import TrainState, Tree, first_lines
+from fxtrain.core._shard import refuse_shards
 from fxtrain.model._init import refuse_other_leaves
 from fxtrain.model._meta_modules import copied_with
 from fxtrain.model._model import model_of
@@ -63,6 +64,7 @@ def to_module(state: TrainState, module: Tree = None, *, train: bool = False) ->
         Build it like the module given to fxtrain.init, or leave it out: fxtrain.to_module(state).
     """
     model = model_of(state)
+    refuse_shards(state.params, "to_module(state)")
     if state.step.ndim:
         raise ValueError(
             f"expected one state, got a batch of {list(state.step.shape)}. Select one: fxtrain.tree.map(lambda leaf: "

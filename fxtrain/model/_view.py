@@ -8,6 +8,7 @@ from torch import nn
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, Tree, describe
+from fxtrain.core._shard import holds_shards, refuse_shards
 from fxtrain.model._model import model_of
 
 
@@ -36,6 +37,8 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
         raise TypeError(
             f"expected key to be a key of fxtrain.rng, got {describe(key)}. Make one: fxtrain.rng.key(seed)."
         )
+    if holds_shards(state.params):
+        refuse_shards(state.params, "view(state)")
     key = key if key is not None else rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step)
     return View(state, train, key, lambda model: model)
 

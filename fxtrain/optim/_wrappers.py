@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Scalar, Tree, check_positive_int, name_of
+from fxtrain.core._shard import full_tensor
 from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._learning_rates import inner_state_of, inside
 from fxtrain.optim._state import PerParameter, clones, start_count, start_counts, where_each, zeros
@@ -154,7 +155,7 @@ def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> Grad
     def update(
         updates: Tree, opt_state: ApplyIfFiniteState, params: Tree | None = None
     ) -> tuple[Tree, ApplyIfFiniteState]:
-        flags = [leaf.isfinite().all() for leaf in tree.leaves(updates)] or [torch.tensor(True)]
+        flags = [full_tensor(leaf.isfinite().all()) for leaf in tree.leaves(updates)] or [torch.tensor(True)]
         finite = torch.stack(flags).all()
         in_a_row = torch.where(finite, 0, opt_state.notfinite_count + 1)
         apply = finite | (in_a_row > max_consecutive)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Control, Gradients, TrainState, Tree
+from fxtrain.core._shard import full_tensor
 from fxtrain.fold import Handler, stateful
 
 SLOT = "loss_scale"
@@ -113,5 +114,5 @@ def loss_scale_of(state: TrainState) -> Tensor:
 
 def finite_leaves(values: Tree) -> Tensor:
     """Whether every element of each leaf is finite: bool [leaves]."""
-    finite = [leaf.isfinite().all() for leaf in tree.leaves(values)]
+    finite = [full_tensor(leaf.isfinite().all()) for leaf in tree.leaves(values)]
     return torch.stack(finite) if finite else torch.ones(0, dtype=torch.bool)

@@ -10,6 +10,7 @@ import torch
 
 from fxtrain import rng
 from fxtrain.core import Batch, StepOutput, TrainState, name_of
+from fxtrain.core._shard import holds_shards, refuse_shards
 from fxtrain.core._short_tracebacks import shorten_traceback, with_short_traceback
 from fxtrain.data import for_step
 from fxtrain.equivalents import with_known_arguments
@@ -30,6 +31,7 @@ class EvalFunction:
     Args:
         function: Any pure function with this signature.
         mesh: The ranks over which it averages, from ``fxtrain.distributed.mesh``.
+        takes_shards: Whether the function takes sharded states, as that of ``eval_step`` with a mesh does.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -41,13 +43,21 @@ class EvalFunction:
     callbacks: tuple[()] = ()  # an evaluation folds none
     enters: frozenset[str] = frozenset()  # the slots that enter the compiled graph
 
-    def __init__(self, function: Callable[[TrainState, Batch], StepOutput], *, mesh: Mesh | None = None) -> None:
-        self.function, self.mesh = function, mesh
+    def __init__(
+        self,
+        function: Callable[[TrainState, Batch], StepOutput],
+        *,
+        mesh: Mesh | None = None,
+        takes_shards: bool = False,
+    ) -> None:
+        self.function, self.mesh, self.takes_shards = function, mesh, takes_shards
         self._of_members: EvalFunction | None = None
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Batch) -> StepOutput:
         try:
+            if not torch.compiler.is_dynamo_compiling() and not self.takes_shards:
+                refuse_shards(getattr(state, "params", None), "an evaluation step without a mesh")
             output = self.function(state, for_step(batch))
             control = on_device(output.control, state.step.device)
             return StepOutput(output.metrics, control, output.outputs, output.weight)
@@ -116,6 +126,10 @@ def eval_step(
     transform = None if transform_batch is None else seeded_transform(transform_batch, mesh)
 
     def step(state: TrainState, batch: Batch) -> StepOutput:
+        if mesh is not None and not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
+            from fxtrain.distributed._sharded_step import gathered_params
+
+            state = gathered_params(state, mesh)
         if transform is not None:
             # Index 0 is that of training steps.
             batch = transform(state.replace(opt_state={}, slots={}), batch, state.position + 1)
@@ -138,4 +152,4 @@ def eval_step(
 
     step.__name__ = f"eval_step({name_of(measure)})"
     step.__doc__ = measure.__doc__
-    return EvalFunction(step, mesh=mesh)
+    return EvalFunction(step, mesh=mesh, takes_shards=mesh is not None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fxtrain import rng, tree
 from fxtrain.core import Batch, Metrics, TrainState, Tree, name_of, register_node
 from fxtrain.core._protocols import present
+from fxtrain.core._shard import holds_shards, refuse_shards
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
@@ -169,6 +170,8 @@ def gradients(
 
     def compute(state: TrainState, batch: Batch, index: int) -> Gradient:
         model = model_of(state)
+        if not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
+            refuse_shards(state.params, "gradients(loss_fn)(state, batch)")
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
         local, is_synced = None, False

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import TRACED, Batch, Callback, Control, Due, Event, StepFn, StepOutput, TrainState, describe, name_of
+from fxtrain.core._shard import holds_shards
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach, compose
@@ -46,6 +47,7 @@ class Step:
         check_state: ``check_state(state)`` raises if the step cannot train such a state. ``fit`` calls it before the
             first step, and the first call of the step does.
         mesh: The ranks over which the step averages, from ``fxtrain.distributed.mesh``.
+        takes_shards: Whether the function takes sharded states, as that of ``train_step`` with a mesh does.
 
     Raises:
         TypeError: If the function does not take a state and a batch. When it runs, if its arguments or its result have
@@ -76,12 +78,13 @@ class Step:
         description: Mapping[str, object] | None = None,
         check_state: Callable[[TrainState], None] | None = None,
         mesh: Mesh | None = None,
+        takes_shards: bool = False,
     ) -> None:
         refuse_unless_step(function)
         self.function = function
         self.callbacks: Composed = as_composed(callbacks)
         self.fires = frozenset(fires)
-        self.mesh = mesh
+        self.mesh, self.takes_shards = mesh, takes_shards
         self.settings = dict(settings or {})
         self._description = dict(description or {})
         self._rebuild = rebuild
@@ -108,6 +111,12 @@ class Step:
             raise
 
     def _take(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+        is_dynamo = torch.compiler.is_dynamo_compiling()
+        if not (is_dynamo or self.takes_shards) and holds_shards(getattr(state, "params", None)):
+            raise TypeError(
+                f"expected a state with whole tensors for {self._name}, got a sharded one. Only the step of "
+                "train_step(..., mesh=mesh) takes sharded states. Use a replicated state for other steps."
+            )
         state = self.attached(state)
         # Not in a trace, which would record the operations of the check. A compiled step makes it before. The test for
         # Dynamo is first, because Dynamo would guard the attribute, and recompile after another call has set it.
@@ -201,7 +210,12 @@ class Step:
             ) from None
         if not missing:
             return state
-        return attach(state, [handler for name, handler in self.callbacks.slots.items() if name in missing])
+        callbacks = [handler for name, handler in self.callbacks.slots.items() if name in missing]
+        if torch.compiler.is_dynamo_compiling() or not holds_shards(state.params):
+            return attach(state, callbacks)
+        from fxtrain.distributed._opened import on_opened  # keeps the import of fxtrain fast
+
+        return on_opened(state, lambda seen: attach(seen, callbacks))
 
     def enter(self, state: TrainState) -> TrainState:
         """Returns the part of the state that enters the compiled graph, without slots that only the loop uses."""
@@ -240,6 +254,7 @@ class ManySteps(Step):
             fires=step.fires,
             description=step.description,
             mesh=step.mesh,
+            takes_shards=step.takes_shards,
         )
         self.step, self.count = step, count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +32,7 @@ from fxtrain.optim._wrappers import steps_per_update
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate
-from fxtrain.step._gradients import Gradient, gradients
+from fxtrain.step._gradients import gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches
 from fxtrain.step._step import Step
 from fxtrain.step._transform_batch import TransformBatch, seeded_transform
@@ -39,6 +40,7 @@ from fxtrain.step._update import check_optimizer_state, merged, update
 
 if TYPE_CHECKING:
     from fxtrain.distributed import Mesh
+    from fxtrain.distributed._sharded_step import Placed
 
 
 @with_short_traceback
@@ -94,7 +96,7 @@ def train_step(
             over ranks before ``Gradients``, as ``fxtrain.distributed.averaged`` describes. All ranks must take the step
             equally often, and begin with the same state. ``accumulate`` must divide the examples of each rank. If a
             callback subscribes to ``Microbatch``, the average is taken for each microbatch. ``gradients`` describes
-            random samples.
+            random samples. The state may be sharded, see ``fxtrain.distributed.shard``.
 
     Returns:
         The step ``(state, batch) -> (state, output)``.
@@ -141,7 +143,7 @@ def train_step(
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
     find = gradients(loss_fn, precision=policy, differentiate=differentiate, outputs=outputs, mesh=mesh)
     transform = None if transform_batch is None else seeded_transform(transform_batch, mesh)
-    over_ranks = None if mesh is None else _averaging(mesh)
+    placement = None if mesh is None else _placement(mesh)
 
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
@@ -163,27 +165,33 @@ def train_step(
         is_early = Microbatch in folded.table
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+            placed = None if placement is None else placement(state)
+            if placed is not None:
+                state = placed.opened
             number = state.step + 1
-            before, control, found = state, Control(), None
+            before, control, found = state if placed is None else placed.whole, Control(), None
             extra: list[Tree] = []
             if transform is not None:
                 slots = {name: slot for name, slot in state.slots.items() if name in visible}
                 batch = transform(state.replace(slots=slots), batch, 0)
             for index, microbatch in enumerate(microbatches(batch, accumulate)):
                 part = find(before, microbatch, index)
-                if over_ranks is not None and is_early:
-                    part = over_ranks(part)
+                if placed is not None and is_early:
+                    part = placed.averaged(part)
                 before = part.carried(before)
                 measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
-                state, requests = folded(state, Microbatch(step=number, index=index, **measured))
+                with contextlib.nullcontext() if placed is None else placed.reading():
+                    state, requests = folded(state, Microbatch(step=number, index=index, **measured))
                 control = merged(control, requests)
                 found = part if found is None else joined(found, part)
                 extra.append(part.outputs)
             assert found is not None
             found = averaged(found, extra)
-            if over_ranks is not None and not is_early:
-                found = over_ranks(found)
-            return update(state, found, tx, folded, control=control, unused=unused)
+            if placed is not None and not is_early:
+                found = placed.averaged(found)
+            with contextlib.nullcontext() if placed is None else placed.reading():
+                result = update(state, found, tx, folded, control=control, unused=unused)
+            return result if placed is None else placed.closed(*result)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
         step.__doc__ = loss_fn.__doc__
@@ -196,12 +204,13 @@ def train_step(
             description=description,
             check_state=functools.partial(check_optimizer_state, tx),
             mesh=mesh,
+            takes_shards=mesh is not None,
         )
 
     return build(folded)
 
 
-def _averaging(mesh: Mesh) -> Callable[[Gradient], Gradient]:
-    from fxtrain.distributed import averaged as over_ranks  # keeps the import of fxtrain fast
+def _placement(mesh: Mesh) -> Callable[[TrainState], Placed]:
+    from fxtrain.distributed._sharded_step import Placed  # keeps the import of fxtrain fast
 
-    return functools.partial(over_ranks, mesh=mesh)
+    return functools.partial(Placed, mesh=mesh)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain import optim, tree
 from fxtrain.core import Callback, Control, Gradients, StepOutput, TrainState, Tree, Updated, describe, first_names
+from fxtrain.core._shard import Shard, is_shard
 from fxtrain.fold import as_composed
 from fxtrain.model import model_of
 from fxtrain.model._model import models_of
@@ -187,10 +188,11 @@ def check_optimizer_state(tx: optim.GradientTransformation, state: TrainState) -
     expected: Tree = None
     with contextlib.suppress(Exception):  # an init that reads values, which the meta device does not have
         trainable = model_of(state).split(state.params, None)
-        expected = tx.init(tree.map(lambda leaf: leaf.to("meta"), trainable))
+        expected = tx.init(tree.map(_on_meta, trainable, is_leaf=is_shard))
     if expected is None:
         return
-    found, wanted = (dict.fromkeys(tree.paths(part, "state.opt_state")) for part in (state.opt_state, expected))
+    both = (state.opt_state, expected)
+    found, wanted = (dict.fromkeys(tree.paths(part, "state.opt_state", is_leaf=is_shard)) for part in both)
     missing, extra = [path for path in wanted if path not in found], [path for path in found if path not in wanted]
     if missing or extra:
         path, *others = missing or extra
@@ -199,6 +201,10 @@ def check_optimizer_state(tx: optim.GradientTransformation, state: TrainState) -
             f"expected the optimizer state of {tx}, got one {'without' if missing else 'with'} {path}{more}. Give the "
             "same tx to fxtrain.init and to fxtrain.train_step."
         )
+
+
+def _on_meta(leaf: Tensor | Shard) -> Tensor:
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if is_shard(leaf) else leaf.to("meta")
 
 
 def merged(control: Control, requests: Control) -> Control:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Tree, leaf_bytes
+from fxtrain.core._shard import full_tensor
 from fxtrain.tree._map import leaves, map  # noqa: A004
 
 
@@ -76,4 +77,4 @@ def device_of(tree: Tree) -> torch.device | None:
 def _squared_norm(leaf: Tensor) -> Tensor:
     real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
     wide = torch.promote_types(real.dtype, torch.float32)
-    return real.to(wide).square().sum()
+    return full_tensor(real.to(wide).square().sum())

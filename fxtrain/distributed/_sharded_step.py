@@ -1,0 +1,126 @@
+"""The steps of a sharded state: parameters are gathered before the forward pass, and gradients scattered after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain._torch_internals.collectives import reduce_scatter
+from fxtrain._torch_internals.tracing import is_traced
+from fxtrain.core import StepOutput, TrainState, Tree
+from fxtrain.core._shard import Shard, full_tensor, shards_in
+from fxtrain.distributed._mesh import Mesh
+from fxtrain.distributed._opened import Opened, dtensor, seeing_dtensors
+from fxtrain.distributed._reduce import buckets
+from fxtrain.distributed._shards import whole
+
+
+class Placed:
+    """One step of a state whose tensors may be sharded.
+
+    Args:
+        state: The state before the step.
+        mesh: The ranks of the step.
+
+    Attributes:
+        whole: The state for the forward pass, with whole parameters.
+        opened: The state for the optimizer and callbacks, with DTensors.
+
+    Raises:
+        ValueError: If the state is sharded over another mesh.
+    """
+
+    def __init__(self, state: TrainState, mesh: Mesh) -> None:
+        self._mesh, self._state = mesh, state
+        self.whole = self.opened = state
+        # Dynamo cannot trace the search. A step that it compiles refuses sharded states before.
+        shards = [] if torch.compiler.is_dynamo_compiling() else shards_in(state)
+        self._is_sharded = bool(shards)
+        if not shards:
+            return
+        refuse_other_mesh(shards, mesh)
+        self._open = Opened(state)
+        self.opened = self._open.tree
+        # The forward pass uses no other tensors that are sharded.
+        slots = {name: slot for name, slot in state.slots.items() if not shards_in(slot)}
+        self.whole = state.replace(params=whole(state.params), opt_state={}, slots=slots)
+
+    def averaged(self, found: Any) -> Any:
+        """Returns the average of a gradient over all ranks, of which each keeps its part.
+
+        Raises:
+            TypeError: If the forward pass has written a frozen parameter of a sharded state.
+        """
+        from fxtrain.distributed._averaged import averaged_onto
+
+        if not self._is_sharded:
+            return averaged_onto(found, self._mesh, None)
+        if tree.leaves(found.written):
+            raise TypeError(
+                "expected a forward pass that writes no frozen parameters of a sharded state, got one that does. Keep "
+                "them in buffers, which are not sharded, or train with a replicated state."
+            )
+        return averaged_onto(found, self._mesh, _trainable(self._state))
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Returns the context in which callbacks and the optimizer see the opened state."""
+        return seeing_dtensors(reads=not is_traced()) if self._is_sharded else nullcontext()
+
+    def closed(self, state: TrainState, output: StepOutput) -> tuple[TrainState, StepOutput]:
+        """Returns the new state, sharded as before, and the output with whole tensors."""
+        if not self._is_sharded:
+            return state, output
+        return self._open.close(state), tree.map(full_tensor, output)
+
+
+def gathered_params(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns a state with whole parameters, for an evaluation. It can be traced.
+
+    Raises:
+        ValueError: If the state is sharded over another mesh.
+    """
+    refuse_other_mesh(shards_in(state.params), mesh)
+    return state.replace(params=whole(state.params))
+
+
+def _trainable(state: TrainState) -> Tree:
+    return state.params if state.model is None else state.model.split(state.params, None)
+
+
+def refuse_other_mesh(shards: Sequence[Shard], mesh: Mesh | None) -> None:
+    """Raises ValueError if shards are those of another mesh, or of any mesh if ``mesh`` is None."""
+    if any(each.mesh is not mesh for each in shards):
+        raise ValueError(
+            "expected a state that is sharded over the mesh of the step, got one of another mesh. Give the same mesh "
+            "to fxtrain.distributed.shard, train_step, eval_step and fit."
+        )
+
+
+def summed_parts(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
+    """Returns the sums of whole tensors over ranks as DTensors, of which each rank keeps its part.
+
+    Args:
+        tensors: Floating or complex tensors, of equal shapes and dtypes on all ranks.
+        shards: The placement of each sum.
+    """
+    if not tensors:
+        return []
+    mesh: Mesh = shards[0].mesh
+    moved = [tensor.movedim(shard.axis, 0) for tensor, shard in zip(tensors, shards, strict=True)]
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in moved]
+    grouped = list(buckets(real))
+    flat = [torch.cat([real[index].reshape(mesh.size, -1) for index in bucket], 1) for bucket in grouped]
+    found: dict[int, Tensor] = {}
+    for bucket, sums in zip(grouped, reduce_scatter(flat, mesh.group.group_name, mesh.size), strict=True):
+        parts = sums.split([real[index].numel() // mesh.size for index in bucket])
+        for index, part in zip(bucket, parts, strict=True):
+            own = part.view(real[index].shape[0] // mesh.size, *real[index].shape[1:])
+            own = torch.view_as_complex(own) if moved[index].is_complex() else own
+            local = own.movedim(0, shards[index].axis).contiguous()
+            found[index] = dtensor(shards[index].with_local(local))
+    return [found[index] for index in range(len(tensors))]

@@ -1,0 +1,472 @@
+"""Checks of sharded states with several ranks. Each is the name of a function.
+
+A check takes a mesh and an empty folder that all ranks share. It fails on a rank by raising.
+"""
+
+import json
+import pathlib
+import time
+import traceback
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.compiler.lowering._trace import trace_step
+from fxtrain.distributed import Shard
+
+ROWS, BATCH, LEAST = 48, 12, 30
+
+
+def run(names, folder):
+    """Runs checks, and prints the outcomes of all ranks as one line of JSON each."""
+    torch.set_num_threads(1)
+    mesh = fx.distributed.mesh(timeout=60)
+    for name in names:
+        outcome, began = "", time.time()
+        try:
+            globals()[name](mesh, pathlib.Path(folder) / name)
+        except BaseException:
+            outcome = traceback.format_exc()
+        outcomes = mesh.gather(outcome, f"outcome of {name}")
+        if mesh.is_main:
+            print(f"{name}: {time.time() - began:.1f} s")
+            print(json.dumps({name: outcomes}), flush=True)
+
+
+# What the checks share.
+
+
+def network(norm=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.GELU(), norm(16), nn.Dropout(0.2), nn.Linear(16, 11), nn.Linear(11, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def loss_fn(model, batch):
+    logits = model(batch["x"])
+    accuracy = fx.metrics.Accuracy.from_model_output(logits=logits, labels=batch["y"])
+    return F.cross_entropy(logits, batch["y"]), {"accuracy": accuracy}
+
+
+def cast_loss(model, batch):
+    return loss_fn(model, {**batch, "x": batch["x"].float()})
+
+
+def examples(rows=ROWS):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(rows, 6, dtype=torch.float64, generator=generator),
+        "y": torch.randint(0, 3, (rows,), generator=generator),
+    }
+
+
+def optimizer():
+    rate = fx.schedules.warmup_cosine_decay(0.0, 0.02, warmup_steps=5, decay_steps=20)
+    return fx.optim.chain(fx.optim.clip_by_global_norm(0.5), fx.optim.adamw(rate))
+
+
+def sharded(state, mesh):
+    return fx.distributed.shard(state, mesh, least=LEAST)
+
+
+def parts(mesh, tx=None, dtype=torch.float64, norm=nn.BatchNorm1d):
+    tx = optimizer() if tx is None else tx
+    return fx.init(network(norm).to(dtype), tx, seed=0), tx
+
+
+def batch_of(mesh, batch):
+    return {name: leaf[mesh.rank :: mesh.size] for name, leaf in batch.items()}
+
+
+def take(mesh, state, tx, *, steps=4, is_traced=False, bad=None, loss=loss_fn, **options):
+    """Returns the state and the output after some steps of a step that is not in a run."""
+    step = fx.train_step(loss, tx, mesh=mesh, **options)
+    state = state.copy()
+    if is_traced:
+        state = step.attached(state)
+        step = traced(step, state, batch_of(mesh, examples(BATCH)))
+    for index in range(steps):
+        batch = batch_of(mesh, examples(BATCH))
+        if index == bad:
+            batch = {**batch, "x": batch["x"] * float("nan")}
+        state, output = step(state, batch)
+    return state, output
+
+
+def traced(step, state, batch):
+    """Returns the step as one graph that runs operation by operation."""
+    run = trace_step(step, state, batch, mode=None, in_place=False, backend="eager")().run
+    structure = tree.flatten(state)[1]
+
+    def taken(state, batch):
+        leaves, output = run(tree.leaves(state), tree.leaves(batch))
+        return tree.unflatten(structure, leaves), output
+
+    return taken
+
+
+def assert_close(found, expected, tolerance):
+    found = fx.distributed.gathered(found)
+    for path, one, other in zip(tree.paths(expected), tree.leaves(found), tree.leaves(expected), strict=True):
+        limit = max(tolerance, 1e-6) if one.dtype == torch.float32 else tolerance
+        torch.testing.assert_close(one, other, rtol=0, atol=limit, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def placement(state):
+    leaves = tree.leaves(state, is_leaf=lambda node: isinstance(node, Shard))
+    return [leaf.axis if isinstance(leaf, Shard) else None for leaf in leaves]
+
+
+def assert_as_replicated(mesh, tx, *, tolerance=1e-10, is_traced=False, dtype=torch.float64, **options):
+    """Checks the state and the metrics against those of a replicated run, and that the placement is kept."""
+    state, tx = parts(mesh, tx, dtype)
+    expected, output = take(mesh, state, tx, **options)
+    found, found_output = take(mesh, sharded(state, mesh), tx, is_traced=is_traced, **options)
+    assert_close(found, expected, tolerance)
+    for one, other in zip(tree.leaves(found_output), tree.leaves(output), strict=True):
+        assert type(one) is torch.Tensor
+        limit = max(tolerance, 1e-6) if one.dtype == torch.float32 else tolerance
+        torch.testing.assert_close(one, other, rtol=0, atol=limit)
+    return found
+
+
+# Checks of states and steps.
+
+
+def placements(mesh, folder):
+    state, _ = parts(mesh)
+    found = sharded(state, mesh)
+    axes = {name: leaf.axis for name, leaf in found.params.items() if isinstance(leaf, Shard)}
+    # The first axis that two ranks divide: of [11, 16] it is the second. [3, 11] has none.
+    assert axes == {"0.weight": 0, "4.weight": 1}, axes
+    assert found.params["0.weight"].shape == (16, 6)
+    assert not any(isinstance(leaf, Shard) for leaf in found.buffers.values())
+    for name in axes:
+        own, whole = found.params[name].local, state.params[name]
+        assert own.numel() * 2 == whole.numel()
+        assert own.untyped_storage().nbytes() * 2 == whole.nbytes
+    assert state.diff(fx.distributed.gathered(found)).__bool__() is False
+    assert placement(found.copy()) == placement(found)
+    assert placement(sharded(found, mesh)) == placement(found)
+
+
+def memory_at_rest(mesh, folder):
+    state = fx.init(nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256)), fx.optim.adamw(1e-3))
+    found = fx.distributed.shard(state, mesh)
+    own = sum(leaf.untyped_storage().nbytes() for leaf in tree.leaves(found))
+    assert own < 0.51 * tree.nbytes(state), own / tree.nbytes(state)
+
+
+def twenty_steps(mesh, folder):
+    callbacks = [fx.callbacks.nan_guard(), fx.callbacks.ema(0.9), fx.callbacks.grad_norms()]
+    options = {"steps": 20, "accumulate": 3, "callbacks": callbacks}
+    assert_as_replicated(mesh, None, **options)
+    state, tx = parts(mesh)
+    state = fx.attach(state, fx.train_step(loss_fn, tx, callbacks=callbacks))
+    found = sharded(state, mesh)
+    new, _ = take(mesh, found, tx, **options)
+    assert placement(new) == placement(found)
+    assert sum(axis is not None for axis in placement(new)) == 8  # parameters, two moments and an average of two
+
+
+def compiled_by_inductor(mesh, folder):
+    callbacks = [fx.callbacks.nan_guard(), fx.callbacks.ema(0.9)]
+    state, tx = parts(mesh)
+    expected, _ = take(mesh, state, tx, steps=20, accumulate=3, callbacks=callbacks)
+    step = fx.compile(fx.train_step(loss_fn, tx, mesh=mesh, accumulate=3, callbacks=callbacks), donate=True)
+    new = sharded(state, mesh)
+    for _ in range(20):
+        old, (new, _) = new, step(new, batch_of(mesh, examples(BATCH)))
+    assert step.graphs == 1
+    assert "traced" in step.route
+    with pytest.raises(fx.DonatedError):
+        old.params  # noqa: B018
+    assert_close(new, expected, 1e-10)
+
+
+def nan_on_one_rank(mesh, folder):
+    state, tx = parts(mesh)
+    bad = 2 if mesh.rank == 1 else None
+    found, _ = take(mesh, sharded(state, mesh), tx, steps=4, bad=bad, callbacks=[fx.callbacks.nan_guard()])
+    expected, _ = take(mesh, state, tx, steps=4, bad=bad, callbacks=[fx.callbacks.nan_guard()])
+    assert_close(found, expected, 1e-10)
+    assert bool(fx.distributed.gathered(found).params["0.weight"].isfinite().all())
+
+
+OPTIMIZERS = {
+    "sgd": lambda: fx.optim.sgd(0.1, momentum=0.9),
+    "lamb": lambda: fx.optim.lamb(0.01),
+    "lion": lambda: fx.optim.lion(0.01),
+    "muon": lambda: fx.optim.muon(0.01),
+    "adafactor": lambda: fx.optim.adafactor(0.01),
+    "apply_if_finite": lambda: fx.optim.apply_if_finite(fx.optim.adam(0.01), max_consecutive=3),
+    "every_k": lambda: fx.optim.every_k(fx.optim.adam(0.01), 2),
+    "inject": lambda: fx.optim.inject_hyperparams(fx.optim.adam)(learning_rate=0.01),
+    "masked": lambda: fx.optim.masked(fx.optim.adam(0.01), lambda path, leaf: leaf.ndim == 2),
+}
+
+
+def optimizers(mesh, folder):
+    for name, make in OPTIMIZERS.items():
+        try:
+            assert_as_replicated(mesh, make())
+        except Exception as error:
+            raise AssertionError(name) from error
+
+
+CALLBACKS = {
+    "weight_stats": lambda: fx.callbacks.weight_stats(),
+    "histograms": lambda: fx.callbacks.watch("all", every=1),
+    "updates": lambda: fx.callbacks.watch("updates", every=2),
+    "grad_norms": lambda: fx.callbacks.grad_norms(norm="l1"),
+    "grad_flow": lambda: fx.callbacks.grad_flow(every=2),
+    "update_ratios": lambda: fx.callbacks.update_ratios(),
+    "spike_guard": lambda: fx.callbacks.spike_guard(watch="grad_norm"),
+    "nan_guard": lambda: fx.callbacks.nan_guard(),
+    "swa": lambda: fx.callbacks.swa(start=1),
+}
+
+
+def callbacks_in_the_step(mesh, folder):
+    for is_traced in (False, True):
+        made = [make() for make in CALLBACKS.values()]
+        assert_as_replicated(mesh, None, callbacks=made, is_traced=is_traced)
+
+
+def microbatches_and_policies(mesh, folder):
+    def logs(state, event: fx.Microbatch):
+        return state, fx.Control(log={"norm": tree.global_norm(event.grads)})
+
+    assert_as_replicated(mesh, None, accumulate=2, callbacks=[logs])
+    for precision in ("bf16", "fp16"):
+        assert_as_replicated(mesh, None, tolerance=1e-5, precision=precision, dtype=torch.float32, loss=cast_loss)
+
+
+def graph_text(mesh, folder):
+    """All ranks trace the same graph, with one bucket of gathered parameters and one of scattered gradients."""
+    state, tx = parts(mesh)
+    step = fx.train_step(loss_fn, tx, mesh=mesh, accumulate=2, callbacks=[fx.callbacks.ema(0.9)])
+    texts = []
+
+    def backend(graph, inputs):
+        assert all(type(value) is torch.Tensor or "Fake" in type(value).__name__ for value in inputs)
+        texts.append(graph.code)
+        return graph
+
+    batch = batch_of(mesh, examples(BATCH))
+    trace_step(step, step.attached(sharded(state, mesh)), batch, mode=None, in_place=True, backend=backend)()
+    assert len(texts) == 1
+    assert texts[0].count("_c10d_functional.reduce_scatter_tensor") == 1
+    assert texts[0].count("_c10d_functional.all_gather_into_tensor") == 2  # another one of loss and metrics
+    assert len(set(mesh.gather(texts[0], "graphs"))) == 1
+
+
+def refused(mesh, folder):
+    state, tx = parts(mesh)
+    found = sharded(state, mesh)
+    for call in (
+        lambda: fx.view(found),
+        lambda: fx.state_dict(found),
+        lambda: fx.to_module(found),
+        lambda: fx.save_weights(folder / "weights.pt", found),
+        lambda: fx.attach(found, fx.callbacks.ema(0.9)),
+        lambda: fx.train_step(loss_fn, tx)(found, examples(4)),
+        lambda: fx.eval_step(loss_fn)(found, examples(4)),
+        lambda: fx.Step(lambda state, batch: (state, fx.StepOutput({})))(found, examples(4)),
+        lambda: fx.fit(found, fx.train_step(loss_fn, tx), [examples(4)], steps=1),
+        lambda: fx.save(folder / "state", found),
+        lambda: fx.gradients(loss_fn)(found, examples(4)),
+    ):
+        with pytest.raises((TypeError, ValueError, fx.CheckpointError), match="shard"):
+            call()
+    with pytest.raises(AttributeError, match="gathered"):
+        found.params["0.weight"].norm()
+    other = fx.distributed.mesh()
+    with pytest.raises(ValueError, match="backend"):
+        fx.compile(fx.train_step(loss_fn, tx, mesh=mesh), backend="eager")(found, examples(4))
+    with pytest.raises(ValueError, match="another mesh"):
+        fx.train_step(loss_fn, tx, mesh=other)(found, examples(4))
+
+
+# Checks of runs.
+
+
+def fit(mesh, state, tx, **options):
+    step = options.pop("step", None) or fx.train_step(loss_fn, tx, mesh=mesh, accumulate=2)
+    given = {
+        "eval_step": fx.eval_step(loss_fn, mesh=mesh),
+        "eval_data": fx.data.batches(examples(), BATCH, shuffle=False),
+        "epochs": 3,
+        "mesh": mesh,
+        **options,
+    }
+    return fx.fit(state, step, fx.data.batches(examples(), BATCH, seed=3), **given)
+
+
+def runs(mesh, folder):
+    """A run with evaluations, views of averages, summaries and the best weights."""
+    state, tx = parts(mesh)
+
+    def options():
+        return {
+            "callbacks": [
+                fx.callbacks.ema(0.9),
+                fx.callbacks.grad_norms(),
+                fx.callbacks.weight_stats(),
+                fx.callbacks.restore_best("loss"),
+                fx.callbacks.early_stopping("loss", patience=5),
+            ],
+            "eval_view": fx.callbacks.averaged,
+            "observers": [fx.observers.summary(file=folder / "summary.txt")],
+        }
+
+    expected = fit(mesh, state, tx, **options())
+    found = fit(mesh, sharded(state, mesh), tx, **options())
+    assert any(isinstance(leaf, Shard) for leaf in found.state.params.values())
+    assert_close(found.state, expected.state, 1e-10)
+    for name in expected.history:
+        ours, theirs = (torch.tensor([float(y) for y in result.history[name].values]) for result in (found, expected))
+        if not name.startswith("throughput"):
+            torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+    evaluation = (fx.eval_step(loss_fn, mesh=mesh), fx.data.batches(examples(), BATCH, shuffle=False))
+    ours = fx.evaluate(found.state, *evaluation, mesh=mesh)
+    assert ours == pytest.approx(fx.evaluate(expected.state, *evaluation, mesh=mesh))
+    if mesh.is_main:
+        assert "(16, 6)" in (folder / "summary.txt").read_text()
+
+
+def compiled_runs(mesh, folder):
+    state, tx = parts(mesh)
+    expected = fit(mesh, state, tx)
+    step = fx.compile(fx.train_step(loss_fn, tx, mesh=mesh, accumulate=2))
+    eval_step = fx.compile(fx.eval_step(loss_fn, mesh=mesh))
+    found = fit(mesh, sharded(state, mesh), tx, step=step, eval_step=eval_step)
+    assert step.with_donation().graphs == 1
+    assert_close(found.state, expected.state, 1e-10)
+
+
+def callbacks_of_the_loop(mesh, folder):
+    """Callbacks see values of all ranks, may view the model, and return states with the same placement."""
+    state, tx = parts(mesh)
+    seen = []
+
+    def look(state, event: fx.StepEnd):
+        weight = state.params["0.weight"]
+        output = fx.view(state)(examples()["x"])
+        seen.append((float(weight.norm()), float(output.sum()), weight.shape))
+        return state.replace(params=tree.map(lambda leaf: leaf * 0.5, state.params)), fx.Control()
+
+    expected = fit(mesh, state, tx, callbacks=[look])
+    one, seen = seen[:], []
+    found = fit(mesh, sharded(state, mesh), tx, callbacks=[look])
+    assert_close(found.state, expected.state, 1e-10)
+    assert [norm for norm, *_ in seen] == pytest.approx([norm for norm, *_ in one])
+    assert [total for _, total, _ in seen] == pytest.approx([total for _, total, _ in one])
+
+
+def checkpoints(mesh, folder):
+    """Sharded, one process, sharded, replicated: each continues the run of the one before, bitwise."""
+    state, tx = parts(mesh, norm=nn.LayerNorm)  # batch norms have other statistics in one process
+    callbacks = [fx.callbacks.ema(0.9)]
+
+    def options(name, epochs):
+        return {
+            "callbacks": [*callbacks, fx.callbacks.save(every=3)],
+            "checkpointer": fx.checkpointer(folder / name, keep=None),
+            "epochs": epochs,
+            "resume": True,
+        }
+
+    def restored(name, like):
+        with fx.checkpointer(folder / name) as store:
+            return store.restore(like)
+
+    whole = fx.attach(state, callbacks)
+    first = fit(mesh, sharded(state, mesh), tx, **options("run", 1))
+    last = fx.distributed.gathered(first.continue_from)
+    if mesh.is_main:
+        assert not last.diff(whole_of(restored("run", whole), last)), last.diff(whole_of(restored("run", whole), last))
+        with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+            fit(None, state, tx, **options("run", 2))
+    mesh.gather(None, "the run of one process")
+    kept = restored("run", whole)
+    third = fit(mesh, sharded(state, mesh), tx, **options("run", 3))
+    assert any(isinstance(leaf, Shard) for leaf in third.state.params.values())
+    assert int(third.state.step) == 12
+    assert int(kept.step) == 8
+    # The restored values are those of the checkpoint: a run that takes no step returns them.
+    again = fit(mesh, sharded(state, mesh), tx, **options("run", 3))
+    assert not fx.distributed.gathered(again.state).diff(fx.distributed.gathered(third.continue_from))
+    fourth = fit(mesh, state, tx, **options("run", 4))
+    assert int(fourth.state.step) == 16
+    undisturbed = fit(mesh, state, tx, callbacks=callbacks, epochs=4)
+    assert_close(fourth.state.replace(slots={}), undisturbed.state.replace(slots={}), 1e-9)
+    # A session of the same process continues the run of its folder.
+    with fx.checkpointer(folder / "sessions") as store:
+        session = fit(mesh, sharded(state, mesh), tx, epochs=1, checkpointer=store)
+        fit(mesh, session.continue_from, tx, epochs=2, checkpointer=store)
+
+
+def whole_of(restored, like):
+    return restored.replace(slots={name: restored.slots[name] for name in like.slots if name in restored.slots})
+
+
+def rewinds(mesh, folder):
+    state, tx = parts(mesh)
+
+    def options():
+        gone = []
+
+        def back(state, event: fx.StepEnd):
+            again = event.step == 5 and not gone
+            if again:
+                gone.append(event.step)
+            return state, fx.Control(rewind=2 if again else 0)
+
+        return {"callbacks": [back], "snapshots": 4}
+
+    expected = fit(mesh, state, tx, **options())
+    found = fit(mesh, sharded(state, mesh), tx, **options())
+    assert_close(found.state, expected.state, 1e-10)
+
+
+def divergence_is_that_of_all_ranks(mesh, folder):
+    state, tx = parts(mesh, fx.optim.sgd(0.1))
+    weight = state.params["0.weight"].clone()
+    weight[-1] = float("nan")  # on the last rank
+    state = state.replace(params={**state.params, "0.weight": weight})
+    result = fit(mesh, sharded(state, mesh), tx, epochs=1)
+    assert "is not finite" in result.reason
+
+
+def failed_ranks_do_not_save(mesh, folder):
+    state, tx = parts(mesh)
+
+    def fail(state, event: fx.StepEnd):
+        if event.step == 2 and mesh.rank == 1:
+            raise ValueError("on one rank")
+        return state, fx.Control()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((ValueError, fx.distributed.FailedRankError), match="on one rank"):
+            fit(mesh, sharded(state, mesh), tx, callbacks=[fail], checkpointer=fx.checkpointer(folder))
+
+
+def refused_operations_say_why(mesh, folder):
+    """A callback or an optimizer that mixes DTensors with other tensors raises, compiled or not."""
+    state, tx = parts(mesh)
+
+    def mixes(state, event: fx.Gradients):
+        log = {"sum": (event.grads["0.weight"] * torch.ones(16, 6, dtype=torch.float64)).sum()}
+        return state, fx.Control(log=log)
+
+    for is_traced in (False, True):
+        with pytest.raises(RuntimeError, match="mixed") as caught:
+            take(mesh, sharded(state, mesh), tx, callbacks=[mixes], is_traced=is_traced)
+        assert any("full_tensor()" in note for note in caught.value.__notes__)
