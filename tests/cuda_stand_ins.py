@@ -5,8 +5,11 @@ They show what fxtrain asks of torch and in which order. Whether a device then d
 
 import ctypes
 import itertools
+import types
 
 import torch
+
+from fxtrain._torch_internals import memory
 
 
 class HostCaptures:
@@ -179,7 +182,8 @@ def record_copies(streams, monkeypatch):
         return allocate
 
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
-    monkeypatch.setattr(torch, "_foreach_copy_", all_copied)
+    # Not in torch, where it has been looked up once for the whole process.
+    monkeypatch.setattr(memory, "COPY_ALL", types.SimpleNamespace(exists=True, get=lambda: all_copied))
     monkeypatch.setattr(torch, "empty", pinned(empty))
     monkeypatch.setattr(torch, "empty_like", pinned(empty_like))
 
