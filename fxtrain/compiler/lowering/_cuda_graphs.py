@@ -170,7 +170,9 @@ class CudaCaptures:
             outputs = call(tensors)
         before.wait_stream(side.stream)
         for output in outputs:
-            output.record_stream(before)
+            # A metric without inputs, such as a constant, may be on the CPU.
+            if output.is_cuda:
+                output.record_stream(before)
         return outputs
 
     def capture(self, call: Call, tensors: Sequence[Tensor]) -> tuple[Callable[[], object], _Outputs]:
