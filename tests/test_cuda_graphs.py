@@ -13,8 +13,8 @@ Doubts from torch's documentation and source, none of which a CPU can settle:
 - torch hands out 32 streams per device in turn. A process that makes more may prefetch on the stream of a capture.
 - ``thread_local`` lets other threads allocate while this one captures. torch warns to change it only with knowledge of
   CUDA; its own graphs of ``torch.compile`` use it as well.
-- A capture that fails for lack of memory is not an error, so ``find_batch_size`` counts a size as fitting that leaves no
-  memory for the graph.
+- A capture that fails for lack of memory is not an error, so ``find_batch_size`` counts a size as fitting that leaves
+  no memory for the graph.
 - A scalar that the loop replaces at each step, such as a stop flag, costs two small kernels outside of the graph.
 - NCCL's collectives can be captured since NCCL 2.9.6. No graph with them has been replayed.
 """
