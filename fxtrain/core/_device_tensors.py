@@ -22,4 +22,5 @@ def tensor_on(device: torch.device, value: float | Sequence[float], dtype: torch
         >>> tensor_on(torch.device("cpu"), [1, 2])
         tensor([1, 2])
     """
-    return torch.tensor(value, dtype=dtype).to(device, non_blocking=True)
+    # A default device may be set.
+    return torch.tensor(value, dtype=dtype, device="cpu").to(device, non_blocking=True)

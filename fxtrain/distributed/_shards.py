@@ -158,7 +158,7 @@ def template(state: TrainState) -> TrainState:
 
 
 def _placeholder(leaf: Tree) -> Tree:
-    return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if is_shard(leaf) else leaf
+    return torch.zeros((), dtype=leaf.dtype, device="cpu").expand(leaf.shape) if is_shard(leaf) else leaf
 
 
 def placed_like(restored: TrainState, read_into: TrainState, like: TrainState) -> TrainState:

@@ -111,7 +111,7 @@ class Ranks:
             of_main = [*map(_bits, times), int(error is None and self.has_news())]
         facts = [int(error is not None), place, negated, signal or 0, *of_main]
         try:
-            found = mesh.maximum(torch.tensor(facts), "agreement of ranks", step=self._step)
+            found = mesh.maximum(torch.tensor(facts, device="cpu"), "agreement of ranks", step=self._step)
             agreed: list[int] = found.tolist()
             failed, place, negated, signal, *times, news = agreed
             if failed or (place != -negated and place != _NOTHING):

@@ -48,4 +48,4 @@ class Agreement:
 
     def _maximum(self, number: int) -> int:
         assert self._mesh is not None
-        return int(self._mesh.maximum(torch.tensor(number), "the check of a compiled step"))
+        return int(self._mesh.maximum(torch.tensor(number, device="cpu"), "the check of a compiled step"))
