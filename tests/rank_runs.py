@@ -1,12 +1,7 @@
-"""Checks of whole runs with several ranks. Each is the name of a function.
+"""Checks of whole runs with several ranks. ``shared_checks`` runs them."""
 
-A check takes a mesh and an empty folder that all ranks share. It fails on a rank by raising.
-"""
-
-import json
 import pathlib
 import shutil
-import traceback
 import warnings
 
 import torch
@@ -16,21 +11,6 @@ import fxtrain as fx
 from fxtrain import tree
 
 ROWS, BATCH = 26, 6
-
-
-def run(names, folder):
-    """Runs checks, and prints the outcomes of all ranks as one line of JSON each."""
-    torch.set_num_threads(1)
-    mesh = fx.distributed.mesh(timeout=30)
-    for name in names:
-        outcome = ""
-        try:
-            globals()[name](mesh, pathlib.Path(folder) / name)
-        except BaseException:
-            outcome = traceback.format_exc()
-        outcomes = mesh.gather(outcome, f"outcome of {name}")
-        if mesh.is_main:
-            print(json.dumps({name: outcomes}), flush=True)
 
 
 # What the checks share.

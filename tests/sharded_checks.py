@@ -1,12 +1,5 @@
-"""Checks of sharded states with several ranks. Each is the name of a function.
+"""Checks of sharded states with several ranks. ``shared_checks`` runs them."""
 
-A check takes a mesh and an empty folder that all ranks share. It fails on a rank by raising.
-"""
-
-import json
-import pathlib
-import time
-import traceback
 import warnings
 
 import pytest
@@ -20,22 +13,6 @@ from fxtrain.compiler.lowering._trace import trace_step
 from fxtrain.distributed import Shard
 
 ROWS, BATCH, LEAST = 48, 12, 30
-
-
-def run(names, folder):
-    """Runs checks, and prints the outcomes of all ranks as one line of JSON each."""
-    torch.set_num_threads(1)
-    mesh = fx.distributed.mesh(timeout=60)
-    for name in names:
-        outcome, began = "", time.time()
-        try:
-            globals()[name](mesh, pathlib.Path(folder) / name)
-        except BaseException:
-            outcome = traceback.format_exc()
-        outcomes = mesh.gather(outcome, f"outcome of {name}")
-        if mesh.is_main:
-            print(f"{name}: {time.time() - began:.1f} s")
-            print(json.dumps({name: outcomes}), flush=True)
 
 
 # What the checks share.

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import fxtrain as fx
-from tests import rank_runs, ranks
+from tests import rank_runs, ranks, shared_checks
 
 CHECKS = [
     "equals_one_process",
@@ -46,19 +46,12 @@ def program(call):
 def outcomes(tmp_path_factory):
     """Runs all checks with two ranks, and returns the errors of each."""
     folder = tmp_path_factory.mktemp("runs")
-    code = f"from tests import rank_runs\nrank_runs.run({CHECKS!r}, {str(folder)!r})"
-    results = ranks.run(code, 2, timeout=120, check=False)
-    found = {"stderr": [done.stderr for done in results]}
-    for line in results[0].stdout.splitlines():
-        if line.startswith("{"):
-            found |= json.loads(line)
-    return found
+    return shared_checks.outcomes("rank_runs", CHECKS, folder, timeout=120, collective_timeout=30)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(outcomes, name):
-    errors = outcomes.get(name, ["not run, because an earlier check failed", *outcomes["stderr"]])
-    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+    shared_checks.assert_passed(outcomes, name)
 
 
 def ended(started, timeout=60):

@@ -1,10 +1,8 @@
 """Fully sharded training: two ranks with a part of each large tensor train like ranks with the whole state."""
 
-import json
-
 import pytest
 
-from tests import ranks
+from tests import shared_checks
 
 CHECKS = [
     "placements",
@@ -32,16 +30,9 @@ CHECKS = [
 def outcomes(tmp_path_factory):
     """Runs all checks with two ranks, and returns the errors of each."""
     folder = tmp_path_factory.mktemp("sharded")
-    code = f"from tests import sharded_checks\nsharded_checks.run({CHECKS!r}, {str(folder)!r})"
-    results = ranks.run(code, 2, timeout=240, check=False)
-    found = {"stderr": [done.stderr for done in results]}
-    for line in results[0].stdout.splitlines():
-        if line.startswith("{"):
-            found |= json.loads(line)
-    return found
+    return shared_checks.outcomes("sharded_checks", CHECKS, folder, timeout=240, collective_timeout=60)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(outcomes, name):
-    errors = outcomes.get(name, ["not run, because an earlier check failed", *outcomes["stderr"]])
-    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+    shared_checks.assert_passed(outcomes, name)

@@ -76,10 +76,16 @@ def every_rank(observer: Observer) -> Observer:
     def acting(state: TrainState, event: Any, control: Control) -> None:
         observer(state, event, control)
 
-    result: Any = acting
-    result.__name__ = name_of(observer)
+    result = _like(observer, acting, "take_failure", "required", "flush", "close")
     result.every_rank = True
-    for name in (*_ATTRIBUTES, "take_failure", "required", "flush", "close"):
+    return result
+
+
+def _like(observer: Observer, function: Callable[..., None], *others: str) -> Any:
+    """Returns the function with the name of an observer, and with ``_ATTRIBUTES`` and others of it."""
+    result: Any = function
+    result.__name__ = name_of(observer)
+    for name in (*_ATTRIBUTES, *others):
         if hasattr(observer, name):
             setattr(result, name, getattr(observer, name))
     return result
@@ -119,12 +125,8 @@ def required(observer: Observer) -> Observer:
 
         return raising
 
-    result: Any = strict(observer)
-    result.__name__ = name_of(observer)
+    result = _like(observer, strict(observer))
     result.required = True
-    for name in _ATTRIBUTES:
-        if hasattr(observer, name):
-            setattr(result, name, getattr(observer, name))
     for verb in ("flush", "close"):
         setattr(result, verb, strict(getattr(observer, verb, lambda: None)))
     return result

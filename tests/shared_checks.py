@@ -1,0 +1,58 @@
+"""Checks that all ranks of a run make together: functions of a module, in the processes of one run.
+
+A check takes a mesh and an empty folder that all ranks share. It fails on a rank by raising.
+"""
+
+import importlib
+import json
+import pathlib
+import traceback
+
+import torch
+
+import fxtrain as fx
+from tests import ranks
+
+
+def outcomes(module, names, folder, *, timeout, collective_timeout):
+    """Runs checks with two ranks, and returns the errors of each by name.
+
+    Args:
+        module: Name of the module in ``tests`` that has the checks.
+        names: The checks, in order.
+        folder: An empty folder.
+        timeout: Seconds for all checks.
+        collective_timeout: Seconds for a collective.
+    """
+    code = (
+        "from tests import shared_checks\n"
+        f"shared_checks.run({module!r}, {names!r}, {str(folder)!r}, collective_timeout={collective_timeout})"
+    )
+    results = ranks.run(code, 2, timeout=timeout, check=False)
+    found = {"stderr": [done.stderr for done in results]}
+    for line in results[0].stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def run(module, names, folder, *, collective_timeout):
+    """Runs checks on this rank, and prints the outcomes of all ranks as one line of JSON each."""
+    torch.set_num_threads(1)
+    checks = importlib.import_module(f"tests.{module}")
+    mesh = fx.distributed.mesh(timeout=collective_timeout)
+    for name in names:
+        outcome = ""
+        try:
+            getattr(checks, name)(mesh, pathlib.Path(folder) / name)
+        except BaseException:
+            outcome = traceback.format_exc()
+        found = mesh.gather(outcome, f"outcome of {name}")
+        if mesh.is_main:
+            print(json.dumps({name: found}), flush=True)
+
+
+def assert_passed(found, name):
+    """Fails with the errors of all ranks unless a check has passed on each."""
+    errors = found.get(name, ["not run, because an earlier check failed", *found["stderr"]])
+    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
