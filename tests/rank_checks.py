@@ -1,14 +1,8 @@
-"""Checks that several ranks run together, and the program that runs them: ``python -c "... run(names)"``.
-
-A check takes a mesh. It fails on a rank by raising, and the outcomes of all ranks are printed as one line of JSON.
-"""
+"""Checks of data parallel steps with several ranks. Each is the name of a function. ``shared_checks`` runs them."""
 
 import dataclasses
 import hashlib
-import json
 import logging
-import sys
-import traceback
 
 import pytest
 import torch
@@ -19,22 +13,6 @@ import fxtrain as fx
 from fxtrain.compiler.lowering._trace import trace_step
 
 ROWS, FEATURES, CLASSES = 24, 5, 3
-
-
-def run(names):
-    torch.set_num_threads(1)
-    mesh = fx.distributed.mesh(timeout=60)
-    for name in names:
-        outcome = ""
-        try:
-            globals()[name](mesh)
-        except Exception:
-            outcome = traceback.format_exc()
-        outcomes = mesh.gather(outcome, f"outcome of {name}")
-        if mesh.is_main:
-            print(json.dumps({name: outcomes}), flush=True)
-        if any(outcomes) and not all(outcomes):
-            sys.exit(1)
 
 
 # What the checks share.

@@ -1,11 +1,12 @@
 """Checks that all ranks of a run make together: functions of a module, in the processes of one run.
 
-A check takes a mesh and an empty folder that all ranks share. It fails on a rank by raising.
+A check takes a mesh, and an empty folder that all ranks share, if there is one. It fails on a rank by raising.
 """
 
 import importlib
 import json
 import pathlib
+import sys
 import traceback
 
 import torch
@@ -14,21 +15,20 @@ import fxtrain as fx
 from tests import ranks
 
 
-def outcomes(module, names, folder, *, timeout, collective_timeout):
-    """Runs checks with two ranks, and returns the errors of each by name.
+def outcomes(module, names, *, timeout, collective_timeout, size=2, folder=None):
+    """Runs checks with several ranks, and returns the errors of each by name.
 
     Args:
         module: Name of the module in ``tests`` that has the checks.
         names: The checks, in order.
-        folder: An empty folder.
         timeout: Seconds for all checks.
         collective_timeout: Seconds for a collective.
+        size: Number of ranks.
+        folder: An empty folder, for checks that take one.
     """
-    code = (
-        "from tests import shared_checks\n"
-        f"shared_checks.run({module!r}, {names!r}, {str(folder)!r}, collective_timeout={collective_timeout})"
-    )
-    results = ranks.run(code, 2, timeout=timeout, check=False)
+    given = module, names, None if folder is None else str(folder), collective_timeout
+    code = f"from tests import shared_checks\nshared_checks.run(*{given!r})"
+    results = ranks.run(code, size, timeout=timeout, check=False)
     found = {"stderr": [done.stderr for done in results]}
     for line in results[0].stdout.splitlines():
         if line.startswith("{"):
@@ -36,7 +36,7 @@ def outcomes(module, names, folder, *, timeout, collective_timeout):
     return found
 
 
-def run(module, names, folder, *, collective_timeout):
+def run(module, names, folder, collective_timeout):
     """Runs checks on this rank, and prints the outcomes of all ranks as one line of JSON each."""
     torch.set_num_threads(1)
     checks = importlib.import_module(f"tests.{module}")
@@ -44,12 +44,14 @@ def run(module, names, folder, *, collective_timeout):
     for name in names:
         outcome = ""
         try:
-            getattr(checks, name)(mesh, pathlib.Path(folder) / name)
+            getattr(checks, name)(mesh, *([] if folder is None else [pathlib.Path(folder) / name]))
         except BaseException:
             outcome = traceback.format_exc()
         found = mesh.gather(outcome, f"outcome of {name}")
         if mesh.is_main:
             print(json.dumps({name: found}), flush=True)
+        if any(found) and not all(found):
+            sys.exit(1)  # the ranks may have parted
 
 
 def assert_passed(found, name):

@@ -1,10 +1,8 @@
 """Data parallel training: two and four ranks train like one process, with the same bits on all ranks."""
 
-import json
-
 import pytest
 
-from tests import ranks
+from tests import shared_checks
 
 TWO = [
     "host_facts",
@@ -40,27 +38,17 @@ def outcomes():
 
     def of(size, names):
         if size not in found:
-            code = f"from tests.rank_checks import run\nrun({names!r})"
-            results = ranks.run(code, size, timeout=240, check=False)
-            found[size] = {}
-            for line in results[0].stdout.splitlines():
-                found[size] |= json.loads(line)
-            found[size]["stderr"] = [done.stderr for done in results]
+            found[size] = shared_checks.outcomes("rank_checks", names, timeout=240, collective_timeout=60, size=size)
         return found[size]
 
     return of
 
 
-def assert_passed(outcomes, name):
-    errors = outcomes.get(name, ["not run, because an earlier check failed", *outcomes["stderr"]])
-    assert not any(errors), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
-
-
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_train_like_one_process(outcomes, name):
-    assert_passed(outcomes(2, TWO), name)
+    shared_checks.assert_passed(outcomes(2, TWO), name)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_train_like_one_process(outcomes, name):
-    assert_passed(outcomes(4, FOUR), name)
+    shared_checks.assert_passed(outcomes(4, FOUR), name)

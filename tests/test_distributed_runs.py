@@ -46,7 +46,7 @@ def program(call):
 def outcomes(tmp_path_factory):
     """Runs all checks with two ranks, and returns the errors of each."""
     folder = tmp_path_factory.mktemp("runs")
-    return shared_checks.outcomes("rank_runs", CHECKS, folder, timeout=120, collective_timeout=30)
+    return shared_checks.outcomes("rank_runs", CHECKS, timeout=120, collective_timeout=30, folder=folder)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -30,7 +30,7 @@ CHECKS = [
 def outcomes(tmp_path_factory):
     """Runs all checks with two ranks, and returns the errors of each."""
     folder = tmp_path_factory.mktemp("sharded")
-    return shared_checks.outcomes("sharded_checks", CHECKS, folder, timeout=240, collective_timeout=60)
+    return shared_checks.outcomes("sharded_checks", CHECKS, timeout=240, collective_timeout=60, folder=folder)
 
 
 @pytest.mark.parametrize("name", CHECKS)
