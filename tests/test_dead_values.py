@@ -1,4 +1,4 @@
-"""Graphs that write in place are compiled to the same code with and without values that nothing reads."""
+"""Graphs are compiled to the same code with and without what Inductor would generate in vain."""
 
 import contextlib
 import random
@@ -13,6 +13,7 @@ from fxtrain._torch_internals import inductor, kernels, tracing
 from fxtrain.compiler.lowering._trace import _unwrapped
 
 scheduler = pytest.importorskip("torch._inductor.scheduler")
+cpp = pytest.importorskip("torch._inductor.codegen.cpp")
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.int64)
 SHAPES = ((4, 16), (4, 16), (16,), (1,), (64, 1))
@@ -53,23 +54,29 @@ def update(choose):
     return function
 
 
-def code(function, given, monkeypatch, *, skipped):
-    """Returns generated code, with buffers numbered by their first use, and the number of scheduled nodes."""
+def code(function, given, monkeypatch, *, without=None):
+    """Returns generated code, with buffers numbered by their first use, and the numbers of nodes and kernels.
+
+    Args:
+        without: The context of ``inductor`` to leave out.
+    """
     graph = tracing.make_fx(function, tracing_mode="fake")(*given)
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    scheduled = []
-    start = scheduler.Scheduler.__init__
+    scheduled, generated = [], []
+    start, generate = scheduler.Scheduler.__init__, cpp.CppVecKernel.__init__
     with monkeypatch.context() as patch:
         # Nothing runs, so nothing has to be compiled.
         patch.setattr(kernels, "build", lambda given, submit: [lambda *arguments: None for _ in given])
         patch.setattr(scheduler.Scheduler, "__init__", lambda self, n: scheduled.append(len(n)) or start(self, n))
-        if not skipped:
-            patch.setattr(inductor, "dead_values_skipped", contextlib.nullcontext)
+        patch.setattr(cpp.CppVecKernel, "__init__", lambda self, *a: generated.append(self) or generate(self, *a))
+        if without is not None:
+            patch.setattr(inductor, without, contextlib.nullcontext)
         compiled = inductor.compile_graph(graph, fakes, {"force_disable_caches": True})
     numbers: dict[str, str] = {}
     returned: Any = graph.graph.output_node().args[0]
     source = re.sub(r"# AOT ID: .*", "", _unwrapped(compiled, len(returned)).source_code)
-    return re.sub(r"\bbuf\d+\b", lambda at: numbers.setdefault(at[0], f"buf{len(numbers)}"), source), sum(scheduled)
+    source = re.sub(r"\bbuf\d+\b", lambda at: numbers.setdefault(at[0], f"buf{len(numbers)}"), source)
+    return source, sum(scheduled), len(generated)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,10 +84,13 @@ def test_code_is_the_same(seed, monkeypatch):
     choose = random.Random(seed)
     given: list[Tensor] = [torch.ones(choose.choice(SHAPES), dtype=choose.choice(DTYPES)) for _ in range(5)]
     seed = choose.random()
-    found, few = code(update(random.Random(seed)), given, monkeypatch, skipped=True)
-    expected, many = code(update(random.Random(seed)), given, monkeypatch, skipped=False)
+    found, nodes, kernels = code(update(random.Random(seed)), given, monkeypatch)
+    expected, more_nodes, _ = code(update(random.Random(seed)), given, monkeypatch, without="dead_values_skipped")
     assert found == expected
-    assert few <= many
+    assert nodes <= more_nodes
+    expected, _, more_kernels = code(update(random.Random(seed)), given, monkeypatch, without="empty_tails_skipped")
+    assert found == expected
+    assert kernels <= more_kernels
 
 
 def test_intermediate_results_of_an_update_are_not_scheduled(monkeypatch):
@@ -91,6 +101,29 @@ def test_intermediate_results_of_an_update_are_not_scheduled(monkeypatch):
         return [gradient.sum()]
 
     given = [torch.ones(32) for _ in range(3)]
-    (_, few), (_, many) = (code(function, given, monkeypatch, skipped=skipped) for skipped in (True, False))
+    _, few, _ = code(function, given, monkeypatch)
+    _, many, _ = code(function, given, monkeypatch, without="dead_values_skipped")
     assert few == 5  # two values, each with a copy, and the sum
     assert many > few
+
+
+@pytest.mark.parametrize(
+    ("shape", "skips"),
+    [((8, 16), True), ((4, 16), False), ((8, 15), False), ((16, 32), True), ((16, 33), False), ((17, 32), False)],
+)
+def test_loops_without_a_remainder_have_no_kernel_for_it(shape, skips, monkeypatch):
+    def function(x, y):
+        return [(x + y.T).T.contiguous() * 2]
+
+    given = [torch.ones(shape), torch.ones(shape).T.contiguous()]
+    found, _, kernels = code(function, given, monkeypatch)
+    expected, _, more_kernels = code(function, given, monkeypatch, without="empty_tails_skipped")
+    assert found == expected
+    assert (kernels < more_kernels) is skips
+
+
+def test_reductions_keep_the_kernel_for_a_remainder(monkeypatch):
+    given = [torch.ones(8, 32)]
+    found, *_ = code(lambda x: [x.sum(1), x.exp().amax(0)], given, monkeypatch)
+    expected, *_ = code(lambda x: [x.sum(1), x.exp().amax(0)], given, monkeypatch, without="empty_tails_skipped")
+    assert found == expected

@@ -1,6 +1,7 @@
 """Kernels that are compiled as one library return the same bits as kernels that Inductor compiles alone."""
 
 import functools
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,11 +64,12 @@ def test_kernels_are_compiled_alone_if_they_do_not_compile_together(monkeypatch)
     assert built
 
 
-@pytest.mark.parametrize("name", ["COMPILER", "THREADS", "LIBRARIES"])
+@pytest.mark.parametrize("name", ["COMPILER", "THREADS", "LIBRARIES", "WRAPPER"])
 def test_nothing_is_replaced_without_the_interface(monkeypatch, name):
     interface = getattr(kernels, name)
     monkeypatch.setattr(interface, "path", f"{interface.path}_of_another_version")
-    monkeypatch.setattr(kernels._METHODS, "_replace", lambda: pytest.fail("methods were replaced"))
+    for methods in [kernels._GENERATORS] if name == "WRAPPER" else [kernels._METHODS, kernels._GENERATORS]:
+        monkeypatch.setattr(methods, "_replace", lambda: pytest.fail("methods were replaced"))
     with shared_libraries():
         pass
 
@@ -107,13 +109,36 @@ def test_functions_beside_a_kernel_do_not_clash():
     assert library_source([first, second]).count("namespace kernel_") == 2
 
 
-def test_long_code_is_split_over_the_threads():
+def test_long_code_is_split_if_there_are_threads():
     short, long = kernel("x[0] = 1;"), kernel("x[0] = 1;\n" * 5_000)
     assert [len(group) for group in kernels._groups([short] * 20, threads=4)] == [20]
-    groups = list(kernels._groups([long] * 6, threads=2))
-    assert [len(group) for group in groups] == [3, 3]
-    assert len(list(kernels._groups([long] * 6, threads=1))) == 1
-    assert [len(group) for group in kernels._groups([long], threads=8)] == [1]
+    assert [len(group) for group in kernels._groups([short, *[long] * 5], threads=2)] == [3, 2, 1]
+    assert [len(group) for group in kernels._groups([long] * 6, threads=1)] == [6]
+
+
+def test_libraries_are_compiled_while_others_are_generated(monkeypatch):
+    early, load = [], kernels._libraries().load_async
+
+    def load_async(source, submit_fn):
+        early.append(source)
+        return load(source, submit_fn=submit_fn)
+
+    monkeypatch.setattr(kernels, "_CHARACTERS", 2_000)
+    monkeypatch.setattr(kernels, "THREADS", types.SimpleNamespace(exists=True, get=lambda: lambda: 2))
+    monkeypatch.setattr(kernels._libraries(), "load_async", load_async)
+    found, built, _ = results(together=True)
+    assert all(map(torch.equal, found, alone()))
+    expected = [library_source(group) for given in built for group in kernels._groups(given, 2)]
+    assert early == expected
+    assert len(early) > len(built)
+
+
+def test_kernels_of_a_library_that_fails_early_are_compiled_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHARACTERS", 2_000)
+    monkeypatch.setattr(kernels, "_BINDINGS", "this is not C++;")
+    found, built, _ = results(together=True)
+    assert all(map(torch.equal, found, alone()))
+    assert built
 
 
 def test_arguments_are_checked():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxtrain._torch_internals.dead_values import dead_values_skipped
+from fxtrain._torch_internals.empty_tails import empty_tails_skipped
 from fxtrain._torch_internals.interface import Feature, Interface
 from fxtrain._torch_internals.kernels import shared_libraries
 
@@ -30,6 +34,7 @@ CACHE = Interface("torch._inductor.runtime.cache_dir_utils.cache_dir", "compilat
 SETTINGS = Interface("torch._inductor.config._config", "compiled graphs as files")
 UNSET = Interface("torch.utils._config_module._UNSET_SENTINEL", "compiled graphs as files")
 EXTERN = Interface("torch._inductor.select_algorithm.extern_kernels", "compiled graphs as files")
+INSTRUCTIONS = Interface("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "looking for vector instructions early")
 DATA_POINTER = Interface("torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr", "compiled graphs as files")
 
 # Settings that do not change generated code, or that name files and processes.
@@ -45,7 +50,7 @@ MODULE = "torch._inductor"
 _POINTER_VARIABLE = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
 
-def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], options: Mapping[str, object]) -> Any:
+def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor], options: Mapping[str, object]) -> Any:
     """Compiles a graph. Returns a function of its inputs.
 
     Args:
@@ -53,8 +58,33 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[object], optio
         examples: Fake tensors, one for each input.
         options: Settings of Inductor by name.
     """
-    with shared_libraries(), dead_values_skipped():
+    with shared_libraries(), dead_values_skipped(), empty_tails_skipped(), _instructions_sought(examples):
         return COMPILE.get()(graph, examples, options=dict(options))
+
+
+@contextlib.contextmanager
+def _instructions_sought(examples: Iterable[Any]) -> Iterator[None]:
+    """A context in which another thread looks for the vector instructions of this processor, if tensors are on it.
+
+    Inductor compiles and loads a small program for it. That takes seconds if its cache is empty, and it looks only when
+    it generates the first kernel.
+    """
+    if not INSTRUCTIONS.exists or all(example.device.type != "cpu" for example in examples):
+        yield
+        return
+    thread = threading.Thread(target=_seek_instructions, name="fxtrain-instructions", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@functools.cache
+def _seek_instructions() -> None:
+    # An error is raised again where Inductor needs the result.
+    with contextlib.suppress(Exception):
+        INSTRUCTIONS.get()()
 
 
 def mode_options(mode: str) -> dict[str, Any]:
@@ -173,7 +203,8 @@ def load_kernels(path: Path, name: str) -> Any:
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, object]) -> None:
     """Compiles an exported program ahead of time into a file."""
-    PACKAGE.get()(program, package_path=path, inductor_configs=dict(options))
+    with _instructions_sought(program.example_inputs[0]):
+        PACKAGE.get()(program, package_path=path, inductor_configs=dict(options))
 
 
 def load_package(path: str) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:

@@ -2,15 +2,18 @@
 
 Inductor compiles each kernel as a library of its own. Most of that time goes into reading headers and linking, so that
 the kernels of a small transformer take ten times as long as in one library. Within ``shared_libraries()``, the kernels
-of a graph are compiled together, by the same flags. Each is in a namespace of its own.
+of a graph are compiled together, by the same flags. Each is in a namespace of its own. Long code is split into several
+libraries. Each is compiled as soon as its kernels are generated, while Inductor generates the next ones.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,15 +23,19 @@ from fxtrain._torch_internals.replaced_methods import ReplacedMethods
 COMPILER = Interface("torch._inductor.async_compile.AsyncCompile", "one library for all kernels of a graph")
 THREADS = Interface("torch._inductor.async_compile.get_compile_threads", "one library for all kernels of a graph")
 LIBRARIES = Interface("torch._inductor.codecache.CppPythonBindingsCodeCache", "one library for all kernels of a graph")
+WRAPPER = Interface(
+    "torch._inductor.codegen.wrapper.PythonWrapperCodegen", "compiling kernels while others are generated"
+)
 
 _log = logging.getLogger(__name__)
 
-_MAX_CHARACTERS = 60_000
-"""Source per library, if more threads are free. It compiles in about two seconds, of which a quarter are headers."""
+_CHARACTERS = 80_000
+"""Source per library, if there are several threads. It compiles in two seconds, of which a quarter are headers."""
 
 _ENTRY = re.compile(r'^extern "C"\s+void\s+kernel\(', re.MULTILINE)
 _DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*(?!pragma\b|include\b)", re.MULTILINE)
 _INCLUDE = re.compile(r"^#include .*\n", re.MULTILINE)
+_DEFINITION = "async_compile.cpp_pybinding("
 
 _BINDINGS = """
 #define PY_SSIZE_T_CLEAN
@@ -118,8 +125,57 @@ def shared_libraries() -> Generator[None]:
 
     Without the interfaces that this needs, Inductor compiles each kernel alone, as outside of this context.
     """
-    with _METHODS.active():
-        yield
+    outer, _current.early = _current.early, _Early()
+    try:
+        with _METHODS.active(), _GENERATORS.active():
+            yield
+    finally:
+        _current.early = outer
+
+
+class _Early:
+    """The libraries of a graph that are compiled before all of its kernels are generated."""
+
+    def __init__(self) -> None:
+        self._group = list[Kernel]()
+        self.pending: dict[str, Callable[[], Any]] = {}
+
+    def add(self, kernel: Kernel) -> None:
+        """Adds the next kernel, and starts the compilation of a library if its code is complete."""
+        self._group.append(kernel)
+        if THREADS.get()() > 1 and _is_complete(self._group):
+            source = library_source(self._group)
+            self._group = []
+            self.pending[source] = _libraries().load_async(source, submit_fn=COMPILER.get().submit)
+
+
+class _Current(threading.local):
+    """The libraries that this thread compiles early."""
+
+    early: _Early | None = None
+
+
+_current = _Current()
+
+
+def _announcing(define: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(define)
+    def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> None:
+        define(self, kernel_name, kernel_body, *args, **kwargs)
+        if _GENERATORS.are_active and _current.early is not None:
+            kernel = _parsed(kernel_body)
+            if kernel is not None and not kernel.is_alone:
+                _current.early.add(kernel)
+
+    return define_kernel
+
+
+def _parsed(definition: str) -> Kernel | None:
+    """Returns the kernel of a definition in generated code, or None for one that is not compiled by C++."""
+    if not definition.startswith(_DEFINITION):
+        return None
+    call: Any = ast.parse(definition, mode="eval").body
+    return Kernel(*map(ast.literal_eval, call.args))
 
 
 def _collecting(compile_alone: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,6 +206,7 @@ def _building(wait: Callable[..., None]) -> Callable[..., None]:
 
 
 _METHODS = ReplacedMethods(COMPILER, {"cpp_pybinding": _collecting, "wait": _building}, THREADS, LIBRARIES)
+_GENERATORS = ReplacedMethods(WRAPPER, {"define_kernel": _announcing}, COMPILER, THREADS, LIBRARIES)
 
 
 def build(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None) -> list[Callable[..., None]]:
@@ -161,9 +218,11 @@ def build(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None) -
     """
     threads = THREADS.get()()
     groups = list(_groups(kernels, threads))
-    pending = [
-        _libraries().load_async(library_source(group), submit_fn=submit if threads > 1 else None) for group in groups
-    ]
+    started = {} if _current.early is None else _current.early.pending
+    pending = list[Callable[[], Any]]()
+    for source in map(library_source, groups):
+        submit_fn = submit if threads > 1 else None
+        pending.append(started.pop(source, None) or _libraries().load_async(source, submit_fn=submit_fn))
     return [
         getattr(library(), _name(place))
         for group, library in zip(groups, pending, strict=True)
@@ -189,18 +248,19 @@ def library_source(kernels: Sequence[Kernel]) -> str:
 
 
 def _groups(kernels: Sequence[Kernel], threads: int) -> Iterator[list[Kernel]]:
-    """Splits kernels into groups of about equal length, one per library: one, or up to one per thread if it is long."""
-    total = sum(len(kernel.source) for kernel in kernels)
-    count = max(1, min(threads, round(total / _MAX_CHARACTERS)))
-    group, length = list[Kernel](), 0
+    """Splits kernels into groups, one per library. More kernels add to the last group and follow it."""
+    group = list[Kernel]()
     for kernel in kernels:
         group.append(kernel)
-        length += len(kernel.source)
-        if length >= total / count:
+        if threads > 1 and _is_complete(group):
             yield group
-            group, length = [], 0
+            group = []
     if group:
         yield group
+
+
+def _is_complete(group: Sequence[Kernel]) -> bool:
+    return sum(len(kernel.source) for kernel in group) >= _CHARACTERS
 
 
 def _name(place: int) -> str:
