@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxtrain._torch_internals.dead_values import dead_values_skipped
+from fxtrain._torch_internals.decomposed import compile_decomposed
 from fxtrain._torch_internals.empty_tails import empty_tails_skipped
 from fxtrain._torch_internals.interface import Feature, Interface
 from fxtrain._torch_internals.kernels import shared_libraries
@@ -59,7 +60,8 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor],
         options: Settings of Inductor by name.
     """
     with shared_libraries(), dead_values_skipped(), empty_tails_skipped(), _instructions_sought(examples):
-        return COMPILE.get()(graph, examples, options=dict(options))
+        compiled = compile_decomposed(graph, examples, options)
+        return COMPILE.get()(graph, examples, options=dict(options)) if compiled is None else compiled
 
 
 @contextlib.contextmanager
