@@ -662,6 +662,53 @@ def kernels_are_compiled_by_two_methods():
     assert "submit_fn" in inspect.signature(libraries.load_async).parameters
 
 
+@canary("torch._inductor.codegen.wrapper.PythonWrapperCodegen")
+def kernels_are_defined_by_one_method():
+    with internals.kernels.shared_libraries():
+        define = internals.kernels.WRAPPER.get().define_kernel.__wrapped__
+    assert list(inspect.signature(define).parameters)[:3] == ["self", "kernel_name", "kernel_body"]
+    definition = "async_compile.cpp_pybinding(['float*'], r'''void kernel() {}''')"
+    assert internals.kernels._parsed(definition) == (["float*"], "void kernel() {}")
+    assert internals.kernels._parsed("async_compile.triton('name', '', device_str='cuda')") is None
+
+
+@canary(
+    "torch._inductor.codegen.cpp.CppKernelProxy",
+    "torch._inductor.codegen.cpp.LoopNest",
+    "torch._inductor.config.cpp.enable_loop_tail_vec",
+    "torch._inductor.config.patch",
+)
+def loops_are_tiled_by_two_methods():
+    with internals.empty_tails.empty_tails_skipped():
+        proxy, nest = internals.empty_tails.KERNELS.get(), internals.empty_tails.LOOPS.get()
+    names = ["self", "fn_list", "var_sizes_list"]
+    assert list(inspect.signature(proxy.codegen_functions.__wrapped__).parameters) == names
+    assert list(inspect.signature(nest.tile.__wrapped__).parameters) == ["self", "depth", "factor"]
+
+
+@canary("torch._inductor.cpu_vec_isa.valid_vec_isa_list")
+def vector_instructions_are_listed():
+    found = internals.inductor.INSTRUCTIONS.get()
+    assert isinstance(found(), list)
+    assert found() is found()  # remembered, so that the second search is free
+
+
+@canary(
+    "torch._inductor.compile_fx.compile_fx_forward",
+    "torch._inductor.compile_fx.create_compiler_config_extra",
+    "torch._inductor.decomposition.select_decomp_table",
+    "torch._inductor.virtualized.V",
+    "torch._guards.tracing",
+    "torch._guards.TracingContext",
+    "torch._dispatch.python.enable_python_dispatcher",
+)
+def simple_graphs_need_no_aotautograd():
+    graph = internals.tracing.make_fx(lambda x: [x.sigmoid()], tracing_mode="fake")(torch.ones(3))
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    (found,) = internals.decomposed.compile_decomposed(graph, fakes)([torch.zeros(3)])
+    assert found.tolist() == [0.5, 0.5, 0.5]
+
+
 @canary("torch._inductor.graph.GraphLowering")
 def lowering_drops_dead_values():
     with internals.dead_values.dead_values_skipped():

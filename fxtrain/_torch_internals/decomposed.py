@@ -1,24 +1,26 @@
 """Graphs that Inductor compiles without AOTAutograd.
 
-AOTAutograd analyzes a graph for gradients, views and in-place writes, and traces it again twice. A step's graph from
-``make_fx`` is below autograd, and writes only to its inputs, at its end. So it is traced once, with operators replaced
-by the simpler ones that Inductor compiles.
+AOTAutograd analyzes a graph for gradients, views and in-place writes, and traces it twice. A step's graph from
+``make_fx`` is below autograd, and its results share no memory. So it is traced once, with operators replaced by the
+simpler ones that Inductor compiles.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.func import functionalize
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
-from fxtrain._torch_internals.dispatch import Operator, is_in_place
+from fxtrain._torch_internals.dispatch import Operator, is_in_place, is_view, operator_name
 from fxtrain._torch_internals.interface import Interface
 from fxtrain._torch_internals.tracing import make_fx
 
@@ -28,7 +30,6 @@ FORWARD = Interface("torch._inductor.compile_fx.compile_fx_forward", _PURPOSE)
 EXTRA = Interface("torch._inductor.compile_fx.create_compiler_config_extra", _PURPOSE)
 TABLE = Interface("torch._inductor.decomposition.select_decomp_table", _PURPOSE)
 STATE = Interface("torch._inductor.virtualized.V", _PURPOSE)
-PATCH = Interface("torch._inductor.config.patch", _PURPOSE)
 TRACING = Interface("torch._guards.tracing", _PURPOSE)
 CONTEXT = Interface("torch._guards.TracingContext", _PURPOSE)
 DISPATCHER = Interface("torch._dispatch.python.enable_python_dispatcher", _PURPOSE)
@@ -39,7 +40,7 @@ _WRITE = torch.ops.aten.copy_.default
 _NAMESPACES = ("aten", "prims", "fxtrain", COLLECTIVES)
 
 
-def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, object]) -> Any:
+def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor]) -> Any:
     """Compiles a graph into a function of a list of inputs, or returns None for a graph that needs AOTAutograd.
 
     The generated code is the same as with AOTAutograd.
@@ -47,21 +48,24 @@ def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor], options: 
     Args:
         graph: A graph of operators, from ``make_fx``. It is not modified.
         examples: Fake tensors, one for each input.
-        options: Settings of Inductor by name.
     """
-    needs = (FORWARD, EXTRA, TABLE, STATE, PATCH, TRACING, CONTEXT, DISPATCHER)
-    if not all(each.exists for each in needs) or not _is_simple(graph, examples):
+    needs = (FORWARD, EXTRA, TABLE, STATE, TRACING, CONTEXT, DISPATCHER)
+    if not examples or not all(each.exists for each in needs) or not _is_simple(graph):
         return None
     mode: Any = getattr(examples[0], "fake_mode", None)
     if mode is None or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return None
+    run: Any = Interpreter(graph).run if _writes_last(graph) else functionalize(Interpreter(graph).run)
     try:
-        with PATCH.get()(dict(options)), DISPATCHER.get()(), torch.no_grad():
+        with DISPATCHER.get()(), torch.no_grad():
             # Kernels are named after the operators that they come from.
             with mode, preserve_node_meta():
-                simpler = make_fx(Interpreter(graph).run, decomposition_table=TABLE.get()())(*examples)
+                simpler = make_fx(run, decomposition_table=TABLE.get()())(*examples)
+            _rename_overwritten(simpler.graph)
             simpler.graph.eliminate_dead_code()
             simpler.recompile()
+            if not (_is_simple(simpler) and _writes_last(simpler)):
+                return None
             returned: Any = simpler.graph.output_node().args[0]
             with STATE.get().set_fake_mode(mode), TRACING.get()(CONTEXT.get()(mode)):
                 return FORWARD.get()(
@@ -78,23 +82,73 @@ def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor], options: 
         return None
 
 
-def _is_simple(graph: GraphModule, examples: Sequence[Tensor]) -> bool:
-    """Whether a graph has constant sizes, and writes only to its inputs, after all other operators."""
-    if not examples:
-        return False
-    has_written = False
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" or not all(map(_is_static, _values(node))):
-            return False
-        if node.op != "call_function" or node.target is operator.getitem:
+def _is_simple(graph: GraphModule) -> bool:
+    """Whether a graph has constant sizes, no constants, and only operators of torch and fxtrain."""
+    return all(
+        node.op != "get_attr"
+        and all(map(_is_static, _values(node)))
+        and (node.op != "call_function" or node.target is operator.getitem or _is_known(node.target))
+        for node in graph.graph.nodes
+    )
+
+
+def _writes_last(graph: GraphModule) -> bool:
+    """Whether a graph writes only to its inputs, by copies that come after all other operators."""
+    operators = [node for node in graph.graph.nodes if isinstance(node.target, Operator)]
+    copies = list(itertools.takewhile(_is_last_write, reversed(operators)))
+    others = [node.target for node in operators[: len(operators) - len(copies)]]
+    return not any(is_in_place(target) or _hides_writes(target) for target in others)
+
+
+def _rename_overwritten(graph: Graph) -> None:
+    """Removes writes to intermediate results that share no memory: what reads them later, reads the new value.
+
+    The simpler operators of a batch norm write its new statistics in this way.
+    """
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for write in graph.find_nodes(op="call_function", target=_WRITE):
+        old, new, *_ = write.args
+        if not (_is_fresh(old) and isinstance(new, Node) and _has_same_layout(old, new)):
             continue
-        if not isinstance(node.target, Operator) or node.target.namespace not in _NAMESPACES:
-            return False
-        if node.target is _WRITE and node.args[0].op == "placeholder" and not node.users:
-            has_written = True
-        elif has_written or is_in_place(node.target):
-            return False
-    return True
+        for reader in [*old.users, *write.users]:
+            if reader is not write and places[reader] > places[write]:
+                reader.replace_input_with(old, new)
+                reader.replace_input_with(write, new)
+        graph.erase_node(write)
+
+
+def _is_fresh(node: object) -> bool:
+    """Whether no other node is a view of the memory of a node."""
+    return (
+        isinstance(node, Node)
+        and isinstance(node.target, Operator)
+        and not any(map(is_view, [node.target, *(user.target for user in node.users)]))
+        and operator.getitem not in {user.target for user in node.users}
+    )
+
+
+def _has_same_layout(one: Node, other: Node) -> bool:
+    a, b = one.meta.get("val"), other.meta.get("val")
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+    )
+
+
+def _is_last_write(node: Node) -> bool:
+    (target, *_) = node.args
+    return node.target is _WRITE and isinstance(target, Node) and target.op == "placeholder" and not node.users
+
+
+def _is_known(target: object) -> bool:
+    return isinstance(target, Operator) and target.namespace in _NAMESPACES
+
+
+def _hides_writes(target: object) -> bool:
+    """Whether an operator may write statistics that its schema does not declare as written."""
+    name = operator_name(target) if isinstance(target, Operator) else ""
+    return "batch_norm" in name and not name.endswith(("_functional", "_backward", "_no_training"))
 
 
 def _values(node: Node) -> Sequence[object]:

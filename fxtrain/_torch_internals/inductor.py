@@ -60,7 +60,8 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor],
         options: Settings of Inductor by name.
     """
     with shared_libraries(), dead_values_skipped(), empty_tails_skipped(), _instructions_sought(examples):
-        compiled = compile_decomposed(graph, examples, options)
+        with CONFIG.get().patch(dict(options)):
+            compiled = compile_decomposed(graph, examples)
         return COMPILE.get()(graph, examples, options=dict(options)) if compiled is None else compiled
 
 
@@ -205,7 +206,8 @@ def load_kernels(path: Path, name: str) -> Any:
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, object]) -> None:
     """Compiles an exported program ahead of time into a file."""
-    with _instructions_sought(program.example_inputs[0]):
+    examples, _ = program.example_inputs or ((), {})
+    with _instructions_sought(examples):
         PACKAGE.get()(program, package_path=path, inductor_configs=dict(options))
 
 
