@@ -335,6 +335,25 @@ class TestMemory:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert 256 <= found < 2**20
 
+    def test_offloaded_activations_lower_the_peak_and_keep_the_bits(self):
+        """In doubt: whether Inductor keeps each transfer at its place in the graph."""
+        network = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.Tanh()))).cuda()
+        tx, batch = fx.optim.sgd(0.1), torch.randn(8192, 512, device="cuda")
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        ends, peaks = [], []
+        for memory in ("save", "offload"):
+            made = compiled(step, None, memory=memory)
+            state, _ = made(fx.init(network, tx, seed=0), batch)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            state, _ = made(state, batch)
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+            ends.append(state)
+        assert all(map(torch.equal, *map(tree.leaves, ends)))
+        assert peaks[1] < 0.6 * peaks[0]
+
 
 def iter_shapes(batches):
     """Returns a source of batches of several sizes."""

@@ -442,9 +442,9 @@ class TestMemory:
         with pytest.warns(UserWarning, match="to fit in 0.01 of the memory of memory='save', got 0"):
             trained(step, start(Residual, dropout=0.0), steps=1)
 
-    @pytest.mark.parametrize("memory", [0, -0.5, 1.5, True, "offload", None, float("nan")])
+    @pytest.mark.parametrize("memory", [0, -0.5, 1.5, True, "host", None, float("nan")])
     def test_wrong_value_is_rejected(self, memory):
-        with pytest.raises(ValueError, match="expected memory to be 'save', 'recompute' or a fraction in"):
+        with pytest.raises(ValueError, match="expected memory to be 'save', 'recompute', 'offload' or a fraction in"):
             fx.compile(fx.train_step(squares, TX), memory=memory)
 
     @pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {"dynamic": True}])
@@ -473,3 +473,57 @@ class TestMemory:
         (gradients,) = (each for each in found["save"].at_peak if each.where == "backward pass")
         assert gradients.values.startswith("mm")
         assert "of activations at their peak" in repr(found["save"])
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """Offloads all activations, on the CPU as on a GPU. Returns a list that receives the graphs."""
+    graphs, offload = [], traced.offload
+
+    def all_of(graph, device):
+        graphs.append(graph)
+        return offload(graph, device, least_bytes=0)
+
+    monkeypatch.setattr(traced, "only_gpu", lambda tensors: torch.device("cpu"))
+    monkeypatch.setattr(traced, "offload", all_of)
+    return graphs
+
+
+class TestOffload:
+    @pytest.mark.parametrize("network", [Residual, Attention])
+    def test_results_are_bitwise_unchanged(self, network, interpreted, offloaded):
+        ends = []
+        for memory in ("save", "offload"):
+            step = fx.compile(fx.train_step(lambda model, x: model(x).square().mean(), TX), memory=memory, donate=True)
+            state = start(network, layers=6)
+            for seed in range(2):
+                shape = (2, 8, 16) if network is Attention else batch().shape
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                state, _ = step(state, x)
+            ends.append(state)
+        same(*ends)
+        assert len(offloaded) == 1
+
+    def test_activations_leave_memory_between_the_passes(self, interpreted, offloaded):
+        step = fx.compile(fx.train_step(lambda model, x: model(x).square().mean(), TX), memory="offload")
+        step(start(Attention, layers=6), torch.ones(2, 8, 16))
+        order = {node: index for index, node in enumerate(offloaded[0].nodes)}
+        pairs = []
+        for host in offloaded[0].find_nodes(op="call_function", target=torch.ops.fxtrain.to_host.default):
+            (back,), source = host.users, host.args[0]
+            assert back.target == torch.ops.fxtrain.from_host.default
+            assert max(order[user] for user in source.users) < order[back]
+            pairs.append(order[back] - order[host])
+        assert len(pairs) >= 6
+        assert min(pairs) >= 16
+
+    @pytest.mark.slow
+    def test_inductor_compiles_transfers(self, offloaded):
+        steps = [fx.compile(fx.train_step(squares, TX), memory=memory) for memory in ("save", "offload")]
+        same(*(trained(step, start(Residual, layers=4, dropout=0.0)) for step in steps))
+        assert offloaded[0].find_nodes(op="call_function", target=torch.ops.fxtrain.to_host.default)
+
+    def test_step_on_the_cpu_warns_and_trains(self, interpreted):
+        step = fx.compile(fx.train_step(squares, TX), memory="offload")
+        with pytest.warns(UserWarning, match="to run on one GPU with memory='offload', got a state or batch elsewhere"):
+            trained(step, start(Residual, dropout=0.0), steps=1)

@@ -120,6 +120,8 @@ def compile(  # noqa: A001
             values of the forward pass and their gradients that are in memory at one time, to this part of what they
             take with ``"save"``, and recomputes as little as possible, by estimated time. Estimates come from the graph
             before fusion. A limit below what recomputation can reach causes a warning and takes the lowest peak.
+            ``"offload"`` keeps activations of 1 MiB or more in pinned memory of the host, at the cost of two transfers,
+            for steps on one GPU. Such steps are not replayed as CUDA graphs.
             Results are those of ``"save"``, random samples included, bitwise if the compiler rounds the same operations
             in the same way, as it does for float32. Dropout masks are not batched then, so compilation takes longer.
             Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
@@ -230,10 +232,10 @@ def compile(  # noqa: A001
 
 
 def _check_memory(memory: object) -> None:
-    if memory in ("save", "recompute"):
+    if memory in ("save", "recompute", "offload"):
         return
     if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1:
         raise ValueError(
-            f"expected memory to be 'save', 'recompute' or a fraction in (0, 1], got {describe(memory)}. A fraction "
-            "is the part of the activation memory of 'save' that the step may take."
+            f"expected memory to be 'save', 'recompute', 'offload' or a fraction in (0, 1], got {describe(memory)}. A "
+            "fraction is the part of the activation memory of 'save' that the step may take."
         )

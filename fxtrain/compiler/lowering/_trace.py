@@ -48,6 +48,8 @@ from fxtrain.compiler.passes._concatenation import replace_trivial_concatenation
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
 from fxtrain.compiler.passes._memory_policy import Memory, limit_memory, report
+from fxtrain.compiler.passes._offload import offload
+from fxtrain.compiler.passes._offload import report as report_offload
 from fxtrain.compiler.passes._operators import register_lowerings
 from fxtrain.compiler.passes._recompute import recompute_regions
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
@@ -127,7 +129,10 @@ def trace_step(
     with compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
     recomputes = recompute_regions(graph.graph)
-    if memory != "save":
+    if memory == "offload":
+        place = only_gpu((*leaves, *inputs))
+        report_offload(step, place, 0 if place is None else offload(graph.graph, place))
+    elif memory != "save":
         outcome = limit_memory(graph.graph, memory)
         recomputes |= outcome is not None and outcome.after < outcome.before
         report(step, memory, outcome)
@@ -144,7 +149,8 @@ def trace_step(
     # A step that returned new states instead would have other addresses at each call. Other backends may do on the host
     # what a capture leaves out.
     has_graph = (in_place and isinstance(step, Step)) or isinstance(step, EvalFunction)
-    is_capturable = mode in REPLAYED and has_graph and not dynamic and backend is None
+    # Pinned memory cannot be allocated in a capture.
+    is_capturable = mode in REPLAYED and has_graph and not dynamic and backend is None and memory != "offload"
     gpu = only_gpu((*leaves, *inputs)) if is_capturable else None
     read = _without_unread(graph)
     pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)

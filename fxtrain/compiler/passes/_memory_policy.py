@@ -19,8 +19,8 @@ from fxtrain.core import warn
 
 _log = logging.getLogger(__name__)
 
-Memory = Literal["save", "recompute"] | float
-"""Which activations a step keeps: ``compile`` describes the values."""
+Memory = Literal["save", "recompute", "offload"] | float
+"""Which activations a step keeps, and where: ``compile`` describes the values."""
 
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 

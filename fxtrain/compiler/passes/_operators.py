@@ -49,6 +49,31 @@ def after() -> Any:
 
 
 @functools.cache
+def to_host() -> Any:
+    """``to_host(x)``: a copy in pinned memory of the host, made in the order of the current stream."""
+
+    def computed(x: Tensor) -> Tensor:
+        host = torch.empty_like(x, device="cpu", pin_memory=x.device.type != "cpu")
+        return host.copy_(x, non_blocking=True)
+
+    schema = "to_host(Tensor x) -> Tensor"
+    return _registered(schema, computed, lambda x: torch.empty_like(x, device="cpu"), "CPU", "CUDA")
+
+
+@functools.cache
+def from_host() -> Any:
+    """``from_host(x, token)``: a copy of ``x`` on the device of ``token``, which has to be computed before."""
+
+    def computed(x: Tensor, token: Tensor) -> Tensor:
+        return torch.empty_like(x, device=token.device).copy_(x, non_blocking=True)
+
+    def shaped(x: Tensor, token: Tensor) -> Tensor:
+        return torch.empty_like(x, device=token.device)
+
+    return _registered("from_host(Tensor x, Tensor token) -> Tensor", computed, shaped, "CPU", "CUDA")
+
+
+@functools.cache
 def expm1() -> Any:
     """``expm1(x)`` from float64 additions and multiplications, which give the same bits in every loop.
 

@@ -51,7 +51,7 @@ def recompute_regions(graph: Graph) -> bool:
         def is_kept(node: Any, inside: set[Any] = inside) -> bool:
             region = regions_of(node)[0]
             return region.saves(node) or any(
-                not _is_backward(user) and (user not in inside or regions_of(user)[0] is not region)
+                not is_backward(user) and (user not in inside or regions_of(user)[0] is not region)
                 for user in node.users
             )
 
@@ -97,7 +97,7 @@ def recompute(graph: Graph, dropped: Iterable[Any]) -> dict[Any, Any]:
                     copies[each] = _copied(graph, each, node, copies, token, kept)
                 for other in inputs:
                     node.replace_input_with(other, copies[other])
-        if _can_order(node):
+        if can_order(node):
             tokens[found.derivative] = node
     for node in kept:
         _keep(graph, node)
@@ -150,7 +150,8 @@ def _is_random(node: Any) -> bool:
     return argument_of(node.target, node.args, node.kwargs, "dropout_p") != 0.0
 
 
-def _is_backward(node: Any) -> bool:
+def is_backward(node: Any) -> bool:
+    """Whether a node is part of a backward pass."""
     found = pass_of(node)
     return found is not None and found.is_backward
 
@@ -169,7 +170,7 @@ def _missing(
     return sorted(missing, key=order.__getitem__)
 
 
-def _can_order(node: Any) -> bool:
+def can_order(node: Any) -> bool:
     """Whether a value can be the second argument of ``after``."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.layout != torch.strided or node.op != "call_function":
@@ -180,7 +181,7 @@ def _can_order(node: Any) -> bool:
 def _token(reader: Any, latest: Any, given: Mapping[Any, None]) -> Any:
     """Returns a value of the backward pass that the copies for a reader wait for: its own gradient if it has one."""
     for other in reader.all_input_nodes:
-        if other not in given and _is_backward(other) and _can_order(other):
+        if other not in given and is_backward(other) and can_order(other):
             return other
     return latest
 
@@ -193,7 +194,7 @@ def _copied(graph: Graph, node: Any, reader: Any, copies: Mapping[Any, Any], tok
             statistics = (None, None)
             copy.args = (*copy.args[: _STATISTICS.start], *statistics, *copy.args[_STATISTICS.stop :])
         for other in copy.all_input_nodes:
-            if other.op != "placeholder" and not _is_backward(other):
+            if other.op != "placeholder" and not is_backward(other):
                 kept[_base(other)] = None
         if token is not None and not any(other in copies for other in node.all_input_nodes):
             with graph.inserting_before(copy):
