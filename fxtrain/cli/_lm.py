@@ -278,7 +278,7 @@ class _Job:
         options = self.options
         count = sum(leaf.numel() for leaf in self._model().parameters())
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        ranks = "" if self.mesh is None else f", {self.mesh.size} processes"
+        ranks = "" if self.mesh is None else f", {self.mesh.world_size} processes"
         how = "each step compiled into one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
         print(f"model       {pluralize(options.layers, 'layer')} of width {options.width}: {count:,} parameters")
@@ -317,7 +317,7 @@ class _Job:
 
     def _print_commands(self) -> None:
         print(f"\nrun         {self.folder}")
-        count = 1 if self.mesh is None else self.mesh.size
+        count = 1 if self.mesh is None else self.mesh.world_size
         command = "fxtrain" if count == 1 else f"torchrun --standalone --nproc-per-node {count} -m fxtrain"
         print(f"resume      {command} lm --resume {self.folder}")
         print(f"report      fxtrain report {self.folder}")

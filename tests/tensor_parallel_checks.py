@@ -1,0 +1,335 @@
+"""Checks of tensor parallel steps and runs with several ranks. ``shared_checks`` runs them."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.cli._transformer import Config, Transformer
+from fxtrain.compiler.lowering._trace import trace_step
+from fxtrain.distributed import Shard
+from tests.sharded_checks import batch_of, placement, traced
+
+ROWS, BATCH = 48, 12
+GATED_PLAN = {"0.up": "column", "0.gate": "column", "*.out": "row", "2": "column", "4": "row"}
+TRANSFORMER_PLAN = {"blocks.*.qkv": "column", "blocks.*.up": "column", "blocks.*.out": "row"}
+
+
+# What the checks share.
+
+
+class Gated(nn.Module):
+    """A gated perceptron, whose two column modules have one input."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.gate = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width, bias=False)
+        self.out = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return x + self.dropout(self.out(F.silu(self.gate(x)) * self.up(x)))
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [Gated(6), nn.LayerNorm(6), nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3), nn.Dropout(0.1)]
+    return nn.Sequential(*layers).double()
+
+
+def loss_fn(model, batch):
+    logits = model(batch["x"])
+    accuracy = fx.metrics.Accuracy.from_model_output(logits=logits, labels=batch["y"])
+    return F.cross_entropy(logits, batch["y"]), {"accuracy": accuracy, "size": logits.square().mean()}
+
+
+def examples(rows=ROWS, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(rows, 6, dtype=torch.float64, generator=generator),
+        "y": torch.randint(0, 3, (rows,), generator=generator),
+    }
+
+
+def transformer(**options):
+    shape = Config(**{"layers": 2, "width": 16, "heads": 2, "length": 8, "dropout": 0.2, **options})
+    return Transformer(shape, torch.Generator().manual_seed(0)).double()
+
+
+def text_loss(model, batch):
+    return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+
+def texts(rows=BATCH, seed=1):
+    tokens = torch.randint(0, 256, (rows, 9), generator=torch.Generator().manual_seed(seed))
+    return {"x": tokens[:, :-1], "y": tokens[:, 1:]}
+
+
+def optimizer():
+    rate = fx.schedules.warmup_cosine_decay(0.0, 0.02, warmup_steps=5, decay_steps=20)
+    return fx.optim.chain(fx.optim.clip_by_global_norm(0.5), fx.optim.adamw(rate))
+
+
+MODELS = {
+    "perceptron": (network, GATED_PLAN, loss_fn, examples),
+    "transformer": (transformer, TRANSFORMER_PLAN, text_loss, texts),
+}
+
+
+def callbacks():
+    return [fx.callbacks.grad_norms(), fx.callbacks.ema(0.9), fx.callbacks.nan_guard()]
+
+
+def train(mesh, name, tx, *, steps=20, is_traced=False, is_split=True, compiled=None, dtype=None, **options):
+    """Returns the last state and output of a model. Without a mesh, those of one process."""
+    make, plan, loss, make_batch = MODELS[name]
+    options = {"callbacks": callbacks(), "accumulate": 2, **options}
+    step = fx.train_step(loss, tx, mesh=mesh, **options)
+    state = step.attached(fx.init(make().to(dtype), tx, seed=3))
+
+    def batch(seed):
+        whole = make_batch(BATCH, seed=seed)
+        whole["x"] = whole["x"] if dtype is None else whole["x"].to(dtype)
+        return whole if mesh is None else batch_of(mesh, whole)
+
+    if mesh is not None and is_split:
+        state = fx.distributed.shard(state, mesh, plan=plan)
+        before = placement(state)
+        assert any(axis == 1 for axis in before)
+    if is_traced:
+        step = traced(step, state, batch(0))
+    step = step if compiled is None else compiled(step)
+    for seed in range(steps):
+        state, output = step(state, batch(seed))
+    if mesh is not None and is_split:
+        assert placement(state) == before
+    return state, output
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    found, expected = map(whole, (found, expected))
+    for path, one, other in zip(tree.paths(expected), tree.leaves(found), tree.leaves(expected), strict=True):
+        assert type(one) is torch.Tensor, path
+        limit = max(tolerance, 1e-6) if other.dtype == torch.float32 else tolerance
+        torch.testing.assert_close(one, other, rtol=0, atol=limit, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def whole(value):
+    return fx.distributed.gathered(value) if isinstance(value, fx.TrainState) else value
+
+
+def assert_as_alone(mesh, name, tx=None, **options):
+    tx = optimizer() if tx is None else tx
+    alone = {key: value for key, value in options.items() if key not in ("is_traced", "compiled", "is_split")}
+    expected, expected_output = train(None, name, tx, **alone)
+    state, output = train(mesh, name, tx, **options)
+    assert_close(state, expected)
+    assert_close(output, expected_output)
+    assert_same_bits(mesh, whole(state))
+    return state
+
+
+def assert_same_bits(mesh, value):
+    leaves = [leaf.tolist() for leaf in tree.leaves(value)]
+    assert all(other == leaves for other in mesh.gather(leaves, "values"))
+
+
+# Checks of steps.
+
+
+def placements(mesh, folder):
+    state = fx.attach(fx.init(transformer(), optimizer()), callbacks())
+    found = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+    names = {name: leaf.axis for name, leaf in found.params.items() if isinstance(leaf, Shard)}
+    parts = {"attention.qkv": 0, "attention.out": 1, "perceptron.up": 0, "perceptron.out": 1}
+    assert names == {f"blocks.{index}.{part}.weight": axis for index in (0, 1) for part, axis in parts.items()}
+    # Parameters, two moments and an average of each.
+    assert sum(axis is not None for axis in placement(found)) == 4 * len(names)
+    own = found.params["blocks.0.attention.qkv.weight"].local
+    start = 48 // mesh.model.size * mesh.model.rank
+    assert torch.equal(own, state.params["blocks.0.attention.qkv.weight"][start : start + len(own)])
+    assert own.untyped_storage().nbytes() == own.nbytes
+    assert not state.diff(fx.distributed.gathered(found))
+    assert placement(fx.distributed.shard(found, mesh, plan=TRANSFORMER_PLAN)) == placement(found)
+
+
+def twenty_steps(mesh, folder):
+    for name in MODELS:
+        assert_as_alone(mesh, name)
+
+
+def twenty_steps_traced(mesh, folder):
+    for name in MODELS:
+        assert_as_alone(mesh, name, is_traced=True)
+
+
+def other_derivatives_and_precisions(mesh, folder):
+    assert_as_alone(mesh, "perceptron", differentiate="autograd", steps=4)
+    for precision in (
+        fx.Policy(compute=torch.bfloat16, keep=("*.out", "2")),
+        fx.Policy(param=torch.bfloat16, output=None, keep=("*.out", "2")),
+    ):
+        options = {"precision": precision, "steps": 2, "dtype": precision.param, "callbacks": []}
+        state, _ = train(mesh, "perceptron", optimizer(), **options)
+        expected, _ = train(None, "perceptron", optimizer(), **options)
+        assert_close(state, expected, 1e-2)
+        assert_same_bits(mesh, whole(state))
+
+
+def optimizers(mesh, folder):
+    for tx in (fx.optim.muon(0.01), fx.optim.adafactor(0.01), fx.optim.lamb(0.01), fx.optim.sgd(0.1, momentum=0.9)):
+        assert_as_alone(mesh, "transformer", tx, steps=3)
+
+
+def recomputed_blocks(mesh, folder):
+    """Recomputed modules repeat their collectives in the backward pass."""
+    tx = fx.optim.adam(0.01)
+
+    def taken(mesh):
+        step = fx.train_step(text_loss, tx, mesh=mesh)
+        module = transformer()
+        module.blocks[0], module.blocks[1].perceptron = (
+            fx.remat(module.blocks[0]),
+            fx.remat(module.blocks[1].perceptron),
+        )
+        state = fx.init(module, tx, seed=3)
+        if mesh is None:
+            return step(state, texts())[0]
+        state = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+        found = step(state, batch_of(mesh, texts()))[0]
+        assert_close(traced(step, state, batch_of(mesh, texts()))(state, batch_of(mesh, texts()))[0], whole(found))
+        return found
+
+    assert_close(taken(mesh), taken(None))
+
+
+def replicated_state_on_two_axes(mesh, folder):
+    assert_as_alone(mesh, "transformer", is_split=False, steps=3)
+
+
+def evaluations(mesh, folder):
+    state = fx.init(transformer(), optimizer(), seed=3)
+    expected = fx.eval_step(text_loss)(state, texts()).metrics
+    found = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+    step = fx.eval_step(text_loss, mesh=mesh)
+    assert_close(step(found, batch_of(mesh, texts())).metrics, expected)
+    assert_close(fx.compile(step)(found, batch_of(mesh, texts())).metrics, expected)
+
+
+def handwritten_gradients(mesh, folder):
+    state = fx.init(network(), optimizer(), seed=3)
+    expected = fx.gradients(loss_fn)(state, examples(BATCH))
+    found = fx.distributed.shard(state, mesh, plan=GATED_PLAN)
+    found = fx.distributed.averaged(fx.gradients(loss_fn, mesh=mesh)(found, batch_of(mesh, examples(BATCH))), mesh)
+    grads = fx.distributed.gathered(state.replace(params=found.grads)).params
+    assert_close(grads, expected.grads)
+    assert tree.leaves(found.used) == tree.leaves(expected.used)
+
+
+def graph_text(mesh, folder):
+    """All ranks trace the same graph, with two sums per block and direction, and one bucket of gradients."""
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(text_loss, tx, mesh=mesh)
+    state = fx.distributed.shard(fx.init(transformer(), tx, seed=3), mesh, plan=TRANSFORMER_PLAN)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    trace_step(step, state, batch_of(mesh, texts()), mode=None, in_place=True, backend=backend)()
+    (text,) = graphs
+    assert text.count("_c10d_functional.all_reduce") == 2 * 2 * 2 + 1 + (mesh.size > 1)
+    assert text.count("_c10d_functional.all_gather_into_tensor") == 1  # of the loss
+    # Groups of other ranks have other names.
+    others = mesh.gather(text, "graphs")
+    assert others[mesh.world_rank % mesh.model.size] == text
+    assert len({re.sub(r"'\d+'", "group", other) for other in others}) == 1
+
+
+def compiled_by_inductor(mesh, folder):
+    steps = []
+
+    def compiled(step):
+        steps.append(fx.compile(step, donate=True, check=True))
+        return steps[0]
+
+    assert_as_alone(mesh, "transformer", compiled=compiled, steps=5)
+    assert steps[0].graphs == 1
+    assert "traced" in steps[0].route
+
+
+def refused_plans(mesh, folder):
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    for module, plan, error, text in (
+        (network(), {"5": "column"}, TypeError, r"class Linear in the plan, got a Dropout as column module '5'\."),
+        (
+            network(),
+            {"tail.*": "row"},
+            ValueError,
+            r"expected 'tail\.\*' to match a module, got no match among 0, 0\.up",
+        ),
+        (
+            network(),
+            {"2": "columns"},
+            ValueError,
+            r"expected plan\['2'\] to be one of 'column', 'row', got 'columns'\.",
+        ),
+        (network(), {"2": "column", "?": "row"}, ValueError, "got both for '2'"),
+        (
+            network(),
+            {"4": "column"},
+            ValueError,
+            r"4\.weight along axis 0 to be a multiple of the 2 ranks of a model, got 3",
+        ),
+        (network(), ["2"], TypeError, "expected plan to be a dict"),
+        (
+            tied,
+            {"0": "column"},
+            ValueError,
+            r"expected 0\.weight, which the plan splits, to be the parameter of one module",
+        ),
+        (nn.TransformerEncoderLayer(4, 2), {"linear1": "column"}, TypeError, "'linear1' of a TransformerEncoderLayer"),
+        (network(), None, ValueError, "expected a plan for a mesh with 2 ranks per model, got none"),
+    ):
+        with pytest.raises(error, match=text):
+            fx.distributed.shard(fx.init(module), mesh, plan=plan)
+
+
+def refused_passes(mesh, folder):
+    def run(plan, *layers):
+        state = fx.init(nn.Sequential(nn.Linear(6, 8), *layers, nn.Linear(8, 4)).double(), fx.optim.sgd(0.1))
+        state = fx.distributed.shard(state, mesh, plan=plan)
+        step = fx.train_step(lambda model, batch: model(batch["x"]).square().mean(), fx.optim.sgd(0.1), mesh=mesh)
+        step(state, batch_of(mesh, examples(BATCH)))
+
+    pair = {"0": "column", "[12]": "row"}
+    run(pair)
+    with pytest.raises(
+        ValueError, match=r"expected no random samples between the column module '0' and the row module"
+    ):
+        run({"0": "column", "2": "row"}, nn.Dropout(0.1))
+    with pytest.raises(ValueError, match=r"expected the call of a row module after that of the column module '1'"):
+        run({"1": "column"})
+    with pytest.raises(ValueError, match=r"expected 4 of 8 features as the input of the row module '1', got 8"):
+        run({"1": "row"})
+    tx = fx.optim.sgd(0.1)
+    found = fx.distributed.shard(fx.init(network(), tx), mesh, plan=GATED_PLAN)
+    batch = batch_of(mesh, examples(BATCH))
+    gradient = fx.gradients(loss_fn, mesh=mesh)(found, batch)
+    for call in (
+        lambda: fx.train_step(loss_fn, tx)(found, batch),
+        lambda: fx.eval_step(loss_fn)(found, batch),
+        lambda: fx.gradients(loss_fn)(found, batch),
+        lambda: fx.step.apply_gradients(found, gradient.grads, tx),
+        lambda: fx.view(found),
+    ):
+        with pytest.raises((TypeError, ValueError), match="shard"):
+            call()
+    with pytest.raises(ValueError, match="another mesh"):
+        fx.train_step(loss_fn, tx, mesh=fx.distributed.mesh(model=2))(found, batch)
