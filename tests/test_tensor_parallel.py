@@ -17,19 +17,48 @@ CHECKS = [
     "graph_text",
     "refused_plans",
     "refused_passes",
+    "runs",
+    "callbacks_of_the_loop",
+    "checkpoints",
     "compiled_by_inductor",
+]
+
+
+# Two data ranks of two ranks per model.
+FOUR = [
+    "twenty_steps",
+    "twenty_steps_traced",
+    "nan_on_one_data_rank",
+    "synced_batch_norm",
+    "handwritten_gradients",
+    "replicated_state_on_two_axes",
+    "graph_text",
+    "runs",
+    "checkpoints",
 ]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Runs all checks with two ranks that have one model together, and returns the errors of each."""
-    folder = tmp_path_factory.mktemp("split")
-    return shared_checks.outcomes(
-        "tensor_parallel_checks", CHECKS, timeout=240, collective_timeout=60, folder=folder, model=2
-    )
+    return run(CHECKS, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def outcomes_of_four(tmp_path_factory):
+    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
+
+
+def run(names, size, folder):
+    limits = {"timeout": 240, "collective_timeout": 60}
+    return shared_checks.outcomes("tensor_parallel_checks", names, size=size, model=2, folder=folder, **limits)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(outcomes, name):
     shared_checks.assert_passed(outcomes, name)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_two_models_of_two_ranks(outcomes_of_four, name):
+    shared_checks.assert_passed(outcomes_of_four, name)

@@ -32,7 +32,7 @@ from fxtrain.cli._run_folder import (
     write_config,
     write_json,
 )
-from fxtrain.cli._transformer import Config, Transformer
+from fxtrain.cli._transformer import PLAN, Config, Transformer
 from fxtrain.core import pluralize
 from fxtrain.data import Source
 
@@ -113,8 +113,8 @@ class Options(Configurable):
     """The device: cpu, cuda, or auto, which uses cuda if available."""
     parallel: Parallel = "none"
     """How several processes, which torchrun starts, train one model: ddp splits each batch among them. fsdp also splits
-    large parameters and their optimizer state. The results are those of one process up to rounding. tp is not
-    implemented."""
+    large parameters and their optimizer state. tp splits the attention heads and the perceptrons of each block. The
+    results are those of one process up to rounding."""
     runs: pathlib.Path = pathlib.Path("runs")
     """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
@@ -157,7 +157,7 @@ class _Job:
     def __init__(self, options: Options) -> None:
         self.options = options
         _validate(options)
-        self.mesh = mesh_of(options.parallel, "lm")
+        self.mesh = mesh_of(options.parallel, "lm", divides=("--heads", options.heads))
         self.device = device_named(options.device, "--device", self.mesh)
         self.corpus = read_corpus(options.dataset)
         if self.mesh is not None and len(set(self.mesh.gather(self.corpus.digest, "digests of the text"))) > 1:
@@ -177,6 +177,8 @@ class _Job:
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
         if self.mesh is not None and options.parallel == "fsdp":
             state = fx.distributed.shard(state, self.mesh)
+        if self.mesh is not None and options.parallel == "tp":
+            state = fx.distributed.shard(state, self.mesh, plan=PLAN)
         step = fx.train_step(_cross_entropy, tx, mesh=self.mesh)
         eval_step = fx.eval_step(_cross_entropy, mesh=self.mesh)
         if options.compile:

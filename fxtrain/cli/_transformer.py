@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast, overload
+from typing import Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from fxtrain.core import check_positive_int
 
 VOCABULARY = 256
 """The number of distinct bytes."""
+
+PLAN: dict[str, Literal["column", "row"]] = {"blocks.*.qkv": "column", "blocks.*.up": "column", "blocks.*.out": "row"}
+"""The modules that ``fxtrain.distributed.shard`` splits for tensor parallel training, by heads and hidden features."""
 
 
 KeysValues = tuple[Tensor, Tensor]
