@@ -10,6 +10,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import tree
+from fxtrain._torch_internals import collectives
 from fxtrain.cli._transformer import Config, Transformer
 from fxtrain.compiler.lowering._trace import trace_step
 from fxtrain.distributed import Shard
@@ -57,7 +58,7 @@ def examples(rows=ROWS, seed=1):
 
 
 def transformer(**options):
-    shape = Config(**{"layers": 2, "width": 16, "heads": 2, "length": 8, "dropout": 0.2, **options})
+    shape = Config(**{"layers": 1, "width": 16, "heads": 2, "length": 8, "dropout": 0.2, **options})
     return Transformer(shape, torch.Generator().manual_seed(0)).double()
 
 
@@ -143,7 +144,7 @@ def assert_same_bits(mesh, value):
 
 
 def placements(mesh, folder):
-    state = fx.attach(fx.init(transformer(), optimizer()), callbacks())
+    state = fx.attach(fx.init(transformer(layers=2), optimizer()), callbacks())
     found = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
     names = {name: leaf.axis for name, leaf in found.params.items() if isinstance(leaf, Shard)}
     parts = {"attention.qkv": 0, "attention.out": 1, "perceptron.up": 0, "perceptron.out": 1}
@@ -164,8 +165,7 @@ def twenty_steps(mesh, folder):
 
 
 def twenty_steps_traced(mesh, folder):
-    for name in MODELS:
-        assert_as_alone(mesh, name, is_traced=True)
+    assert_as_alone(mesh, "transformer", is_traced=True)
 
 
 def other_derivatives_and_precisions(mesh, folder):
@@ -182,8 +182,8 @@ def other_derivatives_and_precisions(mesh, folder):
 
 
 def optimizers(mesh, folder):
-    for tx in (fx.optim.muon(0.01), fx.optim.adafactor(0.01), fx.optim.lamb(0.01), fx.optim.sgd(0.1, momentum=0.9)):
-        assert_as_alone(mesh, "transformer", tx, steps=3)
+    for tx in (fx.optim.muon(0.01), fx.optim.adafactor(0.01)):
+        assert_as_alone(mesh, "transformer", tx, steps=2, callbacks=[])
 
 
 def recomputed_blocks(mesh, folder):
@@ -192,7 +192,7 @@ def recomputed_blocks(mesh, folder):
 
     def taken(mesh):
         step = fx.train_step(text_loss, tx, mesh=mesh)
-        module = transformer()
+        module = transformer(layers=2)
         module.blocks[0], module.blocks[1].perceptron = (
             fx.remat(module.blocks[0]),
             fx.remat(module.blocks[1].perceptron),
@@ -232,7 +232,7 @@ def handwritten_gradients(mesh, folder):
 
 
 def graph_text(mesh, folder):
-    """All ranks trace the same graph, with two sums per block and direction, and one bucket of gradients."""
+    """All ranks trace the same graph, with two sums per block and direction, and one or two buckets of gradients."""
     tx = fx.optim.sgd(0.1)
     step = fx.train_step(text_loss, tx, mesh=mesh)
     state = fx.distributed.shard(fx.init(transformer(), tx, seed=3), mesh, plan=TRANSFORMER_PLAN)
@@ -244,7 +244,7 @@ def graph_text(mesh, folder):
 
     trace_step(step, state, batch_of(mesh, texts()), mode=None, in_place=True, backend=backend)()
     (text,) = graphs
-    assert text.count("_c10d_functional.all_reduce") == 2 * 2 * 2 + 1 + (mesh.size > 1)
+    assert text.count("_c10d_functional.all_reduce") == 2 * 2 + 1 + (mesh.size > 1)
     assert text.count("_c10d_functional.all_gather_into_tensor") == 1  # of the loss
     if mesh.size > 1:  # groups of other ranks have other names
         text = re.sub(r"'\d+'", "group", text)
@@ -258,7 +258,7 @@ def compiled_by_inductor(mesh, folder):
         steps.append(fx.compile(step, donate=True, check=True))
         return steps[0]
 
-    assert_as_alone(mesh, "transformer", compiled=compiled, steps=5)
+    assert_as_alone(mesh, "transformer", compiled=compiled, steps=3, callbacks=[fx.callbacks.ema(0.9)])
     assert steps[0].graphs == 1
     assert "traced" in steps[0].route
 
@@ -361,6 +361,20 @@ def synced_batch_norm(mesh, folder):
         batch = examples(BATCH, seed=seed)
         expected, found = alone(expected, batch)[0], step(found, batch_of(mesh, batch))[0]
     assert_close(found, expected)
+
+
+def groups_without_operators(mesh, folder):
+    own = torch.tensor([float(mesh.world_rank)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_has_operators", lambda: False)
+        for group, size in ((mesh.group, 2), (mesh.model.group, 2), (mesh.world_group, 4)):
+            ranks = torch.distributed.get_process_group_ranks(group)
+            assert collectives.all_gather(own, group.group_name, size).flatten().tolist() == ranks
+            assert float(collectives.all_reduce([own], group.group_name)[0]) == sum(ranks)
+    assert mesh.model.gather(mesh.world_rank) == torch.distributed.get_process_group_ranks(mesh.model.group)
+    assert mesh.model.broadcast(mesh.world_rank) == mesh.rank * 2
+    assert mesh.gather((mesh.rank, mesh.model.rank)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert int(collectives.rank(own, mesh.ranks_per_model)) == mesh.rank
 
 
 # Checks of runs.

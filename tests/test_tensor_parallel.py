@@ -26,12 +26,10 @@ CHECKS = [
 
 # Two data ranks of two ranks per model.
 FOUR = [
+    "groups_without_operators",
     "twenty_steps",
-    "twenty_steps_traced",
     "nan_on_one_data_rank",
     "synced_batch_norm",
-    "handwritten_gradients",
-    "replicated_state_on_two_axes",
     "graph_text",
     "runs",
     "checkpoints",

@@ -69,7 +69,8 @@ class SplitModules:
         """
         self._region = region = _Region()
         columns = [(name, functools.partial(_column, region, name, self._group)) for name in self._columns]
-        rows = [(name, functools.partial(_row, region, name, modules[name], self._group)) for name in self._rows]
+        linear: Mapping[str, Any] = modules
+        rows = [(name, functools.partial(_row, region, name, linear[name], self._group)) for name in self._rows]
         return [(modules[name], wrapper) for name, wrapper in [*columns, *rows]]
 
     def checked(self, output: Tree) -> Tree:
