@@ -231,6 +231,23 @@ def handwritten_gradients(mesh, folder):
     assert tree.leaves(found.used) == tree.leaves(expected.used)
 
 
+def dict_of_models_with_frozen_parts(mesh, folder):
+    def loss(model, batch):
+        return F.cross_entropy(model["head"](model["body"](batch["x"])), batch["y"])
+
+    torch.manual_seed(0)
+    tx, modules = optimizer(), {"body": network(), "head": nn.Linear(3, 3).double()}
+    expected = fx.with_trainable(fx.init(modules, tx, seed=3), tx, ["body.0.*", "body.4.bias", "head.*"])
+    plan = {"body.0.[ug]*": "column", "*.out": "row", "body.2": "column", "body.4": "row"}
+    found = fx.distributed.shard(expected, mesh, plan=plan)
+    assert isinstance(found.params["body"]["2.weight"], Shard)
+    alone, step = fx.train_step(loss, tx), fx.train_step(loss, tx, mesh=mesh)
+    for seed in range(3):
+        batch = examples(BATCH, seed=seed)
+        expected, found = alone(expected, batch)[0], step(found, batch_of(mesh, batch))[0]
+    assert_close(found, expected)
+
+
 def graph_text(mesh, folder):
     """All ranks trace the same graph, with two sums per block and direction, and one or two buckets of gradients."""
     tx = fx.optim.sgd(0.1)

@@ -14,6 +14,7 @@ CHECKS = [
     "replicated_state_on_two_axes",
     "evaluations",
     "handwritten_gradients",
+    "dict_of_models_with_frozen_parts",
     "graph_text",
     "refused_plans",
     "refused_passes",
@@ -48,7 +49,7 @@ def outcomes_of_four(tmp_path_factory):
 
 
 def run(names, size, folder):
-    limits = {"timeout": 240, "collective_timeout": 60}
+    limits = {"timeout": 300, "collective_timeout": 60}
     return shared_checks.outcomes("tensor_parallel_checks", names, size=size, model=2, folder=folder, **limits)
 
 

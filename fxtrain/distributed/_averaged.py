@@ -39,6 +39,8 @@ def averaged(gradient: G, mesh: Mesh) -> G:
     change alike on all ranks, as counters do, and so must frozen parameters that the forward pass writes. Outputs stay
     those of the rank.
 
+    Of modules that are split by a plan, the gradients are ``Shard`` nodes with the part of the rank.
+
     Args:
         gradient: The result of ``fxtrain.gradients(loss_fn, mesh=mesh)``, or its average over microbatches.
         mesh: The ranks.

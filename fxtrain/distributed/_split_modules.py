@@ -98,21 +98,25 @@ class _Region:
     def __init__(self) -> None:
         self.column: str | None = None
         self._sites = 0
-        self._input: tuple[Tensor, Tensor] | None = None
+        self._input: tuple[Tensor, bool, Any] | None = None
 
-    def enter(self, column: str) -> None:
-        if self.column is None:
+    def entered(self, column: str, values: Tensor, group: str) -> Tensor:
+        """Returns ``f(values)``, the same one for several column modules with one input, as of queries and keys.
+
+        A column module with another input begins a region, because a recomputation may end inside one.
+        """
+        self.column, is_recorded = column, torch.is_grad_enabled()
+        if self._input is None or self._input[0] is not values or self._input[1] is not is_recorded:
+            self._input = values, is_recorded, _Copied.apply(values, group)
             self._sites = _sites()
-        self.column = column
-
-    def copied(self, values: Tensor, group: str) -> Tensor:
-        """Returns ``f(values)``, the same one for several column modules with one input, as of queries and keys."""
-        if self._input is None or self._input[0] is not values:
-            copied: Any = _Copied.apply(values, group)
-            self._input = values, copied
-        return self._input[1]
+        return self._input[2]
 
     def leave(self, row: str) -> None:
+        """Ends the region.
+
+        Raises:
+            ValueError: If the forward pass has sampled inside.
+        """
         column, self.column, self._input = self.column, None, None
         if column is not None and _sites() != self._sites:
             raise ValueError(
@@ -129,8 +133,7 @@ def _sites() -> int:
 
 
 def _column(region: _Region, name: str, group: str, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:  # noqa: A002 -- as in torch
-    region.enter(name)
-    return forward(region.copied(input, group))
+    return forward(region.entered(name, input, group))
 
 
 def _row(
