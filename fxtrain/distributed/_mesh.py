@@ -40,12 +40,12 @@ class Mesh:
         rank: The rank of this process among these, from 0 to ``size - 1``.
         device: The device of this process.
         timeout: Seconds after which a collective fails that other ranks have not joined.
-        group: The process group of gradients of split parameters: gloo on CPUs, NCCL on GPUs.
+        group: The process group of these ranks: gloo on CPUs, NCCL on GPUs.
         control: A gloo group of all processes for facts on the host.
         background: A second gloo group for threads that save checkpoints. The collectives of a group must run in one
             order on all ranks, so a thread needs a group of its own.
         model: The ranks that have one model together with this one. None with ``model=1``.
-        world_group: The process group of all processes, on their devices.
+        world_group: The process group of all processes, of the same kind. Without ``model``, it is ``group``.
 
     Example:
         >>> import fxtrain as fx
