@@ -336,6 +336,10 @@ def refused_passes(mesh, folder):
         run({"1": "column"})
     with pytest.raises(ValueError, match=r"expected 4 of 8 features as the input of the row module '1', got 8"):
         run({"1": "row"})
+    with pytest.raises(
+        ValueError, match=r"after the column module '0' and before a row module, got a use of 1\.weight,"
+    ):
+        run({"0": "column", "2": "row"}, nn.PReLU().double())
     tx = fx.optim.sgd(0.1)
     found = fx.distributed.shard(fx.init(network(), tx), mesh, plan=GATED_PLAN)
     batch = batch_of(mesh, examples(BATCH))

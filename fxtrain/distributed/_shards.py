@@ -40,9 +40,10 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16, plan: Plan | Non
 
     No tensor is gathered. Each row module adds an all-reduce to the forward pass, and each input of column modules one
     to the backward pass. Between the two, a model must take the number of features or heads from its tensors, which are
-    parts, and may not sample, as dropout does. It must call the modules: code that reads their weights gets parts. All
-    else stays on all ranks, which must read the same examples if they share a model. The optimizer and callbacks see
-    DTensors as above. A plan does not combine with the splitting of large parameters.
+    parts, and may neither sample, as dropout does, nor use parameters that are not split, both of which raise. It must
+    call the modules: code that reads their weights gets parts. All else stays on all ranks, which must read the same
+    examples if they share a model. The optimizer and callbacks see DTensors as above. A plan does not combine with the
+    splitting of large parameters.
 
     Everything that needs whole tensors in one process, such as ``fxtrain.view`` or ``fxtrain.state_dict``, raises
     TypeError: see ``gathered``. Checkpoints of ``fit`` contain whole tensors, and are restored with any placement and

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import all_reduce
+from fxtrain._torch_internals.modules import own_parameters
 from fxtrain.core import Tree
 from fxtrain.core._shard import is_shard, refuse_shards
 from fxtrain.distributed._mesh import Mesh
@@ -73,6 +75,21 @@ class SplitModules:
         rows = [(name, functools.partial(_row, region, name, linear[name], self._group)) for name in self._rows]
         return [(modules[name], wrapper) for name, wrapper in [*columns, *rows]]
 
+    def watching(self, modules: Mapping[str, nn.Module]) -> TorchFunctionMode:
+        """Returns a context that refuses uses of other parameters between column and row modules.
+
+        Args:
+            modules: As for ``wrappers``, which comes first.
+        """
+        split = {id(leaf) for name in (*self._columns, *self._rows) for leaf in modules[name].parameters()}
+        named = {
+            id(value): ".".join(filter(None, (name, key)))
+            for name, module in modules.items()
+            for key, value in own_parameters(module).items()
+            if value is not None and id(value) not in split
+        }
+        return _Watch(self._region, named)
+
     def checked(self, output: Tree) -> Tree:
         """Returns the output of the forward pass.
 
@@ -124,6 +141,35 @@ class _Region:
                 "some, as of a dropout. All ranks would take the same for other features. Move the dropout behind the "
                 "row module, or leave the modules out of the plan."
             )
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses uses of parameters that all ranks have, where tensors are parts.
+
+    Each rank would find the part of the gradient that comes from its features. The average over ranks, which is right
+    for parameters elsewhere, would be wrong.
+
+    Args:
+        region: The current region.
+        named: The names of these parameters by id.
+    """
+
+    def __init__(self, region: _Region, named: Mapping[int, str]) -> None:
+        super().__init__()
+        self._region, self._named = region, named
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        column = self._region.column
+        if column is not None and func.__name__ != "__get__":  # which reads a dtype or a device
+            for value in (*args, *(kwargs or {}).values()):
+                name = self._named.get(id(value))
+                if name is not None:
+                    raise ValueError(
+                        f"expected only parameters that the plan splits after the column module {column!r} and before "
+                        f"a row module, got a use of {name}, whose gradient would be that of one rank's part. Use it "
+                        "elsewhere, or leave the modules out of the plan."
+                    )
+        return func(*args, **(kwargs or {}))
 
 
 def _sites() -> int:

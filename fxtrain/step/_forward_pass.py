@@ -29,6 +29,7 @@ from fxtrain.tree import as_name, leaf_paths
 
 if TYPE_CHECKING:
     from fxtrain.distributed import Mesh
+    from fxtrain.distributed._split_modules import SplitModules
 
 
 def forward(
@@ -68,7 +69,7 @@ def forward(
         from fxtrain.distributed._split_modules import SplitModules  # keeps the import of fxtrain fast
 
         split = SplitModules(params, mesh)
-        params, inside = split.params, functools.partial(_with_wrappers, split.wrappers)
+        params, inside = split.params, functools.partial(_computing_with_parts, split)
         finish = functools.partial(_checked, split.checked, finish)
     if policy.keep:
         params, buffers = _kept(policy, params), _kept(policy, buffers)
@@ -86,11 +87,8 @@ def forward(
 
 
 @contextlib.contextmanager
-def _with_wrappers(
-    wrappers: Callable[[Mapping[str, nn.Module]], Iterable[tuple[nn.Module, Callable[..., Tree]]]],
-    modules: Mapping[str, nn.Module],
-) -> Iterator[None]:
-    with forwards_wrapped(wrappers(modules)):
+def _computing_with_parts(split: SplitModules, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    with forwards_wrapped(split.wrappers(modules)), split.watching(modules):
         yield
 
 
