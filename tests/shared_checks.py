@@ -15,7 +15,7 @@ import fxtrain as fx
 from tests import ranks
 
 
-def outcomes(module, names, *, timeout, collective_timeout, size=2, folder=None):
+def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, folder=None):
     """Runs checks with several ranks, and returns the errors of each by name.
 
     Args:
@@ -24,9 +24,10 @@ def outcomes(module, names, *, timeout, collective_timeout, size=2, folder=None)
         timeout: Seconds for all checks.
         collective_timeout: Seconds for a collective.
         size: Number of ranks.
+        model: Number of ranks per model.
         folder: An empty folder, for checks that take one.
     """
-    given = module, names, None if folder is None else str(folder), collective_timeout
+    given = module, names, None if folder is None else str(folder), collective_timeout, model
     code = f"from tests import shared_checks\nshared_checks.run(*{given!r})"
     results = ranks.run(code, size, timeout=timeout, check=False)
     found = {"stderr": [done.stderr for done in results]}
@@ -36,11 +37,11 @@ def outcomes(module, names, *, timeout, collective_timeout, size=2, folder=None)
     return found
 
 
-def run(module, names, folder, collective_timeout):
+def run(module, names, folder, collective_timeout, model):
     """Runs checks on this rank, and prints the outcomes of all ranks as one line of JSON each."""
     torch.set_num_threads(1)
     checks = importlib.import_module(f"tests.{module}")
-    mesh = fx.distributed.mesh(timeout=collective_timeout)
+    mesh = fx.distributed.mesh(model=model, timeout=collective_timeout)
     for name in names:
         outcome = ""
         try:

@@ -101,16 +101,32 @@ def test_one_process_continues_an_interrupted_run_of_two(text, alone, tmp_path, 
     assert abs(bits(run) - bits(alone)) < 1e-3
 
 
-def test_tensor_parallelism_is_refused(text, tmp_path, capsys):
-    assert main(["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "tp"]) == 2
-    assert "expected --parallel none, ddp or fsdp, got tp, which is not implemented." in capsys.readouterr().err
+def test_two_processes_with_one_model_train_like_one_and_one_continues_them(text, alone, tmp_path):
+    arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "tp", *SHAPE, *OPTIONS]
+    first, second = ranks.run(PROGRAM, 2, arguments=arguments, timeout=240)
+    assert second.stdout == ""
+    assert "2 processes" in first.stdout
+    assert "sample" in first.stdout
+    run = only(tmp_path)
+    assert abs(bits(run) - bits(alone)) < 1e-3
+    with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+        assert main(["lm", "--resume", str(run), "--parallel", "none"]) == 0
+    assert abs(bits(run) - bits(alone)) < 1e-3
+
+
+def test_heads_that_processes_do_not_divide_are_refused(text, tmp_path):
+    arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "tp", *SHAPE, "--heads", "1"]
+    first, second = ranks.run(PROGRAM, 2, arguments=arguments, check=False)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "expected --heads to be a multiple of the 2 processes with --parallel tp, got 1." in first.stderr
+    assert second.stderr == ""
     assert not list(tmp_path.iterdir())
 
 
 def test_processes_that_would_train_alone_are_refused(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["lm", "--dataset", text, "--runs", str(tmp_path)]) == 2
-    assert "expected --parallel ddp or fsdp in 2 processes, got none" in capsys.readouterr().err
+    assert "expected --parallel ddp, fsdp or tp in 2 processes, got none" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     assert main(["lm", "--dataset", text, "--runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err == ""

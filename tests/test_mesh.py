@@ -29,6 +29,14 @@ def test_data_must_be_the_number_of_ranks():
     )
 
 
+def test_ranks_must_fill_both_axes():
+    code = "import fxtrain as fx; fx.distributed.mesh(data=2, model=2)"
+    assert failure(code) == (
+        "ValueError: expected data * model to be the number of ranks, 1, got data=2 and model=2. Launch the script "
+        "with torchrun --nproc-per-node <processes> script.py, with --nproc-per-node 4 on one machine."
+    )
+
+
 def test_incomplete_environment_names_what_is_missing():
     code = "import fxtrain as fx; fx.distributed.mesh()"
     assert failure(code, RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost") == (

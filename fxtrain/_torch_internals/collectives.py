@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,15 @@ NAMESPACE = "_c10d_functional"
 """The namespace of the operators."""
 
 
-# A group is given by its name, which can be copied and pickled. Without the operators, the default group takes its
-# place, which has the same ranks.
+# A group is given by its name, which can be copied and pickled. Without the operators, the group is that registered
+# under this name, or the default group, which has the same ranks.
+
+_groups: dict[str, Any] = {}
+
+
+def register_group(group: Any) -> None:
+    """Registers a process group of some ranks, for use without the operators."""
+    _groups[group.group_name] = group
 
 
 def all_reduce(tensors: Sequence[Tensor], group: str) -> list[Tensor]:
@@ -36,7 +44,7 @@ def all_reduce(tensors: Sequence[Tensor], group: str) -> list[Tensor]:
     if not _has_operators():
         sums = [tensor.clone() for tensor in tensors]
         for each in sums:
-            dist.all_reduce(each)
+            dist.all_reduce(each, group=_groups.get(group))
         return sums
     start, wait = ALL_REDUCE.get(), WAIT.get()
     started = [start(tensor.contiguous(), "sum", group) for tensor in tensors]
@@ -54,7 +62,7 @@ def all_gather(tensor: Tensor, group: str, size: int) -> Tensor:
     shape = (size, *tensor.shape)
     if not _has_operators():
         parts = [torch.empty_like(tensor) for _ in range(size)]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=_groups.get(group))
         return torch.stack(parts)
     return WAIT.get()(ALL_GATHER.get()(tensor.contiguous().reshape(-1), size, group)).reshape(shape)
 
@@ -79,7 +87,7 @@ def reduce_scatter(tensors: Sequence[Tensor], group: str, size: int) -> list[Ten
     if not _has_operators():
         rows = [torch.empty_like(tensor[0]) for tensor in tensors]
         for row, tensor in zip(rows, tensors, strict=True):
-            dist.reduce_scatter_tensor(row, tensor.contiguous().reshape(-1))
+            dist.reduce_scatter_tensor(row, tensor.contiguous().reshape(-1), group=_groups.get(group))
         return rows
     start, wait = REDUCE_SCATTER.get(), WAIT.get()
     started = [start(tensor.contiguous().reshape(-1), "sum", size, group) for tensor in tensors]
@@ -92,20 +100,21 @@ def waited(tensor: Tensor) -> Tensor:
     return tensor if wait is None else wait()
 
 
-def rank(like: Tensor) -> Tensor:
-    """Returns the rank of this process as a tensor, int64 [].
+def rank(like: Tensor, ranks_per_model: int = 1) -> Tensor:
+    """Returns the rank of this process as a tensor, int64 []. With several ranks per model, that of the model.
 
     An operator that reads it when it runs, so that all ranks trace the same graph. Call ``register_rank`` first.
 
     Args:
         like: Any tensor on the device of the result.
+        ranks_per_model: Number of neighboring ranks that have one rank among models.
 
     Example:
         >>> library = register_rank()
         >>> rank(torch.zeros(2))
         tensor(0)
     """
-    return torch.ops.fxtrain.rank.default(like)
+    return torch.ops.fxtrain.rank.default(like, ranks_per_model)
 
 
 def is_rank(target: object) -> bool:
@@ -118,7 +127,7 @@ def is_rank(target: object) -> bool:
 def register_rank() -> torch.library.Library:
     """Registers the operator of ``rank``. Dynamo cannot trace this."""
     library = torch.library.Library("fxtrain", "FRAGMENT")
-    library.define("rank(Tensor like) -> Tensor")
+    library.define("rank(Tensor like, int ranks_per_model) -> Tensor")
     library.impl("rank", _rank, "CompositeExplicitAutograd")
     torch.library.register_fake("fxtrain::rank", _fake_rank, lib=library)
     return library
@@ -129,10 +138,10 @@ def _has_operators() -> bool:
     return all(each.exists for each in (MODULE, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, WAIT))
 
 
-def _rank(like: Tensor) -> Tensor:
-    number = dist.get_rank() if dist.is_initialized() else 0
+def _rank(like: Tensor, ranks_per_model: int) -> Tensor:
+    number = dist.get_rank() // ranks_per_model if dist.is_initialized() else 0
     return torch.full((), number, dtype=torch.int64, device=like.device)
 
 
-def _fake_rank(like: Tensor) -> Tensor:
+def _fake_rank(like: Tensor, ranks_per_model: int) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=like.device)

@@ -32,7 +32,7 @@ from fxtrain.cli._run_folder import (
     write_config,
     write_json,
 )
-from fxtrain.cli._transformer import Config, Transformer
+from fxtrain.cli._transformer import PLAN, Config, Transformer
 from fxtrain.core import pluralize
 from fxtrain.data import Source
 
@@ -113,8 +113,8 @@ class Options(Configurable):
     """The device: cpu, cuda, or auto, which uses cuda if available."""
     parallel: Parallel = "none"
     """How several processes, which torchrun starts, train one model: ddp splits each batch among them. fsdp also splits
-    large parameters and their optimizer state. The results are those of one process up to rounding. tp is not
-    implemented."""
+    large parameters and their optimizer state. tp splits the attention heads and the perceptrons of each block. The
+    results are those of one process up to rounding."""
     runs: pathlib.Path = pathlib.Path("runs")
     """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
@@ -157,7 +157,7 @@ class _Job:
     def __init__(self, options: Options) -> None:
         self.options = options
         _validate(options)
-        self.mesh = mesh_of(options.parallel, "lm")
+        self.mesh = mesh_of(options.parallel, "lm", divides=("--heads", options.heads))
         self.device = device_named(options.device, "--device", self.mesh)
         self.corpus = read_corpus(options.dataset)
         if self.mesh is not None and len(set(self.mesh.gather(self.corpus.digest, "digests of the text"))) > 1:
@@ -177,6 +177,8 @@ class _Job:
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
         if self.mesh is not None and options.parallel == "fsdp":
             state = fx.distributed.shard(state, self.mesh)
+        if self.mesh is not None and options.parallel == "tp":
+            state = fx.distributed.shard(state, self.mesh, plan=PLAN)
         step = fx.train_step(_cross_entropy, tx, mesh=self.mesh)
         eval_step = fx.eval_step(_cross_entropy, mesh=self.mesh)
         if options.compile:
@@ -278,7 +280,7 @@ class _Job:
         options = self.options
         count = sum(leaf.numel() for leaf in self._model().parameters())
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        ranks = "" if self.mesh is None else f", {self.mesh.size} processes"
+        ranks = "" if self.mesh is None else f", {self.mesh.world_size} processes"
         how = "each step compiled into one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
         print(f"model       {pluralize(options.layers, 'layer')} of width {options.width}: {count:,} parameters")
@@ -317,7 +319,7 @@ class _Job:
 
     def _print_commands(self) -> None:
         print(f"\nrun         {self.folder}")
-        count = 1 if self.mesh is None else self.mesh.size
+        count = 1 if self.mesh is None else self.mesh.world_size
         command = "fxtrain" if count == 1 else f"torchrun --standalone --nproc-per-node {count} -m fxtrain"
         print(f"resume      {command} lm --resume {self.folder}")
         print(f"report      fxtrain report {self.folder}")

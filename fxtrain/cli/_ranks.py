@@ -20,25 +20,21 @@ Parallel = Literal["none", "ddp", "fsdp", "tp"]
 _LAUNCH = "torchrun --standalone --nproc-per-node 2 -m fxtrain"
 
 
-def mesh_of(parallel: Parallel, command: str) -> Mesh | None:
+def mesh_of(parallel: Parallel, command: str, *, divides: tuple[str, int]) -> Mesh | None:
     """Returns the ranks of a command, after joining them, or None for one process.
 
     Args:
         parallel: The value of ``--parallel``.
         command: The name of the command, for errors.
+        divides: An option and its value, which the number of processes must divide with ``--parallel tp``.
 
     Raises:
-        CommandError: If the kind of parallelism does not exist yet, or does not fit the number of processes.
+        CommandError: If the kind of parallelism does not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE") or 1)
-    if parallel == "tp":
-        raise CommandError(
-            "expected --parallel none, ddp or fsdp, got tp, which is not implemented. With fsdp, each process has a "
-            "part of the model."
-        )
     if parallel == "none" and size > 1:
         raise CommandError(
-            f"expected --parallel ddp or fsdp in {size} processes, got none, which would train {size} times. Add "
+            f"expected --parallel ddp, fsdp or tp in {size} processes, got none, which would train {size} times. Add "
             "--parallel ddp, or start the command without torchrun."
         )
     if parallel != "none" and size == 1:
@@ -46,11 +42,17 @@ def mesh_of(parallel: Parallel, command: str) -> Mesh | None:
             f"expected several processes with --parallel {parallel}, got one. Start them: {_LAUNCH} {command} "
             f"--parallel {parallel}. To continue a run in one process, add --parallel none."
         )
+    option, value = divides
+    if parallel == "tp" and value % size:
+        raise CommandError(
+            f"expected {option} to be a multiple of the {size} processes with --parallel tp, got {value}. Start "
+            "another number of processes, or use --parallel ddp."
+        )
     if parallel == "none":
         return None
     from fxtrain.distributed import mesh
 
-    return mesh()
+    return mesh(model=size if parallel == "tp" else 1)
 
 
 def refuse_several(command: str) -> None:

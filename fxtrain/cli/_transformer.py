@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast, overload
+from typing import Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from fxtrain.core import check_positive_int
 
 VOCABULARY = 256
 """The number of distinct bytes."""
+
+PLAN: dict[str, Literal["column", "row"]] = {"blocks.*.qkv": "column", "blocks.*.up": "column", "blocks.*.out": "row"}
+"""The modules that ``fxtrain.distributed.shard`` splits for tensor parallel training, by heads and hidden features."""
 
 
 KeysValues = tuple[Tensor, Tensor]
@@ -170,13 +173,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.channels = config.width // config.heads
         self.qkv = _linear(config.width, 3 * config.width)
         self.out = _linear(config.width, config.width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        batch, length, _ = x.shape
+        # One block of outputs per head, so that a rank with some of them has whole heads.
+        q, k, v = self.qkv(x).view(batch, length, -1, 3, self.channels).permute(3, 0, 2, 1, 4)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         mask = None
         if past is not None:
@@ -185,7 +189,7 @@ class Attention(nn.Module):
                 # is_causal would align the first query, not the last one, with the end of the keys.
                 mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - length)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), (k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2)), (k, v)
 
 
 class Perceptron(nn.Module):

@@ -26,7 +26,7 @@ class Shard:
     Args:
         local: The slice of this rank.
         axis: The axis that is split.
-        mesh: The ranks.
+        mesh: The ranks that have the slices. With a plan, those of a model.
 
     Example:
         >>> import torch, fxtrain as fx

@@ -1,4 +1,4 @@
-"""Data parallel training: one process per device, on ``torch.distributed``.
+"""Data and tensor parallel training: one process per device, on ``torch.distributed``.
 
 One script trains on one device, and on those of several machines::
 
@@ -33,6 +33,16 @@ Then each rank keeps its part of the large parameters, their optimizer state and
 parameters for the forward and the backward pass. All else stays the same: see ``shard`` for what callbacks see, and
 ``gathered`` for the whole state after the run. With n ranks, the large tensors need 1 / n of the memory between steps.
 During a step, each rank also has all whole parameters and gradients.
+
+Several ranks can also have one model together, each with some attention heads and hidden features::
+
+    mesh = fx.distributed.mesh(model=2)  # with 8 ranks, 4 models of 2 ranks
+    plan = {"blocks.*.qkv": "column", "blocks.*.up": "column", "blocks.*.out": "row"}
+    state = fx.distributed.shard(state, mesh, plan=plan)
+
+Each module of the plan computes with its part, so a step needs no whole parameters, gradients or activations between
+the modules of a pair: see ``shard``. Neighboring ranks share a model and its examples. Each batch is split among the
+models, so ``mesh.size`` and ``mesh.rank`` count these.
 
 A signal or an error on one rank ends all ranks at the same step. Where a rank is lost or hangs, the others raise
 ``LostRankError`` within the timeout of the mesh.

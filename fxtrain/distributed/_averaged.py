@@ -15,6 +15,7 @@ from fxtrain.core._shard import is_shard
 from fxtrain.data._batch_weight import batch_weight
 from fxtrain.distributed._examples import scalar, wide
 from fxtrain.distributed._mesh import Mesh
+from fxtrain.distributed._opened import dtensor
 from fxtrain.distributed._reduce import gathered, summed
 from fxtrain.distributed._sharded_step import summed_parts
 from fxtrain.metrics import Metric
@@ -38,6 +39,8 @@ def averaged(gradient: G, mesh: Mesh) -> G:
     change alike on all ranks, as counters do, and so must frozen parameters that the forward pass writes. Outputs stay
     those of the rank.
 
+    Of modules that are split by a plan, the gradients are ``Shard`` nodes with the part of the rank.
+
     Args:
         gradient: The result of ``fxtrain.gradients(loss_fn, mesh=mesh)``, or its average over microbatches.
         mesh: The ranks.
@@ -59,6 +62,9 @@ def averaged(gradient: G, mesh: Mesh) -> G:
 def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
     """Returns the average, of which this rank keeps a part if the parameters are sharded.
 
+    Gradients of parameters that are split by a plan are ``Shard`` nodes, of which only the ranks with the same part are
+    averaged.
+
     Args:
         gradient: As for ``averaged``.
         mesh: The ranks.
@@ -76,28 +82,42 @@ def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
         )
     device = found.loss.device
     weight = local.examples if found.weight is None else found.weight
-    used, used_structure = tree.flatten(found.used)
+    used, used_structure = tree.flatten(found.used, is_leaf=is_shard)
+    used = list(map(_local, used))
     is_agreed = not torch.compiler.is_dynamo_compiling() and not is_traced()
     flags = [scalar(float(flag), device) for flag in used] if is_agreed else []
     metrics, weights, columns = gathered(found.metrics, weight, mesh, flags)
     if is_agreed:
         used = torch.stack(columns).amax(1).gt(0).tolist() if columns else []
 
-    def part(value: Tensor) -> Tensor:
+    def part(value: Tensor, share: Tensor = weights.share) -> Tensor:
         # A rank without examples has nan for a mean.
-        return torch.where(weights.share > 0, value * weights.share.to(_share_dtype(value)), 0)
+        return torch.where(share > 0, value * share.to(_share_dtype(value)), 0)
 
-    grads, structure = tree.flatten(found.grads)
+    grads, structure = tree.flatten(found.grads, is_leaf=is_shard)
+    split = {index: leaf for index, leaf in enumerate(grads) if is_shard(leaf)}
+    grads = list(map(_local, grads))
     before, buffers = tree.leaves(local.buffers), tree.leaves(found.buffers)
     moving = [index for index, buffer in enumerate(buffers) if buffer.is_floating_point()]
     # The change of a constant is exactly 0, and its mean is too.
     changes = [buffers[index] - before[index] for index in moving]
     shards = {} if placed is None else dict(enumerate(tree.leaves(placed, is_leaf=is_shard)))
-    shards = {index: leaf for index, leaf in shards.items() if is_shard(leaf)}
-    whole = [part(value) for index, value in enumerate(grads) if index not in shards]
-    sums = iter(summed([*whole, *map(part, changes)], mesh))
+    shards = {index: leaf for index, leaf in shards.items() if is_shard(leaf) and index not in split}
+    # Ranks that share a model have these gradients up to rounding. Their mean has the same bits on all.
+    share = weights.share / mesh.ranks_per_model if mesh.ranks_per_model > 1 else weights.share
+    whole = [value for index, value in enumerate(grads) if index not in shards and index not in split]
+    sums = iter(summed([part(value, share) for value in [*whole, *changes]], mesh.world_group))
     scattered = iter(summed_parts([part(grads[index]) for index in shards], list(shards.values())))
-    grads = [next(scattered if index in shards else sums) for index in range(len(grads))]
+    of_parts = [part(grads[index]) for index in split]
+    of_parts = iter(of_parts if mesh.size == 1 else summed(of_parts, mesh.group))
+    for index in range(len(grads)):
+        if index in split:
+            own = split[index].with_local(next(of_parts))
+            grads[index] = own if placed is None else dtensor(own)
+        else:
+            grads[index] = next(scattered if index in shards else sums)
+    if placed is None:
+        used = [split[index].with_local(flag) if index in split else flag for index, flag in enumerate(used)]
     for index, change in zip(moving, sums, strict=True):
         buffers[index] = before[index] + change
     return dataclasses.replace(
@@ -133,6 +153,10 @@ def averaged_metrics(
         weight = wide(counted, device)[0] if isinstance(counted, Tensor) else scalar(counted, device)
     merged, weights, _ = gathered(metrics, weight, mesh)
     return merged, None if has_own else weights.total
+
+
+def _local(leaf: Any) -> Any:
+    return leaf.local if is_shard(leaf) else leaf
 
 
 def _share_dtype(value: Tensor) -> torch.dtype:

@@ -45,7 +45,7 @@ def on_rank(key: rng.Key, mesh: Mesh, batch: Batch) -> rng.Key:
         mesh: The ranks.
         batch: The batch of this rank.
     """
-    return key.replace(rows=Rows(rank(key.seed), mesh.size, num_examples(batch)))
+    return key.replace(rows=Rows(rank(key.seed, mesh.ranks_per_model), mesh.size, num_examples(batch)))
 
 
 def scalar(value: float, device: torch.device) -> Tensor:

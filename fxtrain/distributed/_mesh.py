@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxtrain._torch_internals.collectives import register_rank
+from fxtrain._torch_internals.collectives import register_group, register_rank
 from fxtrain.core import check_int, check_positive
 from fxtrain.core._collective_errors import is_of_collective
 
@@ -31,15 +31,21 @@ class LostRankError(RuntimeError):
 class Mesh:
     """The ranks of a run, as seen from one of them. Made by ``mesh``.
 
+    With ``model=1``, each process has a part of the batch. Otherwise, the processes are a table of ``size`` rows and
+    ``model.size`` columns. Those of a row share a part of the batch, and have one model together. ``size``, ``rank``
+    and ``group`` are those of a column. ``gather``, ``broadcast`` and ``maximum`` are collectives of all processes.
+
     Args:
-        size: Number of ranks, among which each batch is split.
-        rank: The rank of this process, from 0 to ``size - 1``.
+        size: Number of ranks among which each batch is split.
+        rank: The rank of this process among these, from 0 to ``size - 1``.
         device: The device of this process.
         timeout: Seconds after which a collective fails that other ranks have not joined.
-        group: The process group of gradients: gloo on CPUs, NCCL on GPUs.
-        control: A gloo group for facts on the host.
+        group: The process group of these ranks: gloo on CPUs, NCCL on GPUs.
+        control: A gloo group of all processes for facts on the host.
         background: A second gloo group for threads that save checkpoints. The collectives of a group must run in one
             order on all ranks, so a thread needs a group of its own.
+        model: The ranks that have one model together with this one. None with ``model=1``.
+        world_group: The process group of all processes, of the same kind. Without ``model``, it is ``group``.
 
     Example:
         >>> import fxtrain as fx
@@ -57,11 +63,28 @@ class Mesh:
     group: Any
     control: Any
     background: Any
+    model: Mesh | None = None
+    world_group: Any = None
+
+    @property
+    def ranks_per_model(self) -> int:
+        """Number of ranks that have one model together."""
+        return 1 if self.model is None else self.model.size
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.size * self.ranks_per_model
+
+    @property
+    def world_rank(self) -> int:
+        """The rank of this process among all, from 0 to ``world_size - 1``. Neighbors share a model."""
+        return self.rank if self.model is None else self.rank * self.model.size + self.model.rank
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes and prints."""
-        return self.rank == 0
+        """Whether this is rank 0 of all processes, which alone writes and prints."""
+        return self.world_rank == 0
 
     def broadcast(self, value: T, what: str = "an object", *, step: int | None = None, group: Any = None) -> T:
         """Returns rank 0's value on all ranks.
@@ -77,7 +100,7 @@ class Mesh:
         """
         found: list[Any] = [value]
         with self.collective(f"broadcast of {what}", step=step):
-            dist.broadcast_object_list(found, src=0, group=group or self.control, device=torch.device("cpu"))
+            dist.broadcast_object_list(found, group_src=0, group=group or self.control, device=torch.device("cpu"))
         return found[0]
 
     def gather(self, value: T, what: str = "an object", *, step: int | None = None, group: Any = None) -> list[T]:
@@ -92,7 +115,7 @@ class Mesh:
         Raises:
             LostRankError: If another rank does not take part in time.
         """
-        found: list[Any] = [None] * self.size
+        found: list[Any] = [None] * self.world_size
         with self.collective(f"all-gather of {what}", step=step):
             dist.all_gather_object(found, value, group=group or self.control)
         return found
@@ -143,13 +166,14 @@ class Mesh:
             at = "" if step is None else f" at step {step}"
             (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
             raise LostRankError(
-                f"expected all {self.size} ranks to join the {name}{at} within {self.timeout:g} s, got an error on "
-                f"rank {self.rank}: {reason}. Read the logs of the other ranks: one has ended, hangs, or runs other "
-                "code. If it was only slow, as in a long compilation, give fxtrain.distributed.mesh a longer timeout."
+                f"expected all {self.world_size} ranks to join the {name}{at} within {self.timeout:g} s, got an error "
+                f"on rank {self.world_rank}: {reason}. Read the logs of the other ranks: one has ended, hangs, or runs "
+                "other code. If it was only slow, as in a long compilation, give fxtrain.distributed.mesh a longer "
+                "timeout."
             ) from error
 
 
-def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
+def mesh(data: int = -1, model: int = 1, *, timeout: float = 600.0) -> Mesh:
     """Returns the ranks of this run, after joining them.
 
     Reads the environment that torchrun sets, and initializes ``torch.distributed`` unless it is: gloo on CPUs, and NCCL
@@ -160,7 +184,9 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
     ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun, because restarted workers otherwise find old addresses.
 
     Args:
-        data: Number of ranks among which each batch is split. -1 means all.
+        data: Number of parts into which each batch is split. -1 means as many as there are ranks for.
+        model: Number of ranks that have one model together, see ``shard``. They are neighbors, so that they can be on
+            one machine.
         timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. gloo takes
             up to twice as long, and notices a lost process immediately. NCCL ends the process, and its log names the
             collective. The timeout must exceed the longest difference between ranks, such as that of their compile
@@ -170,7 +196,7 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
         The mesh, to give to ``train_step``, ``eval_step`` and ``fit``.
 
     Raises:
-        ValueError: If ``data`` is not the number of ranks, or if the environment is incomplete.
+        ValueError: If ``data * model`` is not the number of ranks, or if the environment is incomplete.
         LostRankError: If other ranks do not join in time.
 
     Example:
@@ -181,13 +207,10 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
         ValueError: expected data to be the number of ranks, 1, or -1, got 4. Launch the script with torchrun ...
     """
     check_int("data", data, minimum=-1)
+    check_int("model", model, minimum=1)
     check_positive(timeout=timeout)
     rank, size = _place()
-    if data not in (-1, size):
-        raise ValueError(
-            f"expected data to be the number of ranks, {size}, or -1, got {data}. {_LAUNCH}, with --nproc-per-node "
-            f"{max(data, 1)} on one machine."
-        )
+    data = _rows(data, model, size)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -211,7 +234,50 @@ def mesh(data: int = -1, *, timeout: float = 600.0) -> Mesh:
     control = dist.new_group(timeout=limit, backend="gloo")
     background = dist.new_group(timeout=limit, backend="gloo")
     register_rank()
-    return Mesh(size, rank, device, timeout, group, control, background)
+    if model == 1:
+        return Mesh(size, rank, device, timeout, group, control, background, world_group=group)
+    rows = torch.arange(size).reshape(data, model)
+    place = divmod(rank, model)
+    own = [_own_group(rows, limit, backend) for backend in (None, "gloo", "gloo")]
+    of_model = Mesh(model, place[1], device, timeout, *own, world_group=own[0])
+    column = _own_group(rows.T, limit, None)
+    return Mesh(data, place[0], device, timeout, column, control, background, of_model, group)
+
+
+def _own_group(rows: Tensor, limit: datetime.timedelta, backend: str | None) -> Any:
+    """Returns the process group of this rank's row of a table of all ranks, after making those of all rows."""
+    own, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit, backend=backend)
+    register_group(own)
+    return own
+
+
+def _rows(data: int, model: int, size: int) -> int:
+    """Returns the number of parts of a batch, so that its product with ``model`` is the number of ranks.
+
+    Args:
+        data: The number of parts, or -1.
+        model: Number of ranks per model.
+        size: Number of ranks.
+
+    Raises:
+        ValueError: If there is no such number.
+
+    Example:
+        >>> _rows(-1, 2, 8)
+        4
+    """
+    rows = size // model if data == -1 else data
+    if model == 1 and rows != size:
+        raise ValueError(
+            f"expected data to be the number of ranks, {size}, or -1, got {data}. {_LAUNCH}, with --nproc-per-node "
+            f"{max(data, 1)} on one machine."
+        )
+    if rows * model != size:
+        raise ValueError(
+            f"expected data * model to be the number of ranks, {size}, got data={data} and model={model}. {_LAUNCH}, "
+            f"with --nproc-per-node {max(data, 1) * model} on one machine."
+        )
+    return rows
 
 
 def _store(limit: datetime.timedelta) -> Any:

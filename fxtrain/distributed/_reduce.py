@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ def gathered(
 ) -> tuple[Metrics, Weights, list[Tensor]]:
     """Returns the metrics of the data of all ranks, in one all-gather.
 
+    Ranks that share a model have the same data. Those of the first of them are used on all, so that all processes have
+    the same bits.
+
     Args:
         metrics: 0-d tensors, whose weighted mean is returned, and ``fxtrain.metrics``, which are merged in the order of
             ranks.
@@ -54,7 +57,8 @@ def gathered(
     leaves, structure = tree.flatten(metrics)
     row = [weight, *leaves, *flags]
     sizes = [value.numel() for value in row]
-    table = all_gather(torch.cat([wide(value, weight.device) for value in row]), mesh.group.group_name, mesh.size)
+    own = torch.cat([wide(value, weight.device) for value in row])
+    table = all_gather(own, mesh.world_group.group_name, mesh.world_size)[:: mesh.ranks_per_model]
     weights, *columns = table.split(sizes, 1)
     weights = weights[:, 0]
     total = weights.sum()
@@ -89,18 +93,18 @@ def _mean(values: Tensor, weights: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0, part / torch.where(total > 0, total, 1), 0)
 
 
-def summed(tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
+def summed(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
     """Returns the sums of tensors over ranks, in buckets by dtype.
 
     Args:
         tensors: Floating or complex tensors, of equal shapes and dtypes on all ranks.
-        mesh: The ranks.
+        group: The process group of the ranks.
     """
     real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
     grouped = list(buckets(real))
     flat = [torch.cat([real[index].reshape(-1) for index in bucket]) for bucket in grouped]
     found: dict[int, Tensor] = {}
-    for bucket, sums in zip(grouped, all_reduce(flat, mesh.group.group_name), strict=True):
+    for bucket, sums in zip(grouped, all_reduce(flat, group.group_name), strict=True):
         parts = sums.split([real[index].numel() for index in bucket])
         found |= {index: part.view(real[index].shape) for index, part in zip(bucket, parts, strict=True)}
     return [

@@ -52,6 +52,6 @@ def _of_main(leaf: Tensor, mesh: Mesh) -> Tensor:
     if leaf.numel():
         # A buffer of bytes, because gloo does not send all dtypes, and only contiguous tensors.
         flat = copied.contiguous().reshape(-1)
-        dist.broadcast(flat.view(torch.uint8), src=0, group=mesh.group if leaf.is_cuda else mesh.control)
+        dist.broadcast(flat.view(torch.uint8), src=0, group=mesh.world_group if leaf.is_cuda else mesh.control)
         copied.copy_(flat.reshape(copied.shape))
     return copied

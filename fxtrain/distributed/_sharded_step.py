@@ -48,7 +48,9 @@ class Placed:
         self.opened = self._open.tree
         # The forward pass uses no other tensors that are sharded.
         slots = {name: slot for name, slot in state.slots.items() if not shards_in(slot)}
-        self.whole = state.replace(params=whole(state.params), opt_state={}, slots=slots)
+        # Modules that are split by a plan compute with their parts.
+        params = state.params if shards[0].mesh is mesh.model else whole(state.params)
+        self.whole = state.replace(params=params, opt_state={}, slots=slots)
 
     def averaged(self, found: Any) -> Any:
         """Returns the average of a gradient over all ranks, of which each keeps its part.
@@ -81,11 +83,14 @@ class Placed:
 def gathered_params(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns a state with whole parameters, for an evaluation. It can be traced.
 
+    A state that is split by a plan is returned as it is.
+
     Raises:
         ValueError: If the state is sharded over another mesh.
     """
-    refuse_other_mesh(shards_in(state.params), mesh)
-    return state.replace(params=whole(state.params))
+    shards = shards_in(state.params)
+    refuse_other_mesh(shards, mesh)
+    return state if shards[0].mesh is mesh.model else state.replace(params=whole(state.params))
 
 
 def _trainable(state: TrainState) -> Tree:
@@ -94,7 +99,8 @@ def _trainable(state: TrainState) -> Tree:
 
 def refuse_other_mesh(shards: Sequence[Shard], mesh: Mesh | None) -> None:
     """Raises ValueError if shards are those of another mesh, or of any mesh if ``mesh`` is None."""
-    if any(each.mesh is not mesh for each in shards):
+    axes = () if mesh is None else (mesh, mesh.model)
+    if any(each.mesh not in axes for each in shards):
         raise ValueError(
             "expected a state that is sharded over the mesh of the step, got one of another mesh. Give the same mesh "
             "to fxtrain.distributed.shard, train_step, eval_step and fit."

@@ -14,11 +14,12 @@ from fxtrain._torch_internals.collectives import all_gather_all
 from fxtrain.core import TrainState, Tree, check_int, check_train_state
 from fxtrain.core._shard import Shard, full_tensor, is_shard, shards_in
 from fxtrain.distributed._mesh import Mesh
+from fxtrain.distributed._plan import Plan, axes_of
 from fxtrain.distributed._reduce import buckets
 
 
-def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
-    """Returns a state of which each rank keeps its part: fully sharded data parallel training.
+def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16, plan: Plan | None = None) -> TrainState:
+    """Returns a state of which each rank keeps its part: fully sharded data parallel, or tensor parallel training.
 
     Parameters with ``least`` elements or more are split evenly along their first axis whose size the number of ranks
     divides. Optimizer state and slots with the shape of such a parameter, such as moments and averages, are split like
@@ -30,6 +31,20 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
     other reductions are those of all ranks. An operation that DTensor does not support raises. The step keeps the
     placement of all leaves. ``eval_step(mesh=mesh)`` gathers parameters too.
 
+    With a plan, the ranks of ``mesh.model`` have the model together: tensor parallel training. The plan lists modules
+    of class ``Linear`` by their names or shell patterns. Of a "column" module, each rank has some of the outputs, and
+    of a "row" module some of the inputs, which are the outputs of the column modules called before it:
+
+        column:  y_r = x A_r^T + b_r            [..., features / ranks]
+        row:     z = sum_r y_r B_r^T + c        [..., features], on all ranks
+
+    No tensor is gathered. Each row module adds an all-reduce to the forward pass, and each input of column modules one
+    to the backward pass. Between the two, a model must take the number of features or heads from its tensors, which are
+    parts, and may neither sample, as dropout does, nor use parameters that are not split, both of which raise. It must
+    call the modules: code that reads their weights gets parts. All else stays on all ranks, which must read the same
+    examples if they share a model. The optimizer and callbacks see DTensors as above. A plan does not combine with the
+    splitting of large parameters.
+
     Everything that needs whole tensors in one process, such as ``fxtrain.view`` or ``fxtrain.state_dict``, raises
     TypeError: see ``gathered``. Checkpoints of ``fit`` contain whole tensors, and are restored with any placement and
     any number of ranks.
@@ -37,10 +52,16 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
     Args:
         state: The state of this rank, the same on all ranks, see ``replicated``. It is not modified.
         mesh: The ranks, as given to ``train_step``, ``eval_step`` and ``fit``.
-        least: The number of elements from which a parameter is split.
+        least: The number of elements from which a parameter is split. Not used with a plan.
+        plan: Maps module names or patterns to "column" or "row".
 
     Returns:
-        The sharded state. With one rank, an equal state without shards.
+        The sharded state. With one rank, or one per model with a plan, an equal state without shards.
+
+    Raises:
+        TypeError: If the plan has a module that is not a ``Linear``, or another value than "column" or "row".
+        ValueError: If a pattern matches no module, a module matches both, the size of a parameter is not a multiple of
+            the number of ranks, or another module has the same parameter. Without a plan, if a model has several ranks.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -49,10 +70,28 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
         >>> state = fx.distributed.shard(fx.distributed.replicated(state, mesh), mesh)
         >>> fx.distributed.gathered(state).params["weight"].shape
         torch.Size([512, 512])
+
+        A multilayer perceptron of which each rank has some hidden features:
+
+        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> mesh = fx.distributed.mesh(model=1)  # the number of ranks of the model
+        >>> state = fx.distributed.shard(fx.init(network), mesh, plan={"0": "column", "2": "row"})
+
+    References:
+        Shoeybi et al. 2019, "Megatron-LM: training multi-billion parameter language models using model parallelism"
+        (arXiv:1909.08053).
     """
     check_train_state(state, "shard(state, mesh)", takes_shards=True)
     check_int("least", least, minimum=1)
     state = gathered(state)
+    if plan is not None:
+        return _split_by(plan, state, mesh)
+    if mesh.model is not None:
+        raise ValueError(
+            f"expected a plan for a mesh with {mesh.model.size} ranks per model, got none. Give the modules to split, "
+            "as in shard(state, mesh, plan={'blocks.*.up': 'column', 'blocks.*.out': 'row'}), or leave out model= of "
+            "the mesh. Large parameters are not split among both data and model ranks."
+        )
     shapes = {leaf.shape for leaf in tree.leaves(state.params) if leaf.numel() >= least}
     axes = {shape: axis for shape in shapes if (axis := _axis(shape, mesh.size)) is not None}
 
@@ -64,6 +103,23 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16) -> TrainState:
         return state.copy()
     device_mesh(mesh)  # made now, because it holds a tensor that a trace would make fake
     parts = {name: tree.map(placed, getattr(state, name)) for name in ("params", "opt_state", "slots")}
+    return state.copy().replace(**parts)
+
+
+def _split_by(plan: Plan, state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns a state whose modules are split by a plan."""
+    ranks = mesh.model
+    axes = axes_of(plan, state, mesh.ranks_per_model)
+    if ranks is None:
+        return state.copy()
+    device_mesh(ranks)  # as above
+
+    def placed(path: str, leaf: Tensor) -> Tree:
+        # The optimizer state of a parameter, and averages of it, are at paths that end like its own.
+        axis = next((axis for end, shape, axis in axes if path.endswith(end) and leaf.shape == shape), None)
+        return leaf.clone() if axis is None else Shard(sliced(leaf, axis, ranks).clone(), axis, ranks)
+
+    parts = {name: tree.map_with_path(placed, getattr(state, name)) for name in ("params", "opt_state", "slots")}
     return state.copy().replace(**parts)
 
 
@@ -144,7 +200,7 @@ def on_main(state: TrainState) -> TrainState:
         flat = local.reshape(-1).view(torch.uint8)
         full = local.new_empty(mesh.size * local.shape[0], *local.shape[1:]) if mesh.is_main else None
         rows = None if full is None else list(full.reshape(-1).view(torch.uint8).chunk(mesh.size))
-        dist.gather(flat, rows, dst=0, group=mesh.control)
+        dist.gather(flat, rows, group=mesh.control, group_dst=0)
         return leaf.local[:0] if full is None else full.movedim(0, leaf.axis).contiguous()
 
     with mesh.collective("gathering of a sharded state for a checkpoint"):

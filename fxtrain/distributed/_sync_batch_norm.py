@@ -58,7 +58,7 @@ def _synced(norm: nn.Module, mesh: Mesh, memo: dict[int, Any]) -> SyncedBatchNor
     attributes = {name: value for name, value in vars(norm).items() if name != "process_group"}
     made = SyncedBatchNorm.__new__(SyncedBatchNorm)
     made.__dict__.update(copy.deepcopy(attributes, memo))
-    made.group, made.ranks = mesh.group.group_name, mesh.size
+    made.group, made.ranks, made.ranks_per_model = mesh.group.group_name, mesh.size, mesh.ranks_per_model
     return made
 
 
@@ -69,6 +69,8 @@ class SyncedBatchNorm(nn.BatchNorm1d):
     """The name of the process group."""
     ranks: int
     """Number of its ranks."""
+    ranks_per_model: int
+    """Number of neighboring processes with the same examples."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- as in torch
         if not self.training and self.running_mean is not None:
@@ -98,11 +100,15 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         own = values.sum(axes) / max(size, 1)
         squares = (values - own.view(shape)).square().sum(axes)
         row = torch.cat([own, squares, torch.full_like(own[:1], size)])
-        means, squares, counts = _Gathered.apply(row, self.group, self.ranks).split([channels, channels, 1], 1)
+        means, squares, counts = self._gathered(row).split([channels, channels, 1], 1)
         count = counts.detach().sum()
         mean = (means * counts).sum(0) / count
         squares = (squares + counts * (means - mean).square()).sum(0)
         return mean, squares / count, count
+
+    def _gathered(self, row: Tensor) -> Tensor:
+        found: Any = _Gathered.apply(row, self.group, self.ranks, self.ranks_per_model)
+        return found
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         tracked: Any = self.num_batches_tracked
@@ -134,17 +140,18 @@ class _Gathered(torch.autograd.Function):
     """The rows of all ranks: [ranks, values]."""
 
     @staticmethod
-    def forward(row: Tensor, group: str, ranks: int) -> Tensor:
+    def forward(row: Tensor, group: str, ranks: int, ranks_per_model: int) -> Tensor:
         return all_gather(row, group, ranks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.group, _ = inputs
+        _, ctx.group, _, ctx.ranks_per_model = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         total: Any = _Summed.apply(grad, ctx.group)
-        return total.index_select(0, rank(grad.detach()).reshape(1)).squeeze(0), None, None
+        own = rank(grad.detach(), ctx.ranks_per_model).reshape(1)
+        return total.index_select(0, own).squeeze(0), None, None, None
 
 
 def is_synced(modules: Iterable[nn.Module]) -> bool:

@@ -172,7 +172,7 @@ class Ranks:
                 error = raised
         text = None if error is None else described(error)
         text, result = self.mesh.broadcast((text, result), what, step=self._step)
-        self.raise_first([text, *[None] * (self.mesh.size - 1)], error, what)
+        self.raise_first([text, *[None] * (self.mesh.world_size - 1)], error, what)
         return result  # pyright: ignore[reportReturnType] -- it is rank 0's
 
     def raise_first(self, texts: list[str | None], own: Exception | None, what: str) -> None:

@@ -138,7 +138,7 @@ def eval_step(
             from fxtrain.distributed._examples import on_rank
 
             key = on_rank(key, mesh, batch)
-        result = forward(policy, state, measure, batch, train=False, key=key).output
+        result = forward(policy, state, measure, batch, train=False, key=key, mesh=mesh).output
         extra = None
         if outputs:
             result, extra = without_outputs(measure, result, "metrics")

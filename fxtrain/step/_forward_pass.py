@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,17 @@ from fxtrain import rng, tree
 from fxtrain._torch_internals.dynamo import constant_in_dynamo
 from fxtrain._torch_internals.modules import CALLS, add_idle_hook, set_forward_pre_hooks
 from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
+from fxtrain.core._shard import holds_shards
 from fxtrain.core._tracebacks import place
 from fxtrain.model import CallResult, Model, model_of
+from fxtrain.model._model_calls import Inside
 from fxtrain.precision import HALF, Policy
 from fxtrain.step._batch_note import noting_batch
 from fxtrain.tree import as_name, leaf_paths
+
+if TYPE_CHECKING:
+    from fxtrain.distributed import Mesh
+    from fxtrain.distributed._split_modules import SplitModules
 
 
 def forward(
@@ -34,6 +41,7 @@ def forward(
     train: bool,
     key: rng.Key,
     finish: Callable[[Tree], Tree] | None = None,
+    mesh: Mesh | None = None,
 ) -> CallResult:
     """Calls ``function(model, batch)`` in the dtypes of a policy.
 
@@ -45,6 +53,7 @@ def forward(
         train: Whether the modules are in training mode.
         key: Key of the random samples.
         finish: Applied to the output while the tensors are still in place.
+        mesh: The ranks, if modules of the state may be split among those of a model.
 
     Returns:
         The output, the buffers after the call, and the frozen parameters that calls write.
@@ -52,12 +61,20 @@ def forward(
     Raises:
         RuntimeError: If dtypes do not match inside a module. The error names the module.
         ValueError: If a pattern of ``policy.keep`` matches no module.
+        TypeError: If the state is sharded otherwise than by a plan for ``mesh``.
     """
     model = model_of(state)
     params, buffers, inside = state.params, state.buffers, None
+    if not torch.compiler.is_dynamo_compiling() and holds_shards(params):
+        from fxtrain.distributed._split_modules import SplitModules  # keeps the import of fxtrain fast
+
+        split = SplitModules(params, mesh)
+        params, inside = split.params, functools.partial(_computing_with_parts, split)
+        finish = functools.partial(_checked, split.checked, finish)
     if policy.keep:
         params, buffers = _kept(policy, params), _kept(policy, buffers)
-        inside = functools.partial(_in_float32, policy, state.step.device)
+        kept = functools.partial(_in_float32, policy, state.step.device)
+        inside = kept if inside is None else functools.partial(_both, inside, kept)
     device = state.step.device
     with noting_batch(batch, device), policy.autocast(device), _naming_module(model, policy, train):
         called = model.call(
@@ -67,6 +84,23 @@ def forward(
         return called
     after = tree.map(lambda leaf, like: leaf.to(like.dtype), called.buffers, state.buffers)
     return CallResult(called.output, after, model.cast_written(called.written, state.params))
+
+
+@contextlib.contextmanager
+def _computing_with_parts(split: SplitModules, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    with forwards_wrapped(split.wrappers(modules)), split.watching(modules):
+        yield
+
+
+@contextlib.contextmanager
+def _both(outer: Inside, inner: Inside, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    with outer(modules), inner(modules):
+        yield
+
+
+def _checked(check: Callable[[Tree], Tree], finish: Callable[[Tree], Tree] | None, output: Tree) -> Tree:
+    output = check(output)
+    return output if finish is None else finish(output)
 
 
 def _kept(policy: Policy, tensors: Tree) -> Tree:

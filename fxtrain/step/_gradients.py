@@ -170,7 +170,7 @@ def gradients(
 
     def compute(state: TrainState, batch: Batch, index: int) -> Gradient:
         model = model_of(state)
-        if not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
+        if mesh is None and not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
             refuse_shards(state.params, "gradients(loss_fn)(state, batch)")
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
@@ -213,7 +213,8 @@ def gradients(
                         value = value * (local.examples if weight is None else weight).to(value.dtype)
                     return value, find(value), (metrics, () if weight is None else (weight,), extra)
 
-            called = forward(policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish)
+            given = state.replace(params=params)
+            called = forward(policy, given, loss_fn, inputs, train=True, key=key, finish=finish, mesh=mesh)
             value, found, (metrics, weights, extra) = called.output
             return value, found, (metrics, called.buffers, called.written, weights, extra)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import optim, tree
 from fxtrain.core import Callback, Control, Gradients, StepOutput, TrainState, Tree, Updated, describe, first_names
-from fxtrain.core._shard import Shard, is_shard
+from fxtrain.core._shard import Shard, holds_shards, is_shard, refuse_shards
 from fxtrain.fold import as_composed
 from fxtrain.model import model_of
 from fxtrain.model._model import models_of
@@ -137,6 +137,8 @@ def apply_gradients(
         (-0.10000000149011612, 0.8999999761581421)
     """
     _check_transformation(state, tx, wrt)
+    if not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
+        refuse_shards(state.params, "apply_gradients(state, grads, tx)")
     model = model_of(state)
     trainable = model.split(state.params, wrt)
     tx_state = state.opt_state if wrt is None else state.opt_state[wrt]
