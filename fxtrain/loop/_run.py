@@ -177,7 +177,11 @@ class Run:
             except Exception as error:
                 yield from self._after_error(error)
                 raise
-            yield from self._end()
+            try:
+                yield from self._end()
+            except Exception as error:
+                self._report(error)
+                raise
             self._interrupts.adopt_own()
             self.exit_code = self._interrupts.exit_code  # read last, because a signal can arrive after the last step
 
@@ -332,10 +336,14 @@ class Run:
         if self._ranks is not None:
             self._ranks.meet(purpose, self.now.step, self.now.position)
 
+    def _report(self, error: Exception) -> None:
+        """Reports an error to the other ranks, if there are any."""
+        if self._ranks is not None:
+            self._ranks.fail(error, self.now.step)
+
     def _after_error(self, error: Exception) -> Events[None]:
         now = self.now
-        if self._ranks is not None:
-            self._ranks.fail(error, now.step)
+        self._report(error)
         if taken := now.marked.is_taken:
             error.add_note(
                 "The state before the step was donated, and not all callbacks have seen the state after it, so neither "

@@ -1,0 +1,252 @@
+"""Checks of checkpoints that several ranks write together. ``shared_checks`` runs them.
+
+A world is a number of ranks. Each restores what the one before has saved, sharded and replicated, and saves it again.
+"""
+
+import errno
+import os
+import pathlib
+import warnings
+
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.distributed import Shard
+from tests import sharded_checks
+from tests.rank_runs import error_of
+from tests.sharded_checks import loss_fn, parts, sharded
+
+KINDS = ("sharded", "replicated")
+
+
+# What the checks share.
+
+
+def state_of(step, *, is_blank=False):
+    """Returns a state with several dtypes, whose sizes 2, 3 and 4 divide or not, along one axis or another."""
+    generator = torch.Generator().manual_seed(step)
+
+    def random(dtype, *shape):
+        if dtype.is_complex:
+            return torch.randn(shape, dtype=dtype, generator=generator)
+        return torch.randn(shape, generator=generator).mul(1000).to(dtype)
+
+    params = {
+        "even": random(torch.bfloat16, 12, 5),
+        "twos": random(torch.float32, 10, 9),
+        "odd": random(torch.float64, 7, 11),
+        "deep": random(torch.float32, 1, 7, 24),
+        "long": random(torch.float16, 36),
+        "bias": random(torch.float32, 3),
+    }
+    slots = {
+        "counts": random(torch.int64, 12, 5),
+        "phases": random(torch.complex64, 10, 9),
+        "flags": random(torch.int64, 36) > 0,
+        "scalar": random(torch.complex128),
+    }
+    state = fx.init(params, fx.optim.sgd(0.1)).replace(slots=slots, step=torch.tensor(step), seed=torch.tensor(step))
+    return tree.zeros_like(state) if is_blank else state
+
+
+def placed(state, kind, mesh):
+    return fx.distributed.shard(state, mesh, least=20) if kind == "sharded" else state
+
+
+def save(mesh, folder, state):
+    """Saves a state at the end of a run that takes no step, and returns the path."""
+    step = fx.train_step(loss_fn, fx.optim.sgd(0.1), mesh=mesh)
+    batches = fx.data.batches(sharded_checks.examples(), sharded_checks.BATCH)
+    fx.fit(state, step, batches, mesh=mesh, steps=int(state.step), checkpointer=fx.checkpointer(folder))
+    return only(folder)
+
+
+def save_alone(folder, state):
+    with fx.checkpointer(folder) as store:
+        store.save(state)
+
+
+def is_shard(node):
+    return isinstance(node, Shard)
+
+
+def shards_in(state):
+    return [leaf for leaf in tree.leaves(state, is_leaf=is_shard) if is_shard(leaf)]
+
+
+def assert_bitwise(found, expected):
+    """Compares this rank's slices with a whole state."""
+    for path, one, other in zip(
+        tree.paths(expected),
+        tree.leaves(found, is_leaf=is_shard),
+        tree.leaves(expected),
+        strict=True,
+    ):
+        own = one
+        if is_shard(one):
+            rows = other.shape[one.axis] // one.mesh.size
+            own, other = one.local, other.narrow(one.axis, one.mesh.rank * rows, rows)
+        assert own.dtype == other.dtype, path
+        assert torch.equal(own.cpu(), other), path
+
+
+def only(folder):
+    (path,) = folder.glob("*-step-*")
+    return path
+
+
+def world(mesh, folder, before):
+    """Restores each checkpoint of another world into each placement, and saves what was restored."""
+    expected = state_of(7)
+    for kind in KINDS:
+        for stored in KINDS:
+            like = placed(state_of(0, is_blank=True), kind, mesh)
+            state = fx.restore(only(before / stored), like, extra="drop")
+            assert bool(shards_in(state)) == (kind == "sharded")
+            assert_bitwise(state, expected)
+        save(mesh, folder / kind, state)
+        mesh.gather(None, "the end of a save")
+        names = {path.name for path in only(folder / kind).iterdir()}
+        files = {f"leaves-{rank}.bin" for rank in range(1, mesh.size)} if kind == "sharded" else set()
+        assert names == {"leaves.bin", "manifest.jsonl", *files}
+
+
+def fit(mesh, folder, *, callbacks=(), **options):
+    """Trains a sharded state, with a save after every second step."""
+    state, tx = parts(mesh)
+    checkpointer = fx.checkpointer(folder, keep=None, **options)
+    return sharded_checks.fit(
+        mesh,
+        sharded(state, mesh),
+        tx,
+        callbacks=[*callbacks, fx.callbacks.save(every=2)],
+        checkpointer=checkpointer,
+        epochs=2,
+        resume=True,
+    )
+
+
+def main_then(mesh, act):
+    """Calls a function on rank 0, while the others wait."""
+    if mesh.is_main:
+        act()
+    mesh.gather(None, "an act of rank 0")
+
+
+# Checks.
+
+
+def worlds(mesh, folder):
+    """From one process to two ranks."""
+    main_then(mesh, lambda: [save_alone(folder / "one" / kind, state_of(7)) for kind in KINDS])
+    world(mesh, folder / "two", folder / "one")
+
+
+def each_rank_writes_and_reads_its_slices(mesh, folder):
+    state = state_of(7)
+    found = placed(state, "sharded", mesh)
+    path = save(mesh, folder, found)
+    own = sum(shard.local.nbytes for shard in shards_in(found))
+    whole = tree.nbytes(state) - own * mesh.size
+    sizes = [(path / name).stat().st_size for name in ("leaves.bin", "leaves-1.bin")]
+    added = sizes[0] - own - whole  # slots of the loop
+    assert sizes[1] == own
+    assert 0 <= added < 100
+    read, preadv = [], os.preadv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
+        fx.restore(path, found, extra="drop")
+    assert sum(read) == own + whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not state.diff(fx.restore(path, state, extra="drop"))
+
+
+def full_disk_of_a_rank_fails_the_save(mesh, folder):
+    for failing in (0, 1):
+        fsync = os.fsync
+
+        def full(descriptor, fsync=fsync, failing=failing):
+            if mesh.rank == failing and "step-000000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
+
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr(os, "fsync", full)
+            path = folder / f"warn-{failing}"
+            fit(mesh, path, on_error="warn")
+            assert fx.checkpointer(path).steps() == [2, 6, 8]
+            texts = [str(each.message) for each in caught if "No space left" in str(each.message)]
+            assert bool(texts) == mesh.is_main
+            assert not texts or failing == 0 or "got an error on rank 1: OSError" in texts[0], texts
+            error = error_of(lambda failing=failing: fit(mesh, folder / f"raise-{failing}"))
+        assert "No space left" in str(error), error
+        assert type(error) is (fx.CheckpointError if mesh.is_main else fx.distributed.FailedRankError)
+        assert fx.checkpointer(folder / f"raise-{failing}").steps()[0] == 2
+        mesh.gather(None, "the end of a run")
+        assert not list(folder.glob("*/.unfinished-*"))
+
+
+def damage_of_a_part_is_found_by_all_ranks(mesh, folder):
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    expected = fit(mesh, folder / "whole").state
+    for name, harm in (("flipped", flip), ("cut", lambda path: os.truncate(path, 3)), ("missing", pathlib.Path.unlink)):
+        path = folder / name
+        fit(mesh, path)
+        newest = max(path.glob("*-step-000000008"))
+        main_then(mesh, lambda harm=harm, newest=newest: harm(newest / "leaves-1.bin"))
+        state = fx.distributed.gathered(expected)
+        with pytest.raises(fx.checkpoint.DamagedError, match=r"leaves-1\.bin"):
+            fx.restore(newest, state)
+        mesh.gather(None, "the end of a restore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = fit(mesh, path)
+        found = [str(each.message) for each in caught if "leaves-1.bin" in str(each.message)]
+        assert bool(found) == mesh.is_main
+        assert not found or "and step 6 is restored" in found[0], found
+        assert not state.diff(fx.distributed.gathered(again.state))
+        assert len(list(path.glob("unreadable-*"))) == 1
+        mesh.gather(None, "the end of a check")
+
+
+def folder_that_a_rank_cannot_see_is_named(mesh, folder):
+    is_dir = pathlib.Path.is_dir
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.rank == 1:
+            patch.setattr(pathlib.Path, "is_dir", lambda path: ".unfinished" not in path.name and is_dir(path))
+        error = error_of(lambda: save(mesh, folder, placed(state_of(7), "sharded", mesh)))
+    assert "file system that all ranks share" in str(error), error
+    assert "on rank 1" in str(error), error
+    mesh.gather(None, "the end of a save")
+    assert not list(folder.glob("[!.]*"))
+
+
+def refused_saves_leave_no_rank_waiting(mesh, folder):
+    """Rank 0 refuses to save to another folder than the one that it has locked."""
+
+    def swap(state, event: fx.StepEnd):
+        if event.step == 3 and mesh.is_main:
+            (folder / "run").rename(folder / "away")
+        return state, fx.Control()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit(mesh, folder / "run", callbacks=[swap], on_error="warn")
+    assert int(result.state.step) == 8
+    texts = [str(each.message) for each in caught if "moved, deleted or unmounted" in str(each.message)]
+    assert len(texts) == 4 * mesh.is_main  # at steps 4, 6 and 8, and at the end
+
+
+def readers_that_do_not_agree_are_refused(mesh, folder):
+    found = placed(state_of(7), "sharded", mesh)
+    save(mesh, folder, found)
+    with pytest.raises(TypeError, match="shard"):
+        fx.checkpointer(folder).restore(found)
