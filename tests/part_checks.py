@@ -1,11 +1,11 @@
-"""Checks of checkpoints that several ranks write together. ``shared_checks`` runs them.
-
-A world is a number of ranks. Each restores what the one before has saved, sharded and replicated, and saves it again.
-"""
+"""Checks and programs of ranks that write a checkpoint together. ``shared_checks`` runs the checks."""
 
 import errno
 import os
 import pathlib
+import signal
+import sys
+import time
 import warnings
 
 import pytest
@@ -97,31 +97,15 @@ def only(folder):
     return path
 
 
-def world(mesh, folder, before):
-    """Restores each checkpoint of another world into each placement, and saves what was restored."""
-    expected = state_of(7)
-    for kind in KINDS:
-        for stored in KINDS:
-            like = placed(state_of(0, is_blank=True), kind, mesh)
-            state = fx.restore(only(before / stored), like, extra="drop")
-            assert bool(shards_in(state)) == (kind == "sharded")
-            assert_bitwise(state, expected)
-        save(mesh, folder / kind, state)
-        mesh.gather(None, "the end of a save")
-        names = {path.name for path in only(folder / kind).iterdir()}
-        files = {f"leaves-{rank}.bin" for rank in range(1, mesh.size)} if kind == "sharded" else set()
-        assert names == {"leaves.bin", "manifest.jsonl", *files}
-
-
-def fit(mesh, folder, *, callbacks=(), **options):
-    """Trains a sharded state, with a save after every second step."""
+def fit(mesh, folder, *, callbacks=(), every=2, **options):
+    """Trains a sharded state for 8 steps, with saves."""
     state, tx = parts(mesh)
     checkpointer = fx.checkpointer(folder, keep=None, **options)
     return sharded_checks.fit(
         mesh,
         sharded(state, mesh),
         tx,
-        callbacks=[*callbacks, fx.callbacks.save(every=2)],
+        callbacks=[*callbacks, fx.callbacks.save(every=every)],
         checkpointer=checkpointer,
         epochs=2,
         resume=True,
@@ -136,12 +120,6 @@ def main_then(mesh, act):
 
 
 # Checks.
-
-
-def worlds(mesh, folder):
-    """From one process to two ranks."""
-    main_then(mesh, lambda: [save_alone(folder / "one" / kind, state_of(7)) for kind in KINDS])
-    world(mesh, folder / "two", folder / "one")
 
 
 def each_rank_writes_and_reads_its_slices(mesh, folder):
@@ -250,3 +228,86 @@ def readers_that_do_not_agree_are_refused(mesh, folder):
     save(mesh, folder, found)
     with pytest.raises(TypeError, match="shard"):
         fx.checkpointer(folder).restore(found)
+
+
+# Programs.
+
+
+def world(folder, before):
+    """Restores each checkpoint of another world into each placement, and saves what was restored."""
+    torch.set_num_threads(1)
+    mesh, folder, before = fx.distributed.mesh(timeout=60), pathlib.Path(folder), pathlib.Path(before)
+    for kind in KINDS:
+        for stored in KINDS:
+            state = restored(before / stored, placed(state_of(0, is_blank=True), kind, mesh))
+            assert bool(shards_in(state)) == (kind == "sharded")
+        save(mesh, folder / kind, state)
+        files = {f"leaves-{rank}.bin" for rank in range(1, mesh.size)} if kind == "sharded" else set()
+        assert {path.name for path in only(folder / kind).iterdir()} == {"leaves.bin", "manifest.jsonl", *files}
+
+
+def world_of_one(folder, before):
+    """Restores each checkpoint of another world in this process, and saves it."""
+    for stored in KINDS:
+        save_alone(folder / stored, restored(before / stored, state_of(0, is_blank=True)))
+
+
+def restored(folder, like):
+    state = fx.restore(only(folder), like, extra="drop")
+    assert_bitwise(state, state_of(7))
+    return state
+
+
+CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+
+def killed_in_a_save(folder, rank, number):
+    """Is killed before a call of the second save.
+
+    Args:
+        folder: The folder of the checkpoints.
+        rank: The rank that is killed.
+        number: The number of the call that changes the file system or opens a file or folder, from 1.
+    """
+    torch.set_num_threads(1)
+    mesh = fx.distributed.mesh(timeout=30)
+    calls, is_armed, fsync = 0, False, os.fsync
+
+    def before(path):
+        nonlocal calls
+        calls += is_armed and str(path).startswith(folder)
+        if calls == number and mesh.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, arguments):
+        if is_armed and event in CALLS and not isinstance(arguments[0], int):
+            before(arguments[0])
+
+    def sync(descriptor):
+        before(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    os.fsync = sync
+    sys.addaudithook(audit)
+
+    def arm(state, event: fx.SaveBegin):
+        nonlocal is_armed
+        while event.step == 8 and 4 not in fx.checkpointer(folder).steps():
+            time.sleep(0.01)
+        is_armed = event.step == 8
+        return state, fx.Control()
+
+    def announce(state, event: fx.Saved):
+        print(f"saved {event.step}", flush=True)
+        return state, fx.Control()
+
+    fit(mesh, folder, callbacks=[arm, announce], every=4)
+    print(f"{calls} calls", flush=True)
+
+
+def hanging_disk(folder):
+    """Hangs in the background of rank 1, in a save."""
+    mesh = fx.distributed.mesh(timeout=3)
+    if mesh.rank == 1:
+        os.fsync = lambda descriptor: time.sleep(60)
+    fit(mesh, folder)

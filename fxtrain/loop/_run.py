@@ -26,6 +26,7 @@ from fxtrain.core import (
     Restored,
     StepFn,
     TrainState,
+    Tree,
     warn,
 )
 from fxtrain.core._shard import full_tensor, shards_in
@@ -245,10 +246,15 @@ class Run:
         The parameters tell, and not the losses of the session, because an interrupted run ends with the same reason.
         """
         params = self.now.state.params
-        if self._emitter.is_sharded:
-            from fxtrain.distributed._opened import Opened
+        if self._ranks is None or not self._emitter.is_sharded:
+            return self._not_finite(params)
+        from fxtrain.distributed._opened import Opened
 
-            params = Opened(params).tree
+        with self._ranks.mesh.collective("check for values that are not finite", step=self.now.step):
+            return self._not_finite(Opened(params).tree)
+
+    @staticmethod
+    def _not_finite(params: Tree) -> str:
         for path, leaf in zip(tree.paths(params, "state.params"), tree.leaves(params), strict=True):
             has_elements = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
             if has_elements and leaf.is_floating_point() and not bool(full_tensor(leaf.isfinite().all())):
