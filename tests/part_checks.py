@@ -99,17 +99,14 @@ def only(folder):
 
 def fit(mesh, folder, *, callbacks=(), every=2, **options):
     """Trains a sharded state for 8 steps, with saves."""
+    callbacks = [*callbacks, fx.callbacks.save(every=every)]
+    return run(mesh, folder, callbacks=callbacks, checkpointer=fx.checkpointer(folder, keep=None, **options))
+
+
+def run(mesh, folder, **options):
     state, tx = parts(mesh)
-    checkpointer = fx.checkpointer(folder, keep=None, **options)
-    return sharded_checks.fit(
-        mesh,
-        sharded(state, mesh),
-        tx,
-        callbacks=[*callbacks, fx.callbacks.save(every=every)],
-        checkpointer=checkpointer,
-        epochs=2,
-        resume=True,
-    )
+    given = {"checkpointer": fx.checkpointer(folder), "epochs": 2, "resume": True, **options}
+    return sharded_checks.fit(mesh, sharded(state, mesh), tx, **given)
 
 
 def main_then(mesh, act):
@@ -221,6 +218,31 @@ def refused_saves_leave_no_rank_waiting(mesh, folder):
     assert int(result.state.step) == 8
     texts = [str(each.message) for each in caught if "moved, deleted or unmounted" in str(each.message)]
     assert len(texts) == 4 * mesh.is_main  # at steps 4, 6 and 8, and at the end
+
+
+def snapshots_are_written_by_parts_and_rewound_to(mesh, folder):
+    """A run that is stopped, and rewinds to a snapshot on disk, ends like one that is not stopped."""
+    options = {"snapshot_every": 3, "snapshots": 2}
+
+    def rewind(state, event: fx.StepEnd):
+        return state, fx.Control(rewind=3 if event.step == 7 and not rewound else 0)
+
+    def note(state, event: fx.Rewound):
+        rewound.append(event.to_step)
+        return state, fx.Control()
+
+    rewound = []
+    whole = run(mesh, folder / "whole", callbacks=[rewind, note], **options)
+    assert rewound == [3], rewound
+    rewound = []
+    run(mesh, folder / "run", epochs=None, steps=6, **options)
+    snapshots = sorted((folder / "run").glob("*-snapshot-*"))
+    assert len(snapshots) == 2
+    assert all((path / "leaves-1.bin").stat().st_size > 0 for path in snapshots)
+    mesh.gather(None, "the end of a check")
+    found = run(mesh, folder / "run", callbacks=[rewind, note], **options)
+    assert rewound == [3], rewound
+    assert not fx.distributed.gathered(found.state).diff(fx.distributed.gathered(whole.state))
 
 
 def readers_that_do_not_agree_are_refused(mesh, folder):

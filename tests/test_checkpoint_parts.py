@@ -17,6 +17,7 @@ CHECKS = [
     "damage_of_a_part_is_found_by_all_ranks",
     "folder_that_a_rank_cannot_see_is_named",
     "refused_saves_leave_no_rank_waiting",
+    "snapshots_are_written_by_parts_and_rewound_to",
     "readers_that_do_not_agree_are_refused",
 ]
 

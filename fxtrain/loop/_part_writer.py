@@ -107,9 +107,9 @@ class PartWriter:
         self._thread, self._copy = JobThread(), HostCopy()
         self._lost: LostRankError | None = None
 
-    def reserve(self, state: TrainState) -> None:
-        """Allocates memory for a copy of the slices of a state."""
-        self._copy.reserve(tuple(leaf.local for leaf in tree.leaves(state, is_leaf=is_shard) if is_shard(leaf)))
+    def reserve(self, state: TrainState, layouts: Sequence[Layout]) -> None:
+        """Allocates memory for a copy of the slices that this rank writes. See ``save``."""
+        self._copy.reserve(_slices(state, layouts, self._mesh.rank))
 
     def save(self, state: TrainState, layouts: Sequence[Layout], role: Role) -> None:
         """Copies the slices of this rank, and writes the copy once rank 0 has created a folder.

@@ -10,7 +10,7 @@ from typing import Unpack
 from fxtrain import tree
 from fxtrain.checkpoint import Checkpointer, CheckpointError, Committed, DamagedError, Restoration, Role, Save
 from fxtrain.checkpoint._host_copy import host_bytes
-from fxtrain.checkpoint._parts import layout_of, local_state
+from fxtrain.checkpoint._parts import Layout, layout_of, local_state
 from fxtrain.checkpoint._restore import ReadOptions, SelectOptions, read
 from fxtrain.core import TrainState, Tree, warn
 from fxtrain.core._shard import shards_in
@@ -144,8 +144,9 @@ class SharedCheckpointer:
             self._ranks.shared("the state of the folder", lambda: self._own.begin(state, resume=resume))
             return
         is_saved = not resume and self._is_saved(state)
+        layouts = self._layouts(state)
         if self._parts is not None:
-            self._parts.reserve(state)
+            self._parts.reserve(state, layouts)
         given = local_state(state)
         self._ranks.shared(
             "the state of the folder",
@@ -186,7 +187,7 @@ class SharedCheckpointer:
                         RuntimeWarning,
                     )
                 return save
-            layouts = self._ranks.mesh.gather(layout_of(state), "layouts of a sharded state")
+            layouts = self._layouts(state)
             if self._parts is not None:
                 self._parts.save(state, layouts, role)
             else:
@@ -200,6 +201,9 @@ class SharedCheckpointer:
         if role != "snapshot" and (self._is_main or not self._ranks.is_over):
             self._pending.append((save, own))
         return save
+
+    def _layouts(self, state: TrainState) -> list[Layout]:
+        return self._ranks.mesh.gather(layout_of(state), "layouts of a sharded state")
 
     def retain_snapshots(self, steps: Iterable[int]) -> None:
         """Deletes the other snapshots."""
