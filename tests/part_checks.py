@@ -152,7 +152,7 @@ def full_disk_of_a_rank_fails_the_save(mesh, folder):
             warnings.simplefilter("always")
             patch.setattr(os, "fsync", full)
             path = folder / f"warn-{failing}"
-            fit(mesh, path, on_error="warn")
+            fit(mesh, path, on_error="warn", background=failing == 0)
             assert fx.checkpointer(path).steps() == [2, 6, 8]
             texts = [str(each.message) for each in caught if "No space left" in str(each.message)]
             assert bool(texts) == mesh.is_main

@@ -187,5 +187,6 @@ def _raise_first(errors: Sequence[str | None], task: str) -> None:
     for rank, error in enumerate(errors):
         if error is not None:
             raise CheckpointError(
-                f"expected each rank to {task}, got an error on rank {rank}: {error} Earlier checkpoints are unchanged."
+                f"expected each rank to {task}, got an error on rank {rank}: {error.rstrip('.')}. Earlier checkpoints "
+                "are unchanged."
             )
