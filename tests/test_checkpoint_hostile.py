@@ -96,7 +96,7 @@ class TestForged:
         (path,) = saved(tmp_path, 1)
         rewrite(path, lambda lines: lines[0].update(format=1))
         with pytest.raises(
-            fx.CheckpointError, match=r"expected a checkpoint of format 2 at .*, got format 1"
+            fx.CheckpointError, match=r"expected a checkpoint of format 2 or 3 at .*, got format 1"
         ) as caught:
             fx.checkpointer(tmp_path).restore(problem.start())
         assert not isinstance(caught.value, DamagedError)

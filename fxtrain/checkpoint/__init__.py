@@ -1,7 +1,8 @@
 """Saves and restores training states, verified by checksums and bitwise exact.
 
 A checkpoint is a folder. ``leaves.bin`` holds the bytes of all leaves. ``manifest.jsonl`` holds the path, shape, dtype
-and checksum of each leaf, and the environment that a resumed run needs to be bitwise equal.
+and checksum of each leaf, and the environment that a resumed run needs to be bitwise equal. Of a sharded state, rank n
+writes its slices to ``leaves-n.bin``, and the manifest holds the range and checksum of each.
 
 ``save`` and ``restore`` handle one checkpoint, ``checkpointer`` those of a run. ``from_orbax`` and ``to_orbax``
 exchange trees with JAX programs. ``fxtrain.state_dict`` and ``fxtrain.load_state_dict`` exchange weights with torch.

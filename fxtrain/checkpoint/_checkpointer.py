@@ -16,6 +16,7 @@ from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._job_thread import JobThread
 from fxtrain.checkpoint._lock import FolderLock
 from fxtrain.checkpoint._ownership import Ownership
+from fxtrain.checkpoint._parts import OtherParts
 from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
 from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts
@@ -63,7 +64,12 @@ class Checkpointer(Reader):
         self._warnings: collections.deque[str] = collections.deque()
         self._deletion = Deletion(folder, self._warnings)
 
-    def begin(self, state: TrainState, *, resume: bool) -> None:
+    @property
+    def last(self) -> Entry | None:
+        """The checkpoint that this object wrote or read last, or None."""
+        return self._ownership.last
+
+    def begin(self, state: TrainState, *, resume: bool, is_saved_as: Callable[[Entry], bool] | None = None) -> None:
         """Starts a session: determines the run that its checkpoints belong to, locks the folder, reserves memory.
 
         A resumed session continues the run of the newest checkpoint. So does a session whose first state is the one
@@ -72,6 +78,7 @@ class Checkpointer(Reader):
         Args:
             state: The session's first state.
             resume: Whether the session continues from the checkpoint that ``read`` returned, if there was one.
+            is_saved_as: Whether a checkpoint has ``state``. Compares the parameters by default.
 
         Raises:
             CheckpointError: If the folder has checkpoints of another run, cannot be written to, or is locked by
@@ -79,10 +86,11 @@ class Checkpointer(Reader):
         """
         self.wait()
         found = None
+        compare = is_saved_as or functools.partial(ownership.is_saved_as, state)
         try:
             # Lists again with the lock held, because another writer may have saved between the listing and the lock.
             while found != (found := ownership.contents(self.folder)):
-                run = self._ownership.run_of_session(state, found, resume=resume)
+                run = self._ownership.run_of_session(compare, found, resume=resume)
                 self._lock.take()
             self._snapshot.reserve(state)
         except BaseException:
@@ -109,6 +117,7 @@ class Checkpointer(Reader):
         *,
         notes: Mapping[str, str] | None = None,
         role: Role = "trajectory",
+        others: OtherParts | None = None,
     ) -> Save:
         """Copies ``state``, commits the copy in the background, and deletes checkpoints that have expired.
 
@@ -123,6 +132,7 @@ class Checkpointer(Reader):
             role: The purpose of the checkpoint. Rewinds do not return to a ``"session"`` checkpoint. A ``"snapshot"``
                 is read by ``read_snapshot`` only and deleted by ``retain_snapshots``. Its state is not copied, so it
                 must not change until ``wait`` returns.
+            others: The other ranks, if ``state`` has the slices of rank 0 of a sharded state. Given by ``fit``.
 
         Returns:
             A handle, whose ``committed`` is set once the checkpoint is on disk.
@@ -160,12 +170,15 @@ class Checkpointer(Reader):
             else:
                 self._in_snapshot, content = save, self._snapshot
                 content.take(state)
+            if others is not None:
+                others.announce()
         except CheckpointError as error:
             self._failed(error)
             return save
         # The environment is read here, because the writer thread has another thread count.
         conditions = environment(device_of(state)) | {name: str(text) for name, text in (notes or {}).items()}
-        self._submit(functools.partial(self._commit, save, self._run, content, dict(metrics or {}), conditions))
+        commit = functools.partial(self._commit, save, self._run, content, dict(metrics or {}), conditions, others)
+        self._submit(commit)
         if not self._background:
             self.wait()
         return save
@@ -274,6 +287,7 @@ class Checkpointer(Reader):
         content: Direct | HostCopy,
         metrics: dict[str, float],
         conditions: dict[str, str | int],
+        others: OtherParts | None,
     ) -> None:
         try:
             self._deletion.clear()
@@ -284,14 +298,18 @@ class Checkpointer(Reader):
             step, metrics = head["step"], head["metrics"]
             assert step is not None
             path = self.folder / retention.name(sequence, step, run, save.role)
-            folders.write(path, content, {**head, "run": run, "role": save.role, "sequence": sequence})
+            folders.write(path, content, {**head, "run": run, "role": save.role, "sequence": sequence}, others)
             self._metrics[path.name] = metrics
             save.committed = Committed(step, path, metrics)
             if save.role != "snapshot":
                 self._ownership.wrote(Entry(sequence, step, run, save.role, path))
                 self._committed.append(save.committed)
         finally:
-            save.ended = True
+            try:
+                if others is not None:
+                    others.close()
+            finally:
+                save.ended = True
         self._delete_old(run)
 
     def _delete_old(self, run: str) -> None:

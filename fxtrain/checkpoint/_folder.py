@@ -1,4 +1,4 @@
-"""Writes a checkpoint folder atomically, and reads its leaves.
+"""Writes a checkpoint folder atomically.
 
 All files are written into a temporary folder next to the target and synced to disk. Renaming that folder commits the
 checkpoint.
@@ -9,47 +9,58 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import IO
 
 import xxhash
 
-from fxtrain.checkpoint._errors import CheckpointError, DamagedError
-from fxtrain.checkpoint._files import open_regular, unreadable
+from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
-from fxtrain.checkpoint._leaf_table import Leaf, rows
-from fxtrain.checkpoint._manifest import FORMAT, MANIFEST, Facts, Head, Manifest, write_manifest
+from fxtrain.checkpoint._leaf_table import file_of, rows
+from fxtrain.checkpoint._manifest import FORMATS, MANIFEST, Facts, Head, write_manifest
+from fxtrain.checkpoint._parts import OtherParts, Written
 from fxtrain.checkpoint._temporary_folder import unfinished_folder
 from fxtrain.disk import sync_folder
 
-LEAVES = "leaves.bin"
-FILES = (LEAVES, MANIFEST)
-_PIECE = 2**22  # bytes; small enough that a piece is still in the CPU cache when it is written after hashing
+_CHUNK = 2**22  # bytes; small enough that a chunk is still in the CPU cache when it is written after hashing
+_FILE = re.compile(rf"{re.escape(MANIFEST)}|leaves(-[1-9][0-9]*)?\.bin")
 
 
-def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts) -> None:
+def is_file(name: str) -> bool:
+    """Whether a checkpoint can have a file of this name."""
+    return _FILE.fullmatch(name) is not None
+
+
+def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts, others: OtherParts | None = None) -> None:
     """Commits ``contents`` as the folder ``path``.
 
     Args:
         path: The folder to create.
-        contents: The leaves.
+        contents: The leaves, of a sharded state the slices of this rank.
         facts: The fields of the manifest's head, except ``format`` and ``bytes``.
+        others: The other ranks, which write parts of a sharded state.
 
     Raises:
-        CheckpointError: If the folder exists or cannot be written.
+        CheckpointError: If the folder exists or cannot be written, or if another rank cannot write its part.
     """
     if path.exists():
         raise CheckpointError(
             f"expected a new folder, got {path}, which exists. Checkpoints are never overwritten. Choose another name."
         )
     try:
-        with unfinished_folder(path) as unfinished:
-            with _synced(unfinished / LEAVES) as file:
-                checksums = _write_leaves(file, contents)
-            size = sum(place.size for place in contents.places)
-            head: Head = {"format": FORMAT, "bytes": size, **facts}
+        with (
+            unfinished_folder(path) as unfinished,
+            contextlib.nullcontext() if others is None else others.writing(unfinished),
+        ):
+            written = write_part(unfinished, 0, contents)
+            sliced = {} if others is None else others.sliced(unfinished, written)
+            checksums = [each.xxh3 for each in written]
+            table = list(rows(contents.structure, contents.places, checksums, sliced))
+            size = sum(row["bytes"] for row in table)
+            head: Head = {"format": FORMATS[bool(sliced)], "bytes": size, **facts}
             with _synced(unfinished / MANIFEST) as file:
-                write_manifest(file, head, rows(contents.structure, contents.places, checksums))
+                write_manifest(file, head, table)
             sync_folder(unfinished)
             unfinished.rename(path)
         sync_folder(path.parent)
@@ -60,74 +71,25 @@ def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts) -> None
         ) from error
 
 
-class Leaves:
-    """The open ``leaves.bin`` of a checkpoint.
-
-    Args:
-        path: The checkpoint's folder.
-        manifest: Its manifest, as ``read_manifest`` returns it.
-
-    Raises:
-        CheckpointError: If the file cannot be opened.
-        DamagedError: If it is not a regular file, or its size differs from the manifest.
-    """
-
-    def __init__(self, path: pathlib.Path, manifest: Manifest) -> None:
-        self._path = path / LEAVES
-        self._descriptor = open_regular(self._path)
-        size = os.fstat(self._descriptor).st_size
-        if size != manifest["bytes"]:
-            self.close()
-            raise DamagedError(f"{self._path} is damaged: expected {manifest['bytes']} bytes, got {size}.")
-
-    def read_into(self, memory: memoryview, row: Leaf) -> None:
-        """Reads one leaf into ``memory`` and verifies its checksum. Thread-safe.
-
-        Args:
-            memory: A buffer of ``row["bytes"]`` bytes.
-            row: The leaf's row in the manifest.
-
-        Raises:
-            CheckpointError: If the file cannot be read.
-            DamagedError: If the bytes differ from those written.
-        """
-        checksum, done = xxhash.xxh3_64(), 0
-        try:
-            while done < row["bytes"]:
-                count = os.preadv(self._descriptor, [memory[done : done + _PIECE]], row["offset"] + done)
-                if count == 0:
-                    break
-                checksum.update(memory[done : done + count])
-                done += count
-        except OSError as error:
-            raise unreadable(self._path, error) from None
-        if checksum.hexdigest() != row["xxh3"] or done != row["bytes"]:
-            raise DamagedError(
-                f"{self._path} is damaged: expected {row['bytes']} bytes of {row['path']} with the checksum "
-                f"{row['xxh3']}, got {done} bytes with {checksum.hexdigest()}."
-            )
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._descriptor)
+def write_part(folder: pathlib.Path, part: int, contents: Direct | HostCopy) -> list[Written]:
+    """Writes the data file of a part, synced to disk. Returns what was written, in the order of the leaves."""
+    checksums = [""] * len(contents.places)
+    with _synced(folder / file_of(part)) as file:
+        for index, content in contents.parts():
+            checksum = xxhash.xxh3_64()
+            for start in range(0, len(content), _CHUNK):
+                chunk = content[start : start + _CHUNK]
+                checksum.update(chunk)
+                file.write(chunk)
+            checksums[index] = checksum.hexdigest()
+    pairs = zip(contents.places, checksums, strict=True)
+    return [Written(place.offset, place.size, checksum) for place, checksum in pairs]
 
 
 @contextlib.contextmanager
 def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """Opens a new file and syncs it to disk at the end of the block."""
-    with open(path, "xb", buffering=_PIECE) as file:
+    with open(path, "xb", buffering=_CHUNK) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_leaves(file: IO[bytes], contents: Direct | HostCopy) -> list[str]:
-    checksums = [""] * len(contents.places)
-    for index, content in contents.parts():
-        checksum = xxhash.xxh3_64()
-        for start in range(0, len(content), _PIECE):
-            piece = content[start : start + _PIECE]
-            checksum.update(piece)
-            file.write(piece)
-        checksums[index] = checksum.hexdigest()
-    return checksums

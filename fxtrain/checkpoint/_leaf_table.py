@@ -1,13 +1,16 @@
-"""The table of a checkpoint's leaves: path, dtype, shape and position in ``leaves.bin``.
+"""The table of a checkpoint's leaves: path, dtype, shape and position in the data files.
 
-Leaves are stored in order of decreasing element size. So each leaf is aligned to its element size without padding, and
-every byte of the file is covered by a checksum.
+A leaf of a sharded state is stored in slices along one axis, in the file of the rank that wrote each. All other leaves
+are whole, in ``leaves.bin``.
+
+In each file, leaves and slices are in order of decreasing element size. So each is aligned to its element size without
+padding, and every byte of the file is covered by a checksum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import optree
 import torch
@@ -24,17 +27,42 @@ PathEntry = list[Key]
 """The kind and the key of one step of a path."""
 
 
+class Slice(TypedDict):
+    """One slice of a leaf, along the axis of its row."""
+
+    part: int  # number of the file
+    start: int  # index of the first row
+    length: int  # number of rows
+    offset: int
+    bytes: int
+    xxh3: str
+
+
 class Leaf(TypedDict):
-    """A row of the table."""
+    """A row of the table. A whole leaf has ``offset`` and ``xxh3``, one in slices has ``axis`` and ``slices``."""
 
     path: str  # code that accesses the leaf from the root
     entries: list[PathEntry]  # the same as [kind, key] pairs; kind is "attribute", "key" or "index"
     dtype: str
     shape: list[int]
-    offset: int
     bytes: int
-    xxh3: str  # checksum of the bytes, 16 hexadecimal digits
+    offset: NotRequired[int]
+    xxh3: NotRequired[str]  # checksum of the bytes, 16 hexadecimal digits
+    axis: NotRequired[int]
+    slices: NotRequired[list[Slice]]  # in the order of the axis
     elements: NotRequired[list[list[Key]]]  # for a vector over parameters: the path of each element's parameter
+
+
+class Sliced(NamedTuple):
+    """A leaf that several ranks write.
+
+    Args:
+        axis: The axis that is split.
+        slices: All slices, in the order of the axis.
+    """
+
+    axis: int
+    slices: list[Slice]
 
 
 class Place(NamedTuple):
@@ -61,13 +89,30 @@ def offsets(sizes: Sequence[tuple[int, int]]) -> list[int]:
     return found
 
 
-def rows(structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str]) -> Iterator[Leaf]:
+def file_of(part: int) -> str:
+    """Returns the name of the data file of a part. Part 0 has the whole leaves."""
+    return f"leaves-{part}.bin" if part else "leaves.bin"
+
+
+def slices_of(row: Leaf) -> list[Slice]:
+    """Returns the slices of a leaf. A whole leaf is one slice, of which no row is counted."""
+    if "slices" in row:
+        return row["slices"]
+    assert "offset" in row
+    assert "xxh3" in row
+    return [Slice(part=0, start=0, length=0, offset=row["offset"], bytes=row["bytes"], xxh3=row["xxh3"])]
+
+
+def rows(
+    structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str], sliced: Mapping[int, Sliced] | None = None
+) -> Iterator[Leaf]:
     """Yields the table, in the order of the leaves.
 
     Args:
         structure: The tree's structure.
-        placed: The place of each leaf.
+        placed: The place of each leaf, or of the first slice of one in slices.
         checksums: The checksum of each leaf.
+        sliced: The leaves in slices, by index.
 
     Raises:
         CheckpointError: If two leaves have the same path.
@@ -79,15 +124,14 @@ def rows(structure: PyTreeSpec, placed: Sequence[Place], checksums: Sequence[str
         if path in seen:
             raise CheckpointError(f"expected a unique path for each leaf, got two leaves at {path}. Rename a key.")
         seen.add(path)
-        row = Leaf(
-            path=path,
-            entries=[_entry_of(entry) for entry in accessor],
-            dtype=dtype_name(place.dtype),
-            shape=list(place.shape),
-            offset=place.offset,
-            bytes=place.size,
-            xxh3=checksum,
-        )
+        entries, dtype, shape = [_entry_of(entry) for entry in accessor], dtype_name(place.dtype), list(place.shape)
+        split = (sliced or {}).get(index)
+        if split is None:
+            where = {"bytes": place.size, "offset": place.offset, "xxh3": checksum}
+        else:
+            shape[split.axis] = sum(each["length"] for each in split.slices)
+            where = {"bytes": sum(each["bytes"] for each in split.slices), **split._asdict()}
+        row = cast(Leaf, {"path": path, "entries": entries, "dtype": dtype, "shape": shape, **where})
         if index in elements:
             row["elements"] = [list(element) for element in elements[index]]
         yield row

@@ -21,12 +21,12 @@ import xxhash
 
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._files import read_at_most
-from fxtrain.checkpoint._leaf_table import Leaf, code_of, offsets
+from fxtrain.checkpoint._leaf_table import Leaf, Slice, code_of, offsets, slices_of
 from fxtrain.checkpoint._retention import ROLES, Entry, Role
 from fxtrain.core import dtype_name
 
 MANIFEST = "manifest.jsonl"
-FORMAT = 2
+FORMATS = (2, 3)  # 3 has leaves in slices; without any, a manifest has format 2
 _MAX_BYTES = 2**28  # size of a manifest: about a million leaves
 _MAX_SIZE = 2**63  # size of a leaf or a file in bytes, exclusive
 _MAX_DIMENSIONS = 64  # torch cannot copy tensors with more
@@ -48,7 +48,7 @@ class Head(Facts):
     """The first line of a manifest."""
 
     format: int
-    bytes: int  # of all leaves
+    bytes: int  # of all leaves, in all files
 
 
 class Manifest(Head):
@@ -97,10 +97,10 @@ def read_manifest(path: pathlib.Path) -> Manifest:
     expect = functools.partial(_expect, file)
     expect("a head", head, type(head) is dict)
     expect("a format number", head.get("format"), type(head.get("format")) is int)
-    if head["format"] != FORMAT:
+    if head["format"] not in FORMATS:
         raise CheckpointError(
-            f"expected a checkpoint of format {FORMAT} at {path}, got format {head['format']}. Restore it with the "
-            "version of fxtrain that wrote it."
+            f"expected a checkpoint of format {' or '.join(map(str, FORMATS))} at {path}, got format {head['format']}. "
+            "Restore it with the version of fxtrain that wrote it."
         )
     _check_head(expect, head)
     _check_table(expect, head, table)
@@ -154,7 +154,7 @@ def _check_table(expect: Expect, head: Head, table: list[Leaf]) -> None:
     root = "tree" if head["step"] is None else "state"
     seen: set[str] = set()
     for row in table:
-        expect("a row", row, type(row) is dict and set(row) | {"elements"} == set(Leaf.__annotations__))
+        expect("a row", row, type(row) is dict and set(row) - {"elements"} in _ROW_KEYS)
         path, entries, shape, size = row["path"], row["entries"], row["shape"], row["bytes"]
         expect("entries of a path", entries, type(entries) is list and all(map(_is_entry, entries)))
         expect("a path that matches its entries", path, path == root + code_of(entries))
@@ -172,14 +172,52 @@ def _check_table(expect: Expect, head: Head, table: list[Leaf]) -> None:
         elements = row.get("elements", [])
         expect("paths of elements", elements, type(elements) is list and all(map(_is_path, elements)))
         expect("a shape that matches its elements", shape, "elements" not in row or shape == [len(elements)])
-        xxh3 = row["xxh3"]
-        expect("a checksum", xxh3, type(xxh3) is str and re.fullmatch("[0-9a-f]{16}", xxh3) is not None)
-    places = offsets([(dtype_of(row["dtype"]).itemsize, row["bytes"]) for row in table])  # pyright: ignore[reportOptionalMemberAccess]
-    for row, place in zip(table, places, strict=True):
-        at = row["offset"]
-        expect(f"{row['path']} at the offset {place}", at, type(at) is int and at == place)
+        if "slices" in row:
+            expect("leaves in slices in format 3 only", head["format"], head["format"] == 3)
+            _check_slices(expect, row)
+        for piece in slices_of(row):
+            xxh3 = piece["xxh3"]
+            expect("a checksum", xxh3, type(xxh3) is str and re.fullmatch("[0-9a-f]{16}", xxh3) is not None)
+    _check_offsets(expect, table)
     total = sum(row["bytes"] for row in table)
     expect(f"{total} bytes in total", head["bytes"], head["bytes"] == total)
+
+
+_ROW_KEYS = tuple(
+    {"path", "entries", "dtype", "shape", "bytes", *where} for where in (("offset", "xxh3"), ("axis", "slices"))
+)
+
+
+def _check_slices(expect: Expect, row: Leaf) -> None:
+    """Checks that the slices of a leaf cover its axis, each once."""
+    axis, slices, shape, path = row.get("axis"), row.get("slices"), row["shape"], row["path"]
+    expect("an axis", axis, type(axis) is int and 0 <= axis < len(shape) and shape[axis] > 0)
+    expect("slices", slices, type(slices) is list and len(slices) > 0)
+    assert axis is not None
+    assert slices is not None
+    end, row_bytes = 0, row["bytes"] // shape[axis]
+    for piece in slices:
+        expect("a slice", piece, type(piece) is dict and set(piece) == set(Slice.__annotations__))
+        start, length, size = piece["start"], piece["length"], piece["bytes"]
+        expect("the number of a part", piece["part"], _is_size(piece["part"]))
+        expect(f"a slice of {path} that begins at {end}", start, type(start) is int and start == end)
+        expect("a number of rows", length, _is_size(length) and length > 0)
+        expected = length * row_bytes
+        expect(f"{expected} bytes of a slice of {path}", size, type(size) is int and size == expected)
+        end += length
+    expect(f"slices of all {shape[axis]} rows of {path}", end, end == shape[axis])
+
+
+def _check_offsets(expect: Expect, table: list[Leaf]) -> None:
+    parts: dict[int, list[tuple[Leaf, Slice]]] = {}
+    for row in table:
+        for piece in slices_of(row):
+            parts.setdefault(piece["part"], []).append((row, piece))
+    for pieces in parts.values():
+        places = offsets([(dtype_of(row["dtype"]).itemsize, piece["bytes"]) for row, piece in pieces])  # pyright: ignore[reportOptionalMemberAccess]
+        for (row, piece), place in zip(pieces, places, strict=True):
+            at = piece["offset"]
+            expect(f"{row['path']} at the offset {place}", at, type(at) is int and at == place)
 
 
 def _is_size(value: object) -> bool:

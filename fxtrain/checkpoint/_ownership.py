@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 import xxhash
@@ -14,6 +14,7 @@ from fxtrain import tree
 from fxtrain.checkpoint import _retention as retention
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._host_copy import host_bytes
+from fxtrain.checkpoint._leaf_table import Leaf, slices_of
 from fxtrain.checkpoint._manifest import read_entry
 from fxtrain.checkpoint._retention import Entry
 from fxtrain.core import TrainState
@@ -42,11 +43,16 @@ class Ownership:
         """Records that this checkpointer restored ``entry`` from a folder with the checkpoints ``found``."""
         self._last, self._newest = entry, _newest_listed(found)
 
-    def run_of_session(self, state: TrainState, found: Sequence[Entry], *, resume: bool) -> str:
-        """Returns the run of a session that begins with ``state``.
+    @property
+    def last(self) -> Entry | None:
+        """The last checkpoint written or read."""
+        return self._last
+
+    def run_of_session(self, is_saved_as: Callable[[Entry], bool], found: Sequence[Entry], *, resume: bool) -> str:
+        """Returns the run of a session.
 
         Args:
-            state: The session's first state.
+            is_saved_as: Whether a checkpoint has the session's first state, as ``is_saved_as``.
             found: All checkpoints in the folder, oldest first.
             resume: Whether the session was asked to resume.
 
@@ -56,7 +62,7 @@ class Ownership:
         if resume and not retention.listed(found):  # the run was interrupted before its first checkpoint
             return newest_run(found) or _new_run()
         last = self._last_if_current(found)
-        if last is not None and (resume or _is_saved_as(state, last)):
+        if last is not None and (resume or is_saved_as(last)):
             return last.run
         if resume:  # another process has saved since the state was read, and its work must not be overwritten
             self._refuse(found)
@@ -122,7 +128,7 @@ def _newest_listed(found: Sequence[Entry]) -> Entry | None:
     return next((entry for entry in reversed(own) if not entry.path.name.startswith(retention.UNREADABLE)), None)
 
 
-def _is_saved_as(state: TrainState, entry: Entry) -> bool:
+def is_saved_as(state: TrainState, entry: Entry) -> bool:
     """Returns whether the step of ``state`` equals a checkpoint's, and its seed and parameters are bitwise equal.
 
     A state of step 0 never counts as saved, because every new run begins with one.
@@ -130,9 +136,23 @@ def _is_saved_as(state: TrainState, entry: Entry) -> bool:
     if entry.step == 0 or int(state.step) != entry.step:
         return False
     try:
-        saved = {row["path"]: row["xxh3"] for row in read_entry(entry)["leaves"]}
+        saved = {row["path"]: row for row in read_entry(entry)["leaves"]}
     except CheckpointError:
         return False
     given: dict[str, Tensor] = {"state.seed": state.seed}
     given.update(zip(tree.paths(state.params, "state.params"), tree.leaves(state.params), strict=True))
-    return all(saved.get(path) == xxhash.xxh3_64(host_bytes(leaf)).hexdigest() for path, leaf in given.items())
+    return all(path in saved and _is_content(leaf, saved[path]) for path, leaf in given.items())
+
+
+def _is_content(leaf: Tensor, row: Leaf) -> bool:
+    """Returns whether a leaf has the checksums of a row."""
+    if list(leaf.shape) != row["shape"]:
+        return False
+    axis = row.get("axis")
+    return all(
+        xxhash.xxh3_64(
+            host_bytes(leaf if axis is None else leaf.narrow(axis, piece["start"], piece["length"]))
+        ).hexdigest()
+        == piece["xxh3"]
+        for piece in slices_of(row)
+    )

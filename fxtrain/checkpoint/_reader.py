@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import TypeVar, Unpack
+from typing import TypeVar, Unpack, cast
 
 import torch
 
@@ -14,10 +14,11 @@ from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._manifest import read_entry
 from fxtrain.checkpoint._match import Fresh, Where
 from fxtrain.checkpoint._ownership import Ownership, contents, newest_run, shown
-from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, read
+from fxtrain.checkpoint._restore import Extra, ReadOptions, Restoration, SelectOptions, read
 from fxtrain.checkpoint._retention import Entry, RetentionPolicy
 from fxtrain.core import Tree, warn
 from fxtrain.core._html import html_view
+from fxtrain.core._shard import refuse_shards
 from fxtrain.disk import sync_folder
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class Reader:
         report.warn()
         return report.state
 
-    def read(self, like: Tree, *, step: int | None = None, **options: Unpack[ReadOptions]) -> Restoration:
+    def read(self, like: Tree, *, step: int | None = None, **options: Unpack[SelectOptions]) -> Restoration:
         """Restores a checkpoint and reports missing slots, extra slots and differences of the environment.
 
         Without ``step``, damaged checkpoints are renamed to ``unreadable-...`` with a warning, and the newest one that
@@ -117,7 +118,7 @@ class Reader:
             if not chosen:
                 there = f"steps {shown(entries)}" if entries else "none"
                 raise CheckpointError(f"expected a checkpoint of step {step} in {self.folder}, got {there}.")
-            report = read(chosen[-1].path, like, manifest=read_entry(chosen[-1]), **options)
+            report = _read(chosen[-1], like, options)
             self._has_read(chosen[-1])
             return report
         found = self._first_readable(reversed(entries), like, options)
@@ -127,7 +128,7 @@ class Reader:
         raise CheckpointError(f"expected a checkpoint in {self.folder}, got none.")
 
     def read_newest_until(
-        self, step: int, like: Tree, *, newer_than: int = -1, **options: Unpack[ReadOptions]
+        self, step: int, like: Tree, *, newer_than: int = -1, **options: Unpack[SelectOptions]
     ) -> Restoration | None:
         """Restores the newest readable checkpoint that a rewind to ``step`` can return to.
 
@@ -152,7 +153,7 @@ class Reader:
         """Returns the steps of all snapshots."""
         return {entry.step for entry in self._snapshots()}
 
-    def read_snapshot(self, step: int, like: Tree, **options: Unpack[ReadOptions]) -> Restoration | None:
+    def read_snapshot(self, step: int, like: Tree, **options: Unpack[SelectOptions]) -> Restoration | None:
         """Restores the newest snapshot of a step. A damaged snapshot is set aside, as in ``read``.
 
         Args:
@@ -219,7 +220,7 @@ class Reader:
         return self._metrics[entry.path.name]
 
     def _first_readable(
-        self, entries: Iterable[Entry], like: Tree, options: ReadOptions
+        self, entries: Iterable[Entry], like: Tree, options: SelectOptions
     ) -> Restoration | list[tuple[Entry, DamagedError]]:
         """Reads the first undamaged checkpoint and sets aside the damaged ones before it.
 
@@ -229,7 +230,7 @@ class Reader:
         damaged: list[tuple[Entry, DamagedError]] = []
         for entry in entries:
             try:
-                report = read(entry.path, like, manifest=read_entry(entry), **options)
+                report = _read(entry, like, options)
             except DamagedError as error:
                 if os.path.lexists(entry.path):  # otherwise another process has deleted it
                     damaged.append((entry, error))
@@ -239,7 +240,9 @@ class Reader:
                 return report
         return damaged
 
-    def _first_readable_or_none(self, entries: Iterable[Entry], like: Tree, options: ReadOptions) -> Restoration | None:
+    def _first_readable_or_none(
+        self, entries: Iterable[Entry], like: Tree, options: SelectOptions
+    ) -> Restoration | None:
         found = self._first_readable(entries, like, options)
         if isinstance(found, Restoration):
             return found
@@ -266,3 +269,17 @@ class Reader:
                 f"expected a readable checkpoint in {self.folder}, got:\n{listing}\nNothing was changed. To start "
                 "over, use another folder or move these away."
             )
+
+
+def _read(entry: Entry, like: Tree, options: SelectOptions) -> Restoration:
+    """Reads a checkpoint, on all ranks if ``options`` say so."""
+    together = options.get("together")
+    given = cast(ReadOptions, {name: value for name, value in options.items() if name != "together"})
+    if together is None:
+        # Ranks that read by themselves might select different checkpoints, because a part may be damaged.
+        refuse_shards(like, "checkpointer.restore(like)")
+
+    def alone() -> Restoration:
+        return read(entry.path, like, manifest=read_entry(entry), **given)
+
+    return alone() if together is None else together(entry.path, alone)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypedDict, TypeVar
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._folder import Leaves
-from fxtrain.checkpoint._host_copy import bytes_of
+from fxtrain.checkpoint._leaf_files import LeafFiles
 from fxtrain.checkpoint._leaf_table import Leaf
-from fxtrain.checkpoint._manifest import MANIFEST, Manifest, dtype_of, read_manifest
+from fxtrain.checkpoint._manifest import MANIFEST, Manifest, read_manifest
 from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
+from fxtrain.checkpoint._parts import rows_of
 from fxtrain.checkpoint._save import device_of, environment
 from fxtrain.core import (
     CHANGED_AT_END,
@@ -36,7 +36,7 @@ from fxtrain.core import (
     pluralize,
     warn,
 )
-from fxtrain.core._shard import refuse_shards
+from fxtrain.core._shard import Shard, is_dtensor, is_shard, refuse_shards
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.model._freezing import refuse_shared_counts
 
@@ -54,6 +54,16 @@ class ReadOptions(TypedDict, total=False):
     extra: Extra
     device: torch.device | str | None
     notes: Mapping[str, str | tuple[str, ...]] | None
+
+
+class SelectOptions(ReadOptions, total=False):
+    """The options of ``Checkpointer.read``.
+
+    ``together`` reads a checkpoint on all ranks, given its path and a function that reads it on this rank. It raises a
+    ``DamagedError`` if the checkpoint is damaged for any rank.
+    """
+
+    together: Callable[[pathlib.Path, Callable[[], Restoration]], Restoration]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +138,8 @@ def restore(
         path: A folder written by ``save`` or a checkpointer.
         like: A state of the same model and optimizer, or a tree like the saved one. Its structure, shapes and dtypes
             must match. Its values are used only for leaves that are not restored, so a ``like`` on the meta device,
-            which needs no memory, is enough to restore everything.
+            which needs no memory, is enough to restore everything. Of a sharded state, each rank reads its slices,
+            however the checkpoint was saved.
         where: The paths to restore, by default all. One path as in error messages (``"state.params"``), several paths,
             or a mapping from paths in ``like`` to paths in the checkpoint
             (``{"state.params": "state.slots['average']"}``). A path with ``*`` or ``?`` is a pattern:
@@ -228,7 +239,8 @@ def read(
     """
     check_choice("extra", extra, ("keep", "drop"))
     check_device("device", device)
-    refuse_shards(like, "restore(path, like)")
+    if any(map(is_dtensor, tree.leaves(like))):
+        refuse_shards(like, "restore(path, like)")
     for leaf in tree.leaves(like):
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -242,19 +254,20 @@ def read(
         like = batch_state(like)
     manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
-    matched = match(path, like, stored, where, fresh)
-    leaves, structure = tree.flatten(like)
-    with contextlib.closing(Leaves(path, manifest)) as file:
-        state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, torch.device(device or "cpu")))
+    matched = match(path, tree.map(_whole_shape, like, is_leaf=is_shard), stored, where, fresh)
+    leaves, structure = tree.flatten(like, is_leaf=is_shard)
+    with contextlib.closing(LeafFiles(path, manifest)) as files:
+        found = _read_leaves(files, leaves, matched.sources, torch.device(device or "cpu"))
+        state = tree.unflatten(structure, found)
         if fresh is not None:
-            sourced = zip(tree.leaves(state), matched.sources, strict=True)
-            kept = {id(leaf) for leaf, source in sourced if source is None}
+            sourced = zip(found, matched.sources, strict=True)
+            kept = {id(leaf.local if is_shard(leaf) else leaf) for leaf, source in sourced if source is None}
             remedy = "restore only the parameters, with where='state.params'"
             refuse_shared_counts(state.opt_state, kept, f"fresh={fresh!r}", remedy)
         if extra == "keep" and matched.extra:
             home = device_of(state)
             slots = {
-                name: rebuild([(row["entries"][2:], read_leaf(file, row, home)) for row in own])
+                name: rebuild([(row["entries"][2:], files.read(row).to(home)) for row in own])
                 for name, own in matched.extra.items()
             }
             state = state.replace(slots={**state.slots, **slots})
@@ -282,56 +295,54 @@ def _callback_slots(slots: Iterable[str]) -> list[str]:
     return [name for name in slots if not name.startswith(LOOP)]
 
 
+def _whole_shape(leaf: Tensor | Shard) -> Tensor:
+    """Returns a tensor without memory in place of a shard, with the shape of the whole tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf
+    if leaf.device.type == "meta":
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+    return torch.zeros((), dtype=leaf.dtype, device="cpu").expand(leaf.shape)
+
+
 def _read_leaves(
-    file: Leaves, like: list[Tensor], sources: list[Leaf | Elements | None], target: torch.device
-) -> list[Tensor]:
-    """Returns the leaves, each read from its source or unchanged.
+    files: LeafFiles, like: list[Tensor | Shard], sources: list[Leaf | Elements | None], target: torch.device
+) -> list[Tensor | Shard]:
+    """Returns the leaves, each read from its source or unchanged. Of a shard, the rows of this rank are read.
 
     Large leaves are read by several threads, because one does not saturate the memory bandwidth. Their memory is
     allocated in this thread, because the allocator of a new thread has no pages to reuse, and first use of a page costs
     more than reading.
     """
-    found = list(like)
+    own: list[Tensor] = [leaf if isinstance(leaf, Tensor) else leaf.local for leaf in like]
+    found = own.copy()
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         futures: list[concurrent.futures.Future[None]] = []
         for index, source in enumerate(sources):
+            leaf = like[index]
             if isinstance(source, Elements):
-                found[index] = _read_elements(file, like[index], source)
+                found[index] = _read_elements(files, leaf, source)
             elif source is not None:
-                found[index], memory = _allocate(source)
-                if source["bytes"] < _MIN_THREADED_BYTES:
-                    file.read_into(memory, source)
+                found[index], fill = files.prepare(source, rows_of(leaf) if is_shard(leaf) else None)
+                if found[index].nbytes < _MIN_THREADED_BYTES:
+                    fill()
                 else:
-                    futures.append(pool.submit(file.read_into, memory, source))
+                    futures.append(pool.submit(fill))
         for future in futures:
             future.result()
-    return [
-        read if read is leaf else read.to(target if leaf.is_meta else leaf.device)
-        for read, leaf in zip(found, like, strict=True)
+    moved = [
+        read if read is local else read.to(target if local.is_meta else local.device)
+        for read, local in zip(found, own, strict=True)
     ]
+    return [leaf.with_local(read) if is_shard(leaf) else read for leaf, read in zip(like, moved, strict=True)]
 
 
-def _read_elements(file: Leaves, like: Tensor, elements: Elements) -> Tensor:
-    read = {
-        row["path"]: read_leaf(file, row, like.device if not like.is_meta else torch.device("cpu"))
-        for _, row, _ in elements.sources
-    }
+def _read_elements(files: LeafFiles, leaf: Tensor | Shard, elements: Elements) -> Tensor:
+    like, begin = (leaf, 0) if isinstance(leaf, Tensor) else (leaf.local, rows_of(leaf).start)
+    device = like.device if not like.is_meta else torch.device("cpu")
+    read = {row["path"]: files.read(row).to(device) for _, row, _ in elements.sources}
     found = torch.zeros_like(like, device="cpu") if like.is_meta else like.clone()
     for here, row, there in elements.sources:
-        found[here] = read[row["path"]][there]
+        own = tuple(index - begin for index in here)
+        if all(0 <= index < len(found) for index in own):
+            found[own] = read[row["path"]][there]
     return found
-
-
-def read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
-    leaf, memory = _allocate(row)
-    file.read_into(memory, row)
-    return leaf.to(device)
-
-
-def _allocate(row: Leaf) -> tuple[Tensor, memoryview]:
-    # Each leaf has a separate allocation, because results of kernels can depend bitwise on the alignment of inputs.
-    try:
-        leaf = torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")
-        return leaf, bytes_of(leaf)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"expected {row['bytes']} bytes of memory for {row['path']}, got {error}.") from error

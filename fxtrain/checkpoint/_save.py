@@ -16,7 +16,7 @@ import torch
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._folder import FILES, write
+from fxtrain.checkpoint._folder import is_file, write
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._leaf_table import root_of
 from fxtrain.checkpoint._manifest import Facts
@@ -83,7 +83,7 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
     contents = Direct(state)
     try:
         make_folder(folder.parent)
-        clear_abandoned(folder.parent, FILES)
+        clear_abandoned(folder.parent, is_file)
     except OSError as error:
         raise CheckpointError(
             f"expected a writable folder for the checkpoint {folder}, got {error}. Use another folder."

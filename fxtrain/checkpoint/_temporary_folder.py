@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from fxtrain.disk import try_lock
 
@@ -39,12 +39,12 @@ def unfinished_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         os.close(descriptor)
 
 
-def clear_abandoned(above: pathlib.Path, files: Sequence[str]) -> None:
+def clear_abandoned(above: pathlib.Path, is_file: Callable[[str], bool]) -> None:
     """Deletes the unfinished folders in ``above`` whose writers have ended.
 
     Args:
         above: The folder to clean up.
-        files: The names of a checkpoint's files. Folders with any other file are not deleted.
+        is_file: Whether a checkpoint can have a file of a name. Folders with any other file are not deleted.
     """
     for path in above.glob(f"{UNFINISHED}*"):
         if not _NAME.fullmatch(path.name):
@@ -52,7 +52,7 @@ def clear_abandoned(above: pathlib.Path, files: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # another writer may clear at the same time
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if set(os.listdir(path)) <= set(files) and try_lock(descriptor):
+                if all(map(is_file, os.listdir(path))) and try_lock(descriptor):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)

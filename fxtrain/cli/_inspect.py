@@ -9,14 +9,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 import tyro
 
 from fxtrain.checkpoint import DamagedError
-from fxtrain.checkpoint._folder import Leaves
-from fxtrain.checkpoint._leaf_table import Leaf
+from fxtrain.checkpoint._leaf_files import LeafFiles
+from fxtrain.checkpoint._leaf_table import Leaf, slices_of
 from fxtrain.checkpoint._manifest import MANIFEST, Manifest, read_manifest
-from fxtrain.checkpoint._restore import read_leaf
 from fxtrain.checkpoint._retention import entries, listed
 from fxtrain.cli._arguments import Configurable, parse
 from fxtrain.cli._errors import EXIT_FAILURE, CommandError
@@ -26,7 +24,6 @@ from fxtrain.report._folder import reason
 
 _CHECKPOINTS = "checkpoints"  # the folder in that of a run
 _SLOTS = "state.slots"
-_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +93,17 @@ def _print_head(path: pathlib.Path, manifest: Manifest) -> None:
         "saved": f"{saved:%Y-%m-%d %H:%M:%S}",
         "metrics": ", ".join(f"{name} {format_number(value)}" for name, value in manifest["metrics"].items()) or "none",
         "environment": ", ".join(f"{name} {value}" for name, value in manifest["environment"].items()),
-        "size": f"{format_bytes(manifest['bytes'])} in {pluralize(len(manifest['leaves']), 'leaf', 'leaves')}",
+        "size": f"{format_bytes(manifest['bytes'])} in {pluralize(len(manifest['leaves']), 'leaf', 'leaves')}"
+        + _parts(manifest["leaves"]),
         "slots": ", ".join(_slots(manifest["leaves"])) or "none",
     }
     for name, text in rows.items():
         print(f"{name:<12}{printable(text)}")
+
+
+def _parts(leaves: Sequence[Leaf]) -> str:
+    count = len({piece["part"] for leaf in leaves for piece in slices_of(leaf)})
+    return f", written by {count} ranks" if count > 1 else ""
 
 
 def _slots(leaves: Sequence[Leaf]) -> list[str]:
@@ -111,10 +114,10 @@ def _slots(leaves: Sequence[Leaf]) -> list[str]:
 def _damaged(path: pathlib.Path, manifest: Manifest) -> list[str]:
     """Returns the paths of leaves whose bytes differ from those written."""
     damaged: list[str] = []
-    with contextlib.closing(Leaves(path, manifest)) as file:
+    with contextlib.closing(LeafFiles(path, manifest)) as files:
         for leaf in manifest["leaves"]:
             try:
-                file.read_into(memoryview(bytearray(leaf["bytes"])), leaf)
+                files.verify(leaf)
             except DamagedError:
                 damaged.append(leaf["path"])
     return damaged
@@ -176,13 +179,22 @@ def _diff(path: pathlib.Path, other: pathlib.Path) -> StateDiff:
     manifests = read_manifest(path), read_manifest(other)
     mine, others = ({leaf["path"]: leaf for leaf in manifest["leaves"]} for manifest in manifests)
     found: list[LeafDiff] = []
-    with contextlib.closing(Leaves(path, manifests[0])) as file, contextlib.closing(Leaves(other, manifests[1])) as old:
+    with (
+        contextlib.closing(LeafFiles(path, manifests[0])) as new,
+        contextlib.closing(LeafFiles(other, manifests[1])) as old,
+    ):
         for name in {**mine, **others}:
             one, two = mine.get(name), others.get(name)
             if one is None or two is None:
                 this, that = ("missing" if leaf is None else _kind(leaf) for leaf in (one, two))
                 found.append(LeafDiff(name, "structure", this, that))
-            elif any(one[key] != two[key] for key in ("xxh3", "dtype", "shape")):
-                diff = leaf_diff(name, read_leaf(file, one, _CPU), read_leaf(old, two, _CPU))
+            elif _content(one) != _content(two):
+                diff = leaf_diff(name, new.read(one), old.read(two))
                 found += [] if diff is None else [diff]
     return StateDiff(tuple(found), compared=len({**mine, **others}))
+
+
+def _content(leaf: Leaf) -> tuple[object, ...]:
+    """Returns values that are equal only if two leaves are. Equal leaves in other slices have others."""
+    slices = [(piece["start"], piece["xxh3"]) for piece in slices_of(leaf)]
+    return leaf["dtype"], leaf["shape"], leaf.get("axis"), slices

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fxtrain import tree
@@ -46,8 +45,9 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16, plan: Plan | Non
     splitting of large parameters.
 
     Everything that needs whole tensors in one process, such as ``fxtrain.view`` or ``fxtrain.state_dict``, raises
-    TypeError: see ``gathered``. Checkpoints of ``fit`` contain whole tensors, and are restored with any placement and
-    any number of ranks.
+    TypeError: see ``gathered``. In a checkpoint of ``fit``, each rank writes its slices, so the folder must be on a
+    file system that all ranks share. It is restored with any placement and any number of ranks. A rank that writes
+    longer than the timeout of the mesh counts as lost.
 
     Args:
         state: The state of this rank, the same on all ranks, see ``replicated``. It is not modified.
@@ -179,64 +179,6 @@ def _all_whole(shards: Sequence[Shard]) -> list[Tensor]:
             full = torch.view_as_complex(full) if moved[index].is_complex() else full
             found[index] = full.movedim(0, shards[index].axis).contiguous()
     return [found[index] for index in range(len(shards))]
-
-
-def on_main(state: TrainState) -> TrainState:
-    """Returns a state on rank 0 whose shards are whole tensors on the host, and the state itself on the others.
-
-    All ranks must call it. Tensors are gathered one by one, so other ranks and devices need memory for one slice. The
-    checkpointer copies the result, so the host of rank 0 holds the whole state twice for the time of the copy.
-
-    Args:
-        state: A sharded state.
-    """
-    mesh: Mesh = shards_in(state)[0].mesh
-
-    def on_host(leaf: Tree) -> Tree:
-        if not is_shard(leaf):
-            return leaf
-        # Bytes, because gloo does not send all dtypes.
-        local: Tensor = leaf.local.detach().movedim(leaf.axis, 0).cpu().contiguous()
-        flat = local.reshape(-1).view(torch.uint8)
-        full = local.new_empty(mesh.size * local.shape[0], *local.shape[1:]) if mesh.is_main else None
-        rows = None if full is None else list(full.reshape(-1).view(torch.uint8).chunk(mesh.size))
-        dist.gather(flat, rows, group=mesh.control, group_dst=0)
-        return leaf.local[:0] if full is None else full.movedim(0, leaf.axis).contiguous()
-
-    with mesh.collective("gathering of a sharded state for a checkpoint"):
-        full = tree.map(on_host, state, is_leaf=is_shard)
-    return full if mesh.is_main else state
-
-
-def template(state: TrainState) -> TrainState:
-    """Returns a state like a sharded one to restore into: without memory on the host for each shard."""
-    return tree.map(_placeholder, state, is_leaf=is_shard)
-
-
-def _placeholder(leaf: Tree) -> Tree:
-    return torch.zeros((), dtype=leaf.dtype, device="cpu").expand(leaf.shape) if is_shard(leaf) else leaf
-
-
-def placed_like(restored: TrainState, read_into: TrainState, like: TrainState) -> TrainState:
-    """Returns a restored state whose tensors are sharded as those of another state.
-
-    Args:
-        restored: The state with whole tensors.
-        read_into: The ``template`` of ``like``, which the state was restored into.
-        like: The sharded state.
-    """
-    shards = dict(zip(tree.paths(like, is_leaf=is_shard), tree.leaves(like, is_leaf=is_shard), strict=True))
-    blanks = dict(zip(tree.paths(read_into), tree.leaves(read_into), strict=True))
-
-    def placed(path: str, leaf: Tensor) -> Tree:
-        own = shards.get(path)
-        if not is_shard(own):
-            return leaf
-        if leaf is blanks[path]:  # the checkpoint does not have it
-            return own
-        return own.with_local(sliced(leaf, own.axis, own.mesh).clone().to(own.device))
-
-    return tree.map_with_path(placed, restored)
 
 
 def sliced(leaf: Tensor, axis: int, mesh: Mesh) -> Tensor:

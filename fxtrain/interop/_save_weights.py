@@ -76,7 +76,7 @@ def save_weights(
     model, before = model_of(state), versions(state.params)
     try:
         make_folder(folder.parent)
-        clear_abandoned(folder.parent, [_FILE, _STATE_DICT])
+        clear_abandoned(folder.parent, (_FILE, _STATE_DICT).__contains__)
         with unfinished_folder(folder) as unfinished:
             if convert is None:
                 model.call(

@@ -139,8 +139,9 @@ class Emitter:
             return self.callbacks(state, event)
         from fxtrain.distributed._opened import Opened, seeing_dtensors
 
+        assert self.ranks is not None
         opened = Opened(state)
-        with seeing_dtensors():
+        with seeing_dtensors(), self.ranks.mesh.collective("collectives of callbacks", step=self.now.step):
             state, control = self.callbacks(opened.tree, event)
             return opened.close(state), tree.map(full_tensor, control)
 

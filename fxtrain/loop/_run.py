@@ -26,6 +26,7 @@ from fxtrain.core import (
     Restored,
     StepFn,
     TrainState,
+    Tree,
     warn,
 )
 from fxtrain.core._shard import full_tensor, shards_in
@@ -179,7 +180,11 @@ class Run:
             except Exception as error:
                 yield from self._after_error(error)
                 raise
-            yield from self._end()
+            try:
+                yield from self._end()
+            except Exception as error:
+                self._report(error)
+                raise
             self._interrupts.adopt_own()
             self.exit_code = self._interrupts.exit_code  # read last, because a signal can arrive after the last step
 
@@ -243,10 +248,15 @@ class Run:
         The parameters tell, and not the losses of the session, because an interrupted run ends with the same reason.
         """
         params = self.now.state.params
-        if self._emitter.is_sharded:
-            from fxtrain.distributed._opened import Opened
+        if self._ranks is None or not self._emitter.is_sharded:
+            return self._not_finite(params)
+        from fxtrain.distributed._opened import Opened
 
-            params = Opened(params).tree
+        with self._ranks.mesh.collective("check for values that are not finite", step=self.now.step):
+            return self._not_finite(Opened(params).tree)
+
+    @staticmethod
+    def _not_finite(params: Tree) -> str:
         for path, leaf in zip(tree.paths(params, "state.params"), tree.leaves(params), strict=True):
             has_elements = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
             if has_elements and leaf.is_floating_point() and not bool(full_tensor(leaf.isfinite().all())):
@@ -334,10 +344,14 @@ class Run:
         if self._ranks is not None:
             self._ranks.meet(purpose, self.now.step, self.now.position)
 
+    def _report(self, error: Exception) -> None:
+        """Reports an error to the other ranks, if there are any."""
+        if self._ranks is not None:
+            self._ranks.fail(error, self.now.step)
+
     def _after_error(self, error: Exception) -> Events[None]:
         now = self.now
-        if self._ranks is not None:
-            self._ranks.fail(error, now.step)
+        self._report(error)
         if taken := now.marked.is_taken:
             error.add_note(
                 "The state before the step was donated, and not all callbacks have seen the state after it, so neither "
