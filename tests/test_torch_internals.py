@@ -158,7 +158,8 @@ def several_tensors_are_one_transfer():
     given = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
     gather = internals.collectives.of_many(operators.all_gather_into_tensor.default)
     scatter = internals.collectives.of_many(operators.reduce_scatter_tensor.default)
-    found = scatter(gather(given, 1, group), "sum", 1, group)
+    whole = [operators.wait_tensor(each) for each in gather(given, 1, group)]
+    found = scatter(whole, "sum", 1, group)
     assert [operators.wait_tensor(each).tolist() for each in found] == [[1.0, 2.0], [[3.0]]]
 
 
