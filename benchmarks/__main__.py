@@ -21,13 +21,23 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import contestants, data_parallel, ensemble, first_step, memory, monitoring, overhead, workloads
+from benchmarks import (
+    contestants,
+    data_parallel,
+    ensemble,
+    first_step,
+    memory,
+    monitoring,
+    overhead,
+    sharded,
+    workloads,
+)
 from benchmarks.race import Outcome, race
 from benchmarks.report import report
 from benchmarks.workloads import workload
 
 HERE = pathlib.Path(__file__).parent
-OTHERS = ("overhead", "monitoring", "first_step", "memory", "ensemble", "data_parallel", "checkpoint")
+OTHERS = ("overhead", "monitoring", "first_step", "memory", "ensemble", "data_parallel", "sharded", "checkpoint")
 QUICK = (contestants.FXTRAIN, contestants.EAGER, contestants.FLAX)
 
 
@@ -102,6 +112,8 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
         return ensemble.main(rounds=min(rounds, 7), quick=quick)
     if name == "data_parallel":
         return data_parallel.main(rounds=rounds, quick=quick)
+    if name == "sharded":
+        return sharded.main(rounds=min(rounds, 10), quick=quick)
     size = ["--quick"] if quick else ["--sizes", "100MB"]  # 1 GB would take 20 minutes more
     command = [sys.executable, "-m", "benchmarks.checkpoint", *size]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

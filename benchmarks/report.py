@@ -20,6 +20,9 @@ from benchmarks.data_parallel import ABOUT as ABOUT_RANKS
 from benchmarks.measure import Seconds, quartiles, ratios
 from benchmarks.memory import ABOUT, Found
 from benchmarks.race import Outcome
+from benchmarks.sharded import ABOUT as ABOUT_SHARDED
+from benchmarks.sharded import FIRST_STEP as FIRST_SHARDED
+from benchmarks.sharded import Found as FoundSharded
 
 DISTANCE = 0.02
 """Limit on a contestant's distance from the reference after the short training, relative to the distance between the
@@ -72,7 +75,7 @@ def report(
 ) -> str:
     """Returns the whole report. ``others`` has the results of all measurements other than workloads, by name."""
     judged = verdicts(outcomes, device)
-    for part in ("overhead", "monitoring", "memory", "data_parallel"):
+    for part in ("overhead", "monitoring", "memory", "data_parallel", "sharded"):
         judged += others[part][1] if part in others else []
     lines = ["# Results", "", heading(rounds, device), ""]
     if quick:
@@ -92,6 +95,8 @@ def report(
         lines += ensemble(others["ensemble"])
     if "data_parallel" in others:
         lines += data_parallel(others["data_parallel"][0])
+    if "sharded" in others:
+        lines += sharded(others["sharded"][0])
     if "checkpoint" in others:
         lines += [others["checkpoint"], ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -210,6 +215,16 @@ def data_parallel(found: Seconds) -> list[str]:
         (name, spread([1e3 * s for s in taken], 1), spread(ratios(taken, ours), 2)) for name, taken in found.items()
     ]
     return ["## Data parallel training", "", ABOUT_RANKS, "", *table(rows), ""]
+
+
+def sharded(found: FoundSharded) -> list[str]:
+    rows = [("step", "time per step, ms", "relative to fxtrain", "peak above the state, MB", "left, MB")]
+    ours = found.seconds[FXTRAIN]
+    for name, taken in found.seconds.items():
+        peak, left = (f"{size / 1e6:.1f}" for size in found.allocated[name])
+        rows.append((name, spread([1e3 * s for s in taken], 1), spread(ratios(taken, ours), 2), peak, left))
+    first = [("processes", "first step, s"), *((count, spread(taken, 1)) for count, taken in found.first.items())]
+    return ["## Sharded training", "", ABOUT_SHARDED, "", *table(rows), "", FIRST_SHARDED, "", *table(first), ""]
 
 
 # Pieces

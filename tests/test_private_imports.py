@@ -52,6 +52,7 @@ ALLOWED = {
     "compiler.passes._dropout": PASS,
     "compiler.passes._matmuls": PASS,
     "compiler.passes._scalars": PASS,
+    "compiler.passes._transfer_buckets": PASS,
     "core._available_memory": "the memory of a GPU that a test imitates",
     "core._state_view": FAULT,
     "data._bin_packing": ALGORITHM,

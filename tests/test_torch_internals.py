@@ -149,6 +149,20 @@ def collectives_are_recorded():
     assert namespaces.count("fxtrain") == 1
 
 
+@canary(
+    "torch.ops._c10d_functional.all_gather_into_tensor_coalesced",
+    "torch.ops._c10d_functional.reduce_scatter_tensor_coalesced",
+)
+def several_tensors_are_one_transfer():
+    group, operators = fxtrain.distributed.mesh().group.group_name, torch.ops._c10d_functional
+    given = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    gather = internals.collectives.of_many(operators.all_gather_into_tensor.default)
+    scatter = internals.collectives.of_many(operators.reduce_scatter_tensor.default)
+    whole = [operators.wait_tensor(each) for each in gather(given, 1, group)]
+    found = scatter(whole, "sum", 1, group)
+    assert [operators.wait_tensor(each).tolist() for each in found] == [[1.0, 2.0], [[3.0]]]
+
+
 @canary("torch._C._set_grad_enabled")
 def grad_mode_is_set():
     with torch.no_grad():

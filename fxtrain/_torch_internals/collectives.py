@@ -17,6 +17,12 @@ MODULE = Interface("torch.distributed._functional_collectives", "collectives in 
 ALL_REDUCE = Interface("torch.ops._c10d_functional.all_reduce", "collectives in a graph")
 ALL_GATHER = Interface("torch.ops._c10d_functional.all_gather_into_tensor", "collectives in a graph")
 REDUCE_SCATTER = Interface("torch.ops._c10d_functional.reduce_scatter_tensor", "collectives in a graph")
+ALL_GATHER_MANY = Interface(
+    "torch.ops._c10d_functional.all_gather_into_tensor_coalesced", "buckets of a sharded step's transfers"
+)
+REDUCE_SCATTER_MANY = Interface(
+    "torch.ops._c10d_functional.reduce_scatter_tensor_coalesced", "buckets of a sharded step's transfers"
+)
 WAIT = Interface("torch.ops._c10d_functional.wait_tensor", "collectives in a graph")
 
 NAMESPACE = "_c10d_functional"
@@ -94,6 +100,31 @@ def reduce_scatter(tensors: Sequence[Tensor], group: str, size: int) -> list[Ten
     return [wait(each) for each in started]
 
 
+def is_all_gather(target: object) -> bool:
+    """Whether the target of a graph's node is the all-gather of one tensor that ``all_gather`` and others start."""
+    return _is(target, ALL_GATHER)
+
+
+def is_reduce_scatter(target: object) -> bool:
+    """Whether the target of a graph's node is the collective of ``reduce_scatter`` for one tensor."""
+    return _is(target, REDUCE_SCATTER)
+
+
+def is_wait(target: object) -> bool:
+    """Whether the target of a graph's node waits for a collective."""
+    return _is(target, WAIT)
+
+
+def of_many(target: object) -> Any:
+    """Returns the operator for a list of tensors that is one transfer, or None if torch lacks it.
+
+    Args:
+        target: An operator of which ``is_all_gather`` or ``is_reduce_scatter`` holds.
+    """
+    many = ALL_GATHER_MANY if is_all_gather(target) else REDUCE_SCATTER_MANY
+    return many.get().default if many.exists else None
+
+
 def waited(tensor: Tensor) -> Tensor:
     """Returns a tensor once its collective has ended: the plain tensor of an ``AsyncCollectiveTensor``."""
     wait: Callable[[], Tensor] | None = getattr(tensor, "wait", None)
@@ -136,6 +167,11 @@ def register_rank() -> torch.library.Library:
 @functools.cache
 def _has_operators() -> bool:
     return all(each.exists for each in (MODULE, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, WAIT))
+
+
+def _is(target: object, interface: Interface) -> bool:
+    packet = getattr(target, "overloadpacket", None)
+    return packet is not None and interface.exists and packet is interface.get()
 
 
 def _rank(like: Tensor, ranks_per_model: int) -> Tensor:

@@ -20,6 +20,7 @@ from fxtrain.step import EvalFunction, Step
 if TYPE_CHECKING:
     # Only for annotations, because the import is slow.
     from fxtrain.compiler.passes._memory_policy import Memory
+    from fxtrain.compiler.passes._transfer_buckets import Reshard
 
 
 @with_short_traceback
@@ -35,6 +36,7 @@ def compile(  # noqa: A001
     on_recompile: OnRecompile = "warn",
     background: bool = False,
     memory: Memory = "save",
+    reshard: Reshard = "after_forward",
     check: bool = True,
     artefacts: str | os.PathLike[str] | None = None,
 ) -> Compiled:
@@ -126,6 +128,17 @@ def compile(  # noqa: A001
             in the same way, as it does for float32. Dropout masks are not batched then, so compilation takes longer.
             Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
             route keep everything and say so. ``fxtrain.remat`` chooses by hand and works with any value.
+        reshard: When the step of a sharded state frees whole parameters, see ``fxtrain.distributed.shard``.
+            ``"after_forward"`` gathers each bucket of parameters, about a layer, before the forward pass uses it, and
+            again before the backward pass does. This takes the least memory, and is what FSDP2 does by default.
+            ``"after_backward"`` keeps each bucket from its first use to its last, as FSDP2 does with
+            ``reshard_after_forward=False``, which halves the gathers. Both start the gather of a bucket where the one
+            before is used, and sum a bucket of gradients to the ranks that have their parts as soon as it is complete.
+            ``"off"`` gathers all parameters before the forward pass and sums all gradients after the backward pass, as
+            the uncompiled step does. Results are those of ``"off"``, bitwise if the compiler rounds the same operations
+            in the same way. With more than two ranks, a backend may sum in another order in other buckets. With
+            ``accumulate``, each microbatch gathers for itself, and the sum of whole gradients stays in memory until the
+            last one. Works on the step as one traced graph. Steps that take another route gather as with ``"off"``.
         check: Whether the first two calls of each graph are checked against the uncompiled step. With ``dynamic``, the
             first call of each batch size is checked too, for up to 32 sizes. It takes memory for four more states
             while it runs.
@@ -178,6 +191,7 @@ def compile(  # noqa: A001
             f"{did_you_mean(backend, known)} torch.compiler.list_backends() lists the names."
         )
     _check_memory(memory)
+    check_choice("reshard", reshard, ("after_forward", "after_backward", "off"))
     if memory != "save" and (backend is not None or dynamic):
         raise ValueError(
             f"expected memory={memory!r} without backend and dynamic, got backend={describe(backend)}, {dynamic=}. "
@@ -216,7 +230,9 @@ def compile(  # noqa: A001
         return Compiled(
             step,
             routes=routes
-            or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory, artefacts=folder),
+            or routes_to(
+                backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory, reshard=reshard, artefacts=folder
+            ),
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
             background=background,

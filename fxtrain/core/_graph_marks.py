@@ -1,4 +1,4 @@
-"""What a trace notes on the nodes of its graph for the passes: the pass of a derivative, and regions to recompute."""
+"""What a trace notes on the nodes of its graph for the passes: derivatives, regions to recompute, and transfers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fxtrain._torch_internals.tracing import marking_nodes
 
-_PASS, _REGIONS = "fxtrain_pass", "fxtrain_regions"
+_PASS, _REGIONS, _TRANSFERS = "fxtrain_pass", "fxtrain_regions", "fxtrain_transfers"
 
 Saves = Callable[[Any], bool]
 """Whether the value of a graph node is kept for the backward pass."""
@@ -37,6 +37,17 @@ class Region:
         self.saves: Saves = saves or _never
 
 
+class Transfers:
+    """Collectives of tensors that may be started in any order and in buckets.
+
+    Args:
+        is_gather: Whether they gather whole tensors from parts. Otherwise, they sum whole tensors into parts.
+    """
+
+    def __init__(self, *, is_gather: bool) -> None:
+        self.is_gather = is_gather
+
+
 def _never(node: Any) -> bool:
     return False
 
@@ -63,6 +74,22 @@ def marking_region(region: Region) -> Generator[None]:
         yield
 
 
+@contextlib.contextmanager
+def marking_transfers(transfers: Transfers) -> Generator[None]:
+    """Marks the nodes that a trace adds inside the context: collectives of one tensor each, and what they need."""
+
+    def mark(node: Any) -> None:
+        node.meta[_TRANSFERS] = transfers
+
+    with marking_nodes(mark):
+        yield
+
+
+def transfers_of(node: Any) -> Transfers | None:
+    """Returns the transfers that a node is part of."""
+    return node.meta.get(_TRANSFERS)
+
+
 def pass_of(node: Any) -> Pass | None:
     """Returns the pass that a node belongs to, or None outside of derivatives."""
     return node.meta.get(_PASS)
@@ -71,6 +98,12 @@ def pass_of(node: Any) -> Pass | None:
 def set_backward(node: Any) -> None:
     """Makes a node of a forward pass part of the backward pass of the same derivative."""
     node.meta[_PASS] = node.meta[_PASS]._replace(is_backward=True)
+
+
+def join_pass(node: Any, other: Any) -> None:
+    """Makes a node part of the pass of another one, and of no transfers."""
+    node.meta[_PASS] = pass_of(other)
+    node.meta.pop(_TRANSFERS, None)
 
 
 def regions_of(node: Any) -> tuple[Region, ...]:

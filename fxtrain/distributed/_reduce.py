@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import all_gather, all_reduce
+from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Metrics, Tree
 from fxtrain.distributed._examples import wide
 from fxtrain.distributed._mesh import Mesh
@@ -130,6 +131,21 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
             size += tensor.numel() * tensor.itemsize
         found.append(bucket)
     return found
+
+
+def transfer_buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Returns ``buckets``, or one bucket for each tensor in a trace, whose buckets a graph pass chooses."""
+    return [[index] for index in range(len(tensors))] if is_traced() else buckets(tensors)
+
+
+def concatenated(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Returns the concatenation of tensors, without a copy of a single one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
+def split(tensor: Tensor, sizes: Sequence[int], axis: int = 0) -> Sequence[Tensor]:
+    """Returns the parts of a tensor along an axis, as views."""
+    return [tensor] if len(sizes) == 1 else tensor.split(list(sizes), axis)
 
 
 def _refuse_growing(metrics: Mapping[str, object]) -> None:

@@ -13,10 +13,11 @@ from fxtrain import tree
 from fxtrain._torch_internals.collectives import reduce_scatter
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import StepOutput, TrainState, Tree
+from fxtrain.core._graph_marks import Transfers, marking_transfers
 from fxtrain.core._shard import Shard, full_tensor, shards_in
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._opened import Opened, dtensor, seeing_dtensors
-from fxtrain.distributed._reduce import buckets
+from fxtrain.distributed._reduce import concatenated, split, transfer_buckets
 from fxtrain.distributed._shards import whole
 
 
@@ -116,17 +117,22 @@ def summed_parts(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Ten
     """
     if not tensors:
         return []
+    with marking_transfers(Transfers(is_gather=False)):
+        parts = _scattered(tensors, shards)
+    return [dtensor(shard.with_local(part)) for shard, part in zip(shards, parts, strict=True)]
+
+
+def _scattered(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
     mesh: Mesh = shards[0].mesh
     moved = [tensor.movedim(shard.axis, 0) for tensor, shard in zip(tensors, shards, strict=True)]
     real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in moved]
-    grouped = list(buckets(real))
-    flat = [torch.cat([real[index].reshape(mesh.size, -1) for index in bucket], 1) for bucket in grouped]
+    grouped = transfer_buckets(real)
+    flat = [concatenated([real[index].reshape(mesh.size, -1) for index in bucket], 1) for bucket in grouped]
     found: dict[int, Tensor] = {}
     for bucket, sums in zip(grouped, reduce_scatter(flat, mesh.group.group_name, mesh.size), strict=True):
-        parts = sums.split([real[index].numel() // mesh.size for index in bucket])
+        parts = split(sums, [real[index].numel() // mesh.size for index in bucket])
         for index, part in zip(bucket, parts, strict=True):
             own = part.view(real[index].shape[0] // mesh.size, *real[index].shape[1:])
             own = torch.view_as_complex(own) if moved[index].is_complex() else own
-            local = own.movedim(0, shards[index].axis).contiguous()
-            found[index] = dtensor(shards[index].with_local(local))
+            found[index] = own.movedim(0, shards[index].axis).contiguous()
     return [found[index] for index in range(len(tensors))]

@@ -11,10 +11,11 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import all_gather_all
 from fxtrain.core import TrainState, Tree, check_int, check_train_state
+from fxtrain.core._graph_marks import Transfers, marking_transfers
 from fxtrain.core._shard import Shard, full_tensor, is_shard, shards_in
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._plan import Plan, axes_of
-from fxtrain.distributed._reduce import buckets
+from fxtrain.distributed._reduce import concatenated, split, transfer_buckets
 
 
 def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16, plan: Plan | None = None) -> TrainState:
@@ -26,7 +27,8 @@ def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16, plan: Plan | Non
     with this rank's slice.
 
     ``train_step(mesh=mesh)`` gathers the parameters before the forward pass and sums each gradient to the rank that
-    has its part. The optimizer and callbacks see DTensors, so elementwise operations run on the parts, and norms and
+    has its part. A compiled step does so bucket by bucket, which takes less memory: see ``reshard`` of ``compile``. The
+    optimizer and callbacks see DTensors, so elementwise operations run on the parts, and norms and
     other reductions are those of all ranks. An operation that DTensor does not support raises. The step keeps the
     placement of all leaves. ``eval_step(mesh=mesh)`` gathers parameters too.
 
@@ -164,15 +166,20 @@ def whole(node: Tree) -> Tree:
 
 
 def _all_whole(shards: Sequence[Shard]) -> list[Tensor]:
-    """Returns the whole tensors of shards, gathered in buckets."""
+    """Returns the whole tensors of shards, gathered in buckets, which ``compile`` chooses for a step that it traces."""
+    with marking_transfers(Transfers(is_gather=True)):
+        return _gathered(shards)
+
+
+def _gathered(shards: Sequence[Shard]) -> list[Tensor]:
     mesh: Mesh = shards[0].mesh
     moved = [each.local.movedim(each.axis, 0) for each in shards]
     bits = [torch.view_as_real(local) if local.is_complex() else local for local in moved]
-    grouped = list(buckets(bits))
-    flat = [torch.cat([bits[index].reshape(-1) for index in bucket]) for bucket in grouped]
+    grouped = transfer_buckets(bits)
+    flat = [concatenated([bits[index].reshape(-1) for index in bucket]) for bucket in grouped]
     found: dict[int, Tensor] = {}
     for bucket, rows in zip(grouped, all_gather_all(flat, mesh.group.group_name, mesh.size), strict=True):
-        parts = rows.split([bits[index].numel() for index in bucket], 1)
+        parts = split(rows, [bits[index].numel() for index in bucket], 1)
         for index, part in zip(bucket, parts, strict=True):
             shape = bits[index].shape
             full = part.reshape(mesh.size * shape[0], *shape[1:])

@@ -14,6 +14,7 @@ from fxtrain.compiler.lowering._routes import Route, Routes
 from fxtrain.compiler.lowering._specialization import compile_specialized
 from fxtrain.compiler.lowering._trace import compile_traced, trace_step
 from fxtrain.compiler.passes._memory_policy import Memory
+from fxtrain.compiler.passes._transfer_buckets import Reshard
 
 
 def routes_to(
@@ -23,6 +24,7 @@ def routes_to(
     dynamic: bool,
     fullgraph: bool,
     memory: Memory = "save",
+    reshard: Reshard = "after_forward",
     artefacts: Artefacts | None = None,
     is_rehearsal: bool = False,
 ) -> Routes:
@@ -32,8 +34,9 @@ def routes_to(
         artefacts: The folder of compiled graphs that the user has named.
         is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
+    graphs = {"memory": memory, "reshard": reshard}
     rehearsal = functools.partial(
-        routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory, is_rehearsal=True
+        routes_to, backend, mode, dynamic=dynamic, fullgraph=fullgraph, **graphs, is_rehearsal=True
     )
     has_traces = backend is None
     chosen = backend or "inductor"
@@ -45,14 +48,10 @@ def routes_to(
         backend, chosen, mode = "eager", "eager", None
     traced = Route(
         f"{title}, traced{suffix}",
-        functools.partial(
-            compile_traced, mode=mode, backend=backend, dynamic=dynamic, memory=memory, artefacts=artefacts
-        ),
+        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts, **graphs),
         "the step as one graph",
         True,
-        trace=functools.partial(
-            trace_step, mode=mode, backend=backend, dynamic=dynamic, memory=memory, artefacts=artefacts
-        ),
+        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts, **graphs),
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
     )
     online = None if mode == AHEAD else mode
@@ -60,7 +59,7 @@ def routes_to(
         online = without_cuda_graphs(online)
     checked = Route(
         f"{title}, traced with checks{suffix}",
-        functools.partial(compile_specialized, mode=mode, backend=backend, memory=memory, artefacts=artefacts),
+        functools.partial(compile_specialized, mode=mode, backend=backend, artefacts=artefacts, **graphs),
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,

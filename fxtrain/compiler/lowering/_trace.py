@@ -53,6 +53,8 @@ from fxtrain.compiler.passes._offload import report as report_offload
 from fxtrain.compiler.passes._operators import register_lowerings
 from fxtrain.compiler.passes._recompute import recompute_regions
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
+from fxtrain.compiler.passes._transfer_buckets import Reshard
+from fxtrain.compiler.passes._transfers import place_transfers
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.step import EvalFunction, Step
 
@@ -84,6 +86,7 @@ def trace_step(
     backend: Backend | None = None,
     dynamic: bool = False,
     memory: Memory = "save",
+    reshard: Reshard = "after_forward",
     artefacts: Artefacts | None = None,
 ) -> Callable[[], Executable]:
     """Traces a step and returns a function that compiles it.
@@ -101,6 +104,7 @@ def trace_step(
         backend: A backend of ``torch.compile`` in place of Inductor.
         dynamic: Whether the sizes of the batch are symbols.
         memory: Which activations to keep, as in ``compile``.
+        reshard: When to free whole parameters of a sharded state, as in ``compile``.
         artefacts: The folder of compiled graphs that the user has named.
     """
     leaves, state_structure = tree.flatten(state)
@@ -136,6 +140,7 @@ def trace_step(
         outcome = limit_memory(graph.graph, memory)
         recomputes |= outcome is not None and outcome.after < outcome.before
         report(step, memory, outcome)
+    place_transfers(graph.graph, reshard)
     # Only a training step keeps its masks in memory in any case, for its backward pass.
     if isinstance(step, Step) and symbolic is None and not recomputes:
         merge_dropout_masks(graph.graph)

@@ -19,7 +19,7 @@ from fxtrain._torch_internals.dispatch import Operator, argument_of, is_in_place
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
 from fxtrain.compiler.passes._operators import after, once
-from fxtrain.core._graph_marks import Pass, pass_of, regions_of, set_backward, set_regions
+from fxtrain.core._graph_marks import Pass, join_pass, pass_of, regions_of, set_backward, set_regions
 
 aten = torch.ops.aten
 
@@ -198,12 +198,12 @@ def _copied(graph: Graph, node: Any, reader: Any, copies: Mapping[Any, Any], tok
                 kept[_base(other)] = None
         if token is not None and not any(other in copies for other in node.all_input_nodes):
             with graph.inserting_before(copy):
-                _begin_after(graph, copy, token)
+                _begin_after(graph, copy, token, reader)
     return copy
 
 
-def _begin_after(graph: Graph, copy: Any, token: Any) -> None:
-    """Makes a copy depend on the token through one of its inputs."""
+def _begin_after(graph: Graph, copy: Any, token: Any, reader: Any) -> None:
+    """Makes a copy, for a reader in the backward pass, depend on the token through one of its inputs."""
     bias = copy.args[_BIASES[copy.target]] if copy.target in _BIASES else None
     inputs = [x for x in copy.all_input_nodes if x is not bias and isinstance(x.meta.get("val"), Tensor)]
     if not inputs:
@@ -217,6 +217,7 @@ def _begin_after(graph: Graph, copy: Any, token: Any) -> None:
         base = base.args[0]
     ordered = graph.call_function(after(), (base, token))
     ordered.meta.update(base.meta)
+    join_pass(ordered, reader)
     for view in reversed(views):
         made = graph.node_copy(view, lambda other, base=base, ordered=ordered: ordered if other is base else other)
         base, ordered = view, made
