@@ -17,6 +17,7 @@ import torch
 from benchmarks.bars import Verdict, verdicts
 from benchmarks.contestants import FXTRAIN
 from benchmarks.data_parallel import ABOUT as ABOUT_RANKS
+from benchmarks.ensemble import ABOUT as ABOUT_ENSEMBLE
 from benchmarks.measure import Seconds, quartiles, ratios
 from benchmarks.memory import ABOUT, Found
 from benchmarks.race import Outcome
@@ -75,7 +76,7 @@ def report(
 ) -> str:
     """Returns the whole report. ``others`` has the results of all measurements other than workloads, by name."""
     judged = verdicts(outcomes, device)
-    for part in ("overhead", "monitoring", "memory", "data_parallel", "sharded"):
+    for part in ("overhead", "monitoring", "first_step", "memory", "ensemble", "data_parallel", "sharded"):
         judged += others[part][1] if part in others else []
     lines = ["# Results", "", heading(rounds, device), ""]
     if quick:
@@ -88,11 +89,11 @@ def report(
     if "monitoring" in others:
         lines += monitoring(others["monitoring"][0])
     if "first_step" in others:
-        lines += first_step(others["first_step"])
+        lines += first_step(others["first_step"][0])
     if "memory" in others:
         lines += memory(others["memory"][0])
     if "ensemble" in others:
-        lines += ensemble(others["ensemble"])
+        lines += ensemble(others["ensemble"][0])
     if "data_parallel" in others:
         lines += data_parallel(others["data_parallel"][0])
     if "sharded" in others:
@@ -205,7 +206,7 @@ def ensemble(found: Seconds) -> list[str]:
         each = [m / int(count) if count.isdigit() else m for m in micro]
         share = [m / (1e6 * one) for m, one in zip(each, plain, strict=True)]
         rows.append((count, spread(micro, 0), spread(each, 1), spread(share, 2)))
-    return ["## Ensemble: tiny MLPs as a batch of runs", "", *table(rows), ""]
+    return ["## Ensemble: tiny MLPs as a batch of runs", "", ABOUT_ENSEMBLE, "", *table(rows), ""]
 
 
 def data_parallel(found: Seconds) -> list[str]:
