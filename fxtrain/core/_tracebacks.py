@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+
+from fxtrain.core._rank import rank
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def ipython_shell() -> Any:
 def warn(message: str, category: type[Warning]) -> None:
     """Warns at the innermost line of the user's code, or if there is none, as in a worker thread, at the caller's line.
 
-    Of the ranks of torch.distributed, rank 0 warns. The others have the message in the logger ``fxtrain.core``.
+    Of several ranks, rank 0 warns. The others have the message in the logger ``fxtrain.core``.
 
     Example:
         >>> import warnings
@@ -122,7 +123,7 @@ def warn(message: str, category: type[Warning]) -> None:
         >>> caught[0].filename
         '<doctest fxtrain.core._tracebacks.warn[1]>'
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+    if rank() > 0:
         _log.info("%s: %s", category.__name__, message)
         return
     frames = enumerate(traceback.walk_stack(inspect.currentframe()), 1)

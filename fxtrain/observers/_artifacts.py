@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxtrain.core import Control, FitBegin, LoopEvent, Saved, TrainState, describe, did_you_mean
-from fxtrain.observers._wrapped import rank
+from fxtrain.core._rank import rank
 from fxtrain.values import Artifact, Value
 from fxtrain.writers import Writer
 from fxtrain.writers._multi import MultiWriter

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fxtrain.core import Control, FitBegin, FitEnd, Interrupted, LoopEvent, Rewound, StepEnd, TrainState
+from fxtrain.core._rank import rank
 from fxtrain.fold import When, as_trigger
-from fxtrain.observers._wrapped import rank
 from fxtrain.writers import Writer
 from fxtrain.writers._multi import MultiWriter
 

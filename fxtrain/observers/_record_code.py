@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxtrain.core import Control, FitBegin, Observer, TrainState
+from fxtrain.core._rank import rank
 from fxtrain.disk import append_lines, make_folder, sync_file, sync_folder
 from fxtrain.observers._artifacts import ArtifactLog
-from fxtrain.observers._wrapped import rank
 from fxtrain.values import Artifact
 from fxtrain.writers import Writer
 

@@ -44,9 +44,9 @@ from fxtrain.core import (
     utc_now,
     warn,
 )
+from fxtrain.core._rank import rank
 from fxtrain.disk import append_lines, make_folder, replace_file, set_aside, sync_file
 from fxtrain.observers._record_code import commit_of
-from fxtrain.observers._wrapped import rank
 from fxtrain.values import jsonable
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd

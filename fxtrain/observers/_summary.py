@@ -25,11 +25,11 @@ from fxtrain.core import (
     format_bytes,
     pluralize,
 )
+from fxtrain.core._rank import rank
 from fxtrain.disk import make_folder, replace_file
 from fxtrain.model import summary as summary_of
 from fxtrain.model._summary import fact_lines
 from fxtrain.model._summary_tables import text_table
-from fxtrain.observers._wrapped import rank
 from fxtrain.values import HParams
 
 _RATE = re.compile(r"learning_rate(/.*)?")

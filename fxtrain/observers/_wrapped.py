@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from fxtrain.core import Control, FitEnd, Observer, TrainState, name_of, takes
+from fxtrain.core._rank import rank
 from fxtrain.fold._lookalikes import refuse_lookalikes
 
 
@@ -43,13 +41,6 @@ def _refuse_others(function: str, observer: Callable[..., object]) -> None:
             f"expected an observer for {function}(), got {name}, which does not take (state, event, control). Pass "
             "callbacks to fit in callbacks=."
         )
-
-
-def rank() -> int:
-    """Returns the rank of this process: from torch.distributed if initialized, else from ``RANK``, else 0."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK") or 0)
 
 
 def _do_nothing(state: TrainState, event: FitEnd, control: Control) -> None:

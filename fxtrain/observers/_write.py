@@ -26,9 +26,9 @@ from fxtrain.core import (
     check_non_negative,
     try_all,
 )
+from fxtrain.core._rank import rank
 from fxtrain.fold import When, as_trigger
 from fxtrain.model._size import model_sizes
-from fxtrain.observers._wrapped import rank
 from fxtrain.observers._write_options import Options, checked_prefixes, checked_reductions, reduced, renamed
 from fxtrain.values import KINDS, HParams, Kind, Text, Value, kind_of, published
 from fxtrain.values._kinds import kinds_logged
