@@ -141,4 +141,4 @@ def test_graphs_with_constants_or_unknown_sizes_are_left_to_aotautograd(function
     given = [torch.ones(3, 3), torch.ones(3, 3)]
     graph = tracing.make_fx(function, tracing_mode="fake")(*given)
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    assert (decomposed.compile_decomposed(graph, fakes) is not None) == is_simple
+    assert (decomposed.compile_decomposed(graph, fakes, torch._inductor.config) is not None) == is_simple

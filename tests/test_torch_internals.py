@@ -719,7 +719,7 @@ def vector_instructions_are_listed():
 def simple_graphs_need_no_aotautograd():
     graph = internals.tracing.make_fx(lambda x: [x.sigmoid()], tracing_mode="fake")(torch.ones(3))
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    (found,) = internals.decomposed.compile_decomposed(graph, fakes)([torch.zeros(3)])
+    (found,) = internals.decomposed.compile_decomposed(graph, fakes, torch._inductor.config)([torch.zeros(3)])
     assert found.tolist() == [0.5, 0.5, 0.5]
 
 

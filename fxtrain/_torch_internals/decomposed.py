@@ -7,6 +7,7 @@ simpler ones that Inductor compiles.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import operator
@@ -40,7 +41,7 @@ _WRITE = torch.ops.aten.copy_.default
 _NAMESPACES = ("aten", "prims", "fxtrain", COLLECTIVES)
 
 
-def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor]) -> Any:
+def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor], settings: object) -> Any:
     """Compiles a graph into a function of a list of inputs, or returns None for a graph that needs AOTAutograd.
 
     The generated code is the same as with AOTAutograd.
@@ -48,6 +49,7 @@ def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor]) -> Any:
     Args:
         graph: A graph of operators, from ``make_fx``. It is not modified.
         examples: Fake tensors, one for each input.
+        settings: The module of Inductor's settings, in which those for this graph are set.
     """
     needs = (FORWARD, EXTRA, TABLE, STATE, TRACING, CONTEXT, DISPATCHER)
     if not examples or not all(each.exists for each in needs) or not _is_simple(graph):
@@ -73,13 +75,18 @@ def compile_decomposed(graph: GraphModule, examples: Sequence[Tensor]) -> Any:
                     list(examples),
                     num_orig_model_outputs=len(returned),
                     num_example_inputs=len(examples),
-                    compiler_config_extra=EXTRA.get()(simpler),
+                    compiler_config_extra=EXTRA.get()(settings if _takes_settings() else simpler),
                     is_inference=True,
                 )
     except Exception as error:
         # AOTAutograd compiles it, or raises an error of its own.
         _log.debug("A graph cannot be compiled without AOTAutograd.", exc_info=error)
         return None
+
+
+def _takes_settings() -> bool:
+    """Whether ``EXTRA`` is a function of the settings, as in torch 2.11, instead of the graph."""
+    return next(iter(inspect.signature(EXTRA.get()).parameters)) == "config"
 
 
 def _is_simple(graph: GraphModule) -> bool:

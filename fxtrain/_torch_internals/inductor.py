@@ -61,7 +61,7 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor],
     """
     with shared_libraries(), dead_values_skipped(), empty_tails_skipped(), _instructions_sought(examples):
         with CONFIG.get().patch(dict(options)):
-            compiled = compile_decomposed(graph, examples)
+            compiled = compile_decomposed(graph, examples, CONFIG.get())
         return COMPILE.get()(graph, examples, options=dict(options)) if compiled is None else compiled
 
 
