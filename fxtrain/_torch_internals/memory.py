@@ -65,7 +65,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocki
         sources: Tensors of the same shapes.
         non_blocking: As in ``torch.Tensor.copy_``.
     """
-    if COPY_ALL.exists:
+    if COPY_ALL.exists and targets:  # which refuses empty lists
         COPY_ALL.get()(list(targets), list(sources), non_blocking=non_blocking)
         return
     for target, source in zip(targets, sources, strict=True):
