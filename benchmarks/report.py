@@ -41,7 +41,7 @@ FIRST_STEP = (
     "What has made it faster, with the same generated code: in-place writes keep no dead values, so Inductor schedules "
     "559 nodes of `small_gpt` instead of 1,461; it attempts 11,008 fusions instead of 24,153; AOTAutograd, which "
     "traces a graph twice, is left out (2.8 s of processor time instead of 6.7 s); loops without a remainder get no "
-    "such kernel. The kernels are compiled as a few libraries, each while Inductor generates the next one, and the "
+    "kernel for it. The kernels are compiled as a few libraries, each while Inductor generates the next one, and the "
     "search for vector instructions (3.7 s) runs in another thread.\n\n"
     "Regional compilation (`nested_compile_region`) would share the work of layers. torch 2.13 fails on it "
     'inside `torch.func.grad` ("Expected FakeTensor"), and `make_fx` does not mark the regions, so it cannot be used '
