@@ -38,7 +38,7 @@ def outcomes():
 
     def of(size, names):
         if size not in found:
-            found[size] = shared_checks.outcomes("rank_checks", names, timeout=240, collective_timeout=60, size=size)
+            found[size] = shared_checks.outcomes("rank_checks", names, timeout=480, collective_timeout=120, size=size)
         return found[size]
 
     return of

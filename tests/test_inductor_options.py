@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch._inductor import compile_fx, config
+from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 import fxtrain as fx
 from fxtrain import tree
+from fxtrain._torch_internals import inductor
+from fxtrain.compiler.lowering import _trace
 
 
 def close(got, wanted):
@@ -19,14 +21,13 @@ class TestLayouts:
     def test_cpu_training_keeps_convolution_layouts(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         kept = []
-        compiled = compile_fx.compile_fx
+        compiled = inductor.compile_graph
 
-        def seen(*args, config_patches=None, **options):
-            if config_patches is not None:  # it calls itself without them
-                kept.append(config_patches.get("layout_optimization", True) is False)
-            return compiled(*args, config_patches=config_patches, **options)
+        def seen(graph, fakes, options):
+            kept.append(options.get("layout_optimization", True) is False)
+            return compiled(graph, fakes, options)
 
-        monkeypatch.setattr(compile_fx, "compile_fx", seen)
+        monkeypatch.setattr(_trace, "compile_graph", seen)
         module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
         tx = fx.optim.sgd(0.1)
         state, images = fx.init(module, tx), torch.randn(2, 1, 6, 6)
@@ -45,18 +46,17 @@ class TestFusion:
         module = nn.Sequential(*(layer for _ in range(10) for layer in (nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU())))
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         codes, attempts = [], []
-        compiled = compile_fx.compile_fx
+        compiled = inductor.compile_graph
 
-        def seen(*args, config_patches=None, **options):
-            if config_patches is not None:  # it calls itself without them
-                attempts.append(config_patches.get("max_fusion_buffer_group_pairwise_attempts"))
-            return compiled(*args, config_patches=config_patches, **options)
+        def seen(graph, fakes, options):
+            attempts.append(options.get("max_fusion_buffer_group_pairwise_attempts"))
+            return compiled(graph, fakes, options)
 
-        monkeypatch.setattr(compile_fx, "compile_fx", seen)
+        monkeypatch.setattr(_trace, "compile_graph", seen)
         for own in ({}, {"max_fusion_buffer_group_pairwise_attempts": 10**6}):
             with config.patch(own):
                 _, (code,) = run_and_get_code(fx.compile(step, check=False), fx.init(module, tx), torch.ones(2, 4))
-            codes.append(code.partition("\n")[2])  # without the graph's number
+            codes.append(code)
         assert attempts == [16, None]
         assert codes[0] == codes[1]
         assert "cpp_fused" in codes[0]

@@ -49,7 +49,7 @@ def outcomes_of_four(tmp_path_factory):
 
 
 def run(names, size, folder):
-    limits = {"timeout": 300, "collective_timeout": 60}
+    limits = {"timeout": 480, "collective_timeout": 120}
     return shared_checks.outcomes("tensor_parallel_checks", names, size=size, model=2, folder=folder, **limits)
 
 
