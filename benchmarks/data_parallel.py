@@ -54,6 +54,15 @@ def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
     return seconds, [Verdict(f"Data parallel GPT, time per step, relative to {best}", measured, 0.75, REASON)]
 
 
+def joined() -> fx.distributed.Mesh:
+    """Returns the ranks. Leaves this process one core and one thread."""
+    mesh = fx.distributed.mesh()
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[mesh.rank % len(cores)]})
+    torch.set_num_threads(1)
+    return mesh
+
+
 def rank() -> None:
     """Runs one of the processes."""
     parser = argparse.ArgumentParser()
@@ -61,10 +70,7 @@ def rank() -> None:
     parser.add_argument("--write", type=pathlib.Path, required=True)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    mesh = fx.distributed.mesh()
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[mesh.rank % len(cores)]})
-    torch.set_num_threads(1)
+    mesh = joined()
 
     made = workload("small_gpt", quick=given.quick)
     rows = fx.distributed.rows(made.batches, mesh)

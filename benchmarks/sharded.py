@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fxtrain as fx
 from benchmarks.bars import Verdict
-from benchmarks.data_parallel import RANKS, Turn, timed
+from benchmarks.data_parallel import RANKS, Turn, joined, timed
 from benchmarks.heap import Allocated, allocated, built
 from benchmarks.measure import Seconds, alternate, ratios
 from benchmarks.workloads import Workload
@@ -118,10 +118,7 @@ def rank() -> None:
     parser.add_argument("--write", type=pathlib.Path, required=True)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    mesh = fx.distributed.mesh()
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[mesh.rank % len(cores)]})
-    torch.set_num_threads(1)
+    mesh = joined()
     size = (2, 64, 4, 64, 2, 16) if given.quick else (8, 256, 4, 512, 2, 64)
     made = gpt("sharded", *size, about="", turn=STEPS)
     rows = fx.distributed.rows(made.batches, mesh)

@@ -12,7 +12,7 @@ import itertools
 import logging
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -113,9 +113,12 @@ def _rename_overwritten(graph: Graph) -> None:
     The simpler operators of a batch norm write its new statistics in this way.
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
-    for write in graph.find_nodes(op="call_function", target=_WRITE):
+    writes = graph.find_nodes(op="call_function", target=_WRITE)
+    overwritten = {write.args[0] for write in writes}
+    for write in writes:
         old, new, *_ = write.args
-        if not (_is_fresh(old) and isinstance(new, Node) and _has_same_layout(old, new)):
+        # A value that is itself overwritten later would be read too late.
+        if new in overwritten or not (_is_fresh(old) and _is_fresh(new) and _has_same_layout(old, new)):
             continue
         for reader in [*old.users, *write.users]:
             if reader is not write and places[reader] > places[write]:
@@ -124,7 +127,7 @@ def _rename_overwritten(graph: Graph) -> None:
         graph.erase_node(write)
 
 
-def _is_fresh(node: object) -> bool:
+def _is_fresh(node: object) -> TypeGuard[Node]:
     """Whether no other node is a view of the memory of a node."""
     return (
         isinstance(node, Node)
@@ -144,8 +147,10 @@ def _has_same_layout(one: Node, other: Node) -> bool:
 
 
 def _is_last_write(node: Node) -> bool:
-    (target, *_) = node.args
-    return node.target is _WRITE and isinstance(target, Node) and target.op == "placeholder" and not node.users
+    if node.target is not _WRITE or node.users:
+        return False
+    target = node.args[0]
+    return isinstance(target, Node) and target.op == "placeholder"
 
 
 def _is_known(target: object) -> bool:
