@@ -61,7 +61,8 @@ def compile(  # noqa: A001
     All routes compute the same result.
 
     The first call takes from ten seconds to minutes. Compiled code is cached on disk (``TORCHINDUCTOR_CACHE_DIR``), so
-    that a later process starts in a few seconds. ``artefacts`` takes it to other machines. The logger
+    that a later process starts in a few seconds. Of the processes on a machine that need a graph at the same time, as
+    ranks do, one compiles it and the others wait. ``artefacts`` takes it to other machines. The logger
     ``fxtrain.compiler`` reports at level INFO what is compiled or loaded and how long it took.
 
     The first two calls of each graph are checked against the uncompiled step, which runs once more on the same state
