@@ -10,6 +10,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import tree
+from fxtrain.compiler.check._rounding_noise import RoundingNoise
 from fxtrain.compiler.lowering._trace import trace_step
 from fxtrain.compiler.passes import _transfer_buckets
 from fxtrain.distributed import Shard
@@ -266,6 +267,20 @@ def compiled_by_inductor(mesh, folder):
     with pytest.raises(fx.DonatedError):
         old.params  # noqa: B018
     assert_close(new, expected, 1e-10)
+
+
+def steps_with_rounding_noise(mesh, folder):
+    state, tx = parts(mesh)
+    step, batch = fx.train_step(loss_fn, tx, mesh=mesh), batch_of(mesh, examples(BATCH))
+    state = step.attached(sharded(state, mesh))
+    expected = fx.distributed.gathered(step(state, batch)[0])
+    found = []
+    for sign in (1.0, -1.0):
+        with RoundingNoise(seed=0, sign=sign):
+            found.append(step(state, batch)[0])
+        assert_close(found[-1], expected, 1e-10)
+    one, other = ([leaf for leaf in tree.leaves(new.opt_state) if leaf.is_floating_point()] for new in found)
+    assert not any(map(torch.equal, one, other))
 
 
 def nan_on_one_rank(mesh, folder):

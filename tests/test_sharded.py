@@ -11,6 +11,7 @@ STEPS = [
     "schedules",
     "random_schedules",
     "peaks",
+    "steps_with_rounding_noise",
     "nan_on_one_rank",
     "optimizers",
     "callbacks_in_the_step",
