@@ -90,9 +90,13 @@ def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
     if is_agreed:
         used = torch.stack(columns).amax(1).gt(0).tolist() if columns else []
 
-    def part(value: Tensor, share: Tensor = weights.share) -> Tensor:
+    def parts(values: list[Tensor], share: Tensor = weights.share) -> list[Tensor]:
+        has_examples = share > 0
+        # One of each per dtype, because each operation of a graph is compiled.
+        shares = {dtype: share.to(dtype) for dtype in dict.fromkeys(map(_share_dtype, values))}
+        zeros = {dtype: share.new_zeros((), dtype=dtype) for dtype in dict.fromkeys(value.dtype for value in values)}
         # A rank without examples has nan for a mean.
-        return torch.where(share > 0, value * share.to(_share_dtype(value)), 0)
+        return [torch.where(has_examples, value * shares[_share_dtype(value)], zeros[value.dtype]) for value in values]
 
     grads, structure = tree.flatten(found.grads, is_leaf=is_shard)
     split = {index: leaf for index, leaf in enumerate(grads) if is_shard(leaf)}
@@ -106,9 +110,9 @@ def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
     # Ranks that share a model have these gradients up to rounding. Their mean has the same bits on all.
     share = weights.share / mesh.ranks_per_model if mesh.ranks_per_model > 1 else weights.share
     whole = [value for index, value in enumerate(grads) if index not in shards and index not in split]
-    sums = iter(summed([part(value, share) for value in [*whole, *changes]], mesh.world_group))
-    scattered = iter(summed_parts([part(grads[index]) for index in shards], list(shards.values())))
-    of_parts = [part(grads[index]) for index in split]
+    sums = iter(summed(parts([*whole, *changes], share), mesh.world_group))
+    scattered = iter(summed_parts(parts([grads[index] for index in shards]), list(shards.values())))
+    of_parts = parts([grads[index] for index in split])
     of_parts = iter(of_parts if mesh.size == 1 else summed(of_parts, mesh.group))
     for index in range(len(grads)):
         if index in split:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -26,7 +25,7 @@ from fxtrain.compiler.artefacts._file import (
     write_entry,
 )
 from fxtrain.compiler.artefacts._fingerprint import differences, digest, environment_facts
-from fxtrain.compiler.artefacts._lease import turn
+from fxtrain.compiler.artefacts._lease import local_turn, turn
 from fxtrain.core import warn
 
 _log = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ class Artefacts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._warned = set[str]()
+        self._turn = turn
 
     def load(self, graph: str, facts: Mapping[str, str], load: Load) -> Any:
         """Returns what ``load`` makes of a file, or None if there is none that works here, and says why.
@@ -85,7 +85,7 @@ class Artefacts:
     def turn(self, graph: str, facts: Mapping[str, str]) -> AbstractContextManager[None]:
         """A context in which one process compiles a graph, while others wait for its file."""
         path = self._path(graph, facts)
-        return turn(
+        return self._turn(
             path.with_suffix(".lease"),
             path.exists,
             lambda: _log.info("Another process compiles this graph. Waiting for its file in %s.", self.folder),
@@ -124,16 +124,15 @@ class Artefacts:
 class _LocalArtefacts(Artefacts):
     """The compiled graphs of this machine, next to torch's compiled code. Problems with them are not reported."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._turn = local_turn
+
     def _explain_miss(self, graph: str, facts: Mapping[str, str]) -> None:
         pass
 
     def _warn(self, message: str) -> None:
         _log.debug("%s", message)
-
-    def turn(self, graph: str, facts: Mapping[str, str]) -> AbstractContextManager[None]:
-        """A context that all processes enter immediately. Torch's own locks keep them apart."""
-        del graph, facts
-        return contextlib.nullcontext()
 
 
 def local_artefacts() -> Artefacts | None:

@@ -1,17 +1,21 @@
 """A lease: which of several processes compiles a graph while the others wait for its file.
 
-The holder touches the lease's file. Waiting processes watch whether its time changes, by their own clocks, so that
-neither a killed holder nor clocks that disagree can block them.
+On one machine it is a lock, which the system releases when its holder ends. For several machines, the holder touches
+the lease's file. Waiting processes watch whether its time changes, by their own clocks, so that neither a killed holder
+nor clocks that disagree can block them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+
+from fxtrain.disk import close_in_children, try_lock
 
 _BEAT_SECONDS = 1.0
 _DEAD_SECONDS = 15.0  # without a beat, after which a holder counts as dead
@@ -41,6 +45,31 @@ def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -
         beats.join()
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+@contextlib.contextmanager
+def local_turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> Generator[None]:
+    """A context like ``turn``, for the processes of one machine."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(io.FileIO(path, "a"))
+        except OSError:
+            yield
+            return
+        close_in_children(file)
+        began, is_held = time.monotonic(), try_lock(file.fileno())
+        if is_held is False and not is_done():
+            on_wait()
+        while is_held is False and not is_done() and time.monotonic() - began < _MAX_WAIT_SECONDS:
+            time.sleep(_POLL_SECONDS)
+            is_held = try_lock(file.fileno())
+        try:
+            yield
+        finally:
+            if is_held:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _acquire(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> bool:

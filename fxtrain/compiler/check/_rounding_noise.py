@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.collectives import is_wait
 from fxtrain._torch_internals.dispatch import (
     TorchDispatchMode,
     arguments_kept,
@@ -105,7 +107,13 @@ class RoundingNoise(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
     ) -> Tree:
+        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # the operations that a tensor such as a DTensor consists of follow
         kwargs = kwargs or {}
+        if func.namespace == COLLECTIVES:
+            # Before the wait, a transfer still writes to the result.
+            result = func(*args, **kwargs)
+            return self._noisy(result) if is_wait(func) else result
         name = operator_name(func).removeprefix("_foreach_").strip("_").removesuffix("_copy")
         writes, selects = is_in_place(func), name in _SELECTIONS
         if is_view(func) or (name in _EXACT and not selects):

@@ -87,10 +87,11 @@ class GraphFiles:
         found = _loaded(folders, key, facts, load)
         if found is not None:
             return found
-        with artefacts.turn(key, facts) if artefacts is not None else contextlib.nullcontext():
+        shared = folders[0] if folders else None
+        with contextlib.nullcontext() if shared is None else shared.turn(key, facts):
             # Another process may have compiled it meanwhile.
-            if artefacts is not None and artefacts.has(key, facts):
-                found = _loaded([artefacts], key, facts, load)
+            if shared is not None and shared.has(key, facts):
+                found = _loaded([shared], key, facts, load)
                 if found is not None:
                     return found
             began = time.perf_counter()

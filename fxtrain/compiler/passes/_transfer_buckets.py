@@ -17,7 +17,7 @@ T = TypeVar("T")
 Reshard = Literal["after_forward", "after_backward", "off"]
 """When a step frees the whole parameters of a sharded state: ``compile`` describes the values."""
 
-_MIN_BYTES, _MAX_BYTES, _BUCKETS = 2**20, 25 * 2**20, 16
+_MIN_BYTES, _MAX_BYTES, _BUCKETS = 2**20, 25 * 2**20, 12
 
 
 def bucket_bytes(sizes: Iterable[int], reshard: Reshard) -> int:
