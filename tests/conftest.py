@@ -1,6 +1,11 @@
 """Settings and fixtures of all tests. One thread, because bitwise equality holds for a fixed number of threads."""
 
 import os
+
+# Processes that tests start inherit the setting. Without it, each starts a thread per core, and the threads of parallel
+# tests busy-wait for the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import signal
 import sys
 
