@@ -1,6 +1,12 @@
 """Settings and fixtures of all tests. One thread, because bitwise equality holds for a fixed number of threads."""
 
 import os
+
+# Processes that tests start inherit the setting. Without it, each starts a thread per core, and the threads of parallel
+# tests busy-wait for the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import collections
 import signal
 import sys
 
@@ -15,6 +21,12 @@ os.environ.setdefault("FXTRAIN_TRACEBACK", "full")  # failures show the frames o
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores SIGINT in its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Runs files with slow tests first, because a worker that starts one of them last runs it while others are idle."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -162,7 +162,7 @@ class TestOneGraph:
         options = {
             "eval_step": fx.compile(problem.eval_step, backend=evaluation),
             "eval_data": problem.data(2, seed=1),
-            "eval_when": fx.every(10),
+            "eval_when": fx.every(4),
         }
 
         def slot(name, size):
@@ -172,23 +172,23 @@ class TestOneGraph:
             return fx.stateful(name, lambda state: torch.zeros(size), update)
 
         checkpoints = fx.checkpointer(tmp_path)
-        saving = fx.when(fx.every(20), fx.callbacks.save())
+        saving = fx.when(fx.every(8), fx.callbacks.save())
         first = fx.fit(
-            problem.start(), step, problem.data(), steps=80, callbacks=[saving], checkpointer=checkpoints, **options
+            problem.start(), step, problem.data(), steps=32, callbacks=[saving], checkpointer=checkpoints, **options
         )
         resumed = fx.fit(
             problem.start(),
             step,
             problem.data(),
-            steps=140,
+            steps=56,
             callbacks=[fx.callbacks.early_stopping("loss", patience=100), slot("b", 977)],
             checkpointer=checkpoints,
             resume=True,
             **options,
         )
-        last = fx.fit(resumed.state, step, problem.data(), steps=200, callbacks=[slot("a", 983)], **options).state
-        assert (int(first.state.step), int(resumed.state.step), int(last.step)) == (80, 140, 200)
-        straight = fx.fit(problem.start(), problem.step(), problem.data(), steps=200).state
+        last = fx.fit(resumed.state, step, problem.data(), steps=80, callbacks=[slot("a", 983)], **options).state
+        assert (int(first.state.step), int(resumed.state.step), int(last.step)) == (32, 56, 80)
+        straight = fx.fit(problem.start(), problem.step(), problem.data(), steps=80).state
         for name in ("params", "buffers", "opt_state", "seed", "position"):
             testing.assert_equal(getattr(last, name), getattr(straight, name), f"{name} of the uncompiled run")
         assert train.frame_count == 1

@@ -10,6 +10,8 @@ import torch
 import fxtrain as fx
 from fxtrain import testing, tree
 
+pytestmark = pytest.mark.slow
+
 STEPS = 14
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests import shared_checks
 
+pytestmark = pytest.mark.slow
+
 CHECKS = [
     "placements",
     "twenty_steps",
