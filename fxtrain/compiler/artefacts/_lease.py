@@ -50,13 +50,14 @@ def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -
 @contextlib.contextmanager
 def local_turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> Generator[None]:
     """A context like ``turn``, for the processes of one machine."""
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(io.FileIO(path, "a"))
-        except OSError:
-            yield
-            return
+    file: io.FileIO | None = None
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(path, "a")
+    if file is None:
+        yield
+        return
+    with file:
         close_in_children(file)
         began, is_held = time.monotonic(), try_lock(file.fileno())
         if is_held is False and not is_done():
