@@ -72,6 +72,8 @@ native_layer_norm native_layer_norm_backward renorm safe_softmax softmax softmax
 """
 _COMPOSITES = frozenset(_COMPOSITE_NAMES.split())
 
+_PLAIN: Any = Tensor
+
 
 class RoundingNoise(TorchDispatchMode):
     """A context that adds noise of a few rounding errors to the result of each operation.
@@ -107,7 +109,7 @@ class RoundingNoise(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
     ) -> Tree:
-        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
+        if any(kind.__torch_dispatch__ is not _PLAIN.__torch_dispatch__ for kind in types):
             return NotImplemented  # the operations that a tensor such as a DTensor consists of follow
         kwargs = kwargs or {}
         if func.namespace == COLLECTIVES:
