@@ -10,6 +10,8 @@ import contextlib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
+from typing import IO
 
 import xxhash
 
@@ -17,11 +19,11 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
 from fxtrain.checkpoint._leaf_table import file_of, rows
 from fxtrain.checkpoint._manifest import FORMATS, MANIFEST, Facts, Head, write_manifest
-from fxtrain.checkpoint._new_file import CHUNK, NewFile
 from fxtrain.checkpoint._parts import OtherParts, Written
 from fxtrain.checkpoint._temporary_folder import unfinished_folder
 from fxtrain.disk import sync_folder
 
+_CHUNK = 2**22  # bytes; small enough that a chunk is still in the CPU cache when it is written after hashing
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|leaves(-[1-9][0-9]*)?\.bin")
 
 
@@ -57,10 +59,8 @@ def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts, others:
             table = list(rows(contents.structure, contents.places, checksums, sliced))
             size = sum(row["bytes"] for row in table)
             head: Head = {"format": FORMATS[bool(sliced)], "bytes": size, **facts}
-            with open(unfinished / MANIFEST, "xb", buffering=CHUNK) as file:
+            with _synced(unfinished / MANIFEST) as file:
                 write_manifest(file, head, table)
-                file.flush()
-                os.fsync(file.fileno())
             sync_folder(unfinished)
             unfinished.rename(path)
         sync_folder(path.parent)
@@ -74,13 +74,22 @@ def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts, others:
 def write_part(folder: pathlib.Path, part: int, contents: Direct | HostCopy) -> list[Written]:
     """Writes the data file of a part, synced to disk. Returns what was written, in the order of the leaves."""
     checksums = [""] * len(contents.places)
-    with NewFile(folder / file_of(part), sum(place.size for place in contents.places)) as file:
+    with _synced(folder / file_of(part)) as file:
         for index, content in contents.parts():
             checksum = xxhash.xxh3_64()
-            for start in range(0, len(content), CHUNK):
-                chunk = content[start : start + CHUNK]
+            for start in range(0, len(content), _CHUNK):
+                chunk = content[start : start + _CHUNK]
                 checksum.update(chunk)
                 file.write(chunk)
             checksums[index] = checksum.hexdigest()
     pairs = zip(contents.places, checksums, strict=True)
     return [Written(place.offset, place.size, checksum) for place, checksum in pairs]
+
+
+@contextlib.contextmanager
+def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Opens a new file and syncs it to disk at the end of the block."""
+    with open(path, "xb", buffering=_CHUNK) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
