@@ -21,10 +21,10 @@ ADDED = 0.18
 
 REASON = (
     "With an empty cache, most of fxtrain's time is Inductor's Python, for a graph that has the update besides forward "
-    "and backward pass: about 6 s for each layer of `small_gpt`, where it was 9 s before the changes above (AMD EPYC "
-    "of family 25). With a warm cache, the import of torch takes 2.0 s, and torch's tracer imports Dynamo and "
-    "Inductor, which takes 1.3 s, as an optimizer of torch does. Most of the rest is the trace, whose graph decides "
-    "which compiled code fits."
+    "and backward pass: about 6 s for each layer of `small_gpt`, where it was 9 s before the changes listed with the "
+    "times (AMD EPYC of family 25). With a warm cache, the import of torch takes 2.0 s, and torch's tracer imports "
+    "Dynamo and Inductor, which takes 1.3 s, as an optimizer of torch does. Most of the rest is the trace, whose graph "
+    "decides which compiled code fits."
 )
 
 Found = dict[str, dict[str, Seconds]]

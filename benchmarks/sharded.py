@@ -49,8 +49,8 @@ ABOUT = (
 )
 REASON = (
     "Each process has one core, which also runs gloo's threads, so a transfer is overlapped only while the process "
-    "waits. A step of fxtrain took 175 ms of processor time in 220 ms, and one of FSDP2 198 ms in 244 ms (AMD EPYC of "
-    'family 25). Gathering parameters a second time takes about 40 ms. `reshard="after_backward"` does without it, '
+    "waits. A step of fxtrain took 203 ms of processor time in 279 ms, and one of FSDP2 216 ms in 275 ms (AMD EPYC of "
+    'family 25). Gathering parameters a second time takes about 35 ms. `reshard="after_backward"` does without it, '
     "and takes more memory."
 )
 FIRST_STEP = (
