@@ -40,10 +40,11 @@ class Artefacts:
         folder: The folder. It is created when the first graph is saved.
     """
 
+    _turn = staticmethod(turn)
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._warned = set[str]()
-        self._turn = turn
 
     def load(self, graph: str, facts: Mapping[str, str], load: Load) -> Any:
         """Returns what ``load`` makes of a file, or None if there is none that works here, and says why.
@@ -124,9 +125,7 @@ class Artefacts:
 class _LocalArtefacts(Artefacts):
     """The compiled graphs of this machine, next to torch's compiled code. Problems with them are not reported."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._turn = local_turn
+    _turn = staticmethod(local_turn)
 
     def _explain_miss(self, graph: str, facts: Mapping[str, str]) -> None:
         pass
