@@ -221,11 +221,10 @@ class Live(torch.fx.Interpreter):
 
     def run_node(self, node):
         value = super().run_node(node)
-        held = {
-            leaf.untyped_storage() for leaf in tree.leaves([*self.env.values(), value]) if type(leaf) is torch.Tensor
-        }
+        leaves = [leaf for leaf in tree.leaves([*self.env.values(), value]) if type(leaf) is torch.Tensor]
+        storages = [leaf.untyped_storage() for leaf in leaves if not leaf.is_meta]
         given = {leaf.untyped_storage().data_ptr() for each, leaf in self.env.items() if each.op == "placeholder"}
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in held}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         self.peak = max(self.peak, sum(size for address, size in sizes.items() if address not in given))
         return value
 

@@ -55,13 +55,15 @@ def test_vmapped_step_equals_single_steps():
 
 
 def test_members_have_independent_dropout():
+    torch.manual_seed(0)
     tx = fx.optim.sgd(0.0)
     state = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), tx)
     step = fx.train_step(lambda model, batch: (model(batch) * torch.arange(4.0)).sum(), tx)
     states = [state.replace(seed=state.seed + index) for index in range(4)]
     losses = torch.vmap(step, (0, None))(stack(states), torch.ones(8, 4))[1].metrics["loss"]
-    assert losses.tolist() == [float(step(state, torch.ones(8, 4))[1].metrics["loss"]) for state in states]
-    assert len(set(losses.tolist())) > 1
+    # A product of stacked matrices may be summed in another order than that of one.
+    torch.testing.assert_close(losses, torch.stack([step(state, torch.ones(8, 4))[1].metrics["loss"] for state in states]))
+    assert losses.diff().abs().min() > 0.1
 
 
 def test_vmapped_evaluation_equals_single_evaluations():
