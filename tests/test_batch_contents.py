@@ -174,6 +174,11 @@ def test_checksum_covers_text_paths_and_dates():
         assert checksum({**values[0], name: values[1][name]}) != checksum(values[0])
 
 
+@pytest.mark.parametrize("leaf", [torch.arange(6.0)[::2], torch.arange(2.0)[::2], torch.ones(1).expand(3)])
+def test_checksum_does_not_depend_on_strides(leaf):
+    assert checksum(leaf) == checksum(leaf.clone(memory_format=torch.contiguous_format)) != checksum(leaf + 1)
+
+
 # Containers
 
 

@@ -13,6 +13,7 @@ from fxtrain._torch_internals.memory import copy_all
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_table import Place, places, root_of
 from fxtrain.core import Tree, describe
+from fxtrain.core._bits import as_bytes
 from fxtrain.core._shard import is_sharded
 
 
@@ -65,7 +66,7 @@ class Direct:
             if self._pinned.nbytes < place.size:
                 self._pinned = torch.empty(place.size, dtype=torch.uint8, device="cpu", pin_memory=True)
             target = self._pinned[: place.size]
-            target.copy_(_row_major(leaf.detach()).reshape(-1).view(torch.uint8), non_blocking=True)
+            target.copy_(as_bytes(_row_major(leaf.detach())), non_blocking=True)
             self._stream.record_event().synchronize()
         return target.view(place.dtype).view(place.shape)
 
@@ -101,7 +102,7 @@ class HostCopy:
             copy_all(self._targets, leaves, non_blocking=self._device is not None)
         except NotImplementedError:  # torch stores sub-byte dtypes but cannot copy them
             for target, leaf in zip(self._targets, leaves, strict=True):
-                target.reshape(-1).view(torch.uint8).copy_(leaf.contiguous().reshape(-1).view(torch.uint8))
+                as_bytes(target).copy_(as_bytes(leaf.contiguous()))
         if self._device is not None:
             self._copy_event = torch.cuda.Event()
             self._copy_event.record(torch.cuda.current_stream(self._device))
@@ -142,7 +143,7 @@ class HostCopy:
 
 def bytes_of(leaf: Tensor) -> memoryview:
     """Returns a view of the memory of a contiguous CPU tensor."""
-    return leaf.reshape(-1).view(torch.uint8).numpy().data
+    return as_bytes(leaf).numpy().data
 
 
 def host_bytes(leaf: Tensor) -> memoryview:

@@ -17,6 +17,7 @@ from fxtrain.checkpoint._files import open_regular, unreadable
 from fxtrain.checkpoint._host_copy import bytes_of
 from fxtrain.checkpoint._leaf_table import Leaf, Slice, file_of, slices_of
 from fxtrain.checkpoint._manifest import Manifest, dtype_of
+from fxtrain.core._bits import as_bytes
 
 _CHUNK = 2**22  # bytes; small enough that a chunk is still in the CPU cache when it is copied after hashing
 
@@ -120,7 +121,7 @@ class LeafFiles:
             return None
         # As bytes, because torch cannot copy all dtypes.
         size = leaf.element_size()
-        target = leaf.reshape(-1).view(torch.uint8).view(*leaf.shape, size)
+        target = as_bytes(leaf).view(*leaf.shape, size)
         target = target[tuple(_shifted(one, base) for one, base in zip(both, wanted, strict=True))]
         if target.is_contiguous() and both == stored:
             return self._read_bytes(row, piece, bytes_of(target))

@@ -1,4 +1,4 @@
-"""The bits of tensors as another dtype."""
+"""The bits of tensors as another dtype, and their memory as bytes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def reinterpreted(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.view(dtype)
     except RuntimeError:
         return cast("Any", _Reinterpreted).apply(x, dtype)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """Returns the memory of a contiguous tensor as bytes, uint8 [n], without a copy.
+
+    A tensor of one element is contiguous whatever its strides are, and ``x.view(torch.uint8)`` refuses most of them.
+
+    Example:
+        >>> as_bytes(torch.tensor([1, 2, 3], dtype=torch.int16)[::4])
+        tensor([1, 0], dtype=torch.uint8)
+    """
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 class _Reinterpreted(torch.autograd.Function):

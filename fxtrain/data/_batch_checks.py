@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Batch, Tree, describe, warn
+from fxtrain.core._bits import as_bytes
 from fxtrain.data._graphs import is_graph
 from fxtrain.data._placeholders import for_step
 
@@ -184,7 +185,7 @@ def _is_numeric(leaf: object) -> bool:
 
 def _bytes(leaf: Tensor) -> Tensor:
     """Returns the bytes to hash, uint8 [n] on the host."""
-    flat = leaf.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    flat = as_bytes(leaf.detach().resolve_conj().resolve_neg().contiguous())
     if len(flat) > _CHUNK_COUNT * _CHUNK_BYTES:
         pieces = len(flat) // _CHUNK_COUNT
         flat = flat[: pieces * _CHUNK_COUNT].view(_CHUNK_COUNT, pieces)[:, :_CHUNK_BYTES]

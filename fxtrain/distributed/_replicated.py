@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState, first_names
+from fxtrain.core._bits import as_bytes
 from fxtrain.distributed._mesh import Mesh
 
 
@@ -51,7 +51,7 @@ def _of_main(leaf: Tensor, mesh: Mesh) -> Tensor:
     copied = leaf.clone()
     if leaf.numel():
         # A buffer of bytes, because gloo does not send all dtypes, and only contiguous tensors.
-        flat = copied.contiguous().reshape(-1)
-        dist.broadcast(flat.view(torch.uint8), src=0, group=mesh.world_group if leaf.is_cuda else mesh.control)
-        copied.copy_(flat.reshape(copied.shape))
+        dense = copied.contiguous()
+        dist.broadcast(as_bytes(dense), src=0, group=mesh.world_group if leaf.is_cuda else mesh.control)
+        copied.copy_(dense)
     return copied

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -20,6 +19,7 @@ from fxtrain._torch_internals.inductor import changed_settings
 from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.artefacts._folder import Artefacts, facts_of, local_artefacts
 from fxtrain.core import warn
+from fxtrain.core._bits import as_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def graph_hash(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[
         digest.update(f"{tuple(leaf.shape)} {leaf.dtype} {leaf.stride()} {leaf.device}\n".encode())
     for name, constant in (*graph.named_buffers(), *graph.named_parameters()):
         digest.update(f"{name} {constant.dtype} {list(constant.shape)}".encode())
-        digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(as_bytes(constant.detach().cpu().contiguous()).numpy().data)
     return digest.hexdigest()
 
 
