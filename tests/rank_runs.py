@@ -153,13 +153,33 @@ def other_numbers_of_ranks_continue(mesh, folder):
             middle = fit(None, steps=7, checkpointer=fx.checkpointer(folder), resume=True)
             assert int(middle.state.step) == 7
             assert sum("ranks: 2 at the save, 1 now" in str(each.message) for each in caught) == 1
-            assert not any("another batch" in str(each.message) for each in caught)
+            assert not any("as before the checkpoint" in str(each.message) for each in caught)
         mesh.gather(None)
         last = fit(mesh, steps=11, checkpointer=fx.checkpointer(folder), resume=True)
     assert int(last.state.step) == 11
     assert_close(last.state, whole.state)
     assert_same(mesh, values_of(last.state), "states")
     assert mesh.is_main or not caught
+
+
+def another_batch_on_any_rank_is_noticed(mesh, folder):
+    def data(changed=None):
+        def change(batch):
+            return {**batch, "x": batch["x"] + 1} if mesh.rank == changed else batch
+
+        return fx.data.batches(examples(), BATCH, seed=3).map(change)
+
+    for changed in (None, 0, 1):
+        for steps in (3, 4):  # within an epoch and at its end
+            place = folder / f"{changed}-{steps}"
+            fit(mesh, steps=steps, data=data(), checkpointer=fx.checkpointer(place))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                fit(mesh, steps=steps + 2, data=data(changed), checkpointer=fx.checkpointer(place), resume=True)
+            found = [str(each.message) for each in caught if "as before the checkpoint" in str(each.message)]
+            wanted = changed is not None and mesh.is_main
+            assert len(found) == wanted, (changed, steps, found)
+            assert all(f"expected batch {steps - 1} of the data" in message for message in found), found
 
 
 def data_of_unknown_length(mesh, folder):

@@ -19,6 +19,7 @@ CHECKS = [
     "equals_one_process",
     "each_row_is_read_once",
     "other_numbers_of_ranks_continue",
+    "another_batch_on_any_rank_is_noticed",
     "data_of_unknown_length",
     "data_that_ends_on_one_rank",
     "rewinds_in_memory_and_from_checkpoints",

@@ -25,7 +25,7 @@ MEMBERS = f"{LOOP}members"  # counters of the members, in the state of a batch o
 MEMBERS_EVALUATED = f"{LOOP}members_evaluated"  # as EVALUATED, with a leading axis of members
 
 # These exist in checkpoints only.
-BATCH = f"{LOOP}batch"  # int64 [2]: index and checksum of the batch read last
+BATCH = f"{LOOP}batch"  # int64 [3]: index and checksum of the batch read last, and number of ranks that split it
 DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a stateful data source
 STOP_REASONS = f"{LOOP}stop_reasons"  # uint8 [n]: JSON list of the reasons of a pending stop
 

@@ -6,7 +6,7 @@ A resumed run rereads the last batch before its checkpoint, and warns if the dat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,17 +15,22 @@ from fxtrain.data import Exhausted, Source, to_device
 from fxtrain.data._batch_checks import checksum, warn_of_another_batch
 from fxtrain.loop._interrupts import Waits
 
+if TYPE_CHECKING:
+    from fxtrain.loop._ranks import Ranks
+
 
 class LastBatch(NamedTuple):
     """The batch read last.
 
     Args:
         index: Index into the data.
-        checksum: Checksum of the batch.
+        checksum: Checksum of the batch, or of the parts of all ranks.
+        num_ranks: Number of ranks that have split the batch.
     """
 
     index: int
     checksum: int
+    num_ranks: int = 1
 
 
 class BatchReader:
@@ -36,12 +41,21 @@ class BatchReader:
         device: Device of the run's state.
         clock: Returns the time in seconds.
         wanted: Length of the run in words, for errors.
+        ranks: The ranks of the run, each of which reads a part of every batch; None if there is one.
     """
 
-    def __init__(self, data: Source | Waits, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
-        self.data = data
+    def __init__(
+        self,
+        data: Source | Waits,
+        device: torch.device,
+        clock: Callable[[], float],
+        wanted: str,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.data, self._ranks = data, ranks
+        self._num_ranks = 1 if ranks is None else ranks.mesh.world_size
         self.expected: LastBatch | None = None  # last batch read before the checkpoint of a resumed run
-        self.last: tuple[int, Batch] | None = None  # index and batch read last
+        self._last: tuple[int, Batch] | None = None  # index and batch read last
         self.wait = 0.0  # seconds that the loop waited for the last batches
         self._end: int | None = None  # end of data of unknown length, once found
         self._is_over = False  # whether the epoch ends after the batches of the last call
@@ -83,15 +97,33 @@ class BatchReader:
                 raise
             # The length is known from an earlier session, and this session's data has only now reached its end.
             batch = self.data[index]
-        self.last = index, batch
+        self._last = index, batch
         return batch
 
+    def last_batch(self) -> LastBatch | None:
+        """Returns the batch read last. None before the first one, and after a rank has failed."""
+        if self._last is None or (self._ranks is not None and self._ranks.is_over):
+            return None
+        index, batch = self._last
+        return LastBatch(index, self._checksum(batch), self._num_ranks)
+
+    def _checksum(self, batch: Batch) -> int:
+        own = checksum(batch)
+        if self._ranks is None or self._num_ranks == 1:
+            return own
+        return self._ranks.digest(own, "checksums of the last batch")
+
     def _compare(self, expected: LastBatch, position: int, epoch: Epoch) -> None:
-        """Reads the batch before ``position`` again, and warns if it differs from the expected one."""
+        """Reads the batch before ``position`` again, and warns if it differs from the expected one.
+
+        Another number of ranks has other parts, which are not compared.
+        """
         # At the start of an epoch, the comparison would make a stream read the whole previous epoch.
         is_near = self.data.random_access or position > epoch.start
         is_repeated = is_near and expected.index == epoch.data_index(position) - 1
-        if is_repeated and checksum(self.data[expected.index]) != expected.checksum:
+        if not is_repeated or expected.num_ranks != self._num_ranks:
+            return
+        if self._checksum(self.data[expected.index]) != expected.checksum:
             warn_of_another_batch(expected.index, "the data")
 
     def _exhausted(self, position: int) -> str:

@@ -35,7 +35,7 @@ class CheckpointSlots(NamedTuple):
     def added_to(self, state: TrainState) -> TrainState:
         """Returns the state with these slots, as it is saved."""
         device = state.step.device
-        state = state.with_slot(BATCH, tensor_on(device, self.batch or (-1, 0)))
+        state = state.with_slot(BATCH, tensor_on(device, self.batch or (-1, 0, 1)))
         if self.data is not None:
             state = state.with_slot(DATA, self.data)
         if self.epoch_metrics is not None:

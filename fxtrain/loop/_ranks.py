@@ -188,6 +188,17 @@ class Ranks:
             self.is_over = True
             raise own or FailedRankError.from_reports(failed)
 
+    def digest(self, value: int, what: str) -> int:
+        """Returns a signed 64-bit hash of the values of all ranks, the same on each.
+
+        Args:
+            value: The value of this rank.
+            what: The values, as a noun for errors.
+        """
+        self.meet(f"the exchange of {what}")
+        values = self.mesh.gather(value, what, step=self._step)
+        return xxhash.xxh3_64_intdigest(repr(values).encode()) - 2**63
+
     def rows(self, source: D) -> D | Source:
         """Returns the rows of this rank, unless the source is None or split already."""
         return source if source is None else split(source, self.mesh)

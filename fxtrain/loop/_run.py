@@ -146,10 +146,11 @@ class Run:
         if self._ranks is not None:
             self._ranks.check_equal(state, "when a session begins", _EQUAL_STATES)
         now = self.now = Cursor(state, saved.epoch_metrics or EpochMetrics(), lag=plan.lag, why=saved.stop_reasons)
-        reader = BatchReader(Waits(self._data, self._interrupts), state.step.device, plan.clock, plan.length)
+        waits = Waits(self._data, self._interrupts)
+        reader = BatchReader(waits, state.step.device, plan.clock, plan.length, self._ranks)
         if saved.data is not None and self._data.has_snapshots:
             self._data.restore(now.epoch.data_index(now.position), saved.data)
-        elif self._ranks is None:
+        else:
             reader.expected = saved.batch
         emitter = Emitter(plan, self._callbacks, now, self._publish, reader, every_event, self._ranks)
         donates = self._step is not given or getattr(given, "donates", False)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from fxtrain.checkpoint import Committed, Restoration, Role, Save
 from fxtrain.core import SaveBegin, Saved, TrainState, warn
 from fxtrain.data import Source
-from fxtrain.data._batch_checks import checksum
-from fxtrain.loop._batches import LastBatch
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._evaluation import Evaluations
@@ -151,7 +149,6 @@ class Saves:
     ) -> None:
         self._now, self._publish, self._reader, self._emit = emitter.now, emitter.publish, emitter.reader, emitter.emit
         self._checkpoints, self._snapshots, self._evaluations, self._data = checkpoints, snapshots, evaluations, data
-        self._is_shared = emitter.ranks is not None
 
     def handle(self) -> Events[None]:
         """Saves the current state, as a callback requested."""
@@ -180,11 +177,9 @@ class Saves:
         self._snapshots.delete_unlisted(now.snapshots)
 
     def _slots(self) -> CheckpointSlots:
-        now, last = self._now, self._reader.last
-        if self._is_shared:  # the batch is a part of that of all ranks, and another number of ranks has another part
-            last = None
+        now = self._now
         return CheckpointSlots(
-            batch=None if last is None else LastBatch(last[0], checksum(last[1])),
+            batch=self._reader.last_batch(),
             data=self._data.snapshot(now.epoch.data_index(now.position)),
             stop_reasons=now.why if now.due["stop"] else (),
             epoch_metrics=now.metrics,
