@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxtrain as fx
-from fxtrain import tree
+from fxtrain import testing, tree
 from fxtrain.compiler.check._rounding_noise import RoundingNoise
 from fxtrain.compiler.lowering._trace import trace_step
 from fxtrain.compiler.passes import _transfer_buckets
@@ -229,28 +229,37 @@ class Live(torch.fx.Interpreter):
         return value
 
 
-def peaks(mesh, folder):
-    """Where parameters dominate, a step takes least memory if it gathers them again, and most without a schedule."""
+def peak(mesh, reshard, **options):
+    """Returns the peak of a step whose parameters dominate, as a part of their bytes."""
     torch.manual_seed(0)
     tx = fx.optim.sgd(0.1)
     layers = [part for _ in range(12) for part in (nn.Linear(512, 512), nn.Tanh())]
     state = sharded(fx.init(nn.Sequential(nn.Linear(6, 512), *layers, nn.Linear(512, 3)), tx), mesh)
-    step = fx.train_step(cast_loss, tx, mesh=mesh)
+    step = fx.train_step(cast_loss, tx, mesh=mesh, **options)
     batch = batch_of(mesh, examples(BATCH))
-    found = {}
-    for reshard in SCHEDULES:
-        made = []
+    made = []
 
-        def backend(graph, inputs, made=made):
-            made.append(Live(graph))
-            return made[0].run
+    def backend(graph, inputs):
+        made.append(Live(graph))
+        return made[0].run
 
-        run = trace_step(step, state, batch, mode=None, in_place=True, backend=backend, reshard=reshard)().run
-        run(tree.leaves(state.copy()), tree.leaves(batch))
-        found[reshard] = made[0].peak / (12 * 512 * 512 * 4)
+    run = trace_step(step, state, batch, mode=None, in_place=True, backend=backend, reshard=reshard)().run
+    run(tree.leaves(state.copy()), tree.leaves(batch))
+    return made[0].peak / (12 * 512 * 512 * 4)
+
+
+def peaks(mesh, folder):
+    """Where parameters dominate, a step takes least memory if it gathers them again, and most without a schedule."""
+    found = {reshard: peak(mesh, reshard) for reshard in SCHEDULES}
     # Parts of gradients take 0.5. The rest is that of whole parameters and gradients.
     assert found["after_backward"] < 0.8 * found["off"], found
     assert found["after_forward"] < 0.7 * found["after_backward"], found
+
+
+def peaks_of_microbatches(mesh, folder):
+    """Microbatches add the parts of their gradients, and no whole ones."""
+    found = {accumulate: peak(mesh, "after_forward", accumulate=accumulate) for accumulate in (1, 2, 3)}
+    assert found[3] < found[1] + 0.6, found  # 0.5 for the parts of the sum
 
 
 def compiled_by_inductor(mesh, folder):
@@ -361,6 +370,26 @@ def graph_text(mesh, folder):
     assert gathers == [2, 3, 3], gathers
     assert [text.count("_c10d_functional.reduce_scatter_tensor") for text in texts] == [1, 1, 1]
     assert len(set(mesh.gather(tuple(texts), "graphs"))) == 1
+
+
+def explained(mesh, folder):
+    """``fx.explain`` counts what a rank has and sends, and leaves the state as it is."""
+    state, tx = parts(mesh)
+    whole, state = state, sharded(state, mesh)
+    before = tree.map(torch.clone, state)
+    found = fx.explain(fx.train_step(loss_fn, tx, mesh=mesh), state, batch_of(mesh, examples(BATCH)), calls=2)
+    assert (found.graphs, found.breaks) == (1, ()), found
+    assert found.seconds["graph"] > 0
+    assert found.state_bytes["params"] == tree.nbytes(state.params) < tree.nbytes(whole.params)
+    leaves = tree.leaves(state.params, is_leaf=lambda node: isinstance(node, Shard))
+    split = sum(leaf.shape.numel() * 8 for leaf in leaves if isinstance(leaf, Shard))
+    assert found.transfers["reduce_scatter_tensor"] == split, found
+    assert split < found.transfers["all_gather_into_tensor"] < split + 200, found  # with metrics
+    assert found.transfers["all_reduce"] > 0
+    measured = fx.explain(fx.eval_step(loss_fn, mesh=mesh), state, batch_of(mesh, examples(BATCH)), calls=0)
+    assert split < measured.transfers["all_gather_into_tensor"] < split + 200, measured
+    assert "reduce_scatter_tensor" not in measured.transfers
+    testing.assert_equal(state, before, "the state")
 
 
 def refused(mesh, folder):

@@ -138,8 +138,8 @@ def compile(  # noqa: A001
             ``"off"`` gathers all parameters before the forward pass and sums all gradients after the backward pass, as
             the uncompiled step does. Results are those of ``"off"``, bitwise if the compiler rounds the same operations
             in the same way. With more than two ranks, a backend may sum in another order in other buckets. With
-            ``accumulate``, each microbatch gathers for itself, and the sum of whole gradients stays in memory until the
-            last one. Works on the step as one traced graph. Steps that take another route gather as with ``"off"``.
+            ``accumulate``, each microbatch gathers and sums for itself. Works on the step as one traced graph. Steps
+            that take another route gather as with ``"off"``.
         check: Whether the first two calls of each graph are checked against the uncompiled step. With ``dynamic``, the
             first call of each batch size is checked too, for up to 32 sizes. It takes memory for four more states
             while it runs.

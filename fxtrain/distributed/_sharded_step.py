@@ -31,6 +31,7 @@ class Placed:
     Attributes:
         whole: The state for the forward pass, with whole parameters.
         opened: The state for the optimizer and callbacks, with DTensors.
+        keeps_parts: Whether each rank keeps a part of the averaged gradient, so that averaging frees memory.
 
     Raises:
         ValueError: If the state is sharded over another mesh.
@@ -39,6 +40,7 @@ class Placed:
     def __init__(self, state: TrainState, mesh: Mesh) -> None:
         self._mesh, self._state = mesh, state
         self.whole = self.opened = state
+        self.keeps_parts = False
         # Dynamo cannot trace the search. A step that it compiles refuses sharded states before.
         shards = [] if torch.compiler.is_dynamo_compiling() else shards_in(state)
         self._is_sharded = bool(shards)
@@ -50,7 +52,8 @@ class Placed:
         # The forward pass uses no other tensors that are sharded.
         slots = {name: slot for name, slot in state.slots.items() if not shards_in(slot)}
         # Modules that are split by a plan compute with their parts.
-        params = state.params if shards[0].mesh is mesh.model else whole(state.params)
+        self.keeps_parts = shards[0].mesh is not mesh.model
+        params = whole(state.params) if self.keeps_parts else state.params
         self.whole = state.replace(params=params, opt_state={}, slots=slots)
 
     def averaged(self, found: Any) -> Any:

@@ -95,8 +95,8 @@ def train_step(
             its own examples, as ``fxtrain.distributed.rows`` splits them, and gradients, loss and metrics are averaged
             over ranks before ``Gradients``, as ``fxtrain.distributed.averaged`` describes. All ranks must take the step
             equally often, and begin with the same state. ``accumulate`` must divide the examples of each rank. If a
-            callback subscribes to ``Microbatch``, the average is taken for each microbatch. ``gradients`` describes
-            random samples. The state may be sharded, see ``fxtrain.distributed.shard``.
+            callback subscribes to ``Microbatch``, or the state is sharded, the average is taken for each microbatch.
+            ``gradients`` describes random samples. The state may be sharded, see ``fxtrain.distributed.shard``.
 
     Returns:
         The step ``(state, batch) -> (state, output)``.
@@ -168,6 +168,7 @@ def train_step(
             placed = None if placement is None else placement(state)
             if placed is not None:
                 state = placed.opened
+            averages_each = placed is not None and (is_early or placed.keeps_parts)
             number = state.step + 1
             before, control, found = state if placed is None else placed.whole, Control(), None
             extra: list[Tree] = []
@@ -176,7 +177,7 @@ def train_step(
                 batch = transform(state.replace(slots=slots), batch, 0)
             for index, microbatch in enumerate(microbatches(batch, accumulate)):
                 part = find(before, microbatch, index)
-                if placed is not None and is_early:
+                if placed is not None and averages_each:
                     part = placed.averaged(part)
                 before = part.carried(before)
                 measured = {"loss": part.loss, "metrics": part.metrics, "grads": part.grads, "weight": part.weight}
@@ -187,7 +188,7 @@ def train_step(
                 extra.append(part.outputs)
             assert found is not None
             found = averaged(found, extra)
-            if placed is not None and not is_early:
+            if placed is not None and not averages_each:
                 found = placed.averaged(found)
             with contextlib.nullcontext() if placed is None else placed.reading():
                 result = update(state, found, tx, folded, control=control, unused=unused)
