@@ -268,6 +268,17 @@ def graph_text(mesh, folder):
     assert len(set(mesh.gather(text, "graphs"))) == 1
 
 
+def explained(mesh, folder):
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(text_loss, tx, mesh=mesh, callbacks=[fx.callbacks.ema(0.9)])
+    state = fx.init(transformer(), tx, seed=3)
+    part = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+    found = fx.explain(step, part, batch_of(mesh, texts()), calls=0)
+    assert found.graphs == 1, found
+    assert found.state_bytes["params"] == tree.nbytes(part.params) < tree.nbytes(state.params)
+    assert found.transfers["all_reduce"] >= 4 * BATCH * 8 * 16 * 8, found  # two sums per direction of [rows, 8, 16]
+
+
 def compiled_by_inductor(mesh, folder):
     steps = []
 

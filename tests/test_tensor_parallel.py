@@ -18,6 +18,7 @@ CHECKS = [
     "handwritten_gradients",
     "dict_of_models_with_frozen_parts",
     "graph_text",
+    "explained",
     "refused_plans",
     "refused_passes",
     "runs",

@@ -6,13 +6,15 @@ import operator
 import traceback
 import types
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals.dispatch import Operator, TorchDispatchMode, attention_on_cpu, is_view
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.collectives import is_wait
+from fxtrain._torch_internals.dispatch import Operator, TorchDispatchMode, attention_on_cpu, is_view, operator_name
 from fxtrain._torch_internals.dynamo import explaining_backend
 from fxtrain._torch_internals.tracing import make_fx, new_fake_mode
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
@@ -38,6 +40,7 @@ class Counts(NamedTuple):
     flops: dict[str, int] | None = None
     least_traffic: int | None = None
     most_traffic: int | None = None
+    transfers: dict[str, int] | None = None
 
 
 def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphModule:
@@ -76,7 +79,19 @@ def counted(graph: GraphModule) -> Counts:
         flops=_flops(graph, [node.meta["val"] for node in inputs]),
         least_traffic=_bytes(read) + _bytes([node.meta["val"] for node in new]),
         most_traffic=most,
+        transfers=_transfers(calls),
     )
+
+
+def _transfers(calls: Iterable[Any]) -> dict[str, int]:
+    """Returns the bytes of the whole tensors of collectives, by operator: the result of a gather, or what is summed."""
+    found: dict[str, int] = {}
+    for node in calls:
+        if getattr(node.target, "namespace", None) == COLLECTIVES and not is_wait(node.target):
+            name = operator_name(node.target)
+            values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
+            found[name] = found.get(name, 0) + max(map(_bytes, values))
+    return found
 
 
 def _flops(graph: GraphModule, fakes: list[FakeTensor]) -> dict[str, int]:

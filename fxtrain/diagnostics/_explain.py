@@ -20,6 +20,7 @@ from fxtrain.compiler.lowering._graph_breaks import break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.compiler.lowering._routes import Choice
 from fxtrain.core import Batch, StepFn, TrainState, check_int, check_train_state, describe
+from fxtrain.core._shard import holds_shards
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._explanation import Explanation
@@ -40,9 +41,10 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     Side effects of the step's Python code, such as printing, happen while it is traced, and not in later calls.
 
     Args:
-        step: From ``train_step`` or ``eval_step``, compiled or not, or any pure function of that signature.
-        state: A state from ``init`` or of a run.
-        batch: One batch.
+        step: From ``train_step`` or ``eval_step``, compiled or not, or any pure function of that signature. If it has a
+            mesh, all ranks must call ``explain``.
+        state: A state from ``init`` or of a run, sharded or not.
+        batch: One batch, or the examples of this rank.
         calls: The number of calls to measure. 0 compiles nothing and measures no time.
 
     Returns:
@@ -80,11 +82,11 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     from fxtrain.diagnostics._activations import Activations, activations
     from fxtrain.diagnostics._analysis import Counts, counted, found_by_dynamo, found_by_running, joined, trace
 
-    check_train_state(state, "explain(step, state, batch)")
+    check_train_state(state, "explain(step, state, batch)", takes_shards=True)
     check_int("calls", calls, minimum=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step
-    state, batch = attach(state, as_composed(pure)).copy(), tree.clone(to_device(for_step(batch), state.step.device))
+    state, batch = _attached(pure, state).copy(), tree.clone(to_device(for_step(batch), state.step.device))
     entered = pure.enter(state)
     # Read before the copy is donated.
     assumed, sizes = described(entered, batch), _sizes(state)
@@ -137,6 +139,17 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         varied=_varied([*like._recompiles.known, assumed]),
         constants=_constants(pure),
     )
+
+
+def _attached(pure: Step | EvalFunction, state: TrainState) -> TrainState:
+    def with_slots(seen: TrainState) -> TrainState:
+        return attach(seen, as_composed(pure))
+
+    if not holds_shards(state.params):
+        return with_slots(state)
+    from fxtrain.distributed._opened import on_opened  # keeps the import of fxtrain fast
+
+    return on_opened(state, with_slots)
 
 
 def _choice(like: Compiled, pure: Step | EvalFunction, state: TrainState, batch: Batch) -> Choice:
