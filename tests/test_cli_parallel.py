@@ -1,14 +1,16 @@
-"""The command ``lm`` in several processes: one run, printed once, which one process can continue."""
+"""Commands in several processes: one run, printed once, which one process can continue."""
 
 import json
 import pathlib
 import signal
+import sys
 
 import pytest
 
 import fxtrain as fx
 from fxtrain.cli import main
 from tests import ranks
+from tests.trainings import CONFIG, MODULE
 
 SHAPE = ["--batch-size", "8", "--length", "16", "--layers", "1", "--width", "16", "--heads", "2", "--dropout", "0.1"]
 OPTIONS = ["--no-compile", "--eval-interval", "10", "--snapshot-interval", "5", "--steps", "40"]
@@ -137,8 +139,94 @@ def test_one_process_with_ddp_is_refused(text, tmp_path, capsys):
     assert "torchrun --standalone --nproc-per-node 2 -m fxtrain lm --parallel ddp" in capsys.readouterr().err
 
 
-def test_train_in_several_processes_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "run.yaml", "--runs", str(tmp_path / "runs")]) == 2
-    assert "expected one process of fxtrain train, got 2." in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A folder with the package of ``trainings`` and its configuration, which is the current one."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shop.py").write_text(MODULE + FUNCTIONS)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+FUNCTIONS = """
+def shared(steps: int = 20):
+    mesh, tx = fx.distributed.mesh(), fx.optim.adamw(0.1)
+    step = fx.train_step(loss_fn, tx, mesh=mesh)
+    data = fx.data.batches(load(), 16)
+    return dict(state=fx.init(Net(), tx, seed=0), step=step, data=data, steps=steps, mesh=mesh)
+"""
+
+
+def trained(shop, *arguments, check=True):
+    """Runs ``fxtrain train`` in two processes."""
+    env = {"PYTHONPATH": f"{ranks.ROOT}:{shop}"}
+    program = f"import os\nos.chdir({str(shop)!r})\n{PROGRAM}"
+    return ranks.run(program, 2, arguments=["train", *arguments], env=env, check=check)
+
+
+def losses(folder, metric="eval/loss"):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["metrics"][metric] for line in lines if metric in line.get("metrics", ())]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_configuration_trains_in_two_processes_and_one_continues_it(shop, parallel):
+    width = "model.shop.Net.width=32768"  # from which a parameter is split
+    assert main(["train", "run.yaml", width, "--runs", "alone"]) == 0
+    first, second = trained(shop, "run.yaml", width, f"parallel={parallel}", "epochs=2")
+    assert second.stdout == ""
+    run = only(shop / "runs")
+    assert f"torchrun --standalone --nproc-per-node 2 -m fxtrain train --resume runs/{run.name}" in first.stdout
+    assert losses(run) == pytest.approx(losses(only(shop / "alone"))[:2], rel=1e-4)
+    with pytest.warns(UserWarning, match="ranks: 2 at the save, 1 now"):
+        assert main(["train", "--resume", str(run), "parallel=none", "epochs=3"]) == 0
+    assert losses(run) == pytest.approx(losses(only(shop / "alone")), rel=1e-4)
+
+
+def test_a_configuration_splits_the_modules_of_a_plan(shop):
+    model = "model={Sequential: [{Linear: [2, 8]}, {Tanh: {}}, {Linear: [8, 2]}]}"
+    assert main(["train", "run.yaml", model, "--runs", "alone"]) == 0
+    first, _ = trained(shop, "run.yaml", model, "parallel=tp", "plan={'0': column, '2': row}")
+    assert "finished 3 epochs" in first.stdout
+    assert losses(only(shop / "runs")) == pytest.approx(losses(only(shop / "alone")), rel=1e-4)
+
+
+def test_a_function_with_a_mesh_trains_in_two_processes(shop):
+    assert main(["train", "shop:shared", "--runs", "alone"]) == 0
+    first, second = trained(shop, "shop:shared")
+    assert "reached 20 steps" in first.stdout
+    assert second.stdout == ""
+    alone, both = (losses(only(shop / name), "train/loss") for name in ("alone", "runs"))
+    assert both == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_function_without_a_mesh_is_refused_in_two_processes(shop):
+    first, second = trained(shop, "shop:baseline", check=False)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "to return the arguments of fxtrain.fit with a mesh in 2 processes, got none" in first.stderr
+    assert second.stderr == ""
+    assert not (shop / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "change", "message"),
+    [
+        ("2", "parallel=none", "expected parallel=ddp, fsdp or tp in 2 processes, got none"),
+        ("1", "parallel=ddp", "torchrun --standalone --nproc-per-node 2 -m fxtrain train run.yaml parallel=ddp"),
+        (
+            "1",
+            "plan={layers.0: column}",
+            "expected a plan with parallel=tp and only then, got parallel=none and a plan",
+        ),
+        ("1", "parallel=dpp", "parallel"),
+    ],
+)
+def test_configurations_that_do_not_fit_the_processes_are_refused(
+    shop, processes, change, message, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert main(["train", "run.yaml", change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (shop / "runs").exists()

@@ -22,7 +22,7 @@ from fxtrain.cli._arguments import Configurable, parse, read_options, saved_opti
 from fxtrain.cli._corpus import check_fits, read_corpus
 from fxtrain.cli._device import device_named
 from fxtrain.cli._errors import CommandError, ConfigError, FailedError
-from fxtrain.cli._ranks import Parallel, is_main, mesh_of, of_main
+from fxtrain.cli._ranks import Parallel, check_parallel, is_main, joined, launch, num_processes, of_main
 from fxtrain.cli._run_folder import (
     CONFIG,
     make_folder,
@@ -157,7 +157,7 @@ class _Job:
     def __init__(self, options: Options) -> None:
         self.options = options
         _validate(options)
-        self.mesh = mesh_of(options.parallel, "lm", divides=("--heads", options.heads))
+        self.mesh = joined(options.parallel)
         self.device = device_named(options.device, "--device", self.mesh)
         self.corpus = read_corpus(options.dataset)
         if self.mesh is not None and len(set(self.mesh.gather(self.corpus.digest, "digests of the text"))) > 1:
@@ -319,9 +319,7 @@ class _Job:
 
     def _print_commands(self) -> None:
         print(f"\nrun         {self.folder}")
-        count = 1 if self.mesh is None else self.mesh.world_size
-        command = "fxtrain" if count == 1 else f"torchrun --standalone --nproc-per-node {count} -m fxtrain"
-        print(f"resume      {command} lm --resume {self.folder}")
+        print(f"resume      {launch(f'lm --resume {self.folder}')}")
         print(f"report      fxtrain report {self.folder}")
 
     def _start_folder(self) -> pathlib.Path:
@@ -379,6 +377,13 @@ def _validate(options: Options) -> None:
         Config(options.layers, options.width, options.heads, options.length, options.dropout)
     except ValueError as error:
         raise CommandError(str(error)) from None
+    check_parallel(options.parallel, "lm", "--parallel ")
+    size = num_processes()
+    if options.parallel == "tp" and options.heads % size:
+        raise CommandError(
+            f"expected --heads to be a multiple of the {size} processes with --parallel tp, got {options.heads}. Start "
+            "another number of processes, or use --parallel ddp."
+        )
 
 
 def _steps(options: Options, epoch_length: int | None) -> int:

@@ -17,52 +17,52 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Parallel = Literal["none", "ddp", "fsdp", "tp"]
-_LAUNCH = "torchrun --standalone --nproc-per-node 2 -m fxtrain"
+_LAUNCH = "torchrun --standalone --nproc-per-node {} -m fxtrain"
 
 
-def mesh_of(parallel: Parallel, command: str, *, divides: tuple[str, int]) -> Mesh | None:
-    """Returns the ranks of a command, after joining them, or None for one process.
+def num_processes() -> int:
+    """Returns the number of processes that torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def check_parallel(parallel: Parallel, command: str, option: str) -> None:
+    """Raises CommandError if the kind of parallelism does not fit the number of processes.
 
     Args:
-        parallel: The value of ``--parallel``.
-        command: The name of the command, for errors.
-        divides: An option and its value, which the number of processes must divide with ``--parallel tp``.
-
-    Raises:
-        CommandError: If the kind of parallelism does not fit the number of processes.
+        parallel: The kind.
+        command: The command, for errors.
+        option: What precedes the kind on the command line.
     """
-    size = int(os.environ.get("WORLD_SIZE") or 1)
+    size = num_processes()
     if parallel == "none" and size > 1:
         raise CommandError(
-            f"expected --parallel ddp, fsdp or tp in {size} processes, got none, which would train {size} times. Add "
-            "--parallel ddp, or start the command without torchrun."
+            f"expected {option}ddp, fsdp or tp in {size} processes, got none, which would train {size} times. Add "
+            f"{option}ddp, or start the command without torchrun."
         )
     if parallel != "none" and size == 1:
         raise CommandError(
-            f"expected several processes with --parallel {parallel}, got one. Start them: {_LAUNCH} {command} "
-            f"--parallel {parallel}. To continue a run in one process, add --parallel none."
+            f"expected several processes with {option}{parallel}, got one. Start them: {_LAUNCH.format(2)} {command} "
+            f"{option}{parallel}. To continue a run in one process, add {option}none."
         )
-    option, value = divides
-    if parallel == "tp" and value % size:
-        raise CommandError(
-            f"expected {option} to be a multiple of the {size} processes with --parallel tp, got {value}. Start "
-            "another number of processes, or use --parallel ddp."
-        )
+
+
+def joined(parallel: Parallel) -> Mesh | None:
+    """Returns the ranks of a command, after joining them, or None for one process.
+
+    Args:
+        parallel: The kind of parallelism, which fits the number of processes.
+    """
     if parallel == "none":
         return None
     from fxtrain.distributed import mesh
 
-    return mesh(model=size if parallel == "tp" else 1)
+    return mesh(model=num_processes() if parallel == "tp" else 1)
 
 
-def refuse_several(command: str) -> None:
-    """Raises CommandError if torchrun has started several processes of a command that trains in one."""
-    size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size > 1:
-        raise CommandError(
-            f"expected one process of fxtrain {command}, got {size}. Start it without torchrun, or call "
-            "fxtrain.fit(..., mesh=fxtrain.distributed.mesh()) in a script."
-        )
+def launch(command: str) -> str:
+    """Returns a command of fxtrain for as many processes as there are now."""
+    count = num_processes()
+    return f"{'fxtrain' if count == 1 else _LAUNCH.format(count)} {command}"
 
 
 def of_main(ranks: Mesh | None, what: str, function: Callable[[], T]) -> T:

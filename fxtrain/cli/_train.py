@@ -21,7 +21,7 @@ from fxtrain.cli._errors import CommandError, ConfigError, message_of
 from fxtrain.cli._factories import read
 from fxtrain.cli._names import add_current_folder, function_at
 from fxtrain.cli._overrides import override
-from fxtrain.cli._ranks import refuse_several
+from fxtrain.cli._ranks import check_parallel, is_main, joined, launch, num_processes, of_main
 from fxtrain.cli._run_folder import make_folder, read_config, refuse_changes, write_config
 from fxtrain.cli._training import DEFINING, training
 from fxtrain.cli._yaml import dump, load
@@ -64,6 +64,7 @@ class Options(Common):
       fxtrain train run.yaml epochs=20 "callbacks[0].early_stopping.patience=5"
       fxtrain train my_package.runs:baseline width=128
       fxtrain train run.yaml --print-config > complete.yaml
+      torchrun --standalone --nproc-per-node 2 -m fxtrain train run.yaml parallel=ddp
       fxtrain train --resume runs/train-20250101-120000 epochs=40
     """
 
@@ -86,7 +87,6 @@ class Options(Common):
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     options = _options(arguments)
-    refuse_several("train")
     add_current_folder()
     saved = None if options.resume is None else read_config(options.resume, "train")
     call = _read(_config(options, saved))
@@ -96,6 +96,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if saved is not None and options.resume is not None:
         _refuse_changes(options.resume, _complete(_read(copy.deepcopy(saved))), complete)
+    if _FUNCTION not in complete:
+        check_parallel(complete["parallel"], f"train {options.target or f'--resume {options.resume}'}", "parallel=")
     with _seeded(complete.get("seed", 0)):
         if options.resume is None:
             call.make_arguments()
@@ -109,7 +111,11 @@ class _Session:
         self.call, self.complete = call, complete
         self.resumes = options.resume is not None
         self.creates_parent = not options.runs.exists()
-        self.folder = options.resume or make_folder(options.runs, "train", complete)
+        self.folder = options.resume or of_main(
+            joined("ddp") if num_processes() > 1 else None,
+            "the folder of the run",
+            lambda: make_folder(options.runs, "train", complete),
+        )
         self.has_begun = False
         call.context.folder = self.folder.absolute()
 
@@ -118,14 +124,14 @@ class _Session:
             given = _of_fit(self.call)
             result = fx.fit(**self._with_folder(given))
         except BaseException:
-            if not self.has_begun and not self.resumes:
+            if is_main() and not self.has_begun and not self.resumes:
                 shutil.rmtree(self.folder)
                 if self.creates_parent:
                     with contextlib.suppress(OSError):  # another run has begun in it
                         self.folder.parent.rmdir()
             raise
         print(f"\nrun         {self.folder}")
-        print(f"resume      fxtrain train --resume {self.folder}")
+        print(f"resume      {launch(f'train --resume {self.folder}')}")
         print(f"report      fxtrain report {self.folder}")
         return result.exit_code
 
@@ -225,6 +231,12 @@ def _of_fit(call: Call) -> dict[str, Any]:
     for name in given:
         if name not in _OF_FIT:
             raise CommandError(f"{what}, got {name!r}.{did_you_mean(name, _OF_FIT) or ' Remove it.'}")
+    size = num_processes()
+    if size > 1 and given.get("mesh") is None:
+        raise CommandError(
+            f"{what} with a mesh in {size} processes, got none, which would train {size} times. Add "
+            "mesh=fxtrain.distributed.mesh() to them and to train_step, or start the command without torchrun."
+        )
     for name in ("state", "step", "data"):
         if name not in given:
             raise CommandError(f"{what}, got no {name}. Return dict(state=..., step=..., data=..., steps=...).")

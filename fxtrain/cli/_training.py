@@ -11,7 +11,9 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain.cli._device import device_named
+from fxtrain.cli._errors import ConfigError
 from fxtrain.cli._factories import read
+from fxtrain.cli._ranks import Parallel, joined
 from fxtrain.data import SourceLike
 from fxtrain.fold import When
 
@@ -34,6 +36,8 @@ def training(
     checkpointer: fx.Checkpointer | None = None,
     compile: bool | Mapping[str, object] = True,  # noqa: A002
     device: str = "auto",
+    parallel: Parallel = "none",
+    plan: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     precision: str | fx.Policy | None = None,
     accumulate: int = 1,
@@ -67,6 +71,9 @@ def training(
         checkpointer: By default, the three newest checkpoints are kept in the folder of the run.
         compile: Whether to compile each step into one graph, or the options of ``fxtrain.compile``.
         device: The device: cpu, cuda, or auto, which uses cuda if available.
+        parallel: How several processes, which torchrun starts, train one model. "ddp" splits each batch among them.
+            "fsdp" also splits large parameters and their optimizer state. "tp" splits the modules of ``plan``.
+        plan: With ``parallel="tp"``, the modules to split, as for ``fxtrain.distributed.shard``.
         dtype: The dtype of floating-point parameters.
         precision: As for ``fxtrain.train_step`` and ``eval_step``.
         accumulate: As for ``fxtrain.train_step``, as are ``differentiate``, ``outputs`` and ``transform_batch``.
@@ -87,6 +94,12 @@ def training(
         >>> fx.fit(**options).reason
         'reached 9 steps'
     """
+    if (plan is not None) != (parallel == "tp"):
+        raise ConfigError(
+            f"expected a plan with parallel=tp and only then, got parallel={parallel} and "
+            f"{'no plan' if plan is None else 'a plan'}. Change one of them."
+        )
+    mesh = joined(parallel)
     step: Any = fx.train_step(
         loss,
         optimizer,
@@ -95,17 +108,21 @@ def training(
         differentiate=differentiate,
         outputs=outputs,
         transform_batch=transform_batch,
+        mesh=mesh,
     )
     eval_step: Any = None
     if eval_data is not None:
-        eval_step = fx.eval_step(measure or loss, precision=precision, transform_batch=transform_batch)
+        eval_step = fx.eval_step(measure or loss, precision=precision, transform_batch=transform_batch, mesh=mesh)
     if compile is not False:
         options: dict[str, Any] = {} if compile is True else dict(compile)
         step = read(options, functools.partial(fx.compile, step), "compile", "compile").make()
         of_both = {name: value for name, value in options.items() if name not in _OF_TRAINING_STEPS}
         eval_step = eval_step and fx.compile(eval_step, **of_both)
+    state = fx.init(model, optimizer, seed=seed, device=device_named(device, "device", mesh), dtype=dtype)
+    if mesh is not None and parallel != "ddp":
+        state = fx.distributed.shard(state, mesh, plan=plan)  # pyright: ignore[reportArgumentType] -- checked there
     return {
-        "state": fx.init(model, optimizer, seed=seed, device=device_named(device, "device"), dtype=dtype),
+        "state": state,
         "step": step,
         "data": data,
         "steps": steps,
@@ -122,6 +139,7 @@ def training(
         "snapshots_on_host": snapshots_on_host,
         "rewind_limit": rewind_limit,
         "lag": lag,
+        "mesh": mesh,
         "run": read(run, fx.RunInfo, "run", "run").make(),
     }
 
