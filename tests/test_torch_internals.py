@@ -149,6 +149,18 @@ def collectives_are_recorded():
     assert namespaces.count("fxtrain") == 1
 
 
+@canary("torch.ops._c10d_functional.all_to_all_single")
+def rows_are_exchanged():
+    group = fxtrain.distributed.mesh().group.group_name
+
+    def summed(x):
+        return internals.collectives.reduce_scatter([x], group, 1, exchanges=True)[0]
+
+    graph = recorded(summed, torch.ones(1, 2))
+    assert graph(torch.tensor([[1.0, 2.0]])).tolist() == [1, 2]
+    assert sum(internals.collectives.is_exchange(node.target) for node in graph.graph.nodes) == 1
+
+
 @canary(
     "torch.ops._c10d_functional.all_gather_into_tensor_coalesced",
     "torch.ops._c10d_functional.reduce_scatter_tensor_coalesced",

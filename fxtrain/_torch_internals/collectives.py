@@ -17,6 +17,7 @@ MODULE = Interface("torch.distributed._functional_collectives", "collectives in 
 ALL_REDUCE = Interface("torch.ops._c10d_functional.all_reduce", "collectives in a graph")
 ALL_GATHER = Interface("torch.ops._c10d_functional.all_gather_into_tensor", "collectives in a graph")
 REDUCE_SCATTER = Interface("torch.ops._c10d_functional.reduce_scatter_tensor", "collectives in a graph")
+ALL_TO_ALL = Interface("torch.ops._c10d_functional.all_to_all_single", "sums of sharded gradients by gloo")
 ALL_GATHER_MANY = Interface(
     "torch.ops._c10d_functional.all_gather_into_tensor_coalesced", "buckets of a sharded step's transfers"
 )
@@ -82,20 +83,30 @@ def all_gather_all(tensors: Sequence[Tensor], group: str, size: int) -> list[Ten
     return [wait(each).reshape(size, *tensor.shape) for each, tensor in zip(started, tensors, strict=True)]
 
 
-def reduce_scatter(tensors: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
+def reduce_scatter(tensors: Sequence[Tensor], group: str, size: int, *, exchanges: bool = False) -> list[Tensor]:
     """Returns this rank's row of the sums over all ranks. All transfers start before the first is waited for.
 
     Args:
         tensors: One row per rank each, [size, values], of equal shapes and dtypes on all ranks.
         group: The name of the process group.
         size: Number of its ranks.
+        exchanges: Whether each rank sends its rows of the others to them, and adds what it receives in the order of
+            ranks. gloo's own collective sums all rows on all ranks, and so transfers twice as much.
     """
     if not _has_operators():
         rows = [torch.empty_like(tensor[0]) for tensor in tensors]
         for row, tensor in zip(rows, tensors, strict=True):
             dist.reduce_scatter_tensor(row, tensor.contiguous().reshape(-1), group=_groups.get(group))
         return rows
-    start, wait = REDUCE_SCATTER.get(), WAIT.get()
+    wait = WAIT.get()
+    if exchanges and ALL_TO_ALL.exists:
+        start, counts = ALL_TO_ALL.get(), [[tensor.shape[1]] * size for tensor in tensors]
+        started = [
+            start(tensor.contiguous().reshape(-1), each, each, group)
+            for tensor, each in zip(tensors, counts, strict=True)
+        ]
+        return [wait(each).reshape(size, -1).sum(0) for each in started]
+    start = REDUCE_SCATTER.get()
     started = [start(tensor.contiguous().reshape(-1), "sum", size, group) for tensor in tensors]
     return [wait(each) for each in started]
 
@@ -108,6 +119,11 @@ def is_all_gather(target: object) -> bool:
 def is_reduce_scatter(target: object) -> bool:
     """Whether the target of a graph's node is the collective of ``reduce_scatter`` for one tensor."""
     return _is(target, REDUCE_SCATTER)
+
+
+def is_exchange(target: object) -> bool:
+    """Whether the target of a graph's node is the collective of ``reduce_scatter`` with ``exchanges``."""
+    return _is(target, ALL_TO_ALL)
 
 
 def is_wait(target: object) -> bool:

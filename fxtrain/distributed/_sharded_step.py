@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fxtrain import tree
@@ -132,7 +133,9 @@ def _scattered(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tenso
     grouped = transfer_buckets(real)
     flat = [concatenated([real[index].reshape(mesh.size, -1) for index in bucket], 1) for bucket in grouped]
     found: dict[int, Tensor] = {}
-    for bucket, sums in zip(grouped, reduce_scatter(flat, mesh.group.group_name, mesh.size), strict=True):
+    exchanges = dist.get_backend(mesh.group) == "gloo"
+    scattered = reduce_scatter(flat, mesh.group.group_name, mesh.size, exchanges=exchanges)
+    for bucket, sums in zip(grouped, scattered, strict=True):
         parts = split(sums, [real[index].numel() // mesh.size for index in bucket])
         for index, part in zip(bucket, parts, strict=True):
             own = part.view(real[index].shape[0] // mesh.size, *real[index].shape[1:])

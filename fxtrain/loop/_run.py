@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
 from fxtrain import tree
 from fxtrain.checkpoint import Restoration
 from fxtrain.core import (
-    Control,
-    EpochEnd,
     FitBegin,
     FitEnd,
     History,
@@ -31,9 +29,9 @@ from fxtrain.core import (
 )
 from fxtrain.core._shard import full_tensor, shards_in
 from fxtrain.core._slots import MEMBERS
-from fxtrain.data import Source, SourceLike, as_source
+from fxtrain.data import SourceLike, as_source
 from fxtrain.data._sizes import data_sizes
-from fxtrain.fold import Handler, as_composed, attach, compose, on
+from fxtrain.fold import as_composed, attach, compose
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end, check_written
@@ -46,6 +44,7 @@ from fxtrain.loop._interrupts import Interrupts, Waits
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._rewind import Snapshots, rewind
+from fxtrain.loop._run_statistics import run_statistics
 from fxtrain.loop._saving import Checkpoints, Saves
 from fxtrain.loop._steps import Steps
 from fxtrain.loop._types import Events, LoopStep
@@ -123,7 +122,7 @@ class Run:
         self._eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
         if self._ranks is not None:
             self._data, self._eval_data = self._ranks.rows(self._data), self._ranks.rows(self._eval_data)
-        self._callbacks = self._publish.watched(compose(callbacks, *_run_statistics(self._step, self._data)))
+        self._callbacks = self._publish.watched(compose(callbacks, *run_statistics(self._step, self._data)))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = begin_epochs(state, self._data)
         if MEMBERS in state.slots:
@@ -369,39 +368,3 @@ class Run:
                 yield from self._saves.save_last()
         except Exception as error:  # the first error is the one to raise
             warn(f"Ending the run after an error raised another: {error!r}.", RuntimeWarning)
-
-
-def _run_statistics(step: Any, data: Source) -> list[Handler]:
-    """Returns callbacks that publish statistics of a step and its data. Nothing is measured on a device.
-
-    - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the number of graphs of a compiled step, and the time
-      this process spent compiling them. More graphs than batch shapes mean recompilations.
-    - ``compile/pending`` and ``compile/uncompiled_steps`` at ``FitEnd``, with ``background=True``: the number of graphs
-      not compiled yet, and the number of steps that ran uncompiled.
-    - ``data/padding`` at ``EpochEnd``: the fraction of padding in the batches of the epoch, if the data source counts
-      it, as those of ``fxtrain.data.padded``, ``bucketed`` and ``packed`` do.
-
-    Args:
-        step: Compiled or not.
-        data: A data source.
-    """
-    found = list[Handler]()
-    if hasattr(step, "uncompiled_steps"):
-
-        def compilation(state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
-            log = {"compile/graphs": step.graphs, "compile/seconds": step.seconds}
-            if step.background:
-                log |= {"compile/pending": step.pending, "compile/uncompiled_steps": step.uncompiled_steps}
-            return state, Control(log=log)
-
-        found.append(on(FitEnd, compilation))
-    source: Any = data
-    while source is not None and not hasattr(source, "padding"):
-        source = getattr(source, "source", None)  # the source that it wraps
-    if source is not None:
-
-        def padding(state: TrainState, event: EpochEnd) -> tuple[TrainState, Control]:
-            return state, Control(log={"data/padding": source.padding(event.epochs_done - 1).fraction})
-
-        found.append(on(EpochEnd, padding))
-    return found

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
+from fxtrain._torch_internals.collectives import is_exchange
 from fxtrain._torch_internals.dispatch import Operator, is_in_place
+from fxtrain.compiler.passes._exchanges import exchange_together
 from fxtrain.compiler.passes._transfer_buckets import (
     Reshard,
     bucket_bytes,
@@ -26,7 +28,7 @@ def place_scatters(graph: Graph, starts: Sequence[Any], reshard: Reshard) -> Non
 
     Args:
         graph: The graph, modified in place.
-        starts: The reduce-scatters of one call in the trace, each of one gradient, in order.
+        starts: The collectives of one call in the trace, each of one gradient, in order: reduce-scatters or exchanges.
         reshard: As in ``compile``.
     """
     nodes: list[Any] = list(graph.nodes)
@@ -36,23 +38,30 @@ def place_scatters(graph: Graph, starts: Sequence[Any], reshard: Reshard) -> Non
     end = max(graph.find_nodes(op="placeholder"), key=order.__getitem__)
     reached, moved, started = order[end], set[Any](), list[Any]()
     for bucket in in_buckets(sorted(starts, key=place.__getitem__), limit, _nbytes, kind_of):
-        with graph.inserting_before(bucket[-1]):
-            results = start_together(graph, bucket, [start.args[0] for start in bucket])
-        for start, result in zip(bucket, results, strict=True):
-            start.replace_all_uses_with(result)
-            graph.erase_node(start)
+        position = max(place[start] for start in bucket)
+        first, results = _started(graph, bucket, order)
         if reshard == "off":
             continue
-        position = max(place[start] for start in bucket)
         if position > reached:
             end, reached = nodes[position], position
         needed = [node for node in _ancestors(results, order) if order[node] > reached and node not in moved]
         moved.update(needed)
-        transfers = [result.args[0] for result in results if result.target is operator.getitem]
-        end = _move(dict.fromkeys((*needed, *transfers, *results)), end)
+        end = _move(dict.fromkeys((*needed, *first, *results)), end)
         end = _finish(started, end, order)
         started = results
     _finish(started, end, order)
+
+
+def _started(graph: Graph, bucket: Sequence[Any], order: dict[Any, int]) -> tuple[list[Any], list[Any]]:
+    """Replaces collectives by one transfer. Returns its new nodes, and their results."""
+    if is_exchange(bucket[0].target):
+        return exchange_together(graph, bucket, order)
+    with graph.inserting_before(bucket[-1]):
+        results = start_together(graph, bucket, [start.args[0] for start in bucket])
+    for start, result in zip(bucket, results, strict=True):
+        start.replace_all_uses_with(result)
+        graph.erase_node(start)
+    return [result.args[0] for result in results if result.target is operator.getitem], results
 
 
 def _finish(results: Sequence[Any], end: Any, order: Mapping[Any, int]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 from torch.fx import Graph
 
-from fxtrain._torch_internals.collectives import is_wait, of_many
+from fxtrain._torch_internals.collectives import is_exchange, is_wait, of_many
 from fxtrain.core._graph_marks import transfers_of
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def in_buckets(items: Iterable[T], limit: int, size: Callable[[T], int], kind: C
 def kind_of(start: Any) -> tuple[object, ...]:
     """Returns what the collectives of one bucket have in common: dtype, device, reduction and group."""
     value: Tensor = start.meta["val"]
-    return value.dtype, value.device, *start.args[1:]
+    return value.dtype, value.device, *(start.args[3:] if is_exchange(start.target) else start.args[1:])
 
 
 def wait_of(start: Any) -> Any:

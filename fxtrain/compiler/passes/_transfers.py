@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from fxtrain._torch_internals.collectives import is_all_gather, is_reduce_scatter
+from fxtrain._torch_internals.collectives import is_all_gather, is_exchange, is_reduce_scatter
 from fxtrain.compiler.passes._gathers import place_gathers
 from fxtrain.compiler.passes._scatters import place_scatters
 from fxtrain.compiler.passes._transfer_buckets import Reshard
@@ -31,7 +31,7 @@ def place_transfers(graph: Graph, reshard: Reshard) -> None:
             continue
         if transfers.is_gather and is_all_gather(node.target):
             gathers.setdefault(transfers, []).append(node)
-        elif not transfers.is_gather and is_reduce_scatter(node.target):
+        elif not transfers.is_gather and (is_reduce_scatter(node.target) or is_exchange(node.target)):
             scatters.setdefault(transfers, []).append(node)
     for starts in scatters.values():
         place_scatters(graph, starts, reshard)
