@@ -1,108 +1,32 @@
-"""Compiled graphs as files: what is loaded elsewhere, what is compiled instead, and that no file breaks a run."""
+"""Compiled graphs as files: what is loaded elsewhere, and what is compiled instead."""
 
-import builtins
-import contextlib
-import errno
-import json
 import logging
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 
 import pytest
 import torch
-from torch import nn
+from saved_graphs import BATCH, TX, file_in, loss_fn, make, same, start, steps
+from saved_graphs import compiled as compiled  # a fixture
+from saved_graphs import folder as folder  # a fixture
+from saved_graphs import made as made  # a fixture
 
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain._torch_internals import interface
 from fxtrain.compiler.artefacts import _file as files
 from fxtrain.compiler.artefacts import _fingerprint as fingerprint
-from fxtrain.compiler.artefacts import _lease as lease
 from fxtrain.compiler.lowering import _trace as traced
 
-TX = fx.optim.sgd(1e-2)
 needs_inductor = pytest.mark.skipif(sys.platform != "linux", reason="compiles C++")
-
-
-def loss_fn(model, batch):
-    return model(batch).square().mean()
 
 
 def evaluated(model, batch):
     return {"loss": model(batch).square().mean()}
-
-
-def start(width=4):
-    torch.manual_seed(0)
-    return fx.init(nn.Linear(3, width), TX, seed=0)
-
-
-BATCH = torch.linspace(-1, 1, 24).view(8, 3)
-
-
-def make(folder, **options):
-    return fx.compile(fx.train_step(loss_fn, TX), artefacts=folder, **options)
-
-
-def steps(step, count=3, state=None):
-    state = start() if state is None else state
-    for _ in range(count):
-        state, _ = step(state, BATCH)
-    return state
-
-
-def same(first, second):
-    return all(map(torch.equal, tree.leaves(first), tree.leaves(second)))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with the graph of one step, and the state after three of its steps."""
-    folder, cache = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("cache", numbered=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-        return folder, steps(make(folder))
-
-
-@pytest.fixture
-def folder(made, tmp_path):
-    """A copy of the folder."""
-    copy = tmp_path / "artefacts"
-    copy.mkdir()
-    for path in made[0].glob("*.fxc"):
-        (copy / path.name).write_bytes(path.read_bytes())
-    return copy
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """An empty cache, and a compiler that counts its graphs and runs them operation by operation."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    graphs = []
-
-    def compile_graph(graph, *_):
-        graphs.append(graph)
-        code = f"def call(tensors):\n    return graph{len(graphs)}(*tensors)"
-        calls = {"libraries": [], "kernels": {}, "functions": []}
-        files = {"code.py": code.encode(), "calls.json": json.dumps(calls).encode()}
-        setattr(builtins, f"graph{len(graphs)}", graph)
-        return traced.Compiled(lambda tensors: graph(*tensors), lambda: files, {"kernels": 0})
-
-    monkeypatch.setattr(traced, "_compiled_by_inductor", compile_graph)
-    yield graphs
-    for index in range(len(graphs)):
-        delattr(builtins, f"graph{index + 1}")
-
-
-def file_in(folder):
-    (path,) = folder.glob("*.fxc")
-    return path
 
 
 class TestLoading:
@@ -255,253 +179,11 @@ class TestFingerprint:
         assert len(compiled) == 1
 
 
-def flip(path, place):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""),
-    "foreign": lambda path: path.write_bytes(b"PK\3\4" * 1000),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
-    "bit of the library": lambda path: flip(path, -500),
-    "bit of the header": lambda path: flip(path, 150),
-    "bit of the checksum": lambda path: flip(path, 40),
-    "folder": lambda path: (path.unlink(), path.mkdir()),
-    "unreadable": lambda path: (path.unlink(), path.symlink_to("/proc/self/mem")),
-    "dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
-}
-
-
-class TestDamage:
-    @pytest.mark.parametrize("damage", DAMAGES)
-    def test_step_is_compiled(self, folder, compiled, damage):
-        DAMAGES[damage](file_in(folder))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            steps(make(folder))
-        assert len(compiled) == 1
-        assert any(str(folder) in str(each.message) for each in caught) or damage == "dangling link"
-
-    def test_damaged_file_is_replaced(self, folder, compiled):
-        path = file_in(folder)
-        flip(path, -500)
-        with pytest.warns(UserWarning, match=r"is damaged.*compiled, and the file is replaced"):
-            steps(make(folder), 1)
-        assert files.read_entry(path).header["kernels"] == 0
-
-    def test_file_of_another_graph_under_this_name(self, folder, compiled, tmp_path):
-        path = file_in(folder)
-        entry = files.read_entry(path)
-        files.write_entry(path, entry._replace(header={**entry.header, "graph": "0" * 64}))
-        with pytest.warns(UserWarning, match="another graph"):
-            steps(make(folder), 1)
-        assert len(compiled) == 1
-
-    def test_library_that_cannot_be_loaded(self, folder, compiled):
-        path = file_in(folder)
-        entry = files.read_entry(path)
-        broken = {name: b"no library" if name.endswith(".so") else content for name, content in entry.files.items()}
-        files.write_entry(path, entry._replace(files=broken))
-        with pytest.warns(UserWarning, match="cannot be loaded"):
-            steps(make(folder), 1)
-        assert len(compiled) == 1
-
-    def test_extracted_library_is_verified(self, made, folder, compiled, tmp_path):
-        steps(make(folder), 1)
-        for path in (tmp_path / "cache").rglob("*.so"):
-            content = path.read_bytes()
-            path.unlink()  # this process has mapped it
-            path.write_bytes(content[:100])
-        assert same(steps(make(folder)), made[1])
-
-    def test_code_that_raises(self, folder, compiled):
-        path = file_in(folder)
-        entry = files.read_entry(path)
-        files.write_entry(path, entry._replace(files={**entry.files, "code.py": b"call = 1 / 0"}))
-        with pytest.warns(UserWarning, match="ZeroDivisionError"):
-            steps(make(folder), 1)
-        assert len(compiled) == 1
-
-
-class TestFolder:
-    def test_file_is_refused(self, tmp_path):
-        path = tmp_path / "file"
-        path.write_text("")
-        with pytest.raises(ValueError, match=r"expected artefacts to be a folder, got the file .*file"):
-            make(path)
-
-    @pytest.mark.parametrize("options", [{"backend": "eager"}, {"dynamic": True}])
-    def test_options_that_exclude_it(self, tmp_path, options):
-        with pytest.raises(ValueError, match="expected artefacts without backend and dynamic"):
-            make(tmp_path, **options)
-
-    def test_folder_is_created_with_its_first_graph(self, compiled, tmp_path):
-        step = make(tmp_path / "deep" / "folder")
-        assert not (tmp_path / "deep").exists()
-        steps(step, 1)
-        assert file_in(tmp_path / "deep" / "folder").stat().st_mode & 0o044
-        assert not list((tmp_path / "deep" / "folder").glob("*.lease"))
-
-    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-    def test_run_goes_on_if_nothing_can_be_written(self, monkeypatch, compiled, tmp_path, number):
-        def fail(*_, **__):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(files.tempfile, "mkstemp", fail)
-        with pytest.warns(UserWarning, match=f"cannot be saved.*{os.strerror(number)}"):
-            steps(make(tmp_path / "full"))
-        assert len(compiled) == 1
-
-    def test_disk_that_fills_while_writing_leaves_no_file(self, monkeypatch, compiled, tmp_path):
-        def fail(handle):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files.os, "fsync", fail)
-            with pytest.warns(UserWarning, match="No space left"):
-                steps(make(tmp_path / "full"), 1)
-        assert not list((tmp_path / "full").iterdir())
-
-    def test_graph_is_read_from_a_read_only_folder(self, made, folder, compiled):
-        folder.chmod(0o555)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                assert same(steps(make(folder)), made[1])
-        finally:
-            folder.chmod(0o755)
-        assert not compiled
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-    @pytest.mark.parametrize("call", ["fsync", "replace"])
-    def test_kill_while_writing_leaves_the_old_file(self, tmp_path, call):
-        path = tmp_path / "x.fxc"
-        files.write_entry(path, files.Entry({"old": 1}, {"a": b"old"}))
-        child = os.fork()
-        if not child:
-            setattr(files.os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            files.write_entry(path, files.Entry({"new": 1}, {"a": b"new" * 10**6}))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        assert files.read_entry(path) == files.Entry({"old": 1}, {"a": b"old"})
-        (left,) = set(tmp_path.iterdir()) - {path}
-        os.utime(left, (0, 0))
-        files.write_entry(path, files.Entry({}, {"a": b"newer"}))
-        assert set(tmp_path.iterdir()) == {path}
-
-    def test_graph_that_cannot_be_saved_is_compiled_with_a_warning(self, compiled, tmp_path):
-        @torch.library.custom_op("artefacts_test::twice", mutates_args=())
-        def twice(x: torch.Tensor) -> torch.Tensor:
-            return 2 * x
-
-        twice.register_fake(torch.empty_like)
-        step = fx.compile(fx.eval_step(lambda model, batch: {"x": twice(batch).sum()}), artefacts=tmp_path / "none")
-        with pytest.warns(
-            UserWarning, match=r"cannot be saved in .*none, because it calls the operator artefacts_test"
-        ):
-            step(start(), BATCH)
-        assert not (tmp_path / "none").exists()
-
-
-class TestLease:
-    @pytest.mark.parametrize("turn", [lease.turn, lease.local_turn])
-    def test_one_compiles_for_all(self, turn, tmp_path):
-        done, entered, begun = tmp_path / "done", [], threading.Barrier(5)
-
-        def work():
-            begun.wait()
-            with turn(tmp_path / "x.lease", done.exists, lambda: None):
-                if not done.exists():
-                    entered.append(threading.get_ident())
-                    time.sleep(0.3)
-                    done.touch()
-
-        threads = [threading.Thread(target=work) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert len(entered) == 1
-        assert not (tmp_path / "x.lease").exists()
-
-    def test_killed_holder_on_this_machine_is_followed_at_once(self, tmp_path):
-        path = tmp_path / "x.lease"
-        code = (
-            "import pathlib, sys, time\n"
-            "from fxtrain.compiler.artefacts._lease import local_turn\n"
-            "with local_turn(pathlib.Path(sys.argv[1]), lambda: False, lambda: None):\n"
-            "    print('holds', flush=True)\n"
-            "    time.sleep(600)\n"
-        )
-        waits, entered = threading.Event(), threading.Event()
-
-        def work():
-            with lease.local_turn(path, lambda: False, waits.set):
-                entered.set()
-
-        with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as holder:
-            assert holder.stdout.readline() == "holds\n"
-            thread = threading.Thread(target=work)
-            thread.start()
-            assert waits.wait(30)
-            assert not entered.is_set()
-            holder.kill()
-            holder.wait()
-            assert entered.wait(30)
-            thread.join()
-        assert not path.exists()
-
-    def test_dead_holder_does_not_hang_others(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(lease, "_DEAD_SECONDS", 0.3)
-        (tmp_path / "x.lease").touch()
-        waited = []
-        with lease.turn(tmp_path / "x.lease", lambda: False, lambda: waited.append(1)):
-            assert waited == [1]
-        assert not (tmp_path / "x.lease").exists()
-
-    def test_living_holder_keeps_its_lease(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(lease, "_DEAD_SECONDS", 0.5)
-        monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.1)
-        monkeypatch.setattr(lease, "_MAX_WAIT_SECONDS", 1.5)
-        path = tmp_path / "x.lease"
-        with lease.turn(path, lambda: False, lambda: None):
-            began = time.monotonic()
-            with lease.turn(path, lambda: False, lambda: None):
-                # The wait is bounded, and the second process does not take the lease.
-                assert time.monotonic() - began > 1.4
-            assert path.exists()
-
-    @pytest.mark.parametrize("turn", [lease.turn, lease.local_turn])
-    def test_failed_holder_lets_another_compile(self, turn, tmp_path):
-        path = tmp_path / "x.lease"
-        with contextlib.suppress(ZeroDivisionError), turn(path, lambda: False, lambda: None):
-            raise ZeroDivisionError
-        with turn(path, lambda: False, lambda: pytest.fail("waits")):
-            pass
-
-    @pytest.mark.parametrize("turn", [lease.turn, lease.local_turn])
-    def test_folder_without_leases_is_entered_by_all(self, turn, tmp_path):
-        (tmp_path / "file").touch()
-        with turn(tmp_path / "file" / "x.lease", lambda: False, lambda: pytest.fail("waits")):
-            pass
-
-    def test_lease_that_cannot_be_removed(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(lease, "_DEAD_SECONDS", 0.2)
-        (tmp_path / "x.lease").mkdir()
-        with lease.turn(tmp_path / "x.lease", lambda: False, lambda: None):
-            pass
-        assert (tmp_path / "x.lease").is_dir()
-
-
 OTHER_PROCESS = """
 import json, sys, torch
 torch.set_num_threads({threads})
 sys.path.insert(0, {tests!r})
-import test_artefacts as here
+import saved_graphs as here
 from fxtrain.compiler.lowering import _trace
 
 def refuse(*_):

@@ -1,77 +1,18 @@
 """A batch of runs equals the runs one by one."""
 
-import json
-
 import pytest
 import torch
+from batched_runs import COUNT, assert_same, data, eval_step, evaluation, starts, step, tx
 from torch import nn
 
 import fxtrain as fx
 from fxtrain import ensemble, tree
-
-COUNT = 3
-
-
-def data(count=4, size=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, size, 4, generator=generator, dtype=torch.float64)
-    noise = 0.3 * torch.randn(count, size, 1, generator=generator, dtype=torch.float64)
-    return [{"x": x[i], "y": (x[i].sum(-1, keepdim=True) + noise[i]).tanh()} for i in range(count)]
-
-
-def module():
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
 
 def module_with_buffers_and_dropout():
     # No bias before batch norm, whose gradient is rounding error.
     layers = nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
     return nn.Sequential(*layers).double()
-
-
-def loss_fn(model, batch):
-    error = model(batch["x"]) - batch["y"]
-    return error.square().mean(), {"mae": error.abs().mean()}
-
-
-tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.05, momentum=0.9)
-eval_step = fx.eval_step(loss_fn)
-
-
-def step(**options):
-    return fx.train_step(loss_fn, tx, **options)
-
-
-def starts(count=COUNT, rates=(0.5, 0.05, 0.005), make=module):
-    states = []
-    for index in range(count):
-        with torch.random.fork_rng():
-            torch.manual_seed(index)
-            state = fx.init(make(), tx, seed=index)
-        rate = rates[index % len(rates)]
-        states.append(state.replace(opt_state=fx.optim.set_hyperparams(state.opt_state, learning_rate=rate)))
-    return states
-
-
-def evaluation(**options):
-    return {"eval_step": eval_step, "eval_data": data(2, seed=1), **options}
-
-
-# The sums of an epoch's metrics are those of the batch, and restart with its next epoch.
-SUMS = "loop/epoch_metrics"
-
-
-def assert_same(member, alone, ignore=()):
-    """Asserts that two states are equal up to the rounding of batched matmuls in float64."""
-    ignore = (*ignore, SUMS)
-    sides = [dict(zip(tree.paths(each, "state"), tree.leaves(each), strict=True)) for each in (member, alone)]
-    names = [{path for path in side if not any(part in path for part in ignore)} for side in sides]
-    assert names[0] == names[1]
-    for path in names[0]:
-        ours, theirs = (side[path] for side in sides)
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-7, atol=1e-9, equal_nan=True, msg=lambda text, path=path: f"{path}: {text}"
-        )
 
 
 def assert_same_history(member, alone, ignore=("compile/",)):
@@ -281,117 +222,6 @@ def test_members_that_stopped_stay_as_they_are_in_a_rewind():
     assert_same(ensemble.member(together.state, 0), alone.state, ignore=("slots",))
 
 
-# Checkpoints
-
-
-def options_with_stops(**more):
-    callbacks = [fx.callbacks.early_stopping("loss", patience=1), fx.callbacks.ema(0.9), fx.callbacks.save(2)]
-    return {"callbacks": callbacks, "epochs": 4, **evaluation(), **more}
-
-
-@pytest.fixture(scope="module")
-def whole():
-    result = fx.fit(ensemble.stack(starts()), step(), data(), **options_with_stops())
-    assert result.state.step.tolist() == [8, 12, 16]
-    return result
-
-
-@pytest.mark.filterwarnings("ignore:expected a checkpointer")
-@pytest.mark.parametrize("interrupted_at", [1, 9])
-def test_resumed_batch_is_bitwise_the_uninterrupted_one(tmp_path, whole, interrupted_at):
-
-    def interrupts(state, event: fx.StepEnd, control):
-        if event.step == interrupted_at:
-            raise KeyboardInterrupt
-
-    path = fx.checkpointer(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        fx.fit(
-            ensemble.stack(starts()),
-            step(),
-            data(),
-            observers=required(interrupts),
-            checkpointer=path,
-            **options_with_stops(),
-        )
-    resumed = fx.fit(
-        ensemble.stack(starts()),
-        step(),
-        data(),
-        checkpointer=fx.checkpointer(tmp_path / "run"),
-        resume=True,
-        **options_with_stops(),
-    )
-    assert not whole.state.diff(resumed.state)
-    assert resumed.reason == whole.reason
-
-
-def required(observer):
-    observer.required = True
-    return observer
-
-
-def test_member_of_a_restored_batch_continues_alone(tmp_path):
-    folder = fx.checkpointer(tmp_path / "run")
-    together = fx.fit(ensemble.stack(starts()), step(), data(), steps=5, checkpointer=folder)
-    restored = fx.checkpointer(tmp_path / "run").restore(ensemble.stack(starts()))
-    assert_same(restored, together.state, ignore=("loop/batch",))
-    for index, state in enumerate(starts()):
-        taken = fx.fit(ensemble.member(restored, index), step(), data(), steps=9)
-        whole = fx.fit(state, step(), data(), steps=9)
-        assert_same(taken.state, whole.state)
-
-
-def test_batch_continues_from_its_result():
-    first = fx.fit(ensemble.stack(starts()), step(), data(), steps=3)
-    second = fx.fit(first.continue_from, step(), data(), steps=8)
-    whole = fx.fit(ensemble.stack(starts()), step(), data(), steps=8)
-    assert not second.state.diff(whole.state)
-
-
-# Results
-
-
-def test_best_is_a_state_that_the_single_step_continues():
-    together = fx.fit(ensemble.stack(starts()), step(), data(), epochs=3, **evaluation())
-    losses = together.state.slots["loop/evaluated"]["metrics"]["loss"]
-    best = ensemble.best(together, "loss")
-    assert not best.diff(ensemble.member(together.state, int(losses.argmin())))
-    worst = ensemble.best(together, "loss", mode="max")
-    assert not worst.diff(ensemble.member(together.state, int(losses.argmax())))
-    assert int(step()(best, data()[0])[0].step) == 13
-    assert int(fx.fit(best, step(), data(), steps=14).state.step) == 14
-    by_history = ensemble.best(together, "train/mae")
-    last = [together.history[f"train/mae/member_{i}"].values[-1] for i in range(COUNT)]
-    assert int(by_history.seed) == last.index(min(last))
-    with pytest.raises(KeyError, match="expected a metric of the members, got 'losses'"):
-        ensemble.best(together, "losses")
-
-
-def test_history_has_each_member_and_a_summary():
-    together = fx.fit(ensemble.stack(starts()), step(), data(), steps=4)
-    each = torch.stack([torch.tensor(together.history[f"train/loss/member_{i}"].values) for i in range(COUNT)])
-    summary = {"": each.mean(0), "/min": each.amin(0), "/max": each.amax(0)}
-    for key, values in summary.items():
-        torch.testing.assert_close(torch.tensor(together.history[f"train/loss{key}"].values), values)
-
-
-def test_stopped_members_are_compacted_and_put_back():
-    stop = fx.when(1, fx.callbacks.early_stopping("loss", patience=torch.tensor([1, 2, 1])))
-    whole = fx.fit(ensemble.stack(starts()), step(), data(), epochs=8, callbacks=stop, **evaluation())
-    runs = ensemble.stack(starts())
-    for epochs in (2, 4, 8):
-        live = ~runs.due.stop
-        if not live.any():
-            break
-        options = {"callbacks": ensemble.select(stop, live), "epochs": epochs, **evaluation()}
-        few = fx.fit(ensemble.select(runs, live), step(), data(), **options).continue_from
-        runs = few if live.all() else ensemble.put(runs, live, few)
-    assert runs.step.tolist() == whole.state.step.tolist()
-    for index in range(COUNT):
-        assert_same(ensemble.member(runs, index), ensemble.member(whole.state, index))
-
-
 # Data
 
 
@@ -431,7 +261,7 @@ def test_evaluate_takes_a_batch_of_runs():
             assert values[f"{name}/member_{index}"] == pytest.approx(value, rel=1e-9)
 
 
-# Population-based training
+# Callbacks across members
 
 
 def test_across_sees_all_members():
@@ -447,6 +277,16 @@ def test_across_sees_all_members():
     assert len(set(sources)) == COUNT - 1
     first, second = (int(index) for index in [i for i, s in enumerate(sources) if sources.count(s) == 2])
     assert bool((together.state.params["0.weight"][first] == together.state.params["0.weight"][second]).all())
+
+
+def test_gated_callback_across_members_sees_all_of_them():
+    def same(state, event: fx.StepEnd):
+        assert event.metrics["loss"].shape == (COUNT,)
+        return state.replace(params=tree.map(lambda leaf: leaf[:1].expand_as(leaf), state.params)), fx.Control()
+
+    gated = fx.when(fx.every(2), ensemble.across(same))
+    weight = fx.fit(ensemble.stack(starts()), step(), data(), steps=2, callbacks=gated).state.params["0.weight"]
+    assert bool((weight == weight[0]).all())
 
 
 # Compiled
@@ -468,38 +308,6 @@ def test_compiled_batch_equals_the_uncompiled_one():
     found = fx.fit(runs, compiled[0], data(), eval_step=compiled[1], **options)
     assert_same(found.state, expected.state)
     assert found.state.step.tolist() == [2, 8]
-
-
-# Writers and views
-
-
-def test_gated_callback_across_members_sees_all_of_them():
-    def same(state, event: fx.StepEnd):
-        assert event.metrics["loss"].shape == (COUNT,)
-        return state.replace(params=tree.map(lambda leaf: leaf[:1].expand_as(leaf), state.params)), fx.Control()
-
-    gated = fx.when(fx.every(2), ensemble.across(same))
-    weight = fx.fit(ensemble.stack(starts()), step(), data(), steps=2, callbacks=gated).state.params["0.weight"]
-    assert bool((weight == weight[0]).all())
-
-
-def test_writers_and_views_show_a_batch(tmp_path, capsys):
-    writer = fx.writers.jsonl(tmp_path / "log.jsonl")
-    observer = fx.observers.write(writer)
-    options = {"steps": 3, "observers": observer, "progress": True, **evaluation()}
-    together = fx.fit(ensemble.stack(starts()), step(), data(), **options)
-    shown = "".join(capsys.readouterr())
-    assert "eval loss/max" in shown
-    assert "member_0" not in shown
-    assert "runs         3" in str(fx.summary(together.state))
-    figure = together.history.plot()
-    assert {"loss", "loss/max", "loss/min"} <= {axes.get_title(loc="left") for axes in figure.axes}
-    assert len(figure.axes) == len({name.partition("/")[2] for name in together.history if "member_" not in name})
-    assert len(together.history.plot("train/loss/member_*").axes) == COUNT
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert any("train/loss/member_2" in json.dumps(row) for row in rows)
-    assert "3" in repr(together)
-    assert not together.state.diff(together.state.copy())
 
 
 # Errors

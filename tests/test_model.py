@@ -1,4 +1,4 @@
-"""The functional model: calls match the original module on the values of a state, and have no side effects."""
+"""The functional model: its calls match the original module on the values of a state."""
 
 import copy
 import threading
@@ -6,88 +6,11 @@ import threading
 import problem
 import pytest
 import torch
-import torch.nn.functional as F
+from example_modules import KINDS, Parts, close, example, seeded
 from torch import nn
 
 import fxtrain as fx
 from fxtrain import rng, testing, tree
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is tied to the head, with a method besides ``forward``."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens, *, scale=1.0):
-        return self.head(self.embed(tokens)) * scale
-
-    def score(self, tokens):
-        return self(tokens, scale=2.0).logsumexp(-1)
-
-
-class Parts(nn.Module):
-    """A list and a dict of submodules, a plain parameter, and buffers of all kinds."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
-        self.by_name = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Tanh()})
-        self.scale = nn.Parameter(torch.tensor(2.0))
-        self.register_buffer("calls", torch.tensor(0), persistent=False)
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("nothing", None)
-
-    def forward(self, x):
-        self.calls = self.calls + 1
-        with torch.no_grad():
-            self.mean.mul_(0.9).add_(0.1 * x.mean(0))
-        for layer in self.layers:
-            x = layer(x).relu()
-        return self.by_name["b"](self.by_name["a"](x)) * self.scale
-
-
-class Recurrent(nn.LSTM):
-    def forward(self, x):
-        return super().forward(x)[0]
-
-
-def seeded(make):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make()
-
-
-def convolutions():
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2))
-
-
-KINDS = {
-    "sequence": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), (5, 4)),
-    "convolutions, batch norm": (convolutions, (5, 1, 6, 6)),
-    "tied": (Tied, "tokens"),
-    "parts and buffers": (Parts, (5, 4)),
-    "recurrent": (lambda: Recurrent(4, 3, num_layers=2), (6, 5, 4)),
-    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (2, 5, 4)),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), (5, 4)),
-    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2)), (5, 4)),
-    "bfloat16": (lambda: nn.Linear(4, 2).bfloat16(), (5, 4)),
-    "float16": (lambda: nn.Linear(4, 2).half(), (5, 4)),
-    "double": (lambda: nn.Linear(4, 2).double(), (5, 4)),
-    "complex": (lambda: nn.Linear(4, 2, dtype=torch.complex64), (5, 4)),
-}
-
-
-def example(kind):
-    make, shape = KINDS[kind]
-    module = seeded(make)
-    generator = torch.Generator().manual_seed(1)
-    if shape == "tokens":
-        return module, torch.randint(0, 7, (3, 5), generator=generator)
-    return module, torch.randn(shape, generator=generator).to(next(module.parameters()).dtype)
 
 
 def loss_fn(model, batch):
@@ -96,10 +19,6 @@ def loss_fn(model, batch):
 
 def gradient(state, batch):
     return fx.gradients(loss_fn)(state, batch)
-
-
-def close(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 class TestMatchesModule:
@@ -341,127 +260,6 @@ class TestTrainableParameters:
         state = fx.init(nn.Linear(1, 1).requires_grad_(False))
         with pytest.raises(ValueError, match="expected a trainable parameter, got none"):
             gradient(state, torch.ones(1, 1))
-
-
-class TestModes:
-    def test_module_in_eval_mode_trains_in_train_mode(self):
-        module = problem.module().eval()
-        found = fx.gradients(problem.loss_fn)(fx.init(module), problem.data()[0])
-        assert int(found.buffers["1.num_batches_tracked"]) == 1
-        assert not module.training
-
-    def test_submodule_in_eval_mode_stays_in_eval_mode(self):
-        module = problem.module()
-        module[1].eval()
-        found = fx.gradients(problem.loss_fn)(fx.init(module), problem.data()[0])
-        assert int(found.buffers["1.num_batches_tracked"]) == 0
-
-    def test_dropout_follows_the_mode_of_the_view(self):
-        x = torch.ones(100)
-        state = fx.init(nn.Dropout(0.5))
-        assert torch.equal(fx.view(state)(x), x)
-        assert set(fx.view(state, train=True)(x).tolist()) == {0.0, 2.0}
-        assert torch.equal(fx.eval_step(lambda model, batch: model(batch).sum())(state, x).metrics["loss"], x.sum())
-
-
-class TestPurity:
-    def test_buffers_are_threaded_and_input_state_is_unchanged(self):
-        module, tx = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)), fx.optim.sgd(0.1)
-        state, step = fx.init(module, tx), fx.train_step(problem.loss_fn, tx, accumulate=2)
-        first, second = problem.data(2)
-        before = state.copy()
-        after, _ = step(step(state, first)[0], second)
-        testing.assert_equal(state, before, "the state that the step was given")
-        for part in (*first["x"].chunk(2), *second["x"].chunk(2)):
-            module(part)
-        close(after.buffers, dict(module.named_buffers()))
-
-    def test_attributes_set_by_a_call_are_discarded(self):
-        class Stores(nn.Linear):
-            def forward(self, x):
-                self.last = super().forward(x)
-                return self.last
-
-        def loss_fn(model, batch):
-            return (model(batch) + model.last).sum()
-
-        state, tx = fx.init(Stores(2, 1), fx.optim.sgd(0.0)), fx.optim.sgd(0.0)
-        step = fx.train_step(loss_fn, tx)
-        first, second = step(state, torch.ones(3, 2)), step(state, torch.ones(3, 2))
-        testing.assert_equal(first, second, "the second call")
-        with pytest.raises(AttributeError, match="last"):
-            fx.view(state).last  # noqa: B018
-
-    @pytest.mark.parametrize("write", [lambda p: p.detach().zero_(), lambda p: p.data.zero_()])
-    def test_writing_into_a_parameter_is_rejected(self, write):
-        def writes(model, batch):
-            write(model.weight)
-            return model(batch).sum()
-
-        tx = fx.optim.sgd(0.1)
-        with pytest.raises(RuntimeError, match=r"got an in-place write \(zero_\) to model\.weight"):
-            fx.train_step(writes, tx)(fx.init(nn.Linear(1, 1), tx), torch.ones(1, 1))
-
-    def test_model_is_usable_after_an_error(self):
-        module, batch = example("sequence")
-        state = fx.init(module)
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            fx.view(state)(torch.ones(1, 3))
-        close(fx.view(state)(batch), module(batch).detach())
-
-
-class TestRandomness:
-    """A seed determines the run in every mode, independently of the global generator."""
-
-    def test_random_samples_match_eager_compiled_and_vmapped(self):
-        def loss_fn(model, batch):
-            x = model(batch) + torch.randn_like(batch) + torch.rand(batch.shape[0], 1) + torch.normal(0.0, 1.0, (4,))
-            return F.dropout(x, 0.3).square().mean()
-
-        first = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), fx.optim.sgd(0.1))
-        states = [first, first.replace(seed=first.seed + 1)]
-        step, batch = fx.train_step(loss_fn, fx.optim.sgd(0.1)), torch.ones(8, 4)
-        compiled = fx.compile(step, backend="aot_eager")
-        with rng.untouched():
-            alone = [step(state, batch) for state in states]
-            close([compiled(state, batch)[0].params for state in states], [state.params for state, _ in alone])
-            together, output = torch.vmap(step, (0, None))(
-                tree.map(lambda *leaves: torch.stack(leaves), *states), batch
-            )
-        close(output.metrics["loss"], torch.stack([output.metrics["loss"] for _, output in alone]))
-        for index, (state, _) in enumerate(alone):
-            close(tree.map(lambda leaf, index=index: leaf[index], together.params), state.params)
-        assert alone[0][1].metrics["loss"] != alone[1][1].metrics["loss"]
-
-    def test_random_samples_depend_only_on_step_microbatch_and_seed(self):
-        model, batch = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), torch.ones(32, 2)
-        state = fx.init(model)
-        find = fx.gradients(lambda model, batch: model(batch).square().mean())
-        losses = {
-            "first": find(state, batch).loss,
-            "step": find(state.replace(step=state.step + 1), batch).loss,
-            "microbatch": find(state, batch, 1).loss,
-            "seed": find(state.replace(seed=state.seed + 1), batch).loss,
-        }
-        assert len({float(loss) for loss in losses.values()}) == 4
-        torch.manual_seed(99)
-        assert torch.equal(find(state, batch).loss, losses["first"])
-
-    def test_microbatches_get_different_random_samples(self):
-        losses, tx = [], fx.optim.sgd(0.1)
-
-        def watch(state, event: fx.Microbatch):
-            losses.append(float(event.loss))
-            return state, fx.Control()
-
-        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx, accumulate=3, callbacks=watch)
-        step(fx.init(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), tx), torch.ones(96, 2))
-        assert len(set(losses)) == 3
-
-    def test_unsupported_random_operation_is_named(self):
-        state = fx.init(nn.Linear(1, 1))
-        with pytest.raises(NotImplementedError, match="poisson"):
-            fx.gradients(lambda model, batch: torch.poisson(batch).mean())(state, torch.ones(2))
 
 
 class TestView:
