@@ -14,9 +14,9 @@ import torch
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain.distributed import Shard
-from tests import sharded_checks
+from tests import sharded_run_checks
 from tests.rank_runs import error_of
-from tests.sharded_checks import loss_fn, parts, sharded
+from tests.sharded_states import BATCH, examples, loss_fn, parts, sharded
 
 KINDS = ("sharded", "replicated")
 
@@ -58,7 +58,7 @@ def placed(state, kind, mesh):
 def save(mesh, folder, state):
     """Saves a state at the end of a run that takes no step, and returns the path."""
     step = fx.train_step(loss_fn, fx.optim.sgd(0.1), mesh=mesh)
-    batches = fx.data.batches(sharded_checks.examples(), sharded_checks.BATCH)
+    batches = fx.data.batches(examples(), BATCH)
     fx.fit(state, step, batches, mesh=mesh, steps=int(state.step), checkpointer=fx.checkpointer(folder))
     return only(folder)
 
@@ -106,7 +106,7 @@ def fit(mesh, folder, *, callbacks=(), every=2, **options):
 def run(mesh, folder, **options):
     state, tx = parts(mesh)
     given = {"checkpointer": fx.checkpointer(folder), "epochs": 2, "resume": True, **options}
-    return sharded_checks.fit(mesh, sharded(state, mesh), tx, **given)
+    return sharded_run_checks.fit(mesh, sharded(state, mesh), tx, **given)
 
 
 def main_then(mesh, act):

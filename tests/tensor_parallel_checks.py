@@ -1,7 +1,6 @@
-"""Checks of tensor parallel steps and runs with several ranks. ``shared_checks`` runs them."""
+"""Checks of tensor parallel steps with several ranks. ``shared_checks`` runs them."""
 
 import re
-import warnings
 
 import pytest
 import torch
@@ -11,136 +10,28 @@ from torch import nn
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain._torch_internals import collectives
-from fxtrain.cli._transformer import Config, Transformer
 from fxtrain.compiler.lowering._trace import trace_step
 from fxtrain.distributed import Shard
-from tests.sharded_checks import batch_of, placement, traced
-
-ROWS, BATCH = 48, 12
-GATED_PLAN = {"0.up": "column", "0.gate": "column", "*.out": "row", "2": "column", "4": "row"}
-TRANSFORMER_PLAN = {"blocks.*.qkv": "column", "blocks.*.up": "column", "blocks.*.out": "row"}
-
-
-# What the checks share.
-
-
-class Gated(nn.Module):
-    """A gated perceptron, whose two column modules have one input."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.up, self.gate = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width, bias=False)
-        self.out = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(0.2)
-
-    def forward(self, x):
-        return x + self.dropout(self.out(F.silu(self.gate(x)) * self.up(x)))
-
-
-def network():
-    torch.manual_seed(0)
-    layers = [Gated(6), nn.LayerNorm(6), nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3), nn.Dropout(0.1)]
-    return nn.Sequential(*layers).double()
-
-
-def loss_fn(model, batch):
-    logits = model(batch["x"])
-    accuracy = fx.metrics.Accuracy.from_model_output(logits=logits, labels=batch["y"])
-    return F.cross_entropy(logits, batch["y"]), {"accuracy": accuracy, "size": logits.square().mean()}
-
-
-def examples(rows=ROWS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(rows, 6, dtype=torch.float64, generator=generator),
-        "y": torch.randint(0, 3, (rows,), generator=generator),
-    }
-
-
-def transformer(**options):
-    shape = Config(**{"layers": 1, "width": 16, "heads": 2, "length": 8, "dropout": 0.2, **options})
-    return Transformer(shape, torch.Generator().manual_seed(0)).double()
-
-
-def text_loss(model, batch):
-    return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
-
-
-def texts(rows=BATCH, seed=1):
-    tokens = torch.randint(0, 256, (rows, 9), generator=torch.Generator().manual_seed(seed))
-    return {"x": tokens[:, :-1], "y": tokens[:, 1:]}
-
-
-def optimizer():
-    rate = fx.schedules.warmup_cosine_decay(0.0, 0.02, warmup_steps=5, decay_steps=20)
-    return fx.optim.chain(fx.optim.clip_by_global_norm(0.5), fx.optim.adamw(rate))
-
-
-MODELS = {
-    "perceptron": (network, GATED_PLAN, loss_fn, examples),
-    "transformer": (transformer, TRANSFORMER_PLAN, text_loss, texts),
-}
-
-
-def callbacks():
-    return [fx.callbacks.grad_norms(), fx.callbacks.ema(0.9), fx.callbacks.nan_guard()]
-
-
-def train(mesh, name, tx, *, steps=20, is_traced=False, is_split=True, compiled=None, dtype=None, **options):
-    """Returns the last state and output of a model. Without a mesh, those of one process."""
-    make, plan, loss, make_batch = MODELS[name]
-    options = {"callbacks": callbacks(), "accumulate": 2, **options}
-    step = fx.train_step(loss, tx, mesh=mesh, **options)
-    state = step.attached(fx.init(make().to(dtype), tx, seed=3))
-
-    def batch(seed):
-        whole = make_batch(BATCH, seed=seed)
-        whole["x"] = whole["x"] if dtype is None else whole["x"].to(dtype)
-        return whole if mesh is None else batch_of(mesh, whole)
-
-    if mesh is not None and is_split:
-        state = fx.distributed.shard(state, mesh, plan=plan)
-        before = placement(state)
-        assert any(axis == 1 for axis in before)
-    if is_traced:
-        step = traced(step, state, batch(0))
-    step = step if compiled is None else compiled(step)
-    for seed in range(steps):
-        state, output = step(state, batch(seed))
-    if mesh is not None and is_split:
-        assert placement(state) == before
-    return state, output
-
-
-def assert_close(found, expected, tolerance=1e-10):
-    found, expected = map(whole, (found, expected))
-    for path, one, other in zip(tree.paths(expected), tree.leaves(found), tree.leaves(expected), strict=True):
-        assert type(one) is torch.Tensor, path
-        limit = max(tolerance, 1e-6) if other.dtype == torch.float32 else tolerance
-        torch.testing.assert_close(one, other, rtol=0, atol=limit, msg=lambda text, path=path: f"{path}: {text}")
-
-
-def whole(value):
-    return fx.distributed.gathered(value) if isinstance(value, fx.TrainState) else value
-
-
-def assert_as_alone(mesh, name, tx=None, **options):
-    tx = optimizer() if tx is None else tx
-    alone = {key: value for key, value in options.items() if key not in ("is_traced", "compiled", "is_split")}
-    expected, expected_output = train(None, name, tx, **alone)
-    state, output = train(mesh, name, tx, **options)
-    assert_close(state, expected)
-    assert_close(output, expected_output)
-    assert_same_bits(mesh, whole(state))
-    return state
-
-
-def assert_same_bits(mesh, value):
-    leaves = [leaf.tolist() for leaf in tree.leaves(value)]
-    assert all(other == leaves for other in mesh.gather(leaves, "values"))
-
-
-# Checks of steps.
+from tests.sharded_states import batch_of, placement, traced
+from tests.tensor_parallel_models import (
+    BATCH,
+    GATED_PLAN,
+    MODELS,
+    TRANSFORMER_PLAN,
+    assert_as_alone,
+    assert_close,
+    assert_same_bits,
+    callbacks,
+    examples,
+    loss_fn,
+    network,
+    optimizer,
+    text_loss,
+    texts,
+    train,
+    transformer,
+    whole,
+)
 
 
 def placements(mesh, folder):
@@ -408,111 +299,3 @@ def groups_without_operators(mesh, folder):
     assert mesh.model.broadcast(mesh.world_rank) == mesh.rank * 2
     assert mesh.gather((mesh.rank, mesh.model.rank)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert int(collectives.rank(own, mesh.ranks_per_model)) == mesh.rank
-
-
-# Checks of runs.
-
-
-def fit(mesh, plan=None, state=None, **options):
-    """Trains the transformer. Without a mesh, in one process."""
-    tx = optimizer()
-    state = fx.init(transformer(), tx, seed=3) if state is None else state
-    if plan is not None:
-        state = fx.distributed.shard(state, mesh, plan=plan)
-    given = {
-        "eval_step": fx.eval_step(text_loss, mesh=mesh),
-        "eval_data": fx.data.batches(texts(24), BATCH, shuffle=False),
-        "epochs": 2,
-        "mesh": mesh,
-        **options,
-    }
-    step = fx.train_step(text_loss, tx, mesh=mesh)
-    return fx.fit(state, step, fx.data.batches(texts(30), BATCH, seed=3, drop_last=False), **given)
-
-
-def runs(mesh, folder):
-    """A run with evaluations, averages, monitors and generated texts is that of one process."""
-    tokenizer = Bytes()
-
-    def options():
-        generated = fx.callbacks.textgen(["def "], tokenizer, length=8, max_tokens=6)
-        averages = [fx.callbacks.ema(0.9), fx.callbacks.grad_norms(), fx.callbacks.weight_stats()]
-        return {
-            "callbacks": [*averages, generated, fx.callbacks.restore_best("loss")],
-            "eval_view": fx.callbacks.averaged,
-            "observers": [fx.observers.summary(file=folder / "summary.txt")],
-        }
-
-    expected, found = fit(None, **options()), fit(mesh, TRANSFORMER_PLAN, **options())
-    assert any(isinstance(leaf, Shard) for leaf in found.state.params.values())
-    assert_close(found.state, expected.state)
-    assert found.history.keys() == expected.history.keys()
-    for name in expected.history:
-        ours, theirs = (result.history[name].values for result in (found, expected))
-        if name.startswith("textgen"):
-            assert [each.markdown for each in ours] == [each.markdown for each in theirs]
-        elif not name.startswith("throughput"):
-            assert [float(y) for y in ours] == pytest.approx([float(y) for y in theirs], rel=1e-5), name
-
-
-class Bytes:
-    """A tokenizer of bytes."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, tokens):
-        return bytes(tokens).decode(errors="replace")
-
-
-def callbacks_of_the_loop(mesh, folder):
-    """Callbacks see values of all ranks, may view the model, and return states with the same placement."""
-    seen = []
-
-    def look(state, event: fx.StepEnd):
-        output = fx.view(state)(texts()["x"])
-        seen.append((float(state.params["blocks.0.attention.out.weight"].norm()), float(output.sum())))
-        return state.replace(params=tree.map(lambda leaf: leaf * 0.9, state.params)), fx.Control()
-
-    expected = fit(None, callbacks=[look])
-    one, seen = seen[:], []
-    found = fit(mesh, TRANSFORMER_PLAN, callbacks=[look])
-    assert_close(found.state, expected.state)
-    torch.testing.assert_close(torch.tensor(seen), torch.tensor(one))
-
-
-def checkpoints(mesh, folder):
-    """Split, one process, replicated, split: each continues the run of the one before, bitwise."""
-    data = fx.distributed.mesh(timeout=mesh.timeout)  # all ranks are data ranks
-    callbacks = [fx.callbacks.ema(0.9)]
-    blank = fx.attach(fx.init(transformer(), optimizer(), seed=3), callbacks)
-
-    def run(mesh, plan, epochs):
-        store = fx.checkpointer(folder / "run", keep=None)
-        return fit(mesh, plan, callbacks=callbacks, epochs=epochs, checkpointer=store, resume=True)
-
-    def assert_restored(last):
-        """Checks the values of the newest checkpoint, and of each placement that is restored from it."""
-        last, epochs = fx.distributed.gathered(last), int(last.step) // 3
-        if mesh.is_main:
-            with fx.checkpointer(folder / "run") as store:
-                restored = store.restore(blank)
-            slots = {name: restored.slots[name] for name in last.slots}
-            assert not last.diff(restored.replace(slots=slots))
-        mesh.gather(None, "the restore of one process")
-        # A run that takes no step returns what it restores.
-        for ranks, plan in ((mesh, TRANSFORMER_PLAN), (data, None)):
-            assert not fx.distributed.gathered(run(ranks, plan, epochs).continue_from).diff(last)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the number of ranks differs
-        assert_restored(run(mesh, TRANSFORMER_PLAN, 1).continue_from)
-        if mesh.is_main:
-            run(None, None, 2)
-        mesh.gather(None, "the run of one process")
-        assert_restored(run(data, None, 3).continue_from)
-        last = run(mesh, TRANSFORMER_PLAN, 4)
-        assert_restored(last.continue_from)
-    assert int(last.state.step) == 12
-    undisturbed = fit(None, callbacks=callbacks, epochs=4)
-    assert_close(last.state.replace(slots={}), undisturbed.state.replace(slots={}), 1e-9)
