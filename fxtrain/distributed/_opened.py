@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -140,7 +141,8 @@ def dtensor(shard: Shard) -> Tensor:
 
     mesh: Any = device_mesh(shard.mesh)
     shape = shard.shape
-    stride = torch.empty(shape, device="meta").stride()
+    # Computed, because an empty tensor would be an operation of a trace.
+    stride = tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
     with torch.no_grad():
         return DTensor.from_local(
             shard.local, mesh, [Placement(shard.axis)], run_check=False, shape=shape, stride=stride

@@ -19,7 +19,7 @@ from fxtrain.core._shard import Shard, full_tensor, shards_in
 from fxtrain.distributed._mesh import Mesh
 from fxtrain.distributed._opened import Opened, dtensor, seeing_dtensors
 from fxtrain.distributed._reduce import concatenated, split, transfer_buckets
-from fxtrain.distributed._shards import whole
+from fxtrain.distributed._shards import axis_moved, whole
 
 
 class Placed:
@@ -128,7 +128,7 @@ def summed_parts(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Ten
 
 def _scattered(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
     mesh: Mesh = shards[0].mesh
-    moved = [tensor.movedim(shard.axis, 0) for tensor, shard in zip(tensors, shards, strict=True)]
+    moved = [axis_moved(tensor, shard.axis, 0) for tensor, shard in zip(tensors, shards, strict=True)]
     real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in moved]
     grouped = transfer_buckets(real)
     flat = [concatenated([real[index].reshape(mesh.size, -1) for index in bucket], 1) for bucket in grouped]
@@ -140,5 +140,5 @@ def _scattered(tensors: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tenso
         for index, part in zip(bucket, parts, strict=True):
             own = part.view(real[index].shape[0] // mesh.size, *real[index].shape[1:])
             own = torch.view_as_complex(own) if moved[index].is_complex() else own
-            found[index] = own.movedim(0, shards[index].axis).contiguous()
+            found[index] = axis_moved(own, 0, shards[index].axis).contiguous()
     return [found[index] for index in range(len(tensors))]

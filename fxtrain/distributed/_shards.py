@@ -173,7 +173,7 @@ def _all_whole(shards: Sequence[Shard]) -> list[Tensor]:
 
 def _gathered(shards: Sequence[Shard]) -> list[Tensor]:
     mesh: Mesh = shards[0].mesh
-    moved = [each.local.movedim(each.axis, 0) for each in shards]
+    moved = [axis_moved(each.local, each.axis, 0) for each in shards]
     bits = [torch.view_as_real(local) if local.is_complex() else local for local in moved]
     grouped = transfer_buckets(bits)
     flat = [concatenated([bits[index].reshape(-1) for index in bucket]) for bucket in grouped]
@@ -184,8 +184,13 @@ def _gathered(shards: Sequence[Shard]) -> list[Tensor]:
             shape = bits[index].shape
             full = part.reshape(mesh.size * shape[0], *shape[1:])
             full = torch.view_as_complex(full) if moved[index].is_complex() else full
-            found[index] = full.movedim(0, shards[index].axis).contiguous()
+            found[index] = axis_moved(full, 0, shards[index].axis).contiguous()
     return [found[index] for index in range(len(shards))]
+
+
+def axis_moved(tensor: Tensor, axis: int, position: int) -> Tensor:
+    """Returns ``tensor.movedim(axis, position)``, which adds no operation to a trace if it changes nothing."""
+    return tensor if axis == position else tensor.movedim(axis, position)
 
 
 def sliced(leaf: Tensor, axis: int, mesh: Mesh) -> Tensor:
