@@ -55,7 +55,7 @@ def main(*, rounds: int, quick: bool) -> tuple[Found, list[Verdict]]:
 def verdicts(found: Found) -> list[Verdict]:
     judged: list[Verdict] = []
     for workload, contestants in found.items():
-        if workload == "deep_gpt":
+        if MODEL_COMPILED not in contestants:
             continue
         ours, by_hand = contestants[FXTRAIN], contestants[MODEL_COMPILED]
         for kind, limit, cache in (("cold", 1.0, "an empty"), ("warm", 0.5, "a warm")):
