@@ -48,10 +48,10 @@ ABOUT = (
     "threads, above those at its beginning, and `left` are those after it. Transfers of gloo are included."
 )
 REASON = (
-    "Each process has one core, which also runs gloo's threads, so a transfer is overlapped only while the process "
-    "waits. A step of fxtrain took 203 ms of processor time in 279 ms, and one of FSDP2 216 ms in 275 ms (AMD EPYC of "
-    'family 25). Gathering parameters a second time takes about 35 ms. `reshard="after_backward"` does without it, '
-    "and takes more memory."
+    "The graph of a sharded step has 4,300 operations, and that of one process 3,300. In one run each with timers, "
+    "its trace took 9 s instead of 6 s, and the check against the uncompiled step 7 s instead of 5 s, because that "
+    "step computes on DTensors, each operation of which passes through Python several times. The rest of the "
+    "difference is in the compilation, and is not explained."
 )
 FIRST_STEP = (
     "Seconds of the first call of a compiled step, with an empty cache of compiled code: the trace, the compilation, "
@@ -93,16 +93,18 @@ def verdicts(found: Found) -> list[Verdict]:
     peaks = {name: each.peak for name, each in found.allocated.items()}
     least = min((FSDP, FSDP_COMPILED), key=lambda name: peaks[name])
     return [
-        Verdict(f"Sharded GPT, time per step, relative to {FSDP}", ratios(ours, found.seconds[FSDP]), 0.8, REASON),
+        Verdict(f"Sharded GPT, time per step, relative to {FSDP}", ratios(ours, found.seconds[FSDP]), 0.8),
         Verdict(
             f"Sharded GPT, time per step, relative to {FSDP_COMPILED}",
             ratios(ours, found.seconds[FSDP_COMPILED]),
             1.0,
-            REASON,
         ),
         Verdict(f"Sharded GPT, peak above the state, relative to {least}", [peaks[FXTRAIN] / peaks[least]], 1.0),
         Verdict(
-            "Sharded GPT, first step, relative to one process", ratios(found.first[str(RANKS)], found.first["1"]), 1.2
+            "Sharded GPT, first step, relative to one process",
+            ratios(found.first[str(RANKS)], found.first["1"]),
+            1.2,
+            REASON,
         ),
     ]
 

@@ -1,5 +1,7 @@
 """Tensor parallel training: ranks that have one model together train like one process."""
 
+import functools
+
 import pytest
 
 from tests import shared_checks
@@ -34,19 +36,21 @@ CHECKS = {2: TWO, 4: FOUR}
 
 
 @pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
-    """Runs all checks of a module with several ranks, of which two have one model, and returns the errors of each."""
-    size, module = request.param
-    limits = {"timeout": 480, "collective_timeout": 120, "folder": tmp_path_factory.mktemp("checks")}
-    return shared_checks.outcomes(module, CHECKS[size][module], size=size, model=2, **limits)
+def outcomes(tmp_path_factory):
+    """Returns a function that runs all checks of a module once, with two ranks per model, and returns their errors."""
+
+    @functools.cache
+    def run(size, module):
+        limits = {"timeout": 480, "collective_timeout": 120, "folder": tmp_path_factory.mktemp("checks")}
+        return shared_checks.outcomes(module, CHECKS[size][module], size=size, model=2, **limits)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("outcomes", "name"),
-    [((size, module), name) for size in CHECKS for module in CHECKS[size] for name in CHECKS[size][module]],
-    indirect=["outcomes"],
-    ids=lambda value: value if isinstance(value, str) else f"{value[0]} ranks",
+    ("size", "module", "name"),
+    [(size, module, name) for size in CHECKS for module in CHECKS[size] for name in CHECKS[size][module]],
 )
-def test_ranks(outcomes, name):
-    shared_checks.assert_passed(outcomes, name)
+def test_ranks(outcomes, size, module, name):
+    shared_checks.assert_passed(outcomes(size, module), name)
