@@ -1,4 +1,4 @@
-"""Events of runs and of evaluations, as the progress observer gets them."""
+"""Events of runs and of evaluations, as observers get them."""
 
 import math
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from progress_events import NOTHING, ended, see
 
 import fxtrain as fx
 from fxtrain import observers, writers
@@ -32,18 +33,6 @@ from fxtrain.core import (
 )
 from fxtrain.fold._subscription import subscription
 from fxtrain.values import HParams, Text
-
-NOTHING = Control()
-
-
-def see(observer, *events):
-    for event in events:
-        observer(None, event, NOTHING)
-
-
-def ended(step, **metrics):
-    return StepEnd(step=step, time=float(step), metrics=metrics or {"loss": float(step)})
-
 
 # write
 
