@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 import fxtrain
 from fxtrain import _torch_internals as internals
 from fxtrain import rng
+from fxtrain._torch_internals.interface import INTERFACES
 
 
 @canary("torch._C._get_dispatch_mode", "torch._C._TorchDispatchModeKey")
@@ -167,6 +168,13 @@ def traces_record_operators_and_their_tensors():
 
     graph = internals.tracing.make_fx(function, tracing_mode="fake")(torch.ones(1)).graph
     assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.sin.default]
+
+
+@canary("torch.ops.prim.device.default")
+def devices_are_read_by_an_operator():
+    with internals.tracing.new_fake_mode():
+        fake = torch.ones(1, device="cuda")
+        assert INTERFACES["torch.ops.prim.device.default"].get()(fake) == fake.device == torch.device("cuda", 0)
 
 
 @canary("torch.fx.experimental.proxy_tensor.get_proxy_mode")

@@ -34,6 +34,7 @@ SYMBOLS = Interface(
 )
 INTERPRETER = Interface("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "conditions on sizes", Feature.SYMBOLIC)
 SOURCE = Interface("torch._dynamo.source.ConstantSource", "batches of many sizes", Feature.SYMBOLIC)
+DEVICE = Interface("torch.ops.prim.device.default", "fast reads of devices in a trace")
 DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "operators in terms of simpler ones", Feature.SYMBOLIC)
 IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries that a step is traced", Feature.TRACED)
 
@@ -129,10 +130,12 @@ def operations_outside_of_function_modes() -> Iterator[None]:
         yield
         return
     dispatch, without_function_modes = mode.__torch_dispatch__, NO_FUNCTION_MODES.get()
+    device_operator = DEVICE.get() if DEVICE.exists else None
 
-    def dispatch_outside(_: object, *args: Any) -> Any:
+    def dispatch_outside(_: object, operator: object, types: object, args: Any = (), kwargs: object = None) -> Any:
         with without_function_modes():
-            return dispatch(*args)
+            # Autograd reads the devices of tensors by an operator, which is not recorded.
+            return args[0].device if operator is device_operator else dispatch(operator, types, args, kwargs)
 
     mode.__torch_dispatch__ = types.MethodType(dispatch_outside, mode)
     try:
