@@ -1,5 +1,6 @@
 """Compiled steps: one graph for a whole run, with the results of the uncompiled step."""
 
+import gc
 import re
 
 import problem
@@ -428,6 +429,22 @@ class TestScalars:
         assert not any("sqrt(" in loop and "(-750.0)" in loop for _, loop in loops)
         assert "cos(" in code
         assert not any(re.search(r"\bcos\(", loop) for _, loop in loops)
+
+
+def test_garbage_is_collected_less_often_only_while_a_step_is_traced():
+    before, seen = gc.get_threshold(), []
+
+    def loss_fn(model, batch):
+        seen.append(gc.get_threshold()[0])
+        return model(batch).mean()
+
+    tx = fx.optim.sgd(0.1)
+    step, state = fx.train_step(loss_fn, tx), fx.init(nn.Linear(2, 1), tx)
+    fx.compile(step, check=False)(state, torch.ones(4, 2))
+    step(state, torch.ones(4, 2))
+    traced, uncompiled = seen
+    assert traced > before[0] == uncompiled
+    assert gc.get_threshold() == before
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import torch
 from canaries import canary, recorded
+from torch.overrides import TorchFunctionMode
 
 import fxtrain
 from fxtrain import _torch_internals as internals
 from fxtrain import rng
+from fxtrain._torch_internals.interface import INTERFACES
 
 
 @canary("torch._C._get_dispatch_mode", "torch._C._TorchDispatchModeKey")
@@ -152,7 +154,6 @@ def attention_is_an_operator_on_cpu():
 
 @canary(
     "torch.fx.experimental.proxy_tensor.make_fx",
-    "torch.fx.experimental.proxy_tensor.get_proxy_mode",
     "torch.fx.experimental.proxy_tensor.get_proxy_slot",
     "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
 )
@@ -166,6 +167,31 @@ def traces_record_operators_and_their_tensors():
         return y
 
     graph = internals.tracing.make_fx(function, tracing_mode="fake")(torch.ones(1)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.sin.default]
+
+
+@canary("torch.ops.prim.device.default")
+def devices_are_read_by_an_operator():
+    with internals.tracing.new_fake_mode():
+        fake = torch.ones(1, device="cuda")
+        assert INTERFACES["torch.ops.prim.device.default"].get()(fake) == fake.device == torch.device("cuda", 0)
+
+
+@canary("torch.fx.experimental.proxy_tensor.get_proxy_mode")
+def function_modes_see_no_calls_of_the_tracer():
+    seen = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def function(x):
+        with Seen(), internals.tracing.operations_outside_of_function_modes():
+            return torch.sin(x)
+
+    graph = internals.tracing.make_fx(function, tracing_mode="fake")(torch.ones(1)).graph
+    assert seen == [torch.sin]
     assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.sin.default]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fxtrain._torch_internals.dispatch import fake_mode, is_recorded
+from fxtrain._torch_internals.dispatch import NO_FUNCTION_MODES, fake_mode, is_recorded
 from fxtrain._torch_internals.interface import Feature, Interface
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ SYMBOLS = Interface(
 )
 INTERPRETER = Interface("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "conditions on sizes", Feature.SYMBOLIC)
 SOURCE = Interface("torch._dynamo.source.ConstantSource", "batches of many sizes", Feature.SYMBOLIC)
+DEVICE = Interface("torch.ops.prim.device.default", "fast reads of devices in a trace")
 DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "operators in terms of simpler ones", Feature.SYMBOLIC)
 IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries that a step is traced", Feature.TRACED)
 
@@ -53,7 +55,9 @@ def has_symbolic_sizes() -> bool:
 
 def make_fx(function: Callable[..., object], **options: object) -> Callable[..., torch.fx.GraphModule]:
     """Returns a function that traces ``function`` for example tensors. Tensors it captures become constants."""
-    return MAKE_FX.get()(function, _allow_non_fake_inputs=True, **options)
+    # The mode that is left out notes in each node which function of torch was called. It sees each access to an
+    # attribute, too, and nothing reads its notes.
+    return MAKE_FX.get()(function, _allow_non_fake_inputs=True, _disable_torch_fn_metadata_mode=True, **options)
 
 
 def unrecorded() -> AbstractContextManager[object]:
@@ -112,6 +116,32 @@ def recording_nodes(record: Callable[[torch.fx.Node], None]) -> Iterator[None]:
         yield
     finally:
         del current.create_node
+
+
+@contextlib.contextmanager
+def operations_outside_of_function_modes() -> Iterator[None]:
+    """A context in which function modes see the calls of traced code, but not those of the tracer. Not inside Dynamo.
+
+    The tracer runs each operation on fake tensors in Python, where every access to an attribute of a tensor would pass
+    through all modes.
+    """
+    mode = PROXY_MODE.get()() if PROXY_MODE.exists and NO_FUNCTION_MODES.exists and is_recorded() else None
+    if mode is None:
+        yield
+        return
+    dispatch, without_function_modes = mode.__torch_dispatch__, NO_FUNCTION_MODES.get()
+    device_operator = DEVICE.get() if DEVICE.exists else None
+
+    def dispatch_outside(_: object, operator: object, types: object, args: Any = (), kwargs: object = None) -> Any:
+        with without_function_modes():
+            # Autograd reads the devices of tensors by an operator, which is not recorded.
+            return args[0].device if operator is device_operator else dispatch(operator, types, args, kwargs)
+
+    mode.__torch_dispatch__ = types.MethodType(dispatch_outside, mode)
+    try:
+        yield
+    finally:
+        del mode.__torch_dispatch__
 
 
 def new_fake_mode(shape_env: object = None) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from fxtrain.compiler._background import BackgroundGraphs
 from fxtrain.compiler._compile_times import CompileTime, CompileWatcher, watched
+from fxtrain.compiler._rare_collection import collecting_rarely
 from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
 from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._memory import keep_freed_memory
@@ -245,9 +246,10 @@ class Compiled:
                 found = self._found(state, batch)
             if found is None:
                 check: Callable[[TrainState], None] | None = getattr(self.step, "check_state", None)
-                if check is not None:
-                    check(state)
-                self._make(state, batch)
+                with collecting_rarely():
+                    if check is not None:
+                        check(state)
+                    self._make(state, batch)
                 found = self._found(state, batch)
                 assert found is not None
             graph = self._graphs[0]

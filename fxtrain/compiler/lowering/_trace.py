@@ -32,7 +32,7 @@ from fxtrain._torch_internals.inductor import (
 )
 from fxtrain._torch_internals.interface import Feature, UnsupportedError, supports
 from fxtrain._torch_internals.memory import storage_id
-from fxtrain._torch_internals.tracing import make_fx
+from fxtrain._torch_internals.tracing import make_fx, operations_outside_of_function_modes
 from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
@@ -117,7 +117,9 @@ def trace_step(
     def flat(*tensors: Tensor) -> list[Tensor]:
         nonlocal changed, output_structure
         old = tensors[:count]
-        result: Any = step(tree.unflatten(state_structure, old), tree.unflatten(batch_structure, tensors[count:]))
+        # Function modes would slow down the tracer, so they are active only for the step's own calls.
+        with detecting_side_effects(), KnownLiterals(), OpaqueCTC(), operations_outside_of_function_modes():
+            result: Any = step(tree.unflatten(state_structure, old), tree.unflatten(batch_structure, tensors[count:]))
         moved, output = result if isinstance(step, Step) else ((), result)
         new: list[Tensor] = tree.leaves(moved)
         outputs, output_structure = tree.flatten(output)
@@ -130,7 +132,7 @@ def trace_step(
         return values[len(changed) :]
 
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
-    with compiling(), detecting_side_effects(), KnownLiterals(), OpaqueCTC():
+    with compiling():
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
     recomputes = recompute_regions(graph.graph)
     if memory == "offload":
