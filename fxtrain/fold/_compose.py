@@ -82,14 +82,18 @@ class Composed:
         total = _NOTHING
         for handler, function in self._seen.get(kind, ()):
             result = function(state, event)
+            keeps_state = type(result) is tuple and len(result) == 2 and result[0] is state
             # Control() is always the same object, so most calls end here.
-            if type(result) is tuple and len(result) == 2 and result[0] is state and result[1] is _NOTHING:
+            if keeps_state and result[1] is _NOTHING:
                 continue
-            before = state
-            state, control = checked_result(handler, event, result)
-            if state is not before:
-                refuse_overreach(handler.name, cause_of(event), before, state)
-                refuse_other_structure(handler.name, kind, before, state)
+            if keeps_state and type(result[1]) is Control:
+                control = result[1]
+            else:
+                before = state
+                state, control = checked_result(handler, event, result)
+                if state is not before:
+                    refuse_overreach(handler.name, cause_of(event), before, state)
+                    refuse_other_structure(handler.name, kind, before, state)
             if control:
                 refuse_impossible_requests(handler.name, cause_of(event), control)
                 total = total | control.owned_by(handler.name)
