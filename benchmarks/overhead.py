@@ -226,10 +226,10 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
     noise = 1e6 * statistics.median(tiny[FIT]) * 0.02
     of_callbacks = (
         "Measured between steps, which evict the loop from the first-level caches, at the faster of two speeds of this "
-        "machine: 2 us for the event, which is not created without subscribers, 11 us for ten callbacks (0.7 us each "
-        "to create a Control, 0.3 us for the rest), and 5 us for the observer and the writer. The overhead depends on "
-        "the machine and on its other load: 33 us where the tiny MLP takes 107 us in a bare loop, and 14 to 16 us "
-        "where it takes 49 us, measured when a Control took 1.4 times as long."
+        "machine, 19 us: 7 us for the event, which is not created without subscribers, 7 us for ten callbacks (0.4 us "
+        "each to create a Control, of which Python's call of a class takes half, and 0.3 us for the rest), and 5 us "
+        "for the observer and the writer. The overhead depends on the machine and on its other load: 37 us of "
+        "processor time where the tiny MLP takes 136 us in a bare loop."
     )
     of_fit = (
         "`fit` adds 3.5 us to an empty step, and twice as much to a step that accesses megabytes, because such a step "

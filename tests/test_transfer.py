@@ -7,7 +7,7 @@ from cuda_stand_ins import on_device
 
 import fxtrain as fx
 from fxtrain import observers
-from fxtrain.core import Logged
+from fxtrain.core import Epoch, Logged
 from fxtrain.loop import _transfer as transfers_of_run
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._transfer import HostTransfer, start_copy, start_copy_of_flags
@@ -88,7 +88,8 @@ def test_points_of_many_steps_use_one_transfer(transfers):
     for step in range(1, 21):
         # Like a scalar on a device, an average is read later.
         mean = fx.metrics.Average.from_model_output(values=torch.tensor([float(step)]))
-        publish(None, fx.StepEnd(step=step, time=0.0, metrics={"loss": mean, "mean": mean}), fx.Control())
+        event = fx.StepEnd(step=step, time=0.0, metrics={"loss": mean, "mean": mean})
+        publish(None, event, fx.Control(), Epoch(done=0, start=0, length=0))
     assert transfers == []
     publish.close()
     assert [step for step, name, _ in recorder.points if name == "train/mean"] == [10, 20]

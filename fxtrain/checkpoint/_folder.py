@@ -17,13 +17,13 @@ import xxhash
 
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._host_copy import Direct, HostCopy
+from fxtrain.checkpoint._leaf_files import CHUNK_BYTES
 from fxtrain.checkpoint._leaf_table import file_of, rows
 from fxtrain.checkpoint._manifest import FORMATS, MANIFEST, Facts, Head, write_manifest
 from fxtrain.checkpoint._parts import OtherParts, Written
 from fxtrain.checkpoint._temporary_folder import unfinished_folder
 from fxtrain.disk import sync_folder
 
-_CHUNK = 2**22  # bytes; small enough that a chunk is still in the CPU cache when it is written after hashing
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|leaves(-[1-9][0-9]*)?\.bin")
 
 
@@ -77,8 +77,8 @@ def write_part(folder: pathlib.Path, part: int, contents: Direct | HostCopy) -> 
     with _synced(folder / file_of(part)) as file:
         for index, content in contents.parts():
             checksum = xxhash.xxh3_64()
-            for start in range(0, len(content), _CHUNK):
-                chunk = content[start : start + _CHUNK]
+            for start in range(0, len(content), CHUNK_BYTES):
+                chunk = content[start : start + CHUNK_BYTES]
                 checksum.update(chunk)
                 file.write(chunk)
             checksums[index] = checksum.hexdigest()
@@ -89,7 +89,7 @@ def write_part(folder: pathlib.Path, part: int, contents: Direct | HostCopy) -> 
 @contextlib.contextmanager
 def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """Opens a new file and syncs it to disk at the end of the block."""
-    with open(path, "xb", buffering=_CHUNK) as file:
+    with open(path, "xb", buffering=CHUNK_BYTES) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from fxtrain.checkpoint._leaf_table import Leaf, Slice, file_of, slices_of
 from fxtrain.checkpoint._manifest import Manifest, dtype_of
 from fxtrain.core._bits import as_bytes
 
-_CHUNK = 2**22  # bytes; small enough that a chunk is still in the CPU cache when it is copied after hashing
+CHUNK_BYTES = 2**22  # small enough that a chunk is still in the CPU cache when it is copied or written after hashing
 
 
 class Rows(NamedTuple):
@@ -127,7 +127,7 @@ class LeafFiles:
             return self._read_bytes(row, piece, bytes_of(target))
         shape = [each.stop - each.start for each in stored]
         inner = math.prod(shape[1:]) * size
-        count = min(shape[0], max(1, _CHUNK // inner))
+        count = min(shape[0], max(1, CHUNK_BYTES // inner))
         buffer = torch.empty(count, *shape[1:], size, dtype=torch.uint8, device="cpu")
         local = [_shifted(one, base) for one, base in zip(both, stored, strict=True)]
 
@@ -155,7 +155,7 @@ class LeafFiles:
         checksum, done, total = xxhash.xxh3_64(), 0, piece["bytes"]
         try:
             while done < total:
-                begin, size = (done, _CHUNK) if then is None else (0, len(memory))
+                begin, size = (done, CHUNK_BYTES) if then is None else (0, len(memory))
                 chunk = memory[begin : begin + min(size, total - done)]
                 count = _read_full(descriptor, chunk, piece["offset"] + done)
                 checksum.update(chunk[:count])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fxtrain.cli._errors import CommandError
+from fxtrain.core._rank import rank
 
 # Functions import fxtrain.distributed, so that --help is fast.
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def of_main(ranks: Mesh | None, what: str, function: Callable[[], T]) -> T:
 
 def is_main() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return rank() == 0
 
 
 def is_said_elsewhere(error: Exception) -> bool:

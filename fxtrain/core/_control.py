@@ -37,6 +37,10 @@ class Logged:
     owner: str = ""
 
 
+_ABSENT: Any = object()
+_NO_REWIND = 0
+
+
 @refusing_assignment(lambda name: f"Unite it with another: control | fxtrain.Control({name}=...).")
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class Control:
@@ -76,24 +80,27 @@ class Control:
 
     def __new__(
         cls,
-        *positional: Never,
+        positional: Never = _ABSENT,
+        /,
         stop: Flag | Mapping[str, Flag] = False,
         end_epoch: Flag | Mapping[str, Flag] = False,
         evaluate: Flag | Mapping[str, Flag] = False,
         save: Flag | Mapping[str, Flag] = False,
         skip_batch: Flag | Mapping[str, Flag] = False,
         skip_update: Flag | Mapping[str, Flag] = False,
-        rewind: int | Tensor | Mapping[str, int | Tensor] = 0,
+        rewind: int | Tensor | Mapping[str, int | Tensor] = _NO_REWIND,
         log: Mapping[str, object] | None = None,
         reason: str = "",
         final_save: bool = True,
         **unknown: Never,
     ) -> Control:
-        if positional or unknown:
+        # A positional-only parameter takes the place of *positional, because Python fills in the defaults of
+        # keyword-only parameters one by one.
+        if positional is not _ABSENT or unknown:
             raise _unexpected(positional, unknown)
         # The fast path: most callbacks request nothing at most events.
         is_empty = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
-        if is_empty and type(rewind) is int and rewind == 0 and not log:
+        if is_empty and rewind is _NO_REWIND and not log:
             return _EMPTY
         requests: dict[str, dict[str, Any]] = {}
         flags = {"stop": stop, "end_epoch": end_epoch, "evaluate": evaluate, "save": save}
@@ -188,7 +195,7 @@ class Control:
 
     def with_log(self, log: Mapping[str, Logged]) -> Control:
         """Returns the same requests with ``log`` as their log."""
-        return _control_of(self.requests, log)
+        return _new_control(self.requests, log)  # without the length of the log, which may be read lazily
 
     def renamed(self, *, reason: Callable[[str], str], log: Callable[[str], str]) -> Control:
         """Returns the same requests under other reasons and logged names.
@@ -232,25 +239,31 @@ class Control:
 
 
 def _control_of(requests: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
+    # The same object whenever nothing is requested, so that the fold recognizes it by identity.
+    is_empty = len(requests) == 0 and len(log) == 0
+    return _EMPTY if is_empty else _new_control(requests, log)
+
+
+def _new_control(requests: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
     control = object.__new__(Control)
     object.__setattr__(control, "requests", requests)
     object.__setattr__(control, "log", log)
     return control
 
 
-_EMPTY = _control_of({}, {})
+_EMPTY = _new_control({}, {})
 
 
 _NUMPY = (np.bool_, np.integer)
 
 
-def _unexpected(positional: Sequence[object], unknown: Mapping[str, object]) -> TypeError:
+def _unexpected(positional: object, unknown: Mapping[str, object]) -> TypeError:
     requests = ("stop", "end_epoch", "evaluate", "save", "skip_batch", "skip_update", "rewind")
     if unknown:
         name = next(iter(unknown))
         got = f"{name!r}.{did_you_mean(name, (*requests, 'log', 'reason', 'final_save'))}"
     else:
-        got = f"{describe(positional[0])} without a name. Name the request, as in Control(stop=True)."
+        got = f"{describe(positional)} without a name. Name the request, as in Control(stop=True)."
     return TypeError(f"expected requests of Control ({', '.join(requests)}), or log, reason and final_save, got {got}")
 
 

@@ -59,8 +59,8 @@ class Composed:
         self.table: Mapping[type[Event], tuple[Handler, ...]] = {
             kind: seen for kind in EVENTS if (seen := tuple(h for h in handlers if kind in h.events))
         }
-        # Kept next to the table, so that a callback that requests nothing costs no more than its call.
-        self._functions = {kind: tuple(h.function for h in seen) for kind, seen in self.table.items()}
+        # Functions next to their handlers, because a callback that requests nothing costs little more than its call.
+        self._seen = {kind: tuple((h, h.function) for h in seen) for kind, seen in self.table.items()}
         owners: dict[str, Handler] = {}
         for handler in handlers:
             for slot in handler.inits:
@@ -80,18 +80,21 @@ class Composed:
     def __call__(self, state: TrainState, event: Event, /) -> tuple[TrainState, Control]:
         kind = type(event)
         total = _NOTHING
-        for index, function in enumerate(self._functions.get(kind, ())):
+        for handler, function in self._seen.get(kind, ()):
             result = function(state, event)
-            if type(result) is tuple and len(result) == 2 and result[0] is state and type(result[1]) is Control:
+            keeps_state = type(result) is tuple and len(result) == 2 and result[0] is state
+            # Control() is always the same object, so most calls end here.
+            if keeps_state and result[1] is _NOTHING:
+                continue
+            if keeps_state and type(result[1]) is Control:
                 control = result[1]
             else:
-                before, handler = state, self.table[kind][index]
+                before = state
                 state, control = checked_result(handler, event, result)
                 if state is not before:
                     refuse_overreach(handler.name, cause_of(event), before, state)
                     refuse_other_structure(handler.name, kind, before, state)
-            if control.requests or control.log:  # faster than `if control`
-                handler = self.table[kind][index]
+            if control:
                 refuse_impossible_requests(handler.name, cause_of(event), control)
                 total = total | control.owned_by(handler.name)
         return state, total

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fxtrain import tree, writers
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
+from fxtrain.core._rank import rank
 from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.equivalents import refuse_foreign_callback
 from fxtrain.fold import Composed
 from fxtrain.loop._types import EvalFn, LoopStep
-from fxtrain.observers._wrapped import rank
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
 from fxtrain.values import KINDS_BY_NAME, Kind, is_kept

@@ -95,9 +95,19 @@ class Cursor:
 
     def mark(self) -> Mark:
         """Returns the current point, for ``roll_back``."""
-        where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots)
         # Bypasses the NamedTuple constructor, which is slower, because this runs at each step.
-        return tuple.__new__(Mark, (*where, self.metrics))
+        point = (
+            self.state,
+            self.due,
+            self.unread,
+            self.why,
+            self.step,
+            self.position,
+            self.epoch,
+            self.snapshots,
+            self.metrics,
+        )
+        return tuple.__new__(Mark, point)
 
     def set_mark(self) -> None:
         """Marks the current point, to which an error rolls back."""

@@ -24,6 +24,8 @@ from fxtrain.values import METRIC_PREFIXES
 if TYPE_CHECKING:
     from fxtrain.loop._ranks import Ranks
 
+_NOTHING = Control()
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Emitter:
@@ -55,6 +57,7 @@ class Emitter:
         self.epoch_began = 0.0  # time of the latest EpochBegin of this session
         self._shows_published = Published in self.callbacks.table
         self.is_sharded = bool(shards_in(self.now.state))
+        self._call = self._call_opened if self.is_sharded else self.callbacks
 
     def time(self) -> float:
         """Returns the seconds since the session began."""
@@ -91,14 +94,16 @@ class Emitter:
             The items to yield, and the requests.
         """
         now, time = self.now, self.time()
+        epoch = now.epoch
+        epochs_done, epoch_start, epoch_length = epoch
         event = event_of(
             kind,
             {
                 "step": now.step,
                 "position": now.position,
-                "epochs_done": now.epoch.done,
-                "epoch_start": now.epoch.start,
-                "epoch_length": now.epoch.length or None,
+                "epochs_done": epochs_done,
+                "epoch_start": epoch_start,
+                "epoch_length": epoch_length or None,
                 "total_steps": self._steps,
                 "total_epochs": self._epochs,
                 "time": time,
@@ -121,22 +126,20 @@ class Emitter:
 
             control = from_step(now.state, also) | control if also else control
             now.state, control = settled(now.state, event, control)
-        elif also:
+        elif also is not None and also is not _NOTHING:
             control = also | control
         if self._shows_published:
             control |= self._fold_published(event, control)
         if kind is FitEnd and not same_leaves(before, now.state):
             # Marked, so that no run continues from this state.
             now.state = now.state.with_slot(CHANGED_AT_END, torch.tensor(True, device=now.state.step.device))
-        if control:
+        if control is not _NOTHING:
             now.ask(control)
-        self.publish(self._for_observers(now.state), event, control)
+        self.publish(self._for_observers(now.state), event, control, epoch)
         return ((now.state, event, control),) if self.every_event else (), control
 
-    def _call(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
-        """Folds an event over a state. Callbacks see DTensors in place of the shards of a state."""
-        if not self.is_sharded:
-            return self.callbacks(state, event)
+    def _call_opened(self, state: TrainState, event: Event) -> tuple[TrainState, Control]:
+        """Folds an event over a sharded state. Callbacks see DTensors in place of its shards."""
         from fxtrain.distributed._opened import Opened, seeing_dtensors
 
         assert self.ranks is not None

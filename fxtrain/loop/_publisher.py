@@ -94,6 +94,7 @@ class Publisher:
         for observer in observers:
             for kind in _events(observer):
                 self._seeing.setdefault(kind, []).append(observer)
+        self._seeing_published = self._seeing.get(Published, ())
 
     def is_seen(self, kind: type[object]) -> bool:
         """Whether the history or an observer needs events of this type, even if no callback subscribes."""
@@ -140,16 +141,23 @@ class Publisher:
         if len(self._unread) >= _EVENTS_PER_TRANSFER:
             self._read()
 
-    def __call__(self, state: TrainState, event: LoopEvent, control: Control) -> None:
-        kind = type(event)
-        seeing = self._seeing.get(kind, ())
+    def __call__(self, state: TrainState, event: LoopEvent, control: Control, epoch: Epoch) -> None:
+        """Passes on an event.
+
+        Args:
+            state: The state after the fold.
+            event: The event.
+            control: The requests made at it.
+            epoch: The epoch of the event.
+        """
+        seeing, seeing_published = self._seeing.get(type(event), ()), self._seeing_published
         if control.log and self._log_observers:
             seeing = [observer for observer in self._observers if observer in (*seeing, *self._log_observers)]
-        seeing_published = self._seeing.get(Published, ())
         if seeing or seeing_published:
             event, control = self._shown(event, control)
-        self._record(event, control)
-        self._pass(seeing, state, event, control)
+        self._record(event, control, epoch)
+        if seeing:
+            self._pass(seeing, state, event, control)
         published_event = published_after(event, control.log, compute=dict) if seeing_published else None
         if published_event is not None:
             self._pass(seeing_published, state, published_event, control)
@@ -188,27 +196,27 @@ class Publisher:
 
     def _shown(self, event: LoopEvent, control: Control) -> tuple[LoopEvent, Control]:
         """Returns the event and its requests as observers see them."""
-        fields = event.__dict__
-        if type(event) is not Saved:  # metrics of Saved are Python floats already
-            measured = {name: value for name in _MEASURED if (value := fields.get(name)) is not None}
-            if measured:
-                shown = {name: self._transfer.scalars(value) for name, value in measured.items()}
-                event = event_of(type(event), {**fields, **shown})
-        return event, self._transfer.control(control)
+        kind = type(event)
+        if kind is not Saved:  # metrics of Saved are Python floats already
+            fields = event.__dict__.copy()
+            for name in _MEASURED:
+                if (value := fields.get(name)) is not None:
+                    fields[name] = self._transfer.scalars(value)
+            event = event_of(kind, fields)
+        return event, self._transfer.control(control) if control.log else control
 
-    def _record(self, event: LoopEvent, control: Control) -> None:
-        step, measured = event.step, None
-        if type(event) is Rewound:
+    def _record(self, event: LoopEvent, control: Control, epoch: Epoch) -> None:
+        kind, step, measured = type(event), event.step, None
+        if kind is Rewound:
             self._read()
             step = event.to_step
             self.recorder.forget_after(step)
-        elif type(event) is StepEnd or type(event) is EvalEnd:
+        elif kind is StepEnd or kind is EvalEnd:
             measured = event.metrics
-        logged = type(control.log) is LazyMetrics or len(control.log) > 0
+        logged = control is not _NOTHING and (type(control.log) is LazyMetrics or len(control.log) > 0)
         if measured is not None or logged:
-            epoch = Epoch(event.epochs_done, event.epoch_start, event.epoch_length or 0)
             moment = (event.time, event.position, epoch)
-            self._unread.append((type(event), step, {} if measured is None else measured, control, moment))
+            self._unread.append((kind, step, {} if measured is None else measured, control, moment))
             # Read immediately on a CPU, so that a value that cannot be published raises at its event.
             if logged and self._on_host:
                 self._read()

@@ -76,7 +76,7 @@ class Steps:
             began = self._emitter.time() if ends else 0.0
             outputs = self._step(batches)
             time = self._emitter.time()
-            duration = (time - began) / max(len(outputs), 1) if ends else 0.0
+            duration = (time - began) / (len(outputs) or 1) if ends else 0.0
             if self._ranks is not None:
                 duration = self._ranks.duration
             for output in outputs:

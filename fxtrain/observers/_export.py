@@ -23,10 +23,10 @@ from fxtrain.core import (
     check_choice,
     warn,
 )
+from fxtrain.core._rank import rank
 from fxtrain.disk import make_folder, replace_file, replace_folder, restore_replaced
 from fxtrain.fold import When, as_trigger
 from fxtrain.observers._artifacts import ArtifactLog, best_step
-from fxtrain.observers._wrapped import rank
 from fxtrain.values import Artifact, jsonable, kind_of, plain_number, published
 from fxtrain.writers import Writer
 

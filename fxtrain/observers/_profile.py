@@ -12,10 +12,10 @@ import torch
 
 from fxtrain._torch_internals.memory import start_memory_history, stop_memory_history, write_memory_snapshot
 from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int, describe, warn
+from fxtrain.core._rank import rank
 from fxtrain.disk import make_folder
 from fxtrain.fold import When, as_trigger
 from fxtrain.observers._profile_schedule import GivenSteps, Schedule, Triggered
-from fxtrain.observers._wrapped import rank
 
 _MAX_TABLE_ROWS = 40  # of the table of operations
 _MAX_SNAPSHOT_ENTRIES = 100_000  # allocations in a memory snapshot; each takes a few kilobytes of host memory

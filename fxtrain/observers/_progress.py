@@ -35,13 +35,13 @@ from fxtrain.core import (
     format_scaled,
 )
 from fxtrain.core._patterns import is_of_member
+from fxtrain.core._rank import rank
 from fxtrain.observers._compile_notice import CompileNotice
 from fxtrain.observers._display import Column, EpochFrame, EvaluationFrame, Frame, Lines, Panel, display
 from fxtrain.observers._machine import check_memory_is_known
 from fxtrain.observers._progress_texts import describe_restored, evaluation_frame, memory_text
 from fxtrain.observers._running_averages import RunningAverages, ends_epoch
 from fxtrain.observers._spacing import Spacing
-from fxtrain.observers._wrapped import rank
 from fxtrain.values import Text
 from fxtrain.values._kinds import kinds_logged
 

@@ -27,7 +27,7 @@ from fxtrain.core import (
     try_all,
 )
 from fxtrain.core._rank import rank
-from fxtrain.fold import When, as_trigger
+from fxtrain.fold import Trigger, When, as_trigger
 from fxtrain.model._size import model_sizes
 from fxtrain.observers._write_options import Options, checked_prefixes, checked_reductions, reduced, renamed
 from fxtrain.values import KINDS, HParams, Kind, Text, Value, kind_of, published
@@ -143,7 +143,8 @@ class Write:
         self._log.defer(self._write_points)
         self._options = options
         periods = options.periods
-        self._due = as_trigger(periods.get(_METRICS, 1))
+        due = as_trigger(periods.get(_METRICS, 1))
+        self._due = due.predicate if isinstance(due, Trigger) else due  # called at each step, so without the trigger
         self._due_by_kind = {kind: as_trigger(periods[n]) for kind, n in KINDS.items() if periods.get(n, 1) != 1}
         # Otherwise a point of one step has its metrics unchanged, still unread.
         self._reduces_single = len(options.reductions) > 1 or "std" in options.reductions
@@ -205,9 +206,9 @@ class Write:
         return self._log.take_failure()
 
     def _step(self, event: StepEnd, control: Control) -> None:
+        time, log = event.time, control.log
         self._interval.append((event.step, event.metrics))
         self._last = event
-        log = control.log
         silent = type(log) is dict and not log  # other logs are lazy, and reading them would wait
         if self._due(event):
             self._points.append((event, self._interval, control))
@@ -216,16 +217,14 @@ class Write:
             self._points.append((event, [], control))
         if not silent and not _is_small(log):
             self._write_points()  # media may be large
-        elif self._points and (
-            len(self._points) >= _MAX_HELD_POINTS or event.time - self._batch_time >= _MAX_HELD_SECONDS
-        ):
+        elif self._points and (len(self._points) >= _MAX_HELD_POINTS or time - self._batch_time >= _MAX_HELD_SECONDS):
             self._write_points(wait=False)
-            self._batch_time = event.time
+            self._batch_time = time
         if self._latest:
             self._write_latest(event)
-        if event.time - self._flush_time >= self._options.flush_seconds:
+        if time - self._flush_time >= self._options.flush_seconds:
             self._write_points()
-            self._flush(event.time)
+            self._flush(time)
 
     def _end_interval(self) -> None:
         if not self._interval:

@@ -32,7 +32,9 @@ def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -
         is_done: Whether another process has finished the work, so that waiting is over.
         on_wait: Called once before this process waits.
     """
-    if not _acquire(path, is_done, on_wait):
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_held(_creates(path), is_done, on_wait):
         yield
         return
     stop = threading.Event()
@@ -59,12 +61,8 @@ def local_turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], No
         return
     with file:
         close_in_children(file)
-        began, is_held = time.monotonic(), try_lock(file.fileno())
-        if is_held is False and not is_done():
-            on_wait()
-        while is_held is False and not is_done() and time.monotonic() - began < _MAX_WAIT_SECONDS:
-            time.sleep(_POLL_SECONDS)
-            is_held = try_lock(file.fileno())
+        descriptor = file.fileno()
+        is_held = _is_held(lambda: try_lock(descriptor), is_done, on_wait)
         try:
             yield
         finally:
@@ -73,39 +71,50 @@ def local_turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], No
                     path.unlink()
 
 
-def _acquire(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> bool:
-    """Waits for the lease. Returns whether this process holds it."""
-    began = changed = time.monotonic()
-    before: int | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    while not is_done():
+def _is_held(attempt: Callable[[], bool | None], is_done: Callable[[], bool], on_wait: Callable[[], None]) -> bool:
+    """Waits for a lease until the work is done or the wait is too long. Returns whether this process holds the lease.
+
+    Args:
+        attempt: Takes the lease, and returns whether that succeeded; None if there are no leases here.
+        is_done: As for ``turn``.
+        on_wait: As for ``turn``.
+    """
+    began, is_held = time.monotonic(), attempt()
+    if is_held is False and not is_done():
+        on_wait()
+    while is_held is False and not is_done() and time.monotonic() - began < _MAX_WAIT_SECONDS:
+        time.sleep(_POLL_SECONDS)
+        is_held = attempt()
+    return bool(is_held)
+
+
+def _creates(path: Path) -> Callable[[], bool | None]:
+    """Returns ``attempt`` of ``_is_held``, which creates the file of a lease, and removes the file of a dead holder."""
+    changed, before = time.monotonic(), -1
+
+    def attempt() -> bool | None:
+        nonlocal changed, before
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
             return True
         except FileExistsError:
             pass
         except OSError:
-            return False
+            return None
         now = time.monotonic()
-        if before is None:
-            on_wait()
         with contextlib.suppress(OSError):
             beat = path.stat().st_mtime_ns
             if beat != before:
                 before, changed = beat, now
-        if now - began > _MAX_WAIT_SECONDS:
-            return False
         if now - changed > _DEAD_SECONDS:
             try:
                 path.unlink(missing_ok=True)
             except OSError:
-                return False
+                return None
             changed = now
-        time.sleep(_POLL_SECONDS)
-    return False
+        return False
+
+    return attempt
 
 
 def _beat(path: Path, stop: threading.Event) -> None:
