@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
-from fxtrain._torch_internals.dispatch import Operator, is_in_place, is_view, operator_name
+from fxtrain._torch_internals.dispatch import Operator, hides_writes, is_in_place, is_view
 from fxtrain._torch_internals.interface import Interface
 from fxtrain._torch_internals.tracing import make_fx
 
@@ -104,7 +104,7 @@ def _writes_last(graph: GraphModule) -> bool:
     operators = [node for node in graph.graph.nodes if isinstance(node.target, Operator)]
     copies = list(itertools.takewhile(_is_last_write, reversed(operators)))
     others = [node.target for node in operators[: len(operators) - len(copies)]]
-    return not any(is_in_place(target) or _hides_writes(target) for target in others)
+    return not any(is_in_place(target) or hides_writes(target) for target in others)
 
 
 def _rename_overwritten(graph: Graph) -> None:
@@ -155,12 +155,6 @@ def _is_last_write(node: Node) -> bool:
 
 def _is_known(target: object) -> bool:
     return isinstance(target, Operator) and target.namespace in _NAMESPACES
-
-
-def _hides_writes(target: object) -> bool:
-    """Whether an operator may write statistics that its schema does not declare as written."""
-    name = operator_name(target) if isinstance(target, Operator) else ""
-    return "batch_norm" in name and not name.endswith(("_functional", "_backward", "_no_training"))
 
 
 def _values(node: Node) -> Sequence[object]:

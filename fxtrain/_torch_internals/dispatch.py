@@ -122,6 +122,29 @@ def is_in_place(operator: Operator) -> bool:
     return operator._schema.is_mutable
 
 
+def hides_writes(operator: object) -> bool:
+    """Whether an operator may write statistics that its schema does not declare as written.
+
+    Example:
+        >>> hides_writes(torch.ops.aten.native_batch_norm.default), hides_writes(torch.ops.aten.add.Tensor)
+        (True, False)
+    """
+    name = operator_name(operator) if isinstance(operator, Operator) else ""
+    return "batch_norm" in name and not name.endswith(("_functional", "_backward", "_no_training"))
+
+
+def out_of_place(operator: Operator) -> Operator | None:
+    """Returns the operator that computes what an in-place operator writes into its first argument, if there is one.
+
+    Example:
+        >>> out_of_place(torch.ops.aten.add_.Tensor)
+        <OpOverload(op='aten.add', overload='Tensor')>
+    """
+    name = operator_name(operator)
+    packet = getattr(getattr(torch.ops, operator.namespace), name.removesuffix("_"), None)
+    return getattr(packet, operator._overloadname, None) if name.endswith("_") else None
+
+
 def arguments_kept(operator: Operator) -> list[bool]:
     """Returns whether an operator leaves each of its arguments unchanged, in order.
 

@@ -8,9 +8,7 @@ overhead and compile time.
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,32 +18,29 @@ from torch.fx import GraphModule
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
-from fxtrain._torch_internals.dispatch import Operator, grad_mode_setter
+from fxtrain._torch_internals.dispatch import Operator
 from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import (
     changed_settings,
-    compile_graph,
-    compiled_graph_class,
     has_option,
-    kernel_count,
     mode_options,
 )
 from fxtrain._torch_internals.interface import Feature, UnsupportedError, supports
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain._torch_internals.tracing import make_fx, operations_outside_of_function_modes
-from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
 from fxtrain.compiler.lowering._cuda_graphs import Call, CudaCaptures, CudaGraphReplay, only_gpu
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
-from fxtrain.compiler.lowering._light_code import NotStorableError, light_files, load_light_code
+from fxtrain.compiler.lowering._inductor import compile_by_inductor, load_compiled
 from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, compile_ahead, load_ahead, without_cuda_graphs
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.compiler.lowering._stored import Compiled, GraphFiles
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
+from fxtrain.compiler.passes._in_place import replace_in_place
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
 from fxtrain.compiler.passes._memory_policy import Memory, limit_memory, report
 from fxtrain.compiler.passes._offload import offload
@@ -64,8 +59,6 @@ _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
 # Inductor tries to fuse each loop that reads a buffer with this many of the next ones. The updates of all parameters
 # read the same scalars and are not fused for that, so most of the default of 64 attempts fail.
 _ATTEMPTS, _MAX_ATTEMPTS = "max_fusion_buffer_group_pairwise_attempts", 16
-
-_EMPTY = types.CellType()
 
 
 def compile_traced(
@@ -134,6 +127,7 @@ def trace_step(
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
     with compiling():
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
+    replace_in_place(graph.graph)
     recomputes = recompute_regions(graph.graph)
     if memory == "offload":
         place = only_gpu((*leaves, *inputs))
@@ -238,9 +232,9 @@ def _compiled(
 ) -> Call:
     """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
     compiler = functools.partial(
-        _with_inductor, Feature.INDUCTOR, _compiled_by_inductor, graph, fakes, options, has_autocast
+        _with_inductor, Feature.INDUCTOR, compile_by_inductor, graph, fakes, options, has_autocast
     )
-    return files.compiled_or_loaded(compiler, _loaded)
+    return files.compiled_or_loaded(compiler, load_compiled)
 
 
 def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *arguments: object) -> Compiled:
@@ -255,73 +249,11 @@ def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *argumen
     return compiler(*arguments)
 
 
-def _compiled_by_inductor(
-    graph: GraphModule, fakes: Sequence[Tensor], options: dict[str, Any], has_autocast: bool
-) -> Compiled:
-    """Compiles a graph by Inductor into a function of a tuple of tensors."""
-    returned: Any = graph.graph.output_node().args[0]
-    constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
-    before = kernel_count()
-    executable: Any = compile_graph(graph, fakes, options)
-    kernels = (kernel_count() or 0) - (before or 0)
-    # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
-    bare = None if constants is not None or has_autocast else _unwrapped(executable, len(returned))
-
-    def files() -> dict[str, bytes]:
-        if bare is None:
-            raise NotStorableError("it contains constants or needs torch's wrappers")
-        return light_files(bare.current_callable, bare.source_code)
-
-    call = (lambda tensors: executable(*tensors)) if bare is None else _without_gradients(bare.current_callable)
-    return Compiled(call, files, {"kernels": kernels})
-
-
-def _loaded(entry: Entry) -> Call:
-    return _without_gradients(load_light_code(entry.files, entry.header["kernels"]))
-
-
 def _compiled_by(backend: Backend, graph: GraphModule, fakes: Sequence[Tensor]) -> Call:
     """Compiles a graph by a backend of ``torch.compile`` into a function of a tuple of tensors."""
     chosen: Any = backend_named(backend) if isinstance(backend, str) else backend
     made = chosen(graph, fakes)
     return lambda tensors: made(*tensors)
-
-
-def _unwrapped(executable: Callable[..., object], outputs: int) -> Any:
-    """Returns Inductor's graph below AOTAutograd's wrappers, or None if it cannot be found.
-
-    The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
-    none of this: ``copy_aliases`` copies views, and Inductor itself writes leaves in place.
-    """
-    kind = compiled_graph_class()
-    found, seen, todo = [], set[int](), [executable]
-    while todo:
-        part = todo.pop()
-        if id(part) in seen or isinstance(part, type):
-            continue
-        seen.add(id(part))
-        if isinstance(part, kind):
-            found.append(part)
-            continue
-        closure = [cell.cell_contents for cell in getattr(part, "__closure__", None) or () if cell != _EMPTY]
-        todo += filter(callable, [*closure, *getattr(part, "__dict__", {}).values()])
-    return found[0] if len(found) == 1 and len(found[0].output_strides or ()) == outputs else None
-
-
-def _without_gradients(call: Callable[[list[Tensor]], Any]) -> Call:
-    """Returns Inductor's function with gradients switched off, which it expects."""
-    set_grad_enabled = grad_mode_setter()
-
-    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not torch.is_grad_enabled():
-            return call(list(tensors))
-        set_grad_enabled(False)
-        try:
-            return call(list(tensors))
-        finally:
-            set_grad_enabled(True)
-
-    return run
 
 
 def _has_known_operators_only(graph: GraphModule) -> bool:

@@ -77,7 +77,7 @@ class Timeline:
         self.order: dict[Any, int] = {node: index for index, node in enumerate(self.nodes)}
         self.inputs: list[list[int]] = [[self.order[other] for other in node.all_input_nodes] for node in self.nodes]
         self.passes: list[Pass | None] = [pass_of(node) for node in self.nodes]
-        self.is_stored = [_is_stored(node) for node in self.nodes]
+        self.is_stored = [is_stored(node) for node in self.nodes]
         self.nbytes = [_nbytes(node) for node in self.nodes]
 
     def is_forward(self, index: int) -> bool:
@@ -102,12 +102,15 @@ class Timeline:
             found.append((index, False))
         return found
 
-    def peak(self, dropped: Container[int] = (), kept: Container[int] = ()) -> Peak:
+    def peak(
+        self, dropped: Container[int] = (), kept: Container[int] = (), ends: Mapping[int, int] | None = None
+    ) -> Peak:
         """Returns when the values of forward and backward passes, kept or recomputed, take most memory.
 
         Args:
             dropped: Values that are recomputed.
             kept: Values that are stored even if they are elementwise.
+            ends: Operations until which values live at least.
         """
         operations = self.operations(dropped)
         last: dict[tuple[int, bool], int] = {}
@@ -128,7 +131,7 @@ class Timeline:
             stored = self.is_stored[index] or (index in kept and not is_copy)
             if not stored or self.passes[index] is None:
                 continue
-            end = last.get((index, is_copy), position)
+            end = max(last.get((index, is_copy), position), (ends or {}).get(index, 0))
             changes[position] += self.nbytes[index]
             changes[end + 1] -= self.nbytes[index]
             lives.append((position, end, index))
@@ -141,7 +144,7 @@ class Timeline:
         return Peak(best, operations[min(at, len(operations) - 1)][0], live)
 
 
-def _is_stored(node: Any) -> bool:
+def is_stored(node: Any) -> bool:
     """Whether Inductor stores a value in memory of its own."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or is_view(node.target):
         return False

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from fxtrain.compiler.passes._nodes import replace
 from fxtrain.compiler.passes._operators import linear, once
@@ -48,29 +48,37 @@ def speed_up_matmuls(graph: Graph) -> Graph:
             continue
         with graph.inserting_before(node):
             if _pays() and _is_large(x.meta["val"], other.meta["val"]):
-                product = _by_onednn(graph, x, other, bias)
+                product = _by_onednn(node, x, other, bias)
             elif bias is not None:
-                product = _with_separate_bias(graph, x, other, bias)
+                product = _with_separate_bias(node, x, other, bias)
             else:
                 continue
         replace(node, product)
     return graph
 
 
-def _by_onednn(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
-    weight = graph.call_function(aten.t.default, (other,))
-    weight.meta["val"] = other.meta["val"].t()
+def _by_onednn(node: Node, x: Any, other: Any, bias: Any) -> Any:
+    graph = node.graph
+    weight = _like(node, graph.call_function(aten.t.default, (other,)), other.meta["val"].t())
     if not x.meta["val"].is_contiguous():
         # oneDNN would copy a strided input. Inductor can fuse this copy with the operation that computes the input.
-        x = graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+        copy = graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+        x = _like(node, copy, x.meta["val"].contiguous())
     return graph.call_function(linear(), (x, weight, bias))
 
 
-def _with_separate_bias(graph: Graph, x: Any, other: Any, bias: Any) -> Any:
-    product = graph.call_function(aten.mm.default, (x, other))
-    product.meta["val"] = x.meta["val"] @ other.meta["val"]
+def _with_separate_bias(node: Node, x: Any, other: Any, bias: Any) -> Any:
+    graph, value = node.graph, node.meta["val"]
+    product = _like(node, graph.call_function(aten.mm.default, (x, other)), value)
     # ``once`` keeps Inductor from fusing the two into ``addmm`` again.
-    return graph.call_function(aten.add.Tensor, (graph.call_function(once(), (product,)), bias))
+    kept = _like(node, graph.call_function(once(), (product,)), value)
+    return graph.call_function(aten.add.Tensor, (kept, bias))
+
+
+def _like(node: Node, part: Node, value: Tensor) -> Node:
+    """Gives a node that replaces part of another one its place in the step, which later passes read."""
+    part.meta.update({**node.meta, "val": value})
+    return part
 
 
 def _is_exact(x: Tensor, other: Tensor) -> bool:

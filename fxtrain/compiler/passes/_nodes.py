@@ -35,6 +35,21 @@ def _writes(node: Node) -> bool:
     return node.target != torch.ops.aten.copy_.default or written.op != "placeholder"
 
 
+def is_write(node: Node) -> bool:
+    """Whether a node overwrites an input of the graph, and nothing reads its result."""
+    if node.target is not torch.ops.aten.copy_.default or node.users:
+        return False
+    written = node.args[0]
+    return isinstance(written, Node) and written.op == "placeholder"
+
+
+def numel(node: Node) -> int:
+    """Returns the number of elements of a node's value."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else (value,)
+    return sum(each.numel() for each in values if isinstance(each, Tensor))
+
+
 def is_pointwise(target: object, others: Container[str]) -> TypeGuard[Operator]:
     """Whether the target of a node is an elementwise operator of torch, or one of the operators with these names."""
     return isinstance(target, Operator) and (torch.Tag.pointwise in target.tags or operator_name(target) in others)

@@ -1,0 +1,95 @@
+"""Finds updates of parameters that are the same operations on other tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fxtrain._torch_internals.memory import storage_id
+from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
+from fxtrain.compiler.passes._operands import is_view_of_one, operands, structure
+from fxtrain.compiler.passes._repeats import runs
+
+_MIN_ELEMENTS = 8
+_LAYOUT_ONLY = {"_to_copy", "clone", "expand"}
+
+
+def repeated_updates(graph: Graph, min_elements: int) -> list[list[list[Node]]]:
+    """Returns the same elementwise operations on other tensors that compute only new values of a state.
+
+    Args:
+        graph: A graph that writes its inputs only by copies, after all other operations.
+        min_elements: How many elements one instance updates at least, so that the call of it costs little.
+
+    Returns:
+        Lists of instances. An instance is the list of its operations, in the same order as in the other instances.
+        Only the graph's output reads their results.
+    """
+    updates = _updates(graph)
+    kinds = dict[Hashable, int]()
+    sequence = [kinds.setdefault(structure(nodes), len(kinds)) for nodes in updates]
+    elements = [sum(map(numel, filter(_is_final, nodes))) for nodes in updates]
+    found: list[list[list[Node]]] = []
+    for run in runs(sequence, [len(nodes) for nodes in updates], elements, min_elements):
+        bounds = range(run.start, run.start + run.period * run.repeats + 1, run.period)
+        parts = [list(itertools.chain(*updates[start:stop])) for start, stop in itertools.pairwise(bounds)]
+        found.append([sorted(nodes, key=is_write) for nodes in parts])
+    return found
+
+
+def _updates(graph: Graph) -> list[list[Node]]:
+    """Returns the operations of each update. What shares an operation is one update."""
+    leaders: dict[Node, Node] = {}
+
+    def leader(node: Node) -> Node:
+        while leaders[node] is not node:
+            leaders[node] = node = leaders[leaders[node]]
+        return node
+
+    for node in reversed(graph.nodes):
+        readers = [reader for reader in node.users if reader.op != "output"]
+        if is_write(node):
+            leaders[node] = node
+        elif node.users and _is_elementwise(node) and all(map(leaders.__contains__, readers)):
+            if all(numel(node) == numel(reader) for reader in readers):
+                leaders[node] = node
+                for reader in readers:
+                    leaders[leader(reader)] = node
+    # An update that reads what another one overwrites must be done in one call with it.
+    written = {storage_id(_value(node.args[0])): node for node in leaders if is_write(node)}
+    for node in list(leaders):
+        for operand in operands(node, leaders):
+            if isinstance(operand, Node) and operand.op == "placeholder":
+                other = written.get(storage_id(_value(operand)), node)
+                leaders[leader(other)] = leader(node)
+    updates: dict[Node, list[Node]] = {leader(node): [] for node in graph.nodes if node in leaders and _is_final(node)}
+    for node in graph.nodes:
+        if node in leaders:
+            updates[leader(node)].append(node)
+    # Copies of what others compute are left to them. Small values take longer to call than to compute.
+    return [
+        nodes
+        for nodes in updates.values()
+        if all(_computed(node) in leaders and numel(node) >= _MIN_ELEMENTS for node in nodes)
+    ]
+
+
+def _is_final(node: Node) -> bool:
+    return is_write(node) or any(reader.op == "output" for reader in node.users)
+
+
+def _is_elementwise(node: Node) -> bool:
+    return is_pointwise(node.target, _LAYOUT_ONLY) or is_view_of_one(node)
+
+
+def _computed(node: Node) -> Any:
+    """Returns what a write writes, or a node itself."""
+    return node.args[1] if is_write(node) else node
+
+
+def _value(node: Any) -> Tensor:
+    return node.meta["val"]

@@ -1,0 +1,193 @@
+"""The calls of a program: what each computes and reads, in an order in which each comes after what it reads."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
+
+from torch.fx import Node
+
+from fxtrain._torch_internals.memory import storage_id
+from fxtrain.compiler.passes._liveness import is_stored
+from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
+from fxtrain.compiler.passes._operands import Element, is_view_of_one, operands
+
+_SMALL = 4096  # elements; such values are computed as early as possible, so that updates need not wait for them
+_MAX_INLINED = 4  # operations in a row
+
+Repeat = Sequence[Sequence[Node]]
+"""The instances of a repeated part: their operations, in the same order in each."""
+
+
+class Slice(NamedTuple):
+    """A range of a vector, of which a unit reads the elements."""
+
+    vector: Node
+    start: int
+    stop: int
+
+
+Value = Node | Slice
+
+
+class Unit(NamedTuple):
+    """What one call computes.
+
+    Args:
+        nodes: Its operations.
+        reads: What it reads of inputs and of other units.
+        template: A number that is equal for units that share a graph. Their operations and what they read are in the
+            same order.
+    """
+
+    nodes: Sequence[Node]
+    reads: Sequence[Value]
+    template: int
+
+
+def node_of(value: Value) -> Node:
+    """Returns a node, or the vector of a slice."""
+    return value.vector if isinstance(value, Slice) else value
+
+
+def units_of(nodes: Sequence[Node], layers: Sequence[Repeat], updates: Sequence[Repeat]) -> list[Unit]:
+    """Returns the units of a program.
+
+    Args:
+        nodes: The nodes of a graph that writes its inputs only by copies, after all other operations.
+        layers: Repeated parts, of which each instance is a range of the graph.
+        updates: Repeated updates as from ``repeated_updates``.
+    """
+    parts = _in_ranges(nodes, layers, updates)
+    number = len(parts)
+    for template, repeat in enumerate(updates, len(parts) + len(layers)):
+        parts += [Unit(instance, (), template) for instance in repeat]
+    units = _with_reads(parts, _inlined(_with_reads(parts, ())))
+    return _with_early_updates(units[:number], units[number:])
+
+
+def _in_ranges(nodes: Sequence[Node], layers: Sequence[Repeat], updates: Sequence[Repeat]) -> list[Unit]:
+    """Returns units of the layers and of what is between them."""
+    position = {node: index for index, node in enumerate(nodes)}
+    found = sorted((position[instance[0]], key, instance) for key, repeat in enumerate(layers) for instance in repeat)
+    starts = [start for start, _, _ in found]
+    repeated = {node for repeat in (*layers, *updates) for instance in repeat for node in instance}
+    between: list[list[Node]] = [[] for _ in range(len(found) + 1)]
+    # The first range that an operation can be in.
+    earliest = {node: bisect.bisect(starts, position[node]) for node in repeated}
+    for index, node in enumerate(nodes):
+        if node.op != "call_function" or node in repeated:
+            continue
+        place = bisect.bisect(starts, index)
+        if _is_light(node):
+            place = max((earliest[other] for other in node.all_input_nodes if other in earliest), default=0)
+        earliest[node] = place
+        between[place].append(node)
+    units: list[Unit] = []
+    for some, layer in itertools.zip_longest(between, found):
+        if some:
+            units.append(Unit(some, (), len(layers) + len(units)))
+        if layer is not None:
+            units.append(Unit(layer[2], (), layer[1]))
+    return units
+
+
+def _is_light(node: Node) -> bool:
+    """Whether an operation may be done early, because its result is small."""
+    is_simple = is_pointwise(node.target, ("once", "full", "full_like")) or is_view_of_one(node)
+    return is_simple and numel(node) <= _SMALL
+
+
+def _with_reads(units: Sequence[Unit], inlined: Container[Node | Element]) -> list[Unit]:
+    """Returns units with what they read."""
+    found = list(units)
+    for group in by_template(units).values():
+        traces = [
+            [operand for node in units[index].nodes for operand in operands(node, local, inlined)]
+            for index in group
+            for local in [set(units[index].nodes)]
+        ]
+        # One input for what is the same value in each of the units.
+        columns = list(dict.fromkeys(zip(*traces, strict=True)))
+        reads = [column for column in columns if not isinstance(column[0], Element)]
+        tensors: dict[tuple[Node, ...], list[tuple[Element, ...]]] = {}
+        for column in columns:
+            if isinstance(column[0], Element):
+                tensors.setdefault(tuple(element.tensor for element in column), []).append(column)
+        for elements in tensors.values():
+            reads += _slices(elements)
+        for index, values in zip(group, zip(*reads, strict=True), strict=True):
+            found[index] = units[index]._replace(reads=values)
+    return found
+
+
+def _slices(columns: list[tuple[Element, ...]]) -> list[tuple[Value, ...]]:
+    """Returns one slice of each unit's vector, or the single values where they are no numbers next to each other."""
+    columns.sort(key=lambda column: column[0].index)
+    rows = list(zip(*columns, strict=True))
+    is_range = all(element.index == row[0].index + offset for row in rows for offset, element in enumerate(row))
+    if is_range and all(row[0].tensor.meta["val"].ndim == 1 and not is_view_of_one(row[0].tensor) for row in rows):
+        return [tuple(Slice(row[0].tensor, row[0].index, row[0].index + len(row)) for row in rows)]
+    return [tuple(element.value for element in column) for column in columns]
+
+
+def _inlined(units: Sequence[Unit]) -> Container[Node | Element]:
+    """Returns elementwise operations whose readers read all of their operands as well.
+
+    A compiler does not store them in a single graph, and has no reason to store them between units.
+    """
+    readers: dict[Node, set[int]] = {}
+    for index, unit in enumerate(units):
+        for value in unit.reads:
+            readers.setdefault(node_of(value), set()).add(index)
+    depths: dict[Node | Element, int] = {}
+    places: dict[Node, tuple[int, int]] = {}
+    for template, group in by_template(units).items():
+        for place, same in enumerate(zip(*(units[index].nodes for index in group), strict=True)):
+            read = [node for node in same if node in readers]
+            places |= dict.fromkeys(read, (template, place))
+            if not read or any(is_stored(node) or not is_pointwise(node.target, ()) for node in read):
+                continue
+            sources = {node: list(operands(node, ())) for node in read}
+            if all(
+                isinstance(source, Node) and (source.op == "placeholder" or readers[node] <= readers.get(source, set()))
+                for node in read
+                for source in sources[node]
+            ):
+                depth = 1 + max(depths.get(source, 0) for node in read for source in (*sources[node], node))
+                if depth <= _MAX_INLINED:
+                    depths |= dict.fromkeys(read, depth)
+    # Units that share a graph compute the same.
+    for group in by_template(units).values():
+        for values in zip(*(units[index].reads for index in group), strict=True):
+            if len({places.get(node_of(value)) for value in values}) > 1:
+                for value in values:
+                    depths.pop(node_of(value), None)
+    return depths
+
+
+def by_template(units: Sequence[Unit]) -> dict[int, list[int]]:
+    """Returns the indices of the units of each graph."""
+    groups: dict[int, list[int]] = {}
+    for index, unit in enumerate(units):
+        groups.setdefault(unit.template, []).append(index)
+    return groups
+
+
+def _with_early_updates(units: Sequence[Unit], updates: Sequence[Unit]) -> list[Unit]:
+    """Returns all units in order. An update follows as soon as it can, so that its gradients can be freed."""
+    home = {node: index for index, unit in enumerate(units) for node in unit.nodes}
+    readers: dict[int, int] = {}
+    for index, unit in enumerate(units):
+        for value in unit.reads:
+            if node_of(value).op == "placeholder":
+                readers[storage_id(node_of(value).meta["val"])] = index
+    following: list[list[Unit]] = [[] for _ in units]
+    for update in updates:
+        overwritten: list[Any] = [node.args[0] for node in update.nodes if is_write(node)]
+        after = [home.get(node_of(value), 0) for value in update.reads]
+        after += [readers.get(storage_id(node.meta["val"]), 0) for node in overwritten]
+        following[max(after)].append(update)
+    return [each for unit, some in zip(units, following, strict=True) for each in (unit, *some)]
