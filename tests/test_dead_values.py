@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain._torch_internals import inductor, kernels, tracing
-from fxtrain.compiler.lowering._trace import _unwrapped
+from fxtrain.compiler.lowering._inductor import _unwrapped
 
 scheduler = pytest.importorskip("torch._inductor.scheduler")
 cpp = pytest.importorskip("torch._inductor.codegen.cpp")

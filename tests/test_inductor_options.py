@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain._torch_internals import inductor
-from fxtrain.compiler.lowering import _trace
+from fxtrain.compiler.lowering import _inductor as lowering
 
 
 def close(got, wanted):
@@ -27,7 +27,7 @@ class TestLayouts:
             kept.append(options.get("layout_optimization", True) is False)
             return compiled(graph, fakes, options)
 
-        monkeypatch.setattr(_trace, "compile_graph", seen)
+        monkeypatch.setattr(lowering, "compile_graph", seen)
         module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
         tx = fx.optim.sgd(0.1)
         state, images = fx.init(module, tx), torch.randn(2, 1, 6, 6)
@@ -53,7 +53,7 @@ class TestFusion:
             attempts.append(options.get("max_fusion_buffer_group_pairwise_attempts"))
             return compiled(graph, fakes, options)
 
-        monkeypatch.setattr(_trace, "compile_graph", seen)
+        monkeypatch.setattr(lowering, "compile_graph", seen)
         for own in ({}, {"max_fusion_buffer_group_pairwise_attempts": 10**6}):
             with config.patch(own):
                 _, (code,) = run_and_get_code(fx.compile(step, check=False), fx.init(module, tx), torch.ones(2, 4))

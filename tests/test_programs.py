@@ -1,19 +1,21 @@
 """Graphs as programs: each computes the same as its graph, in the same memory, with repeated parts compiled once."""
 
 import importlib
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule
 
 import fxtrain as fx
 from fxtrain.compiler.passes import _repeats as repeats
 from fxtrain.compiler.passes import _splitting as splitting
 
-inductor = importlib.import_module("fxtrain.compiler.lowering._inductor")
+lowering = importlib.import_module("fxtrain.compiler.lowering._inductor")
 traced = importlib.import_module("fxtrain.compiler.lowering._trace")
+
+WRITE = torch.ops.aten.copy_.default
 
 
 class Block(nn.Module):
@@ -103,8 +105,15 @@ def loss_fn(model, batch):
 
 
 @pytest.fixture
-def splits(monkeypatch):
-    """Checks each program against its graph, operation by operation, and collects them."""
+def small(monkeypatch):
+    """Splits graphs of any size."""
+    monkeypatch.setattr(splitting, "_MIN_ELEMENTS", 1)
+    monkeypatch.setattr(repeats, "_MIN_SAVED", 8)
+
+
+@pytest.fixture
+def programs(monkeypatch, small):
+    """Runs each program and its graph, operation by operation, and collects the programs."""
     found = []
 
     def compile_graph(graph, examples, *_):
@@ -116,7 +125,7 @@ def splits(monkeypatch):
                 return graph(*tensors)
             copies = [tensor.clone() for tensor in tensors]
             expected = graph(*copies)
-            run = inductor._program([_boxed(part) for part in program.graphs], program.calls, program.outputs)
+            run = lowering._program([_boxed(part) for part in program.graphs], program.calls, program.outputs)
             outputs = run(list(tensors))
             for mine, theirs in zip([*outputs, *tensors], [*expected, *copies], strict=True):
                 assert torch.equal(mine, theirs)
@@ -124,13 +133,11 @@ def splits(monkeypatch):
 
         return traced.Compiled(call, dict, {"kernels": 0})
 
-    monkeypatch.setattr(splitting, "_MIN_ELEMENTS", 1)
-    monkeypatch.setattr(repeats, "_MIN_SAVED", 8)
     monkeypatch.setattr(traced, "compile_by_inductor", compile_graph)
     return found
 
 
-def _boxed(part: GraphModule):
+def _boxed(part):
     def run(inputs):
         results = part(*inputs)
         inputs.clear()
@@ -139,20 +146,103 @@ def _boxed(part: GraphModule):
     return run
 
 
+def _calls(program):
+    """Returns how often each graph of a program is called, most often first."""
+    return sorted(Counter(call.graph for call in program.calls).values(), reverse=True)
+
+
 @pytest.mark.parametrize("donate", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_program_computes_the_same_bits(model, optimizer, donate, splits):
+def test_a_program_computes_the_same_bits(model, optimizer, donate, programs):
     torch.manual_seed(0)
     tx = OPTIMIZERS[optimizer]()
     state = fx.init(MODELS[model](), tx, seed=0)
     step = fx.compile(fx.train_step(loss_fn, tx), donate=donate)
-    width = 8 if model == "deep" else 16
     for _ in range(3):
-        state, _ = step(state, {"x": torch.randn(5, width)})
-    print(
-        model,
-        optimizer,
-        donate,
-        None if splits[-1] is None else ([len(g.graph.nodes) for g in splits[-1].graphs], len(splits[-1].calls)),
-    )
+        state, _ = step(state, {"x": torch.randn(5, 8 if model == "deep" else 16)})
+    (program,) = programs
+    assert program is not None
+    assert _calls(program)[0] >= 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_layers_and_updates_are_compiled_once(dropout, programs):
+    tx = fx.optim.adamw(1e-2)
+    state = fx.init(Stack(layers=6, dropout=dropout), tx, seed=0)
+    fx.compile(fx.train_step(loss_fn, tx), donate=True)(state, {"x": torch.randn(5, 16)})
+    (program,) = programs
+    forward_backward_update = _calls(program)[:3]
+    assert min(forward_backward_update) >= 5  # the backward pass of the first layer may differ
+
+
+def test_guards_and_moving_averages_are_part_of_repeated_updates(programs):
+    tx = fx.optim.adamw(1e-2)
+    callbacks = [fx.callbacks.nan_guard(), fx.callbacks.ema(0.9)]
+    state = fx.init(Stack(layers=6), tx, seed=0)
+    data = [{"x": torch.randn(5, 16)}] * 3
+    fx.fit(state, fx.compile(fx.train_step(loss_fn, tx)), data, steps=3, callbacks=callbacks)
+    assert programs[0] is not None
+    written = [sum(node.target is WRITE for node in part.graph.nodes) for part in programs[0].graphs]
+    repeated = Counter(call.graph for call in programs[0].calls)
+    assert any(count >= 4 * 6 and repeated[index] >= 6 for index, count in enumerate(written))  # p, two moments, ema
+
+
+def test_updates_follow_the_gradients_that_they_read(programs):
+    tx = fx.optim.adamw(1e-2)
+    state = fx.init(Stack(layers=6), tx, seed=0)
+    fx.compile(fx.train_step(loss_fn, tx), donate=True)(state, {"x": torch.randn(5, 16)})
+    (program,) = programs
+    writes = [any(node.target is WRITE for node in program.graphs[call.graph].graph.nodes) for call in program.calls]
+    assert writes.index(True) < len(writes) - writes.count(True)  # not all of them at the end
+
+
+def test_values_are_freed_once_nothing_reads_them(programs):
+    tx = fx.optim.sgd(1e-2)
+    state = fx.init(Stack(layers=6), tx, seed=0)
+    fx.compile(fx.train_step(loss_fn, tx), donate=True)(state, {"x": torch.randn(5, 16)})
+    (program,) = programs
+    inputs = sum(node.op == "placeholder" for part in program.graphs[:1] for node in part.graph.nodes)
+    freed = Counter(slot for call in program.calls for slot in call.frees)
+    assert set(freed.values()) == {1}
+    for index, call in enumerate(program.calls):
+        assert freed.keys().isdisjoint(program.outputs)
+        assert all(slot not in later.reads for later in program.calls[index + 1 :] for slot in call.frees)
+    assert inputs
+
+
+def test_a_program_that_would_take_more_memory_is_not_used(programs, monkeypatch):
+    """Updates of wide layers without a graph of their own would keep all gradients until the end."""
+    monkeypatch.setattr(splitting, "_FREE_BYTES", 0)
+    monkeypatch.setattr(splitting, "repeated_layers", lambda *_: [])
+    tx = fx.optim.adamw(1e-2)
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    fx.compile(fx.train_step(loss_fn, tx), donate=True)(fx.init(module, tx, seed=0), {"x": torch.randn(2, 64)})
+    assert programs == [None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("donate", [True, False])
+def test_compiled_programs_are_saved_and_loaded(donate, small, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    tx = fx.optim.adamw(1e-2)
+    module, batch = Stack(), {"x": torch.randn(5, 16)}
+    states, parts = [], []
+    compiled = lowering._compiled
+    monkeypatch.setattr(lowering, "_compiled", lambda graph, *args: parts.append(graph) or compiled(graph, *args))
+    for whole in (False, False, True):
+        if whole:
+            monkeypatch.setattr(lowering, "split", lambda graph: None)
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+        state = fx.init(module, tx, seed=0)
+        step = fx.compile(fx.train_step(loss_fn, tx), donate=donate, check=False)
+        for _ in range(2):
+            state, _ = step(state, batch)
+        states.append(fx.tree.leaves(state))
+        parts.append(None)
+    first, second = parts.index(None), parts.index(None, parts.index(None) + 1)
+    assert first > 2  # several graphs
+    assert second == first + 1  # loaded
+    for program, loaded, whole in zip(*states, strict=True):
+        assert torch.equal(program, loaded)
+        torch.testing.assert_close(program, whole, rtol=1e-5, atol=1e-6)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from fxtrain.compiler.passes._nodes import is_write
 from fxtrain.compiler.passes._operands import element_of
 from fxtrain.compiler.passes._units import Repeat, Slice, Unit, Value, by_template, node_of, units_of
 
@@ -61,6 +62,10 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     results = _results(units, returned)
     if results is None:
         return None
+    # Views that others take by themselves.
+    idle = [not some and not any(map(is_write, unit.nodes)) for unit, some in zip(units, results, strict=True)]
+    units = [unit for unit, is_idle in zip(units, idle, strict=True) if not is_idle]
+    results = [some for some, is_idle in zip(results, idle, strict=True) if not is_idle]
     inputs = [node for node in nodes if node.op == "placeholder"]
     slots: dict[Value, int] = {node: index for index, node in enumerate(inputs)}
     for values in results:

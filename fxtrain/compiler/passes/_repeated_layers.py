@@ -8,27 +8,33 @@ from collections.abc import Container, Hashable, Sequence
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxtrain.compiler.passes._nodes import numel
+from fxtrain.compiler.passes._nodes import is_write, numel
 from fxtrain.compiler.passes._operands import Element, operands, structure
 from fxtrain.compiler.passes._repeats import Run, runs
+from fxtrain.core._graph_marks import pass_of
 
 _MAX_TRIED = 8
 
 
 def repeated_layers(graph: Graph, others: Container[Node], min_elements: int) -> list[list[list[Node]]]:
-    """Returns ranges of a graph that are the same operations on other tensors.
+    """Returns ranges of forward and backward passes that are the same operations on other tensors.
 
     Args:
-        graph: A graph that writes its inputs only by copies, after all other operations.
+        graph: A graph that writes its inputs only by copies, after all other operations. It may have one pass only,
+            without marks.
         others: Operations to leave out.
         min_elements: How many elements one instance computes at least, so that the call of it costs little.
 
     Returns:
         Lists of instances. An instance is the list of its operations, in the same order as in the other instances.
     """
-    nodes = [node for node in graph.nodes if node.op == "call_function" and node.users and node not in others]
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    is_marked = any(map(is_write, nodes)) or any(map(pass_of, nodes))
     kinds = dict[Hashable, int]()
-    sequence = [kinds.setdefault(structure([node]), len(kinds)) for node in nodes]
+    sequence = [
+        kinds.setdefault(node if node in others or (is_marked and not pass_of(node)) else structure([node]), len(kinds))
+        for node in nodes
+    ]
     living = _living(nodes)
     found: list[list[list[Node]]] = []
     for run in runs(sequence, [1] * len(nodes), list(map(numel, nodes)), min_elements):

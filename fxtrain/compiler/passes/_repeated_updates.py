@@ -13,6 +13,7 @@ from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
 from fxtrain.compiler.passes._operands import is_view_of_one, operands, structure
 from fxtrain.compiler.passes._repeats import runs
+from fxtrain.core._graph_marks import pass_of
 
 _MIN_ELEMENTS = 8
 _LAYOUT_ONLY = {"_to_copy", "clone", "expand"}
@@ -54,11 +55,16 @@ def _updates(graph: Graph) -> list[list[Node]]:
         readers = [reader for reader in node.users if reader.op != "output"]
         if is_write(node):
             leaders[node] = node
-        elif node.users and _is_elementwise(node) and all(map(leaders.__contains__, readers)):
-            if all(numel(node) == numel(reader) for reader in readers):
-                leaders[node] = node
-                for reader in readers:
-                    leaders[leader(reader)] = node
+        # Sums of a parameter's gradients are part of the backward pass.
+        elif (
+            node.users
+            and pass_of(node) is None
+            and _is_elementwise(node)
+            and all(reader in leaders and numel(reader) == numel(node) for reader in readers)
+        ):
+            leaders[node] = node
+            for reader in readers:
+                leaders[leader(reader)] = node
     # An update that reads what another one overwrites must be done in one call with it.
     written = {storage_id(_value(node.args[0])): node for node in leaders if is_write(node)}
     for node in list(leaders):

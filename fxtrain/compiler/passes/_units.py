@@ -7,8 +7,10 @@ import itertools
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.fx import Node
 
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import is_stored
 from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
@@ -95,9 +97,10 @@ def _in_ranges(nodes: Sequence[Node], layers: Sequence[Repeat], updates: Sequenc
 
 
 def _is_light(node: Node) -> bool:
-    """Whether an operation may be done early, because its result is small."""
-    is_simple = is_pointwise(node.target, ("once", "full", "full_like")) or is_view_of_one(node)
-    return is_simple and numel(node) <= _SMALL
+    """Whether an operation may be done early, because all its values are small."""
+    if getattr(node.target, "namespace", None) == COLLECTIVES or is_write(node):
+        return False
+    return all(numel(value) <= _SMALL for value in (node, *node.all_input_nodes))
 
 
 def _with_reads(units: Sequence[Unit], inlined: Container[Node | Element]) -> list[Unit]:
@@ -142,6 +145,17 @@ def _inlined(units: Sequence[Unit]) -> Container[Node | Element]:
     for index, unit in enumerate(units):
         for value in unit.reads:
             readers.setdefault(node_of(value), set()).add(index)
+    writers = {index for index, unit in enumerate(units) if any(map(is_write, unit.nodes))}
+    written = {storage_id(_overwritten(node)) for index in writers for node in units[index].nodes if is_write(node)}
+
+    def is_read_as_well(source: Node | Element, by: set[int]) -> bool:
+        if not isinstance(source, Node):
+            return False
+        if source.op == "placeholder":
+            # A unit that writes may come after one that has overwritten the input.
+            return by.isdisjoint(writers) or storage_id(source.meta["val"]) not in written
+        return by <= readers.get(source, set())
+
     depths: dict[Node | Element, int] = {}
     places: dict[Node, tuple[int, int]] = {}
     for template, group in by_template(units).items():
@@ -151,11 +165,7 @@ def _inlined(units: Sequence[Unit]) -> Container[Node | Element]:
             if not read or any(is_stored(node) or not is_pointwise(node.target, ()) for node in read):
                 continue
             sources = {node: list(operands(node, ())) for node in read}
-            if all(
-                isinstance(source, Node) and (source.op == "placeholder" or readers[node] <= readers.get(source, set()))
-                for node in read
-                for source in sources[node]
-            ):
+            if all(is_read_as_well(source, readers[node]) for node in read for source in sources[node]):
                 depth = 1 + max(depths.get(source, 0) for node in read for source in (*sources[node], node))
                 if depth <= _MAX_INLINED:
                     depths |= dict.fromkeys(read, depth)
@@ -186,8 +196,11 @@ def _with_early_updates(units: Sequence[Unit], updates: Sequence[Unit]) -> list[
                 readers[storage_id(node_of(value).meta["val"])] = index
     following: list[list[Unit]] = [[] for _ in units]
     for update in updates:
-        overwritten: list[Any] = [node.args[0] for node in update.nodes if is_write(node)]
         after = [home.get(node_of(value), 0) for value in update.reads]
-        after += [readers.get(storage_id(node.meta["val"]), 0) for node in overwritten]
+        after += [readers.get(storage_id(_overwritten(node)), 0) for node in update.nodes if is_write(node)]
         following[max(after)].append(update)
     return [each for unit, some in zip(units, following, strict=True) for each in (unit, *some)]
+
+
+def _overwritten(write: Any) -> Tensor:
+    return write.args[0].meta["val"]

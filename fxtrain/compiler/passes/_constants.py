@@ -1,0 +1,40 @@
+"""Replaces tensors of one element that a step has created from a number, which a trace keeps as constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxtrain._torch_internals.dispatch import without_dispatch_modes
+from fxtrain.compiler.passes._nodes import replace
+
+_COPY = torch.ops.aten.lift_fresh_copy.default
+
+
+def replace_constants(graph: GraphModule) -> GraphModule:
+    """Replaces copies of constants of one element by their number.
+
+    A graph with constants needs torch's wrappers at each call, and its compiled code cannot be saved.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned.
+    """
+    for node in graph.graph.find_nodes(op="get_attr"):
+        constant = getattr(graph, node.target, None)
+        copies = list(node.users)
+        if not isinstance(constant, Tensor) or constant.numel() != 1 or any(copy.target != _COPY for copy in copies):
+            continue
+        if constant.device.type != "cpu" or constant.layout != torch.strided or constant.dtype.is_complex:
+            continue
+        with without_dispatch_modes():
+            number = constant.item()
+        for copy in copies:
+            options = {"dtype": constant.dtype, "device": constant.device, "pin_memory": False}
+            with graph.graph.inserting_before(copy):
+                value = graph.graph.call_function(torch.ops.aten.full.default, (list(constant.shape), number), options)
+            replace(copy, value)
+        graph.graph.erase_node(node)
+        if not any(other.target == node.target for other in graph.graph.find_nodes(op="get_attr")):
+            delattr(graph, node.target)
+    return graph
