@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
 from fxtrain.compiler.passes._operands import is_view_of_one, operands, structure
+from fxtrain.compiler.passes._operators import once
 from fxtrain.compiler.passes._repeats import runs
 from fxtrain.core._graph_marks import pass_of
 
@@ -42,6 +43,27 @@ def repeated_updates(graph: Graph, min_elements: int) -> list[list[list[Node]]]:
     return found
 
 
+def keep_small_inputs(graph: Graph) -> None:
+    """Makes all that reads a small input, such as a flag, independent of when the input is overwritten.
+
+    Args:
+        graph: A graph that writes its inputs only by copies, after all other operations. It is modified in place.
+    """
+    for write in list(filter(is_write, graph.nodes)):
+        old: Any = write.args[0]
+        readers = [reader for reader in old.users if not is_write(reader)]
+        if readers and _is_small(old):
+            with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+                kept = graph.call_function(once(), (old,))
+            kept.meta.update(old.meta)
+            for reader in readers:
+                reader.replace_input_with(old, kept)
+
+
+def _is_small(node: Node) -> bool:
+    return numel(node) < _MIN_ELEMENTS
+
+
 def _updates(graph: Graph) -> list[list[Node]]:
     """Returns the operations of each update. What shares an operation is one update."""
     leaders: dict[Node, Node] = {}
@@ -69,7 +91,7 @@ def _updates(graph: Graph) -> list[list[Node]]:
     written = {storage_id(_value(node.args[0])): node for node in leaders if is_write(node)}
     for node in list(leaders):
         for operand in operands(node, leaders):
-            if isinstance(operand, Node) and operand.op == "placeholder":
+            if isinstance(operand, Node) and operand.op == "placeholder" and not _is_small(operand):
                 other = written.get(storage_id(_value(operand)), node)
                 leaders[leader(other)] = leader(node)
     updates: dict[Node, list[Node]] = {leader(node): [] for node in graph.nodes if node in leaders and _is_final(node)}
@@ -78,9 +100,7 @@ def _updates(graph: Graph) -> list[list[Node]]:
             updates[leader(node)].append(node)
     # Copies of what others compute are left to them. Small values take longer to call than to compute.
     return [
-        nodes
-        for nodes in updates.values()
-        if all(_computed(node) in leaders and numel(node) >= _MIN_ELEMENTS for node in nodes)
+        nodes for nodes in updates.values() if all(_computed(node) in leaders and not _is_small(node) for node in nodes)
     ]
 
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place
 from fxtrain.compiler.passes._liveness import Timeline
 from fxtrain.compiler.passes._nodes import is_write
-from fxtrain.compiler.passes._operators import once
 from fxtrain.compiler.passes._programs import Program, program_of
 from fxtrain.compiler.passes._repeated_layers import repeated_layers
-from fxtrain.compiler.passes._repeated_updates import repeated_updates
+from fxtrain.compiler.passes._repeated_updates import keep_small_inputs, repeated_updates
 from fxtrain.compiler.passes._units import Repeat, node_of, units_of
 
 # A call takes about as long as the smallest kernels, which work on this many elements.
 _MIN_ELEMENTS = 2**15
 # How much more memory a program may take at its peak: relative to the whole graph, and in bytes that do not matter.
 _MAX_PEAK, _FREE_BYTES = 1.05, 2**20
-_MAX_COPIED = 8  # elements
 
 
 def split(graph: GraphModule) -> Program | None:
@@ -33,11 +30,10 @@ def split(graph: GraphModule) -> Program | None:
     It takes at most a little more memory.
 
     Args:
-        graph: A graph from ``make_fx``. Reads of small inputs that it overwrites are replaced.
+        graph: A graph from ``make_fx``. Operations may be added that keep the old values of small inputs.
     """
     if not _is_simple(graph):
         return None
-    _keep_old_values(graph.graph)
     updates = repeated_updates(graph.graph, _MIN_ELEMENTS)
     layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, _MIN_ELEMENTS)
     timeline = Timeline(graph.graph)
@@ -45,6 +41,7 @@ def split(graph: GraphModule) -> Program | None:
     choices: list[tuple[list[Repeat], list[Repeat]]] = [([*layers], [*updates]), ([*layers], []), ([], [*updates])]
     for some_layers, some_updates in choices:
         if (some_layers or some_updates) and _peak(timeline, some_layers, some_updates) <= limit:
+            keep_small_inputs(graph.graph)
             return program_of(graph, some_layers, some_updates)
     return None
 
@@ -62,21 +59,6 @@ def _is_pure(node: Node) -> bool:
     # Attention is tagged as random even without dropout.
     is_random = torch.Tag.nondeterministic_seeded in node.target.tags
     return not is_random or argument_of(node.target, node.args, node.kwargs, "dropout_p") == 0
-
-
-def _keep_old_values(graph: Graph) -> None:
-    """Makes what reads a small input, such as a flag or a count, independent of when the input is overwritten."""
-    for write in list(filter(is_write, graph.nodes)):
-        old: Any = write.args[0]
-        if old.meta["val"].numel() > _MAX_COPIED:
-            continue
-        readers = [reader for reader in old.users if not (is_write(reader) and reader.args[0] is old)]
-        if readers:
-            with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-                kept = graph.call_function(once(), (old,))
-            kept.meta.update(old.meta)
-            for reader in readers:
-                reader.replace_input_with(old, kept)
 
 
 def _instances(repeats: Iterable[Repeat]) -> Iterable[Sequence[Node]]:
