@@ -246,3 +246,25 @@ def test_compiled_programs_are_saved_and_loaded(donate, small, monkeypatch, tmp_
     for program, loaded, whole in zip(*states, strict=True):
         assert torch.equal(program, loaded)
         torch.testing.assert_close(program, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_flags_that_a_step_reads_and_overwrites(small, monkeypatch, tmp_path):
+    """A guard undoes steps with NaNs, and counts them, in a program as in one graph."""
+    tx = fx.optim.adamw(1e-2)
+    module = Stack()
+    batches = [{"x": torch.randn(5, 16)} for _ in range(5)]
+    batches[1]["x"][0] = float("nan")
+    batches[3]["x"][0] = float("nan")
+    found, calls = [], []
+    programs = lowering._program
+    monkeypatch.setattr(lowering, "_program", lambda *args: calls.append(args) or programs(*args))
+    for name in ("program", "whole"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
+        state, step = fx.init(module, tx, seed=0), fx.compile(fx.train_step(loss_fn, tx), check=False)
+        callbacks = [fx.callbacks.nan_guard(), fx.callbacks.ema(0.9)]
+        found.append(fx.tree.leaves(fx.fit(state, step, batches, steps=5, callbacks=callbacks).state))
+        monkeypatch.setattr(lowering, "split", lambda graph: None)
+    assert len(calls) == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
