@@ -27,15 +27,17 @@ class Element(NamedTuple):
     value: Node
 
 
-def is_view_of_one(node: Node) -> bool:
-    """Whether a node is a view of one tensor, or one of several such views.
+def is_taken_again(node: Node) -> bool:
+    """Whether each part of a graph that reads a node takes it by itself: a view of one tensor, or a constant.
 
-    Parts of a graph take views by themselves, so that they exchange whole tensors.
+    So parts exchange whole tensors.
     """
     if node.op != "call_function":
         return False
+    if not node.all_input_nodes:
+        return True
     if node.target is operator.getitem:
-        return is_view_of_one(node.all_input_nodes[0])
+        return is_taken_again(node.all_input_nodes[0])
     return is_view(node.target) and node.all_input_nodes == [node.args[0]]
 
 
@@ -50,9 +52,9 @@ def element_of(node: Node) -> Element | None:
     if dimension not in ([], [0]) or not isinstance(tensor, Node) or not isinstance(index, int):
         return None
     base = tensor
-    while is_view_of_one(base):
+    while is_taken_again(base) and base.all_input_nodes:
         base = base.all_input_nodes[0]
-    return None if base.op == "placeholder" else Element(tensor, index, node)
+    return Element(tensor, index, node) if base.all_input_nodes else None
 
 
 def operands(node: Node, local: Container[Node], inlined: Container[Node | Element] = ()) -> Iterator[Node | Element]:
@@ -61,7 +63,7 @@ def operands(node: Node, local: Container[Node], inlined: Container[Node | Eleme
     Args:
         node: The operation.
         local: The operations of the part.
-        inlined: Operations that each part computes by itself, as it takes views.
+        inlined: Operations that each part computes by itself as well.
     """
     for other in _nodes_in((node.args, node.kwargs)):
         if other in local:
@@ -69,7 +71,7 @@ def operands(node: Node, local: Container[Node], inlined: Container[Node | Eleme
         element = element_of(other)
         if element is not None:
             yield element
-        elif other in inlined or is_view_of_one(other):
+        elif other in inlined or is_taken_again(other):
             yield from operands(other, local, inlined)
         else:
             yield other
@@ -86,7 +88,7 @@ def structure(nodes: Sequence[Node]) -> Hashable:
             element = element_of(value)
             if element is not None:
                 return ("element", _layout(element.value))
-            if is_view_of_one(value):
+            if is_taken_again(value):
                 return ("view", str(value.target), described((value.args, value.kwargs)))
             return _layout(value)
         if isinstance(value, list | tuple):

@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
 
 def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[Repeat]) -> Program | None:
-    """Returns a program that computes the same as a graph, or None if a part would have to return other than tensors.
+    """Returns a program that computes the same as a graph, or None if a part would exchange anything but tensors.
 
     Args:
         graph: A graph that writes its inputs only by copies, after all other operations.
@@ -62,10 +62,12 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     results = _results(units, returned)
     if results is None:
         return None
-    # Views that others take by themselves.
+    # Some parts are only views and constants, which others take by themselves.
     idle = [not some and not any(map(is_write, unit.nodes)) for unit, some in zip(units, results, strict=True)]
     units = [unit for unit, is_idle in zip(units, idle, strict=True) if not is_idle]
     results = [some for some, is_idle in zip(results, idle, strict=True) if not is_idle]
+    if not all(unit.reads for unit in units):
+        return None
     inputs = [node for node in nodes if node.op == "placeholder"]
     slots: dict[Value, int] = {node: index for index, node in enumerate(inputs)}
     for values in results:

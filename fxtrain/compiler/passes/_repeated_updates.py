@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
-from fxtrain.compiler.passes._operands import is_view_of_one, operands, structure
+from fxtrain.compiler.passes._operands import is_taken_again, operands, structure
 from fxtrain.compiler.passes._operators import once
 from fxtrain.compiler.passes._repeats import runs
 from fxtrain.core._graph_marks import pass_of
@@ -109,7 +109,7 @@ def _is_final(node: Node) -> bool:
 
 
 def _is_elementwise(node: Node) -> bool:
-    return is_pointwise(node.target, _LAYOUT_ONLY) or is_view_of_one(node)
+    return is_pointwise(node.target, _LAYOUT_ONLY) or is_taken_again(node)
 
 
 def _computed(node: Node) -> Any:

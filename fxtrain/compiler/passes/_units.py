@@ -14,7 +14,7 @@ from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import is_stored
 from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
-from fxtrain.compiler.passes._operands import Element, is_view_of_one, operands
+from fxtrain.compiler.passes._operands import Element, is_taken_again, operands
 
 _SMALL = 4096  # elements; such values are computed as early as possible, so that updates need not wait for them
 _MAX_INLINED = 4  # operations in a row
@@ -121,8 +121,8 @@ def _with_reads(units: Sequence[Unit], inlined: Container[Node | Element]) -> li
                 tensors.setdefault(tuple(element.tensor for element in column), []).append(column)
         for elements in tensors.values():
             reads += _slices(elements)
-        for index, values in zip(group, zip(*reads, strict=True), strict=True):
-            found[index] = units[index]._replace(reads=values)
+        for place, index in enumerate(group):
+            found[index] = units[index]._replace(reads=[column[place] for column in reads])
     return found
 
 
@@ -131,7 +131,7 @@ def _slices(columns: list[tuple[Element, ...]]) -> list[tuple[Value, ...]]:
     columns.sort(key=lambda column: column[0].index)
     rows = list(zip(*columns, strict=True))
     is_range = all(element.index == row[0].index + offset for row in rows for offset, element in enumerate(row))
-    if is_range and all(row[0].tensor.meta["val"].ndim == 1 and not is_view_of_one(row[0].tensor) for row in rows):
+    if is_range and all(row[0].tensor.meta["val"].ndim == 1 and not is_taken_again(row[0].tensor) for row in rows):
         return [tuple(Slice(row[0].tensor, row[0].index, row[0].index + len(row)) for row in rows)]
     return [tuple(element.value for element in column) for column in columns]
 
