@@ -268,3 +268,13 @@ def test_flags_that_a_step_reads_and_overwrites(small, monkeypatch, tmp_path):
     assert len(calls) == 1
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_that_cannot_be_split_is_compiled_as_a_whole(monkeypatch, caplog):
+    def broken(graph):
+        raise KeyError("a case that nobody thought of")
+
+    monkeypatch.setattr(lowering, "split", broken)
+    with caplog.at_level("DEBUG", logger=lowering.__name__):
+        assert lowering._split(torch.fx.symbolic_trace(nn.Linear(2, 1))) is None
+    assert "cannot be split" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ _Function = Callable[[list[Tensor]], Sequence[Tensor]]
 
 _EMPTY = types.CellType()
 
+_log = logging.getLogger(__name__)
+
 
 def compile_by_inductor(
     graph: GraphModule, examples: Sequence[Tensor], options: dict[str, Any], has_autocast: bool
@@ -40,7 +43,7 @@ def compile_by_inductor(
     """
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
     is_bare = not has_autocast and next(itertools.chain(graph.buffers(), graph.parameters()), None) is None
-    program = split(graph) if is_bare else None
+    program = _split(graph) if is_bare else None
     if program is None:
         compiled = _compiled(graph, examples, options, is_bare)
         return compiled._replace(call=_without_gradients(compiled.call))
@@ -70,6 +73,15 @@ def load_compiled(entry: Entry) -> Call:
     functions = list(map(load_light_code, parts, entry.header["kernels"]))
     calls = [programs.Call(*call) for call in entry.header["calls"]]
     return _without_gradients(_program(functions, calls, entry.header["outputs"]))
+
+
+def _split(graph: GraphModule) -> programs.Program | None:
+    """Returns a program for a graph. A graph that cannot be split is compiled as a whole."""
+    try:
+        return split(graph)
+    except Exception as error:
+        _log.debug("A graph cannot be split into repeated parts.", exc_info=error)
+        return None
 
 
 def _examples(graph: GraphModule) -> list[Tensor]:
