@@ -45,7 +45,7 @@ FIRST_STEP = (
     "search for vector instructions (3.7 s) runs in another thread.\n\n"
     "Operations that a step repeats on other tensors, as layers and updates of parameters do, are found in its graph "
     "and compiled once (`fxtrain/compiler/passes/_splitting.py`). A step is then a program of several graphs: six for "
-    "`small_gpt`, called 16 times a step. In one process with alternating rounds, the first call of `small_gpt` with "
+    "`small_gpt`, called 15 times a step. In one process with alternating rounds, the first call of `small_gpt` with "
     "an empty cache took 12.1 s of processor time as a program and 24.3 s as one graph, and that of `deep_gpt` 14.1 s "
     "and 52.0 s. Steps took the same time (ratios 0.998 and, on a busy machine, 1.07), and the parameters were the "
     "same bits after 100 steps. Steps whose parts would be too small to pay for the calls, such as those of "
