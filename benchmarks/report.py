@@ -48,7 +48,7 @@ FIRST_STEP = (
     "`small_gpt`, called 15 times a step. In one process with alternating rounds, the first call of `small_gpt` with "
     "an empty cache took 12.1 s of processor time as a program and 24.3 s as one graph, and that of `deep_gpt` 14.1 s "
     "and 52.0 s. Steps took the same time (ratios 0.998 and, on a busy machine, 1.07), and the parameters were the "
-    "same bits after 100 steps. Steps whose parts would be too small to pay for the calls, such as those of "
+    "same bits after at least 20 steps. Steps whose parts would be too small to pay for the calls, such as those of "
     "`many_leaves`, stay one graph.\n\n"
     "Regional compilation of torch 2.13 (`nested_compile_region`) fails inside `torch.func.grad` "
     '("Expected FakeTensor"), and needs marks in the model.'

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
-from fxtrain._torch_internals.dispatch import Operator, hides_writes, is_in_place, is_view
+from fxtrain._torch_internals.dispatch import Operator, hides_writes, is_in_place, is_last_write, is_view
 from fxtrain._torch_internals.interface import Interface
 from fxtrain._torch_internals.tracing import make_fx
 
@@ -102,7 +102,7 @@ def _is_simple(graph: GraphModule) -> bool:
 def _writes_last(graph: GraphModule) -> bool:
     """Whether a graph writes only to its inputs, by copies that come after all other operators."""
     operators = [node for node in graph.graph.nodes if isinstance(node.target, Operator)]
-    copies = list(itertools.takewhile(_is_last_write, reversed(operators)))
+    copies = list(itertools.takewhile(is_last_write, reversed(operators)))
     others = [node.target for node in operators[: len(operators) - len(copies)]]
     return not any(is_in_place(target) or hides_writes(target) for target in others)
 
@@ -144,13 +144,6 @@ def _has_same_layout(one: Node, other: Node) -> bool:
         and isinstance(b, Tensor)
         and (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
     )
-
-
-def _is_last_write(node: Node) -> bool:
-    if node.target is not _WRITE or node.users:
-        return False
-    target = node.args[0]
-    return isinstance(target, Node) and target.op == "placeholder"
 
 
 def _is_known(target: object) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from fxtrain._torch_internals.interface import Feature, Interface
@@ -120,6 +121,14 @@ def is_in_place(operator: Operator) -> bool:
         (True, False)
     """
     return operator._schema.is_mutable
+
+
+def is_last_write(node: Node) -> bool:
+    """Whether a node of a graph overwrites an input of the graph, and nothing reads its result."""
+    if node.target is not torch.ops.aten.copy_.default or node.users:
+        return False
+    written = node.args[0]
+    return isinstance(written, Node) and written.op == "placeholder"
 
 
 def hides_writes(operator: object) -> bool:

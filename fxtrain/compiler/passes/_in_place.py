@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 
-from fxtrain._torch_internals.dispatch import Operator, arguments_kept, is_in_place, is_view, out_of_place
-from fxtrain.compiler.passes._nodes import is_write
+from fxtrain._torch_internals.dispatch import (
+    Operator,
+    arguments_kept,
+    is_in_place,
+    is_last_write,
+    is_view,
+    out_of_place,
+)
 
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _PURE_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -63,7 +69,7 @@ def replace_in_place(graph: Graph) -> Graph:
 
 def _out_of_place(node: Node) -> Operator | None:
     """Returns the operator that computes what an operation writes into its first argument, if nothing else differs."""
-    if not isinstance(node.target, Operator) or not is_in_place(node.target) or is_write(node):
+    if not isinstance(node.target, Operator) or not is_in_place(node.target) or is_last_write(node):
         return None
     kept, found = arguments_kept(node.target), out_of_place(node.target)
     if found is None or kept[0] or not all(kept[1:]):

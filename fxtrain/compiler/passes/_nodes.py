@@ -35,14 +35,6 @@ def _writes(node: Node) -> bool:
     return node.target != torch.ops.aten.copy_.default or written.op != "placeholder"
 
 
-def is_write(node: Node) -> bool:
-    """Whether a node overwrites an input of the graph, and nothing reads its result."""
-    if node.target is not torch.ops.aten.copy_.default or node.users:
-        return False
-    written = node.args[0]
-    return isinstance(written, Node) and written.op == "placeholder"
-
-
 def numel(node: Node) -> int:
     """Returns the number of elements of a node's value."""
     value = node.meta.get("val")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fxtrain.compiler.passes._nodes import is_write
+from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain.compiler.passes._operands import element_of
 from fxtrain.compiler.passes._units import Repeat, Slice, Unit, Value, by_template, node_of, units_of
 
@@ -63,7 +63,7 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     if results is None:
         return None
     # Some parts are only views and constants, which others take by themselves.
-    idle = [not some and not any(map(is_write, unit.nodes)) for unit, some in zip(units, results, strict=True)]
+    idle = [not some and not any(map(is_last_write, unit.nodes)) for unit, some in zip(units, results, strict=True)]
     units = [unit for unit, is_idle in zip(units, idle, strict=True) if not is_idle]
     results = [some for some, is_idle in zip(results, idle, strict=True) if not is_idle]
     if not all(unit.reads for unit in units):

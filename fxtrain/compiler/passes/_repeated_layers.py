@@ -8,7 +8,8 @@ from collections.abc import Container, Hashable, Sequence
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxtrain.compiler.passes._nodes import is_write, numel
+from fxtrain._torch_internals.dispatch import is_last_write
+from fxtrain.compiler.passes._nodes import numel
 from fxtrain.compiler.passes._operands import Element, operands, structure
 from fxtrain.compiler.passes._repeats import Run, runs
 from fxtrain.core._graph_marks import pass_of
@@ -29,7 +30,7 @@ def repeated_layers(graph: Graph, others: Container[Node], min_elements: int) ->
         Lists of instances. An instance is the list of its operations, in the same order as in the other instances.
     """
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    is_marked = any(map(is_write, nodes)) or any(map(pass_of, nodes))
+    is_marked = any(map(is_last_write, nodes)) or any(map(pass_of, nodes))
     kinds = dict[Hashable, int]()
     sequence = [
         kinds.setdefault(node if node in others or (is_marked and not pass_of(node)) else structure([node]), len(kinds))

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain._torch_internals.memory import storage_id
-from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
+from fxtrain.compiler.passes._nodes import is_pointwise, numel
 from fxtrain.compiler.passes._operands import is_taken_again, operands, structure
 from fxtrain.compiler.passes._operators import once
 from fxtrain.compiler.passes._repeats import runs
@@ -39,7 +40,7 @@ def repeated_updates(graph: Graph, min_elements: int) -> list[list[list[Node]]]:
     for run in runs(sequence, [len(nodes) for nodes in updates], elements, min_elements):
         bounds = range(run.start, run.start + run.period * run.repeats + 1, run.period)
         parts = [list(itertools.chain(*updates[start:stop])) for start, stop in itertools.pairwise(bounds)]
-        found.append([sorted(nodes, key=is_write) for nodes in parts])
+        found.append([sorted(nodes, key=is_last_write) for nodes in parts])
     return found
 
 
@@ -49,9 +50,9 @@ def keep_small_inputs(graph: Graph) -> None:
     Args:
         graph: A graph that writes its inputs only by copies, after all other operations. It is modified in place.
     """
-    for write in list(filter(is_write, graph.nodes)):
+    for write in list(filter(is_last_write, graph.nodes)):
         old: Any = write.args[0]
-        readers = [reader for reader in old.users if not is_write(reader)]
+        readers = [reader for reader in old.users if not is_last_write(reader)]
         if readers and _is_small(old):
             with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
                 kept = graph.call_function(once(), (old,))
@@ -75,7 +76,7 @@ def _updates(graph: Graph) -> list[list[Node]]:
 
     for node in reversed(graph.nodes):
         readers = [reader for reader in node.users if reader.op != "output"]
-        if is_write(node):
+        if is_last_write(node):
             leaders[node] = node
         # Sums of a parameter's gradients are part of the backward pass.
         elif (
@@ -88,7 +89,7 @@ def _updates(graph: Graph) -> list[list[Node]]:
             for reader in readers:
                 leaders[leader(reader)] = node
     # An update that reads what another one overwrites must be done in one call with it.
-    written = {storage_id(_value(node.args[0])): node for node in leaders if is_write(node)}
+    written = {storage_id(_value(node.args[0])): node for node in leaders if is_last_write(node)}
     for node in list(leaders):
         for operand in operands(node, leaders):
             if isinstance(operand, Node) and operand.op == "placeholder" and not _is_small(operand):
@@ -105,7 +106,7 @@ def _updates(graph: Graph) -> list[list[Node]]:
 
 
 def _is_final(node: Node) -> bool:
-    return is_write(node) or any(reader.op == "output" for reader in node.users)
+    return is_last_write(node) or any(reader.op == "output" for reader in node.users)
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -114,7 +115,7 @@ def _is_elementwise(node: Node) -> bool:
 
 def _computed(node: Node) -> Any:
     """Returns what a write writes, or a node itself."""
-    return node.args[1] if is_write(node) else node
+    return node.args[1] if is_last_write(node) else node
 
 
 def _value(node: Any) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place
+from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place, is_last_write
 from fxtrain.compiler.passes._liveness import Timeline
-from fxtrain.compiler.passes._nodes import is_write
 from fxtrain.compiler.passes._programs import Program, program_of
 from fxtrain.compiler.passes._repeated_layers import repeated_layers
 from fxtrain.compiler.passes._repeated_updates import keep_small_inputs, repeated_updates
@@ -49,7 +48,7 @@ def split(graph: GraphModule) -> Program | None:
 def _is_simple(graph: GraphModule) -> bool:
     """Whether a graph has neither constants nor random numbers, and writes only its inputs, after everything else."""
     operations = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
-    before = itertools.dropwhile(is_write, reversed(operations))
+    before = itertools.dropwhile(is_last_write, reversed(operations))
     return all(node.target is operator.getitem or _is_pure(node) for node in before)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import is_stored
-from fxtrain.compiler.passes._nodes import is_pointwise, is_write, numel
+from fxtrain.compiler.passes._nodes import is_pointwise, numel
 from fxtrain.compiler.passes._operands import Element, is_taken_again, operands
 
 _SMALL = 4096  # elements; such values are computed as early as possible, so that updates need not wait for them
@@ -98,7 +99,7 @@ def _in_ranges(nodes: Sequence[Node], layers: Sequence[Repeat], updates: Sequenc
 
 def _is_light(node: Node) -> bool:
     """Whether an operation may be done early, because all its values are small."""
-    if getattr(node.target, "namespace", None) == COLLECTIVES or is_write(node):
+    if getattr(node.target, "namespace", None) == COLLECTIVES or is_last_write(node):
         return False
     return all(numel(value) <= _SMALL for value in (node, *node.all_input_nodes))
 
@@ -145,8 +146,10 @@ def _inlined(units: Sequence[Unit]) -> Container[Node | Element]:
     for index, unit in enumerate(units):
         for value in unit.reads:
             readers.setdefault(node_of(value), set()).add(index)
-    writers = {index for index, unit in enumerate(units) if any(map(is_write, unit.nodes))}
-    written = {storage_id(_overwritten(node)) for index in writers for node in units[index].nodes if is_write(node)}
+    writers = {index for index, unit in enumerate(units) if any(map(is_last_write, unit.nodes))}
+    written = {
+        storage_id(_overwritten(node)) for index in writers for node in units[index].nodes if is_last_write(node)
+    }
 
     def is_read_as_well(source: Node | Element, by: set[int]) -> bool:
         if not isinstance(source, Node):
@@ -197,7 +200,7 @@ def _with_early_updates(units: Sequence[Unit], updates: Sequence[Unit]) -> list[
     following: list[list[Unit]] = [[] for _ in units]
     for update in updates:
         after = [home.get(node_of(value), 0) for value in update.reads]
-        after += [readers.get(storage_id(_overwritten(node)), 0) for node in update.nodes if is_write(node)]
+        after += [readers.get(storage_id(_overwritten(node)), 0) for node in update.nodes if is_last_write(node)]
         following[max(after)].append(update)
     return [each for unit, some in zip(units, following, strict=True) for each in (unit, *some)]
 
