@@ -18,7 +18,9 @@ import fxtrain as fx
 from fxtrain.data import from_loader
 
 PROGRAM = pathlib.Path(__file__).with_name("worker_run.py")
-SECONDS = 30  # far longer than a shutdown, and far shorter than a hang
+# Far longer than a shutdown, and far shorter than a hang. A signal waits for the batch of a generator, and the first
+# batch for spawned workers to import torch. With three such runs on two cores, that took 11 s.
+SECONDS = 120
 GRACE = 5  # for helpers of multiprocessing to exit after their parent, on a busy machine
 
 

@@ -126,6 +126,17 @@ def linear_layers_run_by_onednn():
     torch.testing.assert_close(internals.dispatch.linear_by_onednn(x, weight, bias), x @ weight.t() + bias)
 
 
+@canary("torch.ops.aten._native_batch_norm_legit_functional.default")
+def batch_norms_can_return_statistics():
+    x, mean, variance = torch.rand(8, 3), torch.zeros(3), torch.ones(3)
+    *results, new_mean, new_variance = internals.dispatch.pure_batch_norm()(
+        x, None, None, mean, variance, True, 0.1, 1e-5
+    )
+    assert (mean.tolist(), variance.tolist()) == ([0, 0, 0], [1, 1, 1])
+    expected = torch.ops.aten.native_batch_norm(x, None, None, mean, variance, True, 0.1, 1e-5)
+    torch.testing.assert_close((*results, new_mean, new_variance), (*expected, mean, variance))
+
+
 @canary("torch.ops.aten._ctc_loss", "torch.ops.aten._ctc_loss_backward")
 def ctc_losses_have_gradients():
     scores = torch.rand(5, 1, 4).log_softmax(-1).requires_grad_()

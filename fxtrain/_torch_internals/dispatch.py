@@ -36,6 +36,9 @@ ITEM = Interface("torch.ops.aten._local_scalar_dense.default", "reading values i
 LINEAR = Interface("torch.ops.mkldnn._linear_pointwise", "matmuls by oneDNN", Feature.INDUCTOR)
 CTC = Interface("torch.ops.aten._ctc_loss", "CTC losses in a graph", Feature.TRACED)
 CTC_BACKWARD = Interface("torch.ops.aten._ctc_loss_backward", "CTC losses in a graph", Feature.TRACED)
+PURE_BATCH_NORM = Interface(
+    "torch.ops.aten._native_batch_norm_legit_functional.default", "programs of models with batch norms"
+)
 ATTENTION = Interface("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "FLOPs of attention in fx.explain")
 ATTENTION_BACKWARD = Interface(
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "FLOPs of attention in fx.explain"
@@ -213,6 +216,15 @@ def ctc_loss(
     losses, alphas = CTC.get()(scores, *given, blank, zero_infinity)
     ones = losses.new_ones(losses.shape)
     return losses, CTC_BACKWARD.get()(ones, scores, *given, losses, alphas, blank, zero_infinity)
+
+
+def pure_batch_norm() -> Operator | None:
+    """Returns the batch norm that returns its running statistics instead of writing them. None if torch lacks it.
+
+    It takes the arguments of ``torch.ops.aten.native_batch_norm``, and returns the running mean and the running
+    variance after that operator's results.
+    """
+    return PURE_BATCH_NORM.get() if PURE_BATCH_NORM.exists else None
 
 
 def attention_on_cpu() -> tuple[Any, Any]:

@@ -16,10 +16,10 @@ from fxtrain._torch_internals.dispatch import (
     is_last_write,
     is_view,
     out_of_place,
+    pure_batch_norm,
 )
 
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
-_PURE_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
 def replace_in_place(graph: Graph) -> Graph:
@@ -30,7 +30,7 @@ def replace_in_place(graph: Graph) -> Graph:
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    position = {node: index for index, node in enumerate(graph.nodes)}
+    norm, position = pure_batch_norm(), {node: index for index, node in enumerate(graph.nodes)}
 
     def is_alone(node: object, at: Node) -> bool:
         """Whether nothing else is in the memory of a value when the operation ``at`` is reached."""
@@ -46,9 +46,10 @@ def replace_in_place(graph: Graph) -> Graph:
                 reader.replace_input_with(old, new)
 
     for node in list(graph.nodes):
-        if node.target is _BATCH_NORM and node.args[5] and all(is_alone(part, node) for part in node.args[3:5]):
+        is_norm = node.target is _BATCH_NORM and node.args[5] and norm is not None
+        if is_norm and all(is_alone(part, node) for part in node.args[3:5]):
             with graph.inserting_before(node):
-                pure = graph.call_function(_PURE_BATCH_NORM, node.args)
+                pure = graph.call_function(norm, node.args)
                 new = [graph.call_function(operator.getitem, (pure, index)) for index in (3, 4)]
             statistics = [part.meta["val"] for part in node.args[3:5]]
             pure.meta.update({**node.meta, "val": (*node.meta["val"], *statistics)})
