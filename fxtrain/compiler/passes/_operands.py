@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
 from fxtrain._torch_internals.dispatch import is_view
+
+_RANGES = {torch.ops.aten.slice.Tensor, torch.ops.aten.split_with_sizes.default}
 
 
 class Element(NamedTuple):
@@ -38,7 +41,20 @@ def is_taken_again(node: Node) -> bool:
         return True
     if node.target is operator.getitem:
         return is_taken_again(node.all_input_nodes[0])
-    return is_view(node.target) and node.all_input_nodes == [node.args[0]]
+    return is_view(node.target) and node.all_input_nodes == [node.args[0]] and not _is_of_received(node)
+
+
+def _is_of_received(node: Node) -> bool:
+    """Whether a view is a range of a tensor that was transferred and that packs values of several readers.
+
+    The ranges differ, so readers that take them by themselves would not be equal.
+    """
+    if node.target not in _RANGES:
+        return False
+    base = node.args[0]
+    while isinstance(base, Node) and is_view(base.target):
+        base = base.args[0]
+    return isinstance(base, Node) and getattr(base.target, "namespace", None) == COLLECTIVES
 
 
 def element_of(node: Node) -> Element | None:

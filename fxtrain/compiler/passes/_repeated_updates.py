@@ -96,9 +96,14 @@ def _updates(graph: Graph) -> list[list[Node]]:
                 other = written.get(storage_id(_value(operand)), node)
                 leaders[leader(other)] = leader(node)
     updates: dict[Node, list[Node]] = {leader(node): [] for node in graph.nodes if node in leaders and _is_final(node)}
+    taken = set[Node]()
     for node in graph.nodes:
         if node in leaders:
-            updates[leader(node)].append(node)
+            # Views of what others compute may be among their operations, and are taken again where they are read.
+            if is_taken_again(node) and all(other in taken or other not in leaders for other in node.all_input_nodes):
+                taken.add(node)
+            else:
+                updates[leader(node)].append(node)
     # Copies of what others compute are left to them. Small values take longer to call than to compute.
     return [
         nodes for nodes in updates.values() if all(_computed(node) in leaders and not _is_small(node) for node in nodes)

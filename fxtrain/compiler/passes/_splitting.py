@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place, is_last_write
+from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import Timeline
 from fxtrain.compiler.passes._programs import Program, program_of
 from fxtrain.compiler.passes._repeated_layers import repeated_layers
@@ -19,8 +20,9 @@ from fxtrain.compiler.passes._units import Repeat, node_of, units_of
 
 # A call takes about as long as the smallest kernels, which work on this many elements.
 _MIN_ELEMENTS = 2**15
-# How much more memory a program may take at its peak: relative to the whole graph, and in bytes that do not matter.
-_MAX_PEAK, _FREE_BYTES = 1.05, 2**20
+# How much more memory a program may take at its peak: relative to the whole graph and its inputs, and in bytes that do
+# not matter.
+_MAX_MORE, _FREE_BYTES = 0.05, 2**20
 
 
 def split(graph: GraphModule) -> Program | None:
@@ -36,13 +38,19 @@ def split(graph: GraphModule) -> Program | None:
     updates = repeated_updates(graph.graph, _MIN_ELEMENTS)
     layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, _MIN_ELEMENTS)
     timeline = Timeline(graph.graph)
-    limit = _MAX_PEAK * timeline.peak().nbytes + _FREE_BYTES
+    whole = timeline.peak().nbytes
+    limit = whole + _MAX_MORE * (whole + _input_bytes(graph)) + _FREE_BYTES
     choices: list[tuple[list[Repeat], list[Repeat]]] = [([*layers], [*updates]), ([*layers], []), ([], [*updates])]
     for some_layers, some_updates in choices:
         if (some_layers or some_updates) and _peak(timeline, some_layers, some_updates) <= limit:
             keep_small_inputs(graph.graph)
             return program_of(graph, some_layers, some_updates)
     return None
+
+
+def _input_bytes(graph: GraphModule) -> int:
+    values = (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
+    return sum({storage_id(value): value.nbytes for value in values if isinstance(value, Tensor)}.values())
 
 
 def _is_simple(graph: GraphModule) -> bool:
