@@ -83,14 +83,35 @@ class Artefacts:
                 "other processes compile the step themselves."
             )
 
-    def turn(self, graph: str, facts: Mapping[str, str]) -> AbstractContextManager[None]:
-        """A context in which one process compiles a graph, while others wait for its file."""
+    def turn(self, graph: str, facts: Mapping[str, str], on_wait: Callable[[], None]) -> AbstractContextManager[bool]:
+        """A context in which one process compiles a graph, while others wait for its file.
+
+        Args:
+            graph: The hash of the graph.
+            facts: The facts of this process.
+            on_wait: Called once before this process waits.
+        """
         path = self._path(graph, facts)
-        return self._turn(
-            path.with_suffix(".lease"),
-            path.exists,
-            lambda: _log.info("Another process compiles this graph. Waiting for its file in %s.", self.folder),
-        )
+
+        def announce() -> None:
+            _log.info("Another process compiles this graph. Waiting for its file in %s.", self.folder)
+            on_wait()
+
+        return self._turn(path.with_suffix(".lease"), path.exists, announce)
+
+    def turn_of_part(
+        self, graph: str, facts: Mapping[str, str], part: int, *, waits: bool
+    ) -> AbstractContextManager[bool]:
+        """A context in which one process compiles a part of a graph. It yields whether that is this process.
+
+        Args:
+            graph: The hash of the graph.
+            facts: The facts of this process.
+            part: The index of the part.
+            waits: Whether to wait while another process compiles the part.
+        """
+        path = self._path(graph, facts).with_suffix(f".{part}.lease")
+        return self._turn(path, lambda: not waits, lambda: None)
 
     def mark_of_check(self, graph: str, facts: Mapping[str, str]) -> Path:
         """Returns the file whose existence says that a graph has passed its check."""

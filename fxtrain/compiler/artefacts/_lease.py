@@ -24,8 +24,10 @@ _MAX_WAIT_SECONDS = 1800.0
 
 
 @contextlib.contextmanager
-def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> Generator[None]:
+def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> Generator[bool]:
     """A context that one process at a time enters, unless the others have waited long enough or the work is done.
+
+    It yields whether this process holds the lease.
 
     Args:
         path: The file of the lease. Where it cannot be created, all processes enter immediately.
@@ -35,13 +37,13 @@ def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     if not _is_held(_creates(path), is_done, on_wait):
-        yield
+        yield False
         return
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, stop), name="fxtrain-lease", daemon=True)
     beats.start()
     try:
-        yield
+        yield True
     finally:
         stop.set()
         beats.join()
@@ -50,21 +52,21 @@ def turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -
 
 
 @contextlib.contextmanager
-def local_turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> Generator[None]:
+def local_turn(path: Path, is_done: Callable[[], bool], on_wait: Callable[[], None]) -> Generator[bool]:
     """A context like ``turn``, for the processes of one machine."""
     file: io.FileIO | None = None
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = io.FileIO(path, "a")
     if file is None:
-        yield
+        yield False
         return
     with file:
         close_in_children(file)
         descriptor = file.fileno()
         is_held = _is_held(lambda: try_lock(descriptor), is_done, on_wait)
         try:
-            yield
+            yield is_held
         finally:
             if is_held:
                 with contextlib.suppress(OSError):

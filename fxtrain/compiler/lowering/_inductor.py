@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxtrain._torch_internals.dispatch import grad_mode_setter
-from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, kernel_count
+from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, count_kernels, kernel_count
 from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.lowering._cuda_graphs import Call
 from fxtrain.compiler.lowering._light_code import NotStorableError, light_files, load_light_code
-from fxtrain.compiler.lowering._stored import Compiled
+from fxtrain.compiler.lowering._stored import Compiled, Turns
 from fxtrain.compiler.passes import _programs as programs
 from fxtrain.compiler.passes._splitting import split
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def compile_by_inductor(
-    graph: GraphModule, examples: Sequence[Tensor], options: dict[str, Any], has_autocast: bool
+    graph: GraphModule, examples: Sequence[Tensor], options: dict[str, Any], has_autocast: bool, turns: Turns
 ) -> Compiled:
     """Compiles a graph into a function of a tuple of tensors.
 
@@ -40,14 +40,17 @@ def compile_by_inductor(
         examples: Fake tensors, one for each input.
         options: Settings of Inductor by name.
         has_autocast: Whether autocast is active.
+        turns: The turns of processes that compile the same graph.
     """
-    # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
-    is_bare = not has_autocast and next(itertools.chain(graph.buffers(), graph.parameters()), None) is None
+    is_bare = _is_bare(graph, has_autocast)
     program = _split(graph) if is_bare else None
     if program is None:
         compiled = _compiled(graph, examples, options, is_bare)
         return compiled._replace(call=_without_gradients(compiled.call))
-    parts = [_compiled(part, _examples(part), options, is_bare) for part in program.graphs]
+    parts: list[Compiled] = []
+    for index, part in enumerate(program.graphs):
+        with turns(index, waits=True):
+            parts.append(_compiled(part, _examples(part), options, is_bare))
 
     def files() -> dict[str, bytes]:
         return {f"{index}/{name}": file for index, part in enumerate(parts) for name, file in part.files().items()}
@@ -56,6 +59,30 @@ def compile_by_inductor(
     kernels = [part.header["kernels"] for part in parts]
     header = {"kernels": kernels, "calls": program.calls, "outputs": program.outputs}
     return Compiled(_without_gradients(function), files, header)
+
+
+def help_inductor(
+    graph: GraphModule, options: dict[str, Any], has_autocast: bool, turns: Turns, is_done: Callable[[], bool]
+) -> None:
+    """Compiles parts of a graph into Inductor's cache, while another process compiles them in the opposite order.
+
+    Args:
+        graph: As for ``compile_by_inductor``.
+        options: As for ``compile_by_inductor``.
+        has_autocast: As for ``compile_by_inductor``.
+        turns: As for ``compile_by_inductor``.
+        is_done: Whether the graph is compiled.
+    """
+    program = _split(graph) if _is_bare(graph, has_autocast) else None
+    parts = [] if program is None else list(enumerate(program.graphs))
+    for index, part in reversed(parts):
+        with turns(index, waits=False) as is_ours:
+            if is_done():
+                return
+            if is_ours:
+                made = _compiled(part, _examples(part), options, is_bare=True)
+                # The kernels are counted when the whole graph is loaded.
+                count_kernels(-made.header["kernels"])
 
 
 def load_compiled(entry: Entry) -> Call:
@@ -73,6 +100,11 @@ def load_compiled(entry: Entry) -> Call:
     functions = list(map(load_light_code, parts, entry.header["kernels"]))
     calls = [programs.Call(*call) for call in entry.header["calls"]]
     return _without_gradients(_program(functions, calls, entry.header["outputs"]))
+
+
+def _is_bare(graph: GraphModule, has_autocast: bool) -> bool:
+    """Whether a graph can do without torch's wrappers, which pass constants to it and switch off autocast."""
+    return not has_autocast and next(itertools.chain(graph.buffers(), graph.parameters()), None) is None
 
 
 def _split(graph: GraphModule) -> programs.Program | None:

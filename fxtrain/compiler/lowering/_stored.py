@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -41,6 +43,16 @@ class Compiled(NamedTuple):
     header: Mapping[str, Any]
 
 
+class Turns(Protocol):
+    """Returns a context in which one process compiles a part of a graph. It yields whether that is this process."""
+
+    def __call__(self, part: int, *, waits: bool) -> AbstractContextManager[bool]: ...
+
+
+def _always(part: int, *, waits: bool) -> AbstractContextManager[bool]:
+    return contextlib.nullcontext(True)
+
+
 class GraphFiles:
     """The files of a graph.
 
@@ -66,19 +78,26 @@ class GraphFiles:
         self._artefacts = artefacts
         self.mark: Path | None = None
 
-    def compiled_or_loaded(self, compile_graph: Callable[[], Compiled], load: Callable[[Entry], Any]) -> Any:
+    def compiled_or_loaded(
+        self,
+        compile_graph: Callable[[Turns], Compiled],
+        load: Callable[[Entry], Any],
+        help_compile: Callable[[Turns, Callable[[], bool]], None] | None = None,
+    ) -> Any:
         """Returns the function of the graph: from a file where one works here, otherwise compiled and then saved.
 
         Args:
             compile_graph: Compiles the graph.
             load: Makes the function of a file.
+            help_compile: Compiles parts of the graph while another process compiles it, until a function says that the
+                graph is done. None if the graph has no parts.
         """
         artefacts = self._artefacts
         reason = _unstorable(self._graph, self._examples)
         if reason is not None:
             if artefacts is not None:
                 _cannot_save(artefacts, reason)
-            return compile_graph().call
+            return compile_graph(_always).call
         key, facts = graph_hash(self._graph, self._examples, self._options), facts_of(self._examples)
         local = local_artefacts()
         if local is not None:
@@ -88,14 +107,25 @@ class GraphFiles:
         if found is not None:
             return found
         shared = folders[0] if folders else None
-        with contextlib.nullcontext() if shared is None else shared.turn(key, facts):
+        # Parts are exchanged by Inductor's cache, which belongs to this machine.
+        turns = _always if local is None else functools.partial(local.turn_of_part, key, facts)
+
+        def on_wait() -> None:
+            if help_compile is not None and shared is not None:
+                try:
+                    help_compile(turns, functools.partial(shared.has, key, facts))
+                except Exception as error:
+                    # The process that compiles the whole graph reports what fails.
+                    _log.debug("A part of a graph cannot be compiled.", exc_info=error)
+
+        with contextlib.nullcontext() if shared is None else shared.turn(key, facts, on_wait):
             # Another process may have compiled it meanwhile.
             if shared is not None and shared.has(key, facts):
                 found = _loaded([shared], key, facts, load)
                 if found is not None:
                     return found
             began = time.perf_counter()
-            compiled = compile_graph()
+            compiled = compile_graph(turns)
             if folders:
                 try:
                     files = compiled.files()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ from fxtrain.compiler.lowering._compile_thread import compiler_lock
 from fxtrain.compiler.lowering._cuda_graphs import Call, CudaCaptures, CudaGraphReplay, only_gpu
 from fxtrain.compiler.lowering._executable import Backend, Executable
 from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
-from fxtrain.compiler.lowering._inductor import compile_by_inductor, load_compiled
+from fxtrain.compiler.lowering._inductor import compile_by_inductor, help_inductor, load_compiled
 from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, compile_ahead, load_ahead, without_cuda_graphs
 from fxtrain.compiler.lowering._side_effects import detecting_side_effects
-from fxtrain.compiler.lowering._stored import Compiled, GraphFiles
+from fxtrain.compiler.lowering._stored import Compiled, GraphFiles, Turns
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._constants import replace_constants
@@ -53,6 +53,8 @@ from fxtrain.compiler.passes._transfer_buckets import Reshard
 from fxtrain.compiler.passes._transfers import place_transfers
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.step import EvalFunction, Step
+
+R = TypeVar("R")
 
 # Inductor's assertions on input sizes repeat what the caller has just checked, and add to the dispatch overhead.
 _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
@@ -171,7 +173,7 @@ def trace_step(
             call = _compiled_by(backend, graph, fakes)
         elif mode == AHEAD:
             compiler = functools.partial(_with_inductor, Feature.AHEAD, compile_ahead, graph, examples, options)
-            call = files.compiled_or_loaded(compiler, load_ahead)
+            call = files.compiled_or_loaded(lambda turns: compiler(), load_ahead)
         else:
             call = _compiled(graph, fakes, options, has_autocast, files)
         if gpu is not None:
@@ -232,14 +234,18 @@ def _compiled(
     files: GraphFiles,
 ) -> Call:
     """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
-    compiler = functools.partial(
-        _with_inductor, Feature.INDUCTOR, compile_by_inductor, graph, fakes, options, has_autocast
-    )
-    return files.compiled_or_loaded(compiler, load_compiled)
+
+    def compile_graph(turns: Turns) -> Compiled:
+        return _with_inductor(Feature.INDUCTOR, compile_by_inductor, graph, fakes, options, has_autocast, turns)
+
+    def help_compile(turns: Turns, is_done: Callable[[], bool]) -> None:
+        _with_inductor(Feature.INDUCTOR, help_inductor, graph, options, has_autocast, turns, is_done)
+
+    return files.compiled_or_loaded(compile_graph, load_compiled, help_compile)
 
 
-def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *arguments: object) -> Compiled:
-    """Compiles by Inductor, which takes seconds to import.
+def _with_inductor(feature: Feature, function: Callable[..., R], *arguments: object) -> R:
+    """Calls a function that compiles by Inductor, which takes seconds to import.
 
     Raises:
         UnsupportedError: The installed torch lacks an interface of Inductor.
@@ -247,7 +253,7 @@ def _with_inductor(feature: Feature, compiler: Callable[..., Compiled], *argumen
     if not supports(Feature.INDUCTOR | feature):
         raise UnsupportedError
     register_lowerings()
-    return compiler(*arguments)
+    return function(*arguments)
 
 
 def _compiled_by(backend: Backend, graph: GraphModule, fakes: Sequence[Tensor]) -> Call:

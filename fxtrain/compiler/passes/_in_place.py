@@ -46,8 +46,8 @@ def replace_in_place(graph: Graph) -> Graph:
                 reader.replace_input_with(old, new)
 
     for node in list(graph.nodes):
-        is_norm = node.target is _BATCH_NORM and node.args[5] and norm is not None
-        if is_norm and all(is_alone(part, node) for part in node.args[3:5]):
+        is_training = node.target is _BATCH_NORM and node.args[5]
+        if norm is not None and is_training and all(is_alone(part, node) for part in node.args[3:5]):
             with graph.inserting_before(node):
                 pure = graph.call_function(norm, node.args)
                 new = [graph.call_function(operator.getitem, (pure, index)) for index in (3, 4)]

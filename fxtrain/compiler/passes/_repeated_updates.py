@@ -52,7 +52,7 @@ def keep_small_inputs(graph: Graph) -> None:
     """
     for write in list(filter(is_last_write, graph.nodes)):
         old: Any = write.args[0]
-        readers = [reader for reader in old.users if not is_last_write(reader)]
+        readers = [reader for reader in old.users if not is_last_write(reader) and reader.target != once()]
         if readers and _is_small(old):
             with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
                 kept = graph.call_function(once(), (old,))
