@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fxtrain._torch_internals.collectives import is_exchange, is_wait, of_many
+from fxtrain.compiler.passes._repeats import runs
 from fxtrain.core._graph_marks import transfers_of
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ Reshard = Literal["after_forward", "after_backward", "off"]
 """When a step frees the whole parameters of a sharded state: ``compile`` describes the values."""
 
 _MIN_BYTES, _MAX_BYTES, _BUCKETS = 2**20, 25 * 2**20, 12
+_MAX_EXCESS = 1.5  # of the bytes of a bucket, so that it may hold a whole layer
 
 
 def bucket_bytes(sizes: Iterable[int], reshard: Reshard) -> int:
@@ -26,21 +28,42 @@ def bucket_bytes(sizes: Iterable[int], reshard: Reshard) -> int:
 
 
 def in_buckets(items: Iterable[T], limit: int, size: Callable[[T], int], kind: Callable[[T], object]) -> list[list[T]]:
-    """Splits items in order into buckets of at most ``limit`` bytes, or one item, and of one kind.
+    """Splits items in order into buckets of about ``limit`` bytes, or one item, and of one kind.
+
+    Where items repeat, as those of layers do, so do the buckets: the code of layers with equal transfers is equal.
 
     Example:
         >>> in_buckets([3, 1, 2, 9, 1], 4, lambda item: item, lambda item: item > 8)
         [[3, 1], [2], [9], [1]]
+        >>> in_buckets([7, 2, 3, 2, 3, 2, 3, 8], 5, lambda item: item, lambda item: 0)
+        [[7], [2, 3], [2, 3], [2, 3], [8]]
     """
+    items = list(items)
+    sizes = list(map(size, items))
+    limits = _limits(sizes, list(map(kind, items)), limit)
     found: list[list[T]] = []
     total = 0
-    for item in items:
-        if found and total + size(item) <= limit and kind(found[-1][0]) == kind(item):
+    for place, item in enumerate(items):
+        is_next = place not in limits and total + sizes[place] <= limit and kind(found[-1][0]) == kind(item)
+        if is_next:
             found[-1].append(item)
         else:
             found.append([item])
-            total = 0
-        total += size(item)
+            total, limit = 0, limits.get(place, limit)
+        total += sizes[place]
+    return found
+
+
+def _limits(sizes: Sequence[int], kinds: Sequence[object], limit: int) -> dict[int, int]:
+    """Returns where repeated items and the others begin, with the limit of the buckets from there on."""
+    numbers = dict[object, int]()
+    sequence = [numbers.setdefault(each, len(numbers)) for each in zip(sizes, kinds, strict=True)]
+    found = {0: limit}
+    for run in runs(sequence, sizes, sizes, limit // 2):
+        part = sum(sizes[run.start : run.start + run.period])
+        stop = run.start + run.period * run.repeats
+        found |= dict.fromkeys(range(run.start, stop, run.period), part if part < _MAX_EXCESS * limit else limit)
+        found.setdefault(stop, limit)
     return found
 
 
