@@ -74,6 +74,8 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
         slots |= zip(values, itertools.count(len(slots)), strict=False)
     outputs = [slots[node] for node in returned]
     reads = [[slots[value] for value in unit.reads] for unit in units]
+    ready = itertools.accumulate(map(len, results), initial=len(inputs))
+    assert all(max(some) < count for some, count in zip(reads, ready, strict=False)), "a call reads later results"
     # A result that only other instances of a part are asked for is freed after the call.
     last = {slots[value]: index + 1 for index, values in enumerate(results) for value in values}
     last |= {slot: index for index, some in enumerate(reads) for slot in some if slot >= len(inputs)}

@@ -13,13 +13,16 @@ from torch.fx import GraphModule, Node
 from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place, is_last_write
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import Timeline
+from fxtrain.compiler.passes._nodes import numel
 from fxtrain.compiler.passes._programs import Program, program_of
 from fxtrain.compiler.passes._repeated_layers import repeated_layers
 from fxtrain.compiler.passes._repeated_updates import keep_small_inputs, repeated_updates
+from fxtrain.compiler.passes._repeats import MAX_CALLS
 from fxtrain.compiler.passes._units import Repeat, node_of, units_of
 
-# A call takes about as long as the smallest kernels, which work on this many elements.
-_MIN_ELEMENTS = 2**15
+# A call takes about as long as the smallest kernels, which work on this many elements. In a graph that computes very
+# many more, parts may be of any size.
+_MIN_ELEMENTS, _ANY_SIZE_FACTOR = 2**15, 100 * MAX_CALLS
 # How much more memory a program may take at its peak: relative to the whole graph and its inputs, and in bytes that do
 # not matter.
 _MAX_MORE, _FREE_BYTES = 0.05, 2**20
@@ -35,8 +38,10 @@ def split(graph: GraphModule) -> Program | None:
     """
     if not _is_simple(graph):
         return None
-    updates = repeated_updates(graph.graph, _MIN_ELEMENTS)
-    layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, _MIN_ELEMENTS)
+    is_any_size = sum(map(numel, graph.graph.nodes)) > _ANY_SIZE_FACTOR * _MIN_ELEMENTS
+    min_elements = 1 if is_any_size else _MIN_ELEMENTS
+    updates = repeated_updates(graph.graph, min_elements)
+    layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, min_elements)
     timeline = Timeline(graph.graph)
     whole = timeline.peak().nbytes
     limit = whole + _MAX_MORE * (whole + _input_bytes(graph)) + _FREE_BYTES

@@ -19,7 +19,6 @@ Reshard = Literal["after_forward", "after_backward", "off"]
 """When a step frees the whole parameters of a sharded state: ``compile`` describes the values."""
 
 _MIN_BYTES, _MAX_BYTES, _BUCKETS = 2**20, 25 * 2**20, 12
-_MAX_EXCESS = 1.5  # of the bytes of a bucket, so that it may hold a whole layer
 
 
 def bucket_bytes(sizes: Iterable[int], reshard: Reshard) -> int:
@@ -28,42 +27,38 @@ def bucket_bytes(sizes: Iterable[int], reshard: Reshard) -> int:
 
 
 def in_buckets(items: Iterable[T], limit: int, size: Callable[[T], int], kind: Callable[[T], object]) -> list[list[T]]:
-    """Splits items in order into buckets of about ``limit`` bytes, or one item, and of one kind.
+    """Splits items in order into buckets of at most ``limit`` bytes, or one item, and of one kind.
 
-    Where items repeat, as those of layers do, so do the buckets: the code of layers with equal transfers is equal.
+    Where items repeat, as those of layers do, so do the buckets, so that the code of the layers stays equal.
 
     Example:
         >>> in_buckets([3, 1, 2, 9, 1], 4, lambda item: item, lambda item: item > 8)
         [[3, 1], [2], [9], [1]]
-        >>> in_buckets([7, 2, 3, 2, 3, 2, 3, 8], 5, lambda item: item, lambda item: 0)
-        [[7], [2, 3], [2, 3], [2, 3], [8]]
+        >>> in_buckets([20, 40, 60, 40, 60, 40, 60, 20], 100, lambda item: item, lambda item: False)
+        [[20], [40, 60], [40, 60], [40, 60], [20]]
     """
     items = list(items)
     sizes = list(map(size, items))
-    limits = _limits(sizes, list(map(kind, items)), limit)
+    starts = _starts_of_repeats(sizes, list(map(kind, items)), limit)
     found: list[list[T]] = []
     total = 0
-    for place, item in enumerate(items):
-        is_next = place not in limits and total + sizes[place] <= limit and kind(found[-1][0]) == kind(item)
-        if is_next:
+    for index, item in enumerate(items):
+        if found and index not in starts and total + sizes[index] <= limit and kind(found[-1][0]) == kind(item):
             found[-1].append(item)
         else:
             found.append([item])
-            total, limit = 0, limits.get(place, limit)
-        total += sizes[place]
+            total = 0
+        total += sizes[index]
     return found
 
 
-def _limits(sizes: Sequence[int], kinds: Sequence[object], limit: int) -> dict[int, int]:
-    """Returns where repeated items and the others begin, with the limit of the buckets from there on."""
+def _starts_of_repeats(sizes: Sequence[int], kinds: Sequence[object], limit: int) -> set[int]:
+    """Returns where parts that repeat begin, and where they end. Small ones are taken together."""
     numbers = dict[object, int]()
     sequence = [numbers.setdefault(each, len(numbers)) for each in zip(sizes, kinds, strict=True)]
-    found = {0: limit}
+    found = set[int]()
     for run in runs(sequence, sizes, sizes, limit // 2):
-        part = sum(sizes[run.start : run.start + run.period])
-        stop = run.start + run.period * run.repeats
-        found |= dict.fromkeys(range(run.start, stop, run.period), part if part < _MAX_EXCESS * limit else limit)
-        found.setdefault(stop, limit)
+        found.update(range(run.start, run.start + run.period * run.repeats + 1, run.period))
     return found
 
 

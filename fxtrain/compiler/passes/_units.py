@@ -15,7 +15,7 @@ from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import is_stored
 from fxtrain.compiler.passes._nodes import is_pointwise, numel
-from fxtrain.compiler.passes._operands import Element, is_taken_again, operands
+from fxtrain.compiler.passes._operands import Element, element_of, is_taken_again, operands
 
 _SMALL = 4096  # elements; such values are computed as early as possible, so that updates need not wait for them
 _MAX_INLINED = 4  # operations in a row
@@ -83,10 +83,11 @@ def _in_ranges(nodes: Sequence[Node], layers: Sequence[Repeat], updates: Sequenc
     for index, node in enumerate(nodes):
         if node.op != "call_function" or node in repeated:
             continue
-        place = bisect.bisect(starts, index)
-        if _is_light(node):
-            place = max((earliest[other] for other in node.all_input_nodes if other in earliest), default=0)
-        earliest[node] = place
+        ready = max((earliest[other] for other in node.all_input_nodes if other in earliest), default=0)
+        if _is_left_to_readers(node):
+            earliest[node] = ready
+            continue
+        earliest[node] = place = ready if _is_light(node) else bisect.bisect(starts, index)
         between[place].append(node)
     units: list[Unit] = []
     for some, layer in itertools.zip_longest(between, found):
@@ -95,6 +96,11 @@ def _in_ranges(nodes: Sequence[Node], layers: Sequence[Repeat], updates: Sequenc
         if layer is not None:
             units.append(Unit(layer[2], (), layer[1]))
     return units
+
+
+def _is_left_to_readers(node: Node) -> bool:
+    """Whether a node is a view or a constant of which only its readers have a use, so that it extends no lifetime."""
+    return is_taken_again(node) and element_of(node) is None and all(user.op != "output" for user in node.users)
 
 
 def _is_light(node: Node) -> bool:
