@@ -108,9 +108,8 @@ def _updates(graph: Graph) -> list[list[Node]]:
             else:
                 updates[leader(node)].append(node)
     # Copies of what others compute are left to them. Small values take longer to call than to compute.
-    found = [
-        nodes for nodes in updates.values() if all(_computed(node) in leaders and not _is_small(node) for node in nodes)
-    ]
+    found = (nodes for nodes in updates.values() if nodes)
+    found = (nodes for nodes in found if all(_computed(node) in leaders and not _is_small(node) for node in nodes))
     return sorted(found, key=_readiness(graph))
 
 
