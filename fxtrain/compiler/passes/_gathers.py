@@ -25,8 +25,6 @@ from fxtrain.compiler.passes._transfer_buckets import (
 from fxtrain.core._graph_marks import Pass, pass_of
 
 _COPIES = ("_to_copy", "clone")
-# Buckets of parameters are larger than those of gradients, whose exchange takes about three times their bytes.
-_MORE = 1.5
 
 
 @dataclasses.dataclass
@@ -84,7 +82,7 @@ def place_gathers(graph: Graph, starts: Sequence[Any], reshard: Reshard) -> None
     parameters = [_Parameter(start, before(start, order), _whole(start, order)) for start in starts]
     uses = [use for each in parameters for use in _uses(each, order, reshard)]
     uses.sort(key=lambda use: use.first)
-    limit = int(_MORE * bucket_bytes((each.nbytes for each in parameters), reshard))
+    limit = bucket_bytes((each.nbytes for each in parameters), reshard)
     buckets = in_buckets(
         _joined(uses), limit, lambda use: use.parameter.nbytes, lambda use: (use.key, kind_of(use.parameter.start))
     )

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.collectives import is_wait
 from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain.compiler.passes._operands import element_of
 from fxtrain.compiler.passes._units import Repeat, Slice, Unit, Value, by_template, node_of, units_of
@@ -60,7 +62,7 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     returned: Any = graph.graph.output_node().args[0]
     units = units_of(nodes, layers, updates)
     results = _results(units, returned)
-    if results is None:
+    if results is None or not all(map(_waits_for_its_transfers, units)):
         return None
     # Some parts are only views and constants, which others take by themselves.
     idle = [not some and not any(map(is_last_write, unit.nodes)) for unit, some in zip(units, results, strict=True)]
@@ -86,6 +88,21 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     number = {template: index for index, template in enumerate(templates)}
     calls = [Call(number[unit.template], *slots) for unit, *slots in zip(units, reads, frees, strict=False)]
     return Program([_graph(unit, some) for unit, some in templates.values()], calls, outputs)
+
+
+def _waits_for_its_transfers(unit: Unit) -> bool:
+    """Whether a unit also waits for the transfers that it starts. Inductor keeps what is sent until it waits."""
+    local = set(unit.nodes)
+    transfers = (node for node in unit.nodes if getattr(node.target, "namespace", None) == COLLECTIVES)
+    todo, seen = [node for node in transfers if not is_wait(node.target)], set[Node]()
+    while todo:
+        node = todo.pop()
+        if node not in local:
+            return False
+        if node not in seen and not is_wait(node.target):
+            seen.add(node)
+            todo += node.users
+    return True
 
 
 def _results(units: Sequence[Unit], returned: Sequence[object]) -> list[list[Value]] | None:

@@ -19,6 +19,7 @@ from fxtrain.compiler.passes._repeated_layers import repeated_layers
 from fxtrain.compiler.passes._repeated_updates import keep_small_inputs, repeated_updates
 from fxtrain.compiler.passes._repeats import MAX_CALLS
 from fxtrain.compiler.passes._units import Repeat, node_of, units_of
+from fxtrain.core._graph_marks import transfers_of
 
 # A call takes about as long as the smallest kernels, which work on this many elements. In a graph that computes very
 # many more, parts may be of any size.
@@ -59,8 +60,14 @@ def _input_bytes(graph: GraphModule) -> int:
 
 
 def _is_simple(graph: GraphModule) -> bool:
-    """Whether a graph has neither constants nor random numbers, and writes only its inputs, after everything else."""
+    """Whether a graph has neither constants nor random numbers, and writes only its inputs, after everything else.
+
+    Sharded steps are compiled as a whole: a part that starts a transfer and does not wait for its end would reuse the
+    memory that is sent.
+    """
     operations = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+    if any(map(transfers_of, operations)):
+        return False
     before = itertools.dropwhile(is_last_write, reversed(operations))
     return all(node.target is operator.getitem or _is_pure(node) for node in before)
 
