@@ -13,17 +13,14 @@ from torch.fx import GraphModule, Node
 from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place, is_last_write
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import Timeline
-from fxtrain.compiler.passes._nodes import numel
 from fxtrain.compiler.passes._programs import Program, program_of
 from fxtrain.compiler.passes._repeated_layers import repeated_layers
 from fxtrain.compiler.passes._repeated_updates import keep_small_inputs, repeated_updates
-from fxtrain.compiler.passes._repeats import MAX_CALLS
 from fxtrain.compiler.passes._units import Repeat, node_of, units_of
 from fxtrain.core._graph_marks import transfers_of
 
-# A call takes about as long as the smallest kernels, which work on this many elements. In a graph that computes very
-# many more, parts may be of any size.
-_MIN_ELEMENTS, _ANY_SIZE_FACTOR = 2**15, 100 * MAX_CALLS
+# A call takes about as long as the smallest kernels, which work on this many elements.
+_MIN_ELEMENTS = 2**15
 # How much more memory a program may take at its peak: relative to the whole graph and its inputs, and in bytes that do
 # not matter.
 _MAX_MORE, _FREE_BYTES = 0.05, 2**20
@@ -39,10 +36,8 @@ def split(graph: GraphModule) -> Program | None:
     """
     if not _is_simple(graph):
         return None
-    is_any_size = sum(map(numel, graph.graph.nodes)) > _ANY_SIZE_FACTOR * _MIN_ELEMENTS
-    min_elements = 1 if is_any_size else _MIN_ELEMENTS
-    updates = repeated_updates(graph.graph, min_elements)
-    layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, min_elements)
+    updates = repeated_updates(graph.graph, _MIN_ELEMENTS)
+    layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, _MIN_ELEMENTS)
     timeline = Timeline(graph.graph)
     whole = timeline.peak().nbytes
     limit = whole + _MAX_MORE * (whole + _input_bytes(graph)) + _FREE_BYTES
@@ -62,8 +57,7 @@ def _input_bytes(graph: GraphModule) -> int:
 def _is_simple(graph: GraphModule) -> bool:
     """Whether a graph has neither constants nor random numbers, and writes only its inputs, after everything else.
 
-    Sharded steps are compiled as a whole: a part that starts a transfer and does not wait for its end would reuse the
-    memory that is sent.
+    Sharded steps are left out, because estimates of memory do not count what they transfer.
     """
     operations = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     if any(map(transfers_of, operations)):
