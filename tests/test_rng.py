@@ -1,5 +1,6 @@
 """Counter-based random samples: known answers, arithmetic, distributions and independence."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import scipy.stats
 import torch
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxtrain import rng
 from fxtrain.rng import _arithmetic as arithmetic
-from fxtrain.rng import _continuous, _discrete, _uniform
+from fxtrain.rng import _continuous, _discrete, _philox, _uniform
 
 MANY = 1 << 17
 ONES = 0xFFFFFFFF
@@ -46,6 +48,23 @@ def test_bits_follow_the_layout_of_counter_and_key():
         counter = (index // 4, stream << 24 | site, step & ONES, microbatch)
         words = rng.philox4x32(counter, (seed & ONES, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & ONES))
         assert drawn[index] == words[index % 4]
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_positions_are_masked_before_they_are_multiplied(rows):
+    """Inductor computes multiples of ``arange`` as indices, which have 32 bits on GPUs."""
+    key = rng.key(0)
+    if rows is not None:
+        key = dataclasses.replace(key, rows=_philox.Rows(torch.tensor(0), rows, 6))
+    graph = make_fx(lambda: rng.bits(key, [6, 5]))().graph
+    reached = {node for node in graph.nodes if "arange" in str(node.target)}
+    multiplied = [node for node in graph.nodes if "mul" in str(node.target) and node.args[1] == 0xD2511F53]
+    assert reached
+    assert multiplied
+    for node in graph.nodes:
+        if any(word in str(node.target) for word in ("add", "unsqueeze", "view", "reshape", "clone", "expand")):
+            reached |= {node} if reached.intersection(node.all_input_nodes) else set()
+    assert reached.isdisjoint(node.args[0] for node in multiplied)
 
 
 def test_bits_depend_on_each_key_field_and_the_site():

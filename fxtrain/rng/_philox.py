@@ -189,5 +189,6 @@ def blocks(key: Key, index: Tensor, count: int, *, site: int) -> Words:
 
 def words(index: Word, site: int, stream: int, seed: Word, step: Word, microbatch: Word) -> Words:
     """Returns the four random words of the blocks with this index, of a site and a position in a run."""
-    counter = index, stream << 24 | site, step & MASK, microbatch & MASK
+    # The index is below 2^32. For GPUs, Inductor computes multiples of ``arange`` in 32 bits, but not of other values.
+    counter = index & MASK, stream << 24 | site, step & MASK, microbatch & MASK
     return philox4x32(counter, (seed & MASK, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & MASK))
