@@ -441,6 +441,21 @@ def test_functions_without_replacement_are_refused_while_tracing(name):
         draw(SEED)
 
 
+def test_backward_operators_are_let_through():
+    """They repeat the samples of their forward operators, though that of cuDNN's attention is tagged as random.
+
+    A dispatch mode around the step, such as one that counts operations, calls them from Python.
+    """
+    backward = [name for name in dir(torch.ops.aten) if name.endswith("_backward")]
+    assert "_scaled_dot_product_cudnn_attention_backward" in backward
+    with rng.functional(rng.key(0)):
+        for name in backward:
+            packet = getattr(torch.ops.aten, name)
+            for overload in packet.overloads():
+                with pytest.raises((TypeError, RuntimeError), match="argument"):
+                    getattr(packet, overload)()
+
+
 def test_every_seeded_function_of_torch_is_replaced_or_refused():
     known = {*replacements.REPLACED, *replacements.SOMETIMES, *mode.REFUSED}
     seeded = {

@@ -269,6 +269,8 @@ def _is_known(name: str) -> bool:
 def _is_seeded(operator: Operator | OperatorPacket) -> bool:
     names = operator.overloads() if isinstance(operator, OperatorPacket) else ()
     overloads = [getattr(operator, name) for name in names] or [operator]
+    if operator.__name__.partition(".")[0].endswith("_backward"):
+        return False  # it is given the seed of the forward pass, though some are tagged
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
