@@ -103,6 +103,7 @@ class RoundingNoise(TorchDispatchMode):
         super().__init__()
         self.has_overflowed = False
         self._errors = errors
+        self._coarsest = 0.0  # machine precision of the dtype with the fewest bits so far
         self._sign, self._count = sign, seed * 7919
         self._tables: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
@@ -157,8 +158,16 @@ class RoundingNoise(TorchDispatchMode):
         return result
 
     def added_to(self, value: Tree) -> Tree:
-        """Returns the value with noise, if it is a floating-point tensor."""
-        return self._noisy(value) if isinstance(value, Tensor) else value
+        """Returns the value with noise, if it is a floating-point tensor.
+
+        The noise is that of the coarsest dtype in which an operation rounded, because autocast would round away less.
+        """
+        if not isinstance(value, Tensor) or not _is_noisy(value):
+            return value
+        if self._coarsest <= max(torch.finfo(value.dtype).eps, _LOW_EPS):
+            return self._noisy(value)
+        self._count += 1
+        return value * self._table(value, min(_LOW_AMPLITUDE, self._errors) * self._coarsest)
 
     def _noisy(
         self, value: Tensor, errors: float | None = None, terms: float = 1.0, operands: Sequence[Tensor] = ()
@@ -177,6 +186,7 @@ class RoundingNoise(TorchDispatchMode):
         if value.dtype == torch.float16:
             self.has_overflowed |= bool(value.isinf().any())
         eps = torch.finfo(value.dtype).eps
+        self._coarsest = max(self._coarsest, eps)
         is_low = eps > _LOW_EPS
         if errors is None:
             errors = min(_LOW_AMPLITUDE, self._errors) if is_low else self._errors
