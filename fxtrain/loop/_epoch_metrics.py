@@ -81,7 +81,7 @@ class EpochMetrics:
                 else {"leaves": tree.leaves(metric), "values": metrics.compute({name: metric})}
                 for name, metric in self._merged.items()
             }
-        copied = tree.map(lambda leaf: leaf.to(device, copy=True), slot)
+        copied = tree.map(lambda leaf: leaf.to(device, non_blocking=True, copy=True), slot)
         return state.with_slot(EPOCH_METRICS, copied) if slot else state
 
     @classmethod
