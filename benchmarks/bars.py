@@ -51,7 +51,8 @@ class Bar:
             if self.ours not in outcome.memory or not others:
                 return [], ""
             best = min(others, key=lambda name: others[name])
-            return [outcome.memory[self.ours] / others[best]], best
+            # On a GPU, a small model may fit into what the allocator has already reserved.
+            return ([outcome.memory[self.ours] / others[best]], best) if others[best] else ([], "")
         if self.ours not in outcome.seconds or not any(name in outcome.seconds for name in self.against):
             return [], ""
         best = fastest(outcome.seconds, self.against)

@@ -19,7 +19,7 @@ from benchmarks.contestants import FXTRAIN
 from benchmarks.data_parallel import ABOUT as ABOUT_RANKS
 from benchmarks.ensemble import ABOUT as ABOUT_ENSEMBLE
 from benchmarks.measure import Seconds, quartiles, ratios
-from benchmarks.memory import ABOUT, Found
+from benchmarks.memory import ABOUT, ON_GPU, Found
 from benchmarks.race import Outcome
 from benchmarks.sharded import ABOUT as ABOUT_SHARDED
 from benchmarks.sharded import FIRST_STEP as FIRST_SHARDED
@@ -199,7 +199,7 @@ def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:
 def memory(found: Found) -> list[str]:
     rows = [("step", "time per step, s", "peak above the state, MB")]
     rows += [(name, spread(taken, 2), f"{found.peaks[name] / 1e6:.1f}") for name, taken in found.seconds.items()]
-    return ["## Activations of a GPT", "", ABOUT, "", *table(rows), ""]
+    return ["## Activations of a GPT", "", ABOUT, "", *table(rows), "", ON_GPU, ""]
 
 
 def ensemble(found: Seconds) -> list[str]:
