@@ -26,7 +26,7 @@ KINDS = ("sharded", "replicated")
 
 def state_of(step, *, is_blank=False):
     """Returns a state with several dtypes, whose sizes 2, 3 and 4 divide or not, along one axis or another."""
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(step)
 
     def random(dtype, *shape):
         if dtype.is_complex:

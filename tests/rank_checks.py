@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxtrain as fx
+from fxtrain._torch_internals import collectives
 from fxtrain.compiler.lowering._trace import trace_step
 
 ROWS, FEATURES, CLASSES = 24, 5, 3
@@ -19,7 +20,7 @@ ROWS, FEATURES, CLASSES = 24, 5, 3
 
 
 def data(dtype=torch.float64, rows=ROWS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return {
         "x": torch.randn(rows, FEATURES, dtype=dtype, generator=generator),
         "y": torch.randint(0, CLASSES, (rows,), generator=generator),
@@ -37,7 +38,7 @@ def network(*layers, dtype=torch.float64):
 
 def network_of(*layers):
     module = nn.Sequential(*layers).double()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     for parameter in module.parameters():
         parameter.data.copy_(torch.rand(parameter.shape, dtype=torch.float64, generator=generator) - 0.4)
     return module
@@ -81,7 +82,7 @@ def traced(step, state, batch):
 def assert_same_bits(mesh, values):
     digest = hashlib.sha256()
     for leaf in fx.tree.leaves(values):
-        digest.update(leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     assert len(set(mesh.gather(digest.hexdigest(), "bits"))) == 1
 
 
@@ -237,6 +238,36 @@ def synced_batch_norm(mesh):
     by_autograd, _ = train(mesh, synced, optimizer(), batches[:5], loss=mean, differentiate="autograd")
     expected, _ = train(None, plain, optimizer(), batches[:5], loss=mean)
     assert_close(by_autograd, expected, 1e-11)
+
+
+def collectives_in_a_graph(mesh):
+    """Each collective that steps use, uncompiled and compiled, on the backend of the mesh."""
+    group, size = mesh.group.group_name, mesh.size
+    rows = torch.arange(4.0 * size).reshape(size, 4) + mesh.rank
+
+    def run(rows):
+        many = [*gather_many([rows, 2 * rows], size, group), *scatter_many([rows, 2 * rows], "sum", size, group)]
+        return (
+            *collectives.all_reduce([rows, 2 * rows], group),
+            *collectives.all_gather_all([rows, 2 * rows], group, size),
+            *collectives.reduce_scatter([rows, 2 * rows], group, size),
+            *map(torch.ops._c10d_functional.wait_tensor, many),
+        )
+
+    gather_many = collectives.of_many(torch.ops._c10d_functional.all_gather_into_tensor.default)
+    scatter_many = collectives.of_many(torch.ops._c10d_functional.reduce_scatter_tensor.default)
+    total = sum(rows - mesh.rank + rank for rank in range(size))
+    all_rows = torch.stack([rows - mesh.rank + rank for rank in range(size)])
+    expected = [
+        *(total, 2 * total),
+        *(all_rows, 2 * all_rows),
+        *(total[mesh.rank], 2 * total[mesh.rank]),
+        *(all_rows.flatten(0, 1), 2 * all_rows.flatten(0, 1)),
+        *(total[mesh.rank][None], 2 * total[mesh.rank][None]),
+    ]
+    for taken in (run, torch.compile(run, fullgraph=True)):
+        for found, value in zip(taken(rows), expected, strict=True):
+            assert torch.equal(found, value)
 
 
 def graph_text(mesh):
@@ -423,8 +454,8 @@ def host_facts(mesh):
     assert mesh.gather({"rank": mesh.rank}) == [{"rank": rank} for rank in range(mesh.size)]
     assert mesh.broadcast(("text", mesh.rank)) == ("text", 0)
     assert mesh.broadcast(mesh.rank, group=mesh.background) == 0
-    given = torch.tensor([mesh.rank, -mesh.rank])
+    given = torch.tensor([mesh.rank, -mesh.rank], device="cpu")
     assert mesh.maximum(given).tolist() == [mesh.size - 1, 0]
     assert given.tolist() == [mesh.rank, -mesh.rank]
     assert dataclasses.is_dataclass(mesh)
-    assert (mesh.device, mesh.is_main) == (torch.device("cpu"), mesh.rank == 0)
+    assert (mesh.device, mesh.is_main) == (torch.get_default_device(), mesh.rank == 0)

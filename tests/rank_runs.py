@@ -21,7 +21,7 @@ def loss_fn(model, batch):
 
 
 def examples():
-    x = torch.randn(ROWS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(ROWS, 3, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
     return {"x": x, "y": x.sum(1)}
 
 

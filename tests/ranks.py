@@ -3,6 +3,9 @@
 import datetime
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
 import time
 
 import torch.distributed as dist
@@ -33,6 +36,24 @@ def started(code, size, *, env=None, arguments=()):
     return Ranks(["-c", code, *arguments], size, env or {})
 
 
+class Unforked(subprocess.Popen):
+    """A Python process with imports of its own, whose output does not block it."""
+
+    def __init__(self, arguments, **options):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 -- they live as long as the process
+        super().__init__([sys.executable, *arguments], stdout=self.files[0], stderr=self.files[1], **options)
+
+    def communicate(self):
+        for file in self.files:
+            file.seek(0)
+        return [file.read() for file in self.files]
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for file in self.files:
+            file.close()
+
+
 class Ranks:
     """The running processes of one run, by rank."""
 
@@ -41,7 +62,7 @@ class Ranks:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=LIMIT)
         shared = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",  # ranks on one machine with fewer GPUs are tested on CPUs
             "GLOO_SOCKET_IFNAME": "lo",
@@ -53,9 +74,10 @@ class Ranks:
             "LOCAL_WORLD_SIZE": str(size),
             **env,
         }
+        # A forked process cannot use a GPU.
+        kind = Unforked if shared["CUDA_VISIBLE_DEVICES"] else processes.Process
         self.processes = [
-            processes.Process(arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT)
-            for rank in range(size)
+            kind(arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT) for rank in range(size)
         ]
 
     def __enter__(self):
@@ -65,7 +87,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.__exit__()
+            process.__exit__(None, None, None)
 
     def results(self, timeout=120, *, check=True):
         """Waits for all ranks and returns the result of each, or kills all after ``timeout`` seconds."""

@@ -30,7 +30,7 @@ def cast_loss(model, batch):
 
 
 def examples(rows=ROWS):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     return {
         "x": torch.randn(rows, 6, dtype=torch.float64, generator=generator),
         "y": torch.randint(0, 3, (rows,), generator=generator),

@@ -5,17 +5,19 @@ A check takes a mesh, and an empty folder that all ranks share, if there is one.
 
 import importlib
 import json
+import os
 import pathlib
 import sys
 import traceback
 
 import torch
+import torch.distributed as dist
 
 import fxtrain as fx
 from tests import ranks
 
 
-def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, folder=None):
+def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, folder=None, backend=None):
     """Runs checks with several ranks, and returns the errors of each by name.
 
     Args:
@@ -26,10 +28,12 @@ def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, fol
         size: Number of ranks.
         model: Number of ranks per model.
         folder: An empty folder, for checks that take one.
+        backend: Of collectives, if the ranks train on one GPU. None to train on CPUs.
     """
-    given = module, names, None if folder is None else str(folder), collective_timeout, model
+    given = module, names, None if folder is None else str(folder), collective_timeout, model, backend
     code = f"from tests import shared_checks\nshared_checks.run(*{given!r})"
-    results = ranks.run(code, size, timeout=timeout, check=False)
+    devices = {} if backend is None else {"CUDA_VISIBLE_DEVICES": "0"}
+    results = ranks.run(code, size, timeout=timeout, check=False, env=devices)
     found = {"stderr": [done.stderr for done in results]}
     for line in results[0].stdout.splitlines():
         if line.startswith("{"):
@@ -37,11 +41,17 @@ def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, fol
     return found
 
 
-def run(module, names, folder, collective_timeout, model):
+def run(module, names, folder, collective_timeout, model, backend):
     """Runs checks on this rank, and prints the outcomes of all ranks as one line of JSON each."""
     torch.set_num_threads(1)
     checks = importlib.import_module(f"tests.{module}")
+    if backend is not None:
+        importlib.import_module("tests.host_group")  # registers its backend
+        os.environ["LOCAL_RANK"] = "0"
+        dist.init_process_group(backend)
     mesh = fx.distributed.mesh(model=model, timeout=collective_timeout)
+    if backend is not None:
+        torch.set_default_device(mesh.device)  # of models and data that the checks make
     for name in names:
         outcome = ""
         try:

