@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,15 @@ class Timeline:
         self.passes: list[Pass | None] = [pass_of(node) for node in self.nodes]
         self.is_stored = [is_stored(node) for node in self.nodes]
         self.nbytes = [_nbytes(node) for node in self.nodes]
+
+    @functools.cached_property
+    def bases(self) -> Mapping[int, int]:
+        """For each value, the value whose memory it shares. Cached, because a plan asks for each of its cuts."""
+        found: dict[int, int] = {}
+        for index, node in enumerate(self.nodes):
+            shares = node.op == "call_function" and is_view(node.target) and self.inputs[index]
+            found[index] = found[self.inputs[index][0]] if shares else index
+        return found
 
     def is_forward(self, index: int) -> bool:
         """Whether an operation is part of a forward pass."""
@@ -182,7 +192,7 @@ def _nbytes(node: Any) -> int:
 def crossing(timeline: Timeline, forward: Sequence[int]) -> list[int]:
     """Returns for each operation of a forward pass how many bytes of its values later operations of it read."""
     inside, last = set(forward), dict[int, int]()
-    base = _bases(timeline)
+    base = timeline.bases
     for index in forward:
         for other in timeline.inputs[index]:
             if base[other] in inside:
@@ -204,15 +214,6 @@ def crossing(timeline: Timeline, forward: Sequence[int]) -> list[int]:
 
 def crossing_values(timeline: Timeline, forward: Sequence[int], cut: int) -> set[int]:
     """Returns the values up to the operation ``cut`` of a forward pass that later operations of it read."""
-    inside, base = set(forward), _bases(timeline)
+    inside, base = set(forward), timeline.bases
     later = (index for index in forward if index > cut)
     return {base[other] for index in later for other in timeline.inputs[index] if base[other] <= cut} & inside
-
-
-def _bases(timeline: Timeline) -> Mapping[int, int]:
-    """Returns for each value the value whose memory it shares."""
-    found: dict[int, int] = {}
-    for index, node in enumerate(timeline.nodes):
-        shares = node.op == "call_function" and is_view(node.target) and timeline.inputs[index]
-        found[index] = found[timeline.inputs[index][0]] if shares else index
-    return found
