@@ -5,6 +5,9 @@ import os
 # Processes that tests start inherit the setting. Without it, each starts a thread per core, and the threads of parallel
 # tests busy-wait for the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise each process that compiles first starts another one, and in a new cache a compiler, only to try whether
+# vector instructions that the processor has can be loaded.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import collections
 import gc
