@@ -136,11 +136,13 @@ def restarted(folder, kills):
     """
     torch.set_num_threads(1)
     mesh = fx.distributed.mesh(timeout=30)
-    attempt, kills = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), json.loads(kills)
+    # torchrun counts the restarts of one machine only.
+    attempt, kills = len(list(pathlib.Path(folder).glob("killed-*"))), json.loads(kills)
     rank, step = kills[attempt] if attempt < len(kills) else (-1, -1)
 
     def kill(state, event: fx.StepBegin):
         if event.step >= step > 0 and mesh.rank == rank:
+            pathlib.Path(folder, f"killed-{attempt}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return state, fx.Control()
 

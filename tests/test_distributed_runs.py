@@ -1,16 +1,19 @@
 """Whole runs of several ranks: they decide alike, end together, and any number of ranks continues them."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 import fxtrain as fx
 from tests import rank_runs, ranks, shared_checks
@@ -145,21 +148,48 @@ def test_killed_rank_ends_the_other():
         assert "LostRankError" in started.processes[0].communicate(5)[1]
 
 
-def restarted(folder, kills):
-    """Runs a job that torchrun restarts after each kill. Returns the number of restarts, and the final state."""
-    command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
-    arguments = [*command, "-m", "tests.rank_programs", str(folder), json.dumps(kills)]
-    on_cpus = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    environment = {**os.environ, **on_cpus, "PYTHONPATH": str(ranks.ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ranks.ROOT,
-        env=environment,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+def restarted(folder, kills, machines=1):
+    """Runs a job of two ranks that torchrun restarts after each kill.
+
+    Args:
+        folder: Of the checkpoints.
+        kills: The rank and the step of each kill.
+        machines: The number of torchruns, one on each machine.
+
+    Returns:
+        The number of kills, and the final state.
+    """
+    counts = ["--nproc-per-node", str(2 // machines), "--max-restarts", str(len(kills)), "--monitor-interval", "0.1"]
+    job = ["-m", "tests.rank_programs", str(folder), json.dumps(kills)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ranks.ROOT),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(machines - 1),
+    }
+    with contextlib.ExitStack() as closing:
+        if machines == 1:
+            place = ["--standalone"]
+        else:
+            # Each machine connects to the store of one of them.
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            conf = ["--rdzv-conf", "is_host=0,join_timeout=60,last_call_timeout=2"]
+            place = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-id", "job", *conf]
+            place += ["--rdzv-endpoint", f"127.0.0.1:{store.port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, *counts, *job]
+        options = {"cwd": ranks.ROOT, "env": environment, "text": True, "start_new_session": True}
+        logs = [closing.enter_context(tempfile.TemporaryFile("w+")) for _ in range(machines)]
+        agents = [subprocess.Popen(command, stdout=log, stderr=log, **options) for log in logs]
+        try:
+            codes = [agent.wait(240) for agent in agents]
+        finally:
+            for agent in agents:
+                agent.kill()
+        for log in logs:
+            log.seek(0)
+        assert codes == [0] * machines, "\n".join(log.read() for log in logs)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -176,6 +206,13 @@ def test_job_that_is_killed_and_restarted_ends_bitwise_like_an_undisturbed_one(t
     attempts, state = restarted(tmp_path, kills)
     assert attempts == 2, kills
     assert state == undisturbed, kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [[], [(1, 13)]])
+def test_job_on_two_machines_ends_bitwise_like_that_on_one(tmp_path, undisturbed, kills):
+    """Each machine has its own torchrun, and one rank. After a kill on one of them, both restart theirs."""
+    assert restarted(tmp_path, kills, machines=2) == [len(kills), undisturbed]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
