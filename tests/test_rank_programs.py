@@ -1,4 +1,4 @@
-"""Programs of several ranks: repeated parts are compiled once, and all ranks compile some of them."""
+"""Programs of several ranks: repeated parts with transfers are compiled once, and all ranks compile some of them."""
 
 import functools
 
@@ -6,7 +6,12 @@ import pytest
 
 from tests import shared_checks
 
-CHECKS = ["sharded_steps_are_whole", "replicated_updates", "parts_are_compiled_by_all_ranks"]
+CHECKS = [
+    "sharded_layers",
+    "sent_memory_is_not_reused",
+    "replicated_updates",
+    "parts_are_compiled_by_all_ranks",
+]
 
 
 @pytest.fixture(scope="module")

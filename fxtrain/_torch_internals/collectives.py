@@ -126,9 +126,19 @@ def is_exchange(target: object) -> bool:
     return _is(target, ALL_TO_ALL)
 
 
+def is_all_reduce(target: object) -> bool:
+    """Whether the target of a graph's node is the collective of ``all_reduce``."""
+    return _is(target, ALL_REDUCE)
+
+
 def is_wait(target: object) -> bool:
     """Whether the target of a graph's node waits for a collective."""
     return _is(target, WAIT)
+
+
+def wait(received: Tensor) -> Tensor:
+    """Returns the result of a collective once its transfer has ended."""
+    return WAIT.get()(received)
 
 
 def of_many(target: object) -> Any:

@@ -27,6 +27,7 @@ OUTPUT = Interface("torch._inductor.output_code.CompiledFxGraph", "calls with lo
 LOWERING = Interface("torch._inductor.lowering.register_lowering", "operators of fxtrain", Feature.INDUCTOR)
 POINTWISE = Interface("torch._inductor.lowering.make_pointwise", "operators of fxtrain", Feature.INDUCTOR)
 LOOP = Interface("torch._inductor.ir.Pointwise", "operators of fxtrain", Feature.INDUCTOR)
+BUFFER = Interface("torch._inductor.ir.ExternKernel.require_contiguous", "operators of fxtrain", Feature.INDUCTOR)
 LOOP_OPERATORS = Interface("torch._inductor.virtualized.ops", "operators of fxtrain", Feature.INDUCTOR)
 KERNELS = Interface("torch._inductor.metrics.generated_kernel_count", "the number of kernels in fx.explain")
 PACKAGE = Interface("torch._inductor.aoti_compile_and_package", "compilation ahead of time", Feature.AHEAD)
@@ -132,6 +133,12 @@ def ordered_loop(x: Any, token: Any) -> Any:
         return load(index)
 
     return LOOP.get().create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=inner, ranges=x.get_size())
+
+
+def contiguous_buffer(x: Any) -> Any:
+    """Returns a lowering of ``x`` in contiguous memory, which is that of ``x`` if possible."""
+    x.realize()
+    return BUFFER.get()(x)
 
 
 def loop_operators() -> Any:

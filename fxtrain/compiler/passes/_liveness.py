@@ -13,7 +13,7 @@ from torch.fx import Graph
 
 from fxtrain._torch_internals.dispatch import Operator, is_view, operator_name
 from fxtrain.compiler.passes._nodes import is_pointwise
-from fxtrain.core._graph_marks import Pass, pass_of
+from fxtrain.core._graph_marks import Pass, pass_of, transfers_of
 
 _REDUCTIONS = {
     "sum",
@@ -71,13 +71,17 @@ class Timeline:
 
     Args:
         graph: A graph from ``make_fx``.
+        has_transfers: Whether transfers are where they start and end, so that their values count.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, has_transfers: bool = False) -> None:
         self.nodes: list[Any] = list(graph.nodes)
         self.order: dict[Any, int] = {node: index for index, node in enumerate(self.nodes)}
         self.inputs: list[list[int]] = [[self.order[other] for other in node.all_input_nodes] for node in self.nodes]
         self.passes: list[Pass | None] = [pass_of(node) for node in self.nodes]
+        self.is_counted = [
+            pass_of(node) is not None or (has_transfers and transfers_of(node) is not None) for node in self.nodes
+        ]
         self.is_stored = [is_stored(node) for node in self.nodes]
         self.nbytes = [_nbytes(node) for node in self.nodes]
 
@@ -131,7 +135,7 @@ class Timeline:
             reads_copies = is_copy or (each is not None and each.is_backward)
             stored = self.is_stored[index] or (index in kept and not is_copy)
             until = position if stored else last.get((index, is_copy), position)
-            for other in self.inputs[index] if each is not None else ():
+            for other in self.inputs[index] if self.is_counted[index] else ():
                 key = other, reads_copies and other in copied
                 if last.get(key, -1) < until:
                     last[key] = until
@@ -139,7 +143,7 @@ class Timeline:
         lives: list[tuple[int, int, int]] = []
         for position, (index, is_copy) in enumerate(operations):
             stored = self.is_stored[index] or (index in kept and not is_copy)
-            if not stored or self.passes[index] is None:
+            if not stored or not self.is_counted[index]:
                 continue
             end = max(last.get((index, is_copy), position), (ends or {}).get(index, 0))
             changes[position] += self.nbytes[index]

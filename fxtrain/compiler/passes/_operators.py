@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals.collectives import wait
 from fxtrain._torch_internals.dispatch import ctc_loss, linear_by_onednn
 from fxtrain._torch_internals.inductor import (
+    contiguous_buffer,
     is_lowering_loaded,
     loop_operators,
     ordered_loop,
@@ -46,6 +48,35 @@ def after() -> Any:
     operator = _registered(schema, lambda x, token: x.clone(), lambda x, token: torch.empty_like(x), "CPU", "CUDA")
     _set_lowering(operator, ordered_loop)
     return operator
+
+
+@functools.cache
+def sendable() -> Any:
+    """``sendable(x)``: the values of ``x`` in contiguous memory, which is the same for all that read the result.
+
+    Inductor may copy a view for one reader, and that copy is no result of the graph.
+    """
+
+    def computed(x: Tensor) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def shaped(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    operator = _registered("sendable(Tensor x) -> Tensor", computed, shaped, "CPU", "CUDA")
+    _set_lowering(operator, contiguous_buffer)
+    return operator
+
+
+@functools.cache
+def arrived() -> Any:
+    """``arrived(received, sent)``: waits for the transfer into ``received``, until which ``sent`` stays in memory.
+
+    A compiler replaces it with the wait alone. It keeps the arguments of a graph until the graph has been computed.
+    """
+    _library().define("arrived(Tensor received, Tensor sent) -> Tensor")
+    _library().impl("arrived", lambda received, sent: wait(received), "CompositeImplicitAutograd")
+    return torch.ops.fxtrain.arrived.default
 
 
 @functools.cache

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
-from fxtrain._torch_internals.collectives import is_wait
 from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain.compiler.passes._operands import element_of
+from fxtrain.compiler.passes._sent_values import is_sent_kept
 from fxtrain.compiler.passes._units import Repeat, Slice, Unit, Value, by_template, node_of, units_of
 
 
@@ -51,10 +50,12 @@ class Program(NamedTuple):
 
 
 def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[Repeat]) -> Program | None:
-    """Returns a program that computes the same as a graph, or None if a part would exchange anything but tensors.
+    """Returns a program that computes the same as a graph.
+
+    None if a part would exchange anything but tensors, or if what a transfer sends could be freed before it ends.
 
     Args:
-        graph: A graph that writes its inputs only by copies, after all other operations.
+        graph: A graph after ``keep_sent``, that writes its inputs only by copies, after all other operations.
         layers: Repeated parts, of which each instance is a range of the graph.
         updates: Repeated updates as from ``repeated_updates``.
     """
@@ -62,7 +63,7 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     returned: Any = graph.graph.output_node().args[0]
     units = units_of(nodes, layers, updates)
     results = _results(units, returned)
-    if results is None or not all(map(_waits_for_its_transfers, units)):
+    if results is None or not all(map(is_sent_kept, nodes)):
         return None
     # Some parts are only views and constants, which others take by themselves.
     idle = [not some and not any(map(is_last_write, unit.nodes)) for unit, some in zip(units, results, strict=True)]
@@ -88,21 +89,6 @@ def program_of(graph: GraphModule, layers: Sequence[Repeat], updates: Sequence[R
     number = {template: index for index, template in enumerate(templates)}
     calls = [Call(number[unit.template], *slots) for unit, *slots in zip(units, reads, frees, strict=False)]
     return Program([_graph(unit, some) for unit, some in templates.values()], calls, outputs)
-
-
-def _waits_for_its_transfers(unit: Unit) -> bool:
-    """Whether a unit also waits for the transfers that it starts. Inductor keeps what is sent until it waits."""
-    local = set(unit.nodes)
-    transfers = (node for node in unit.nodes if getattr(node.target, "namespace", None) == COLLECTIVES)
-    todo, seen = [node for node in transfers if not is_wait(node.target)], set[Node]()
-    while todo:
-        node = todo.pop()
-        if node not in local:
-            return False
-        if node not in seen and not is_wait(node.target):
-            seen.add(node)
-            todo += node.users
-    return True
 
 
 def _results(units: Sequence[Unit], returned: Sequence[object]) -> list[list[Value]] | None:

@@ -30,11 +30,11 @@ def repeated_layers(graph: Graph, others: Container[Node], min_elements: int) ->
         Lists of instances. An instance is the list of its operations, in the same order as in the other instances.
     """
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    is_marked = any(map(is_last_write, nodes)) or any(map(pass_of, nodes))
+    inside = _inside(nodes)
     kinds = dict[Hashable, int]()
     sequence = [
-        kinds.setdefault(node if node in others or (is_marked and not pass_of(node)) else structure([node]), len(kinds))
-        for node in nodes
+        kinds.setdefault(node if node in others or index not in inside else structure([node]), len(kinds))
+        for index, node in enumerate(nodes)
     ]
     living = _living(nodes)
     found: list[list[list[Node]]] = []
@@ -47,6 +47,14 @@ def repeated_layers(graph: Graph, others: Container[Node], min_elements: int) ->
                 found.append(instances)
                 break
     return found
+
+
+def _inside(nodes: Sequence[Node]) -> range:
+    """Returns the places of forward and backward passes and of the transfers during them, which have no marks."""
+    marked = [index for index, node in enumerate(nodes) if pass_of(node)]
+    if marked:
+        return range(marked[0], marked[-1] + 1)
+    return range(0) if any(map(is_last_write, nodes)) else range(len(nodes))
 
 
 def _cuts(run: Run, start: int) -> range:

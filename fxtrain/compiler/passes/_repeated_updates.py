@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -66,7 +66,10 @@ def _is_small(node: Node) -> bool:
 
 
 def _updates(graph: Graph) -> list[list[Node]]:
-    """Returns the operations of each update. What shares an operation is one update."""
+    """Returns the operations of each update, in the order in which they can be done.
+
+    What shares an operation is one update.
+    """
     leaders: dict[Node, Node] = {}
 
     def leader(node: Node) -> Node:
@@ -106,7 +109,24 @@ def _updates(graph: Graph) -> list[list[Node]]:
                 updates[leader(node)].append(node)
     # Copies of what others compute are left to them. Small values take longer to call than to compute.
     found = (nodes for nodes in updates.values() if nodes)
-    return [nodes for nodes in found if all(_computed(node) in leaders and not _is_small(node) for node in nodes)]
+    found = (nodes for nodes in found if all(_computed(node) in leaders and not _is_small(node) for node in nodes))
+    return sorted(found, key=_readiness(graph))
+
+
+def _readiness(graph: Graph) -> Callable[[list[Node]], int]:
+    """Returns a function that returns the last operation of a graph that computes a gradient of an update.
+
+    In this order, the updates that are done by one call wait for one another the least.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def last_gradient(nodes: list[Node]) -> int:
+        local = set(nodes)
+        read = (operand for node in nodes for operand in operands(node, local))
+        # Small values, such as bias corrections, are computed early.
+        return max((position[each] for each in read if isinstance(each, Node) and not _is_small(each)), default=0)
+
+    return last_gradient
 
 
 def _is_final(node: Node) -> bool:

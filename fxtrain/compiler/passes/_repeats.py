@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _MIN_SAVED = 64  # operations; a graph of its own takes as long to compile as some of them
-_MAX_CALLS = 32
+MAX_CALLS = 32
+"""The most parts of a run."""
 _MAX_PERIODS = 32
 
 
@@ -44,7 +45,7 @@ def runs(sequence: Sequence[int], operations: Sequence[int], work: Sequence[int]
         best, most = None, _MIN_SAVED
         for run in _all_runs(sequence, start, stop):
             part = slice(run.start, run.start + run.period)
-            together = max(-(-min_work // max(sum(work[part]), 1)), -(-run.repeats // _MAX_CALLS))
+            together = max(-(-min_work // max(sum(work[part]), 1)), -(-run.repeats // MAX_CALLS))
             repeats, left = divmod(run.repeats, together)
             saved = (repeats - 1) * together * sum(operations[part])
             if saved > most:

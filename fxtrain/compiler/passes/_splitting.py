@@ -13,14 +13,18 @@ from torch.fx import GraphModule, Node
 from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place, is_last_write
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import Timeline
+from fxtrain.compiler.passes._nodes import numel
+from fxtrain.compiler.passes._operators import sendable
 from fxtrain.compiler.passes._programs import Program, program_of
 from fxtrain.compiler.passes._repeated_layers import repeated_layers
 from fxtrain.compiler.passes._repeated_updates import keep_small_inputs, repeated_updates
+from fxtrain.compiler.passes._repeats import MAX_CALLS
+from fxtrain.compiler.passes._sent_values import keep_sent
 from fxtrain.compiler.passes._units import Repeat, node_of, units_of
-from fxtrain.core._graph_marks import transfers_of
 
-# A call takes about as long as the smallest kernels, which work on this many elements.
-_MIN_ELEMENTS = 2**15
+# A call takes about as long as the smallest kernels, which work on this many elements. In a graph that computes very
+# many more, parts may be of any size.
+_MIN_ELEMENTS, _ANY_SIZE_FACTOR = 2**15, 100 * MAX_CALLS
 # How much more memory a program may take at its peak: relative to the whole graph and its inputs, and in bytes that do
 # not matter.
 _MAX_MORE, _FREE_BYTES = 0.05, 2**20
@@ -32,13 +36,17 @@ def split(graph: GraphModule) -> Program | None:
     It takes at most a little more memory.
 
     Args:
-        graph: A graph from ``make_fx``. Operations may be added that keep the old values of small inputs.
+        graph: A graph from ``make_fx``. Operations may be added that keep what transfers send, and the old values of
+            small inputs.
     """
     if not _is_simple(graph):
         return None
-    updates = repeated_updates(graph.graph, _MIN_ELEMENTS)
-    layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, _MIN_ELEMENTS)
-    timeline = Timeline(graph.graph)
+    keep_sent(graph.graph)
+    is_any_size = sum(map(numel, graph.graph.nodes)) > _ANY_SIZE_FACTOR * _MIN_ELEMENTS
+    min_elements = 1 if is_any_size else _MIN_ELEMENTS
+    updates = repeated_updates(graph.graph, min_elements)
+    layers = repeated_layers(graph.graph, {node for nodes in _instances(updates) for node in nodes}, min_elements)
+    timeline = Timeline(graph.graph, has_transfers=True)
     whole = timeline.peak().nbytes
     limit = whole + _MAX_MORE * (whole + _input_bytes(graph)) + _FREE_BYTES
     choices: list[tuple[list[Repeat], list[Repeat]]] = [([*layers], [*updates]), ([*layers], []), ([], [*updates])]
@@ -55,13 +63,8 @@ def _input_bytes(graph: GraphModule) -> int:
 
 
 def _is_simple(graph: GraphModule) -> bool:
-    """Whether a graph has neither constants nor random numbers, and writes only its inputs, after everything else.
-
-    Sharded steps are left out, because estimates of memory do not count what they transfer.
-    """
+    """Whether a graph has neither constants nor random numbers, and writes only its inputs, after everything else."""
     operations = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
-    if any(map(transfers_of, operations)):
-        return False
     before = itertools.dropwhile(is_last_write, reversed(operations))
     return all(node.target is operator.getitem or _is_pure(node) for node in before)
 
@@ -79,17 +82,20 @@ def _instances(repeats: Iterable[Repeat]) -> Iterable[Sequence[Node]]:
 
 
 def _peak(timeline: Timeline, layers: Sequence[Repeat], updates: Sequence[Repeat]) -> int:
-    """Estimates the peak of a program, whose units keep what they exchange until the end of a unit."""
+    """Estimates the peak of a program, whose units keep their results until the end of a unit."""
     units = units_of(timeline.nodes, layers, updates)
     of_updates = {id(nodes) for nodes in _instances(updates)}
-    kept, ends, end = set[int](), dict[int, int](), 0
+    ready, ends, end = dict[Node, int](), dict[int, int](), 0
     for unit in units:
-        places = [timeline.order[node] for node in unit.nodes]
-        if id(unit.nodes) not in of_updates:
-            end = max((place for place in places if timeline.passes[place] is not None), default=end)
-        for value in unit.reads:
-            node = node_of(value)
+        is_update = id(unit.nodes) in of_updates
+        if not is_update:
+            places = [timeline.order[node] for node in unit.nodes]
+            end = max((place for place in places if timeline.is_counted[place]), default=end)
+        ready |= dict.fromkeys(unit.nodes, end)
+        for node in map(node_of, unit.reads):
             if node.op != "placeholder" and isinstance(node.meta["val"], Tensor):
-                kept.add(timeline.order[node])
-                ends[timeline.order[node]] = end
-    return timeline.peak(kept=kept, ends=ends).nbytes
+                # What was sent is read by no kernel, and so lives as long as the unit that waits.
+                is_read_last = is_update or node.target == sendable()
+                place = timeline.order[node]
+                ends[place] = max(ends.get(place, 0), end if is_read_last else ready[node])
+    return timeline.peak(kept=ends.keys(), ends=ends).nbytes

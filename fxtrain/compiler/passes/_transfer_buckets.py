@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fxtrain._torch_internals.collectives import is_exchange, is_wait, of_many
+from fxtrain.compiler.passes._repeats import runs
 from fxtrain.core._graph_marks import transfers_of
 
 T = TypeVar("T")
@@ -28,19 +29,36 @@ def bucket_bytes(sizes: Iterable[int], reshard: Reshard) -> int:
 def in_buckets(items: Iterable[T], limit: int, size: Callable[[T], int], kind: Callable[[T], object]) -> list[list[T]]:
     """Splits items in order into buckets of at most ``limit`` bytes, or one item, and of one kind.
 
+    Where items repeat, as those of layers do, so do the buckets, so that the code of the layers stays equal.
+
     Example:
         >>> in_buckets([3, 1, 2, 9, 1], 4, lambda item: item, lambda item: item > 8)
         [[3, 1], [2], [9], [1]]
+        >>> in_buckets([20, 40, 60, 40, 60, 40, 60, 20], 100, lambda item: item, lambda item: False)
+        [[20], [40, 60], [40, 60], [40, 60], [20]]
     """
+    items = list(items)
+    sizes = list(map(size, items))
+    starts = _starts_of_repeats(sizes, list(map(kind, items)), limit)
     found: list[list[T]] = []
     total = 0
-    for item in items:
-        if found and total + size(item) <= limit and kind(found[-1][0]) == kind(item):
+    for index, item in enumerate(items):
+        if found and index not in starts and total + sizes[index] <= limit and kind(found[-1][0]) == kind(item):
             found[-1].append(item)
         else:
             found.append([item])
             total = 0
-        total += size(item)
+        total += sizes[index]
+    return found
+
+
+def _starts_of_repeats(sizes: Sequence[int], kinds: Sequence[object], limit: int) -> set[int]:
+    """Returns where parts that repeat begin, and where they end. Small ones are taken together."""
+    numbers = dict[object, int]()
+    sequence = [numbers.setdefault(each, len(numbers)) for each in zip(sizes, kinds, strict=True)]
+    found = set[int]()
+    for run in runs(sequence, sizes, sizes, limit // 2):
+        found.update(range(run.start, run.start + run.period * run.repeats + 1, run.period))
     return found
 
 

@@ -16,6 +16,7 @@ from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import is_stored
 from fxtrain.compiler.passes._nodes import is_pointwise, numel
 from fxtrain.compiler.passes._operands import Element, element_of, is_taken_again, operands
+from fxtrain.compiler.passes._operators import arrived
 
 _SMALL = 4096  # elements; such values are computed as early as possible, so that updates need not wait for them
 _MAX_INLINED = 4  # operations in a row
@@ -105,7 +106,7 @@ def _is_left_to_readers(node: Node) -> bool:
 
 def _is_light(node: Node) -> bool:
     """Whether an operation may be done early, because all its values are small."""
-    if getattr(node.target, "namespace", None) == COLLECTIVES or is_last_write(node):
+    if getattr(node.target, "namespace", None) == COLLECTIVES or node.target == arrived() or is_last_write(node):
         return False
     return all(numel(value) <= _SMALL for value in (node, *node.all_input_nodes))
 
