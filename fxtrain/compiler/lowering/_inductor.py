@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
 from fxtrain._torch_internals.dispatch import grad_mode_setter
-from fxtrain._torch_internals.inductor import compile_graph, compiled_graph_class, count_kernels, kernel_count
+from fxtrain._torch_internals.inductor import (
+    compile_graph,
+    compiled_graph_class,
+    count_kernels,
+    has_option,
+    kernel_count,
+)
 from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.lowering._cuda_graphs import Call
 from fxtrain.compiler.lowering._light_code import NotStorableError, light_files, load_light_code
@@ -26,6 +33,7 @@ _Function = Callable[[list[Tensor]], Sequence[Tensor]]
 """A compiled graph: a function that empties the list of its inputs."""
 
 _EMPTY = types.CellType()
+_REORDERS = "reorder_for_peak_memory"  # a setting of Inductor
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +58,7 @@ def compile_by_inductor(
     parts: list[Compiled] = []
     for index, part in enumerate(program.graphs):
         with turns(index, waits=True):
-            parts.append(_compiled(part, _examples(part), options, is_bare))
+            parts.append(_compiled_part(part, options))
 
     def files() -> dict[str, bytes]:
         return {f"{index}/{name}": file for index, part in enumerate(parts) for name, file in part.files().items()}
@@ -80,7 +88,7 @@ def help_inductor(
             if is_done():
                 return
             if is_ours:
-                made = _compiled(part, _examples(part), options, is_bare=True)
+                made = _compiled_part(part, options)
                 # The kernels are counted when the whole graph is loaded.
                 count_kernels(-made.header["kernels"])
 
@@ -116,8 +124,14 @@ def _split(graph: GraphModule) -> programs.Program | None:
         return None
 
 
-def _examples(graph: GraphModule) -> list[Tensor]:
-    return [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+def _compiled_part(part: GraphModule, options: Mapping[str, Any]) -> Compiled:
+    """Compiles one graph of a program."""
+    nodes = part.graph.nodes
+    examples = [node.meta["val"] for node in nodes if node.op == "placeholder"]
+    # To save memory, Inductor would start a transfer only where it waits for it.
+    if has_option(_REORDERS) and any(getattr(node.target, "namespace", None) == COLLECTIVES for node in nodes):
+        options = {**options, _REORDERS: False}
+    return _compiled(part, examples, options, is_bare=True)
 
 
 def _compiled(graph: GraphModule, examples: Sequence[Tensor], options: Mapping[str, Any], is_bare: bool) -> Compiled:
