@@ -116,7 +116,7 @@ def programs(monkeypatch, small):
     """Runs each program and its graph, operation by operation, and collects the programs."""
     found = []
 
-    def compile_graph(graph, examples, *_):
+    def compile_graph(graph, examples, *_, as_whole):
         program = splitting.split(graph)
         found.append(program)
 
@@ -266,6 +266,18 @@ def test_flags_that_a_step_reads_and_overwrites(small, monkeypatch, tmp_path):
     assert len(calls) == 1
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["recompute", 0.9])
+def test_steps_that_take_as_little_memory_as_possible_are_compiled_as_a_whole(memory, small, monkeypatch, tmp_path):
+    """A part cannot reuse the memory of its inputs for its results, as a whole graph can."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    monkeypatch.setattr(lowering, "split", found.append)
+    tx = fx.optim.sgd(0.1)
+    step = fx.compile(fx.train_step(loss_fn, tx), memory=memory)
+    step(fx.init(Stack(2, 4), tx), {"x": torch.randn(8, 4)})
+    assert len(found) == (0 if memory == "recompute" else 1)
 
 
 def test_a_graph_that_cannot_be_split_is_compiled_as_a_whole(monkeypatch, caplog):

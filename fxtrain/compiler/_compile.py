@@ -126,9 +126,10 @@ def compile(  # noqa: A001
             ``"offload"`` keeps activations of 1 MiB or more in pinned memory of the host, at the cost of two transfers,
             for steps on one GPU. Such steps are not replayed as CUDA graphs.
             Results are those of ``"save"``, random samples included, bitwise if the compiler rounds the same operations
-            in the same way, as it does for float32. Dropout masks are not batched then, so compilation takes longer.
-            Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
-            route keep everything and say so. ``fxtrain.remat`` chooses by hand and works with any value.
+            in the same way, as it does for float32. Compilation takes longer, because dropout masks are not batched,
+            and with ``"recompute"`` repeated layers are compiled one by one. Works on the step as one traced graph, and
+            excludes ``backend`` and ``dynamic``. Steps that take another route keep everything and say so.
+            ``fxtrain.remat`` chooses by hand and works with any value.
         reshard: When the step of a sharded state frees whole parameters, see ``fxtrain.distributed.shard``.
             ``"after_forward"`` gathers each bucket of parameters, about a layer, before the forward pass uses it, and
             again before the backward pass does. This takes the least memory, and is what FSDP2 does by default.

@@ -39,7 +39,13 @@ _log = logging.getLogger(__name__)
 
 
 def compile_by_inductor(
-    graph: GraphModule, examples: Sequence[Tensor], options: dict[str, Any], has_autocast: bool, turns: Turns
+    graph: GraphModule,
+    examples: Sequence[Tensor],
+    options: dict[str, Any],
+    has_autocast: bool,
+    turns: Turns,
+    *,
+    as_whole: bool = False,
 ) -> Compiled:
     """Compiles a graph into a function of a tuple of tensors.
 
@@ -49,9 +55,11 @@ def compile_by_inductor(
         options: Settings of Inductor by name.
         has_autocast: Whether autocast is active.
         turns: The turns of processes that compile the same graph.
+        as_whole: Whether to compile repeated parts each time. A call of a part cannot reuse the memory of its inputs
+            for its results, as a whole graph can.
     """
     is_bare = _is_bare(graph, has_autocast)
-    program = _split(graph) if is_bare else None
+    program = _split(graph) if is_bare and not as_whole else None
     if program is None:
         compiled = _compiled(graph, examples, options, is_bare)
         return compiled._replace(call=_without_gradients(compiled.call))

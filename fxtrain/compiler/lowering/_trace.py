@@ -175,7 +175,7 @@ def trace_step(
             compiler = functools.partial(_with_inductor, Feature.AHEAD, compile_ahead, graph, examples, options)
             call = files.compiled_or_loaded(lambda turns: compiler(), load_ahead)
         else:
-            call = _compiled(graph, fakes, options, has_autocast, files)
+            call = _compiled(graph, fakes, options, has_autocast, files, as_whole=memory == "recompute")
         if gpu is not None:
             call = CudaGraphReplay(call, sum(index < count for index in read), CudaCaptures(gpu))
 
@@ -232,16 +232,19 @@ def _compiled(
     options: dict[str, Any],
     has_autocast: bool,
     files: GraphFiles,
+    *,
+    as_whole: bool,
 ) -> Call:
     """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
 
     def compile_graph(turns: Turns) -> Compiled:
-        return _with_inductor(Feature.INDUCTOR, compile_by_inductor, graph, fakes, options, has_autocast, turns)
+        compiler = functools.partial(compile_by_inductor, as_whole=as_whole)
+        return _with_inductor(Feature.INDUCTOR, compiler, graph, fakes, options, has_autocast, turns)
 
     def help_compile(turns: Turns, is_done: Callable[[], bool]) -> None:
         _with_inductor(Feature.INDUCTOR, help_inductor, graph, options, has_autocast, turns, is_done)
 
-    return files.compiled_or_loaded(compile_graph, load_compiled, help_compile)
+    return files.compiled_or_loaded(compile_graph, load_compiled, None if as_whole else help_compile)
 
 
 def _with_inductor(feature: Feature, function: Callable[..., R], *arguments: object) -> R:
