@@ -67,7 +67,7 @@ def compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     graphs = []
 
-    def compile_graph(graph, *_, as_whole):
+    def compile_graph(graph, *_):
         graphs.append(graph)
         code = f"def call(tensors):\n    return graph{len(graphs)}(*tensors)"
         calls = {"libraries": [], "kernels": {}, "functions": []}

@@ -116,7 +116,7 @@ def programs(monkeypatch, small):
     """Runs each program and its graph, operation by operation, and collects the programs."""
     found = []
 
-    def compile_graph(graph, examples, *_, as_whole):
+    def compile_graph(graph, examples, *_):
         program = splitting.split(graph)
         found.append(program)
 

@@ -44,7 +44,6 @@ def compile_by_inductor(
     options: dict[str, Any],
     has_autocast: bool,
     turns: Turns,
-    *,
     as_whole: bool = False,
 ) -> Compiled:
     """Compiles a graph into a function of a tuple of tensors.

@@ -175,7 +175,7 @@ def trace_step(
             compiler = functools.partial(_with_inductor, Feature.AHEAD, compile_ahead, graph, examples, options)
             call = files.compiled_or_loaded(lambda turns: compiler(), load_ahead)
         else:
-            call = _compiled(graph, fakes, options, has_autocast, files, as_whole=memory == "recompute")
+            call = _compiled(graph, fakes, options, has_autocast, files, memory == "recompute")
         if gpu is not None:
             call = CudaGraphReplay(call, sum(index < count for index in read), CudaCaptures(gpu))
 
@@ -232,14 +232,13 @@ def _compiled(
     options: dict[str, Any],
     has_autocast: bool,
     files: GraphFiles,
-    *,
     as_whole: bool,
 ) -> Call:
     """Compiles a graph by Inductor into a function of a tuple of tensors, or loads it."""
 
     def compile_graph(turns: Turns) -> Compiled:
-        compiler = functools.partial(compile_by_inductor, as_whole=as_whole)
-        return _with_inductor(Feature.INDUCTOR, compiler, graph, fakes, options, has_autocast, turns)
+        arguments = graph, fakes, options, has_autocast, turns, as_whole
+        return _with_inductor(Feature.INDUCTOR, compile_by_inductor, *arguments)
 
     def help_compile(turns: Turns, is_done: Callable[[], bool]) -> None:
         _with_inductor(Feature.INDUCTOR, help_inductor, graph, options, has_autocast, turns, is_done)
