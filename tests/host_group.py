@@ -24,8 +24,9 @@ class HostGroup(dist.ProcessGroup):
         return dist.distributed_c10d._world.pg_names[self]
 
     def _summed(self, tensor, options):
-        host = tensor.to("cpu", copy=True).contiguous()
-        self._gloo.allreduce([host], _options(dist.AllreduceOptions, reduceOp=options.reduceOp)).wait()
+        host, same = tensor.to("cpu", copy=True).contiguous(), dist.AllreduceOptions()
+        same.reduceOp = options.reduceOp
+        self._gloo.allreduce([host], same).wait()
         return host
 
     def allreduce(self, tensors, options):
@@ -82,13 +83,6 @@ class HostGroup(dist.ProcessGroup):
 
 
 dist.Backend.register_backend(BACKEND, HostGroup, devices=["cpu", "cuda"])
-
-
-def _options(kind, **values):
-    options = kind()
-    for name, value in values.items():
-        setattr(options, name, value)
-    return options
 
 
 def _ended(result):
