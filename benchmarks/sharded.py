@@ -181,7 +181,7 @@ def of_fxtrain(
     tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
     step = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx, mesh=mesh)
     compiled, state = fx.compile(step, donate=True, reshard=reshard, check=check), fx.init(made.module(), tx)
-    taken = [state if mesh is None else fx.distributed.shard(state, mesh, least=least)]
+    taken = [state if mesh is None else fx.shard(state, mesh, fx.distributed.fsdp(least=least))]
 
     def turn() -> int:
         state = taken.pop()

@@ -74,6 +74,7 @@ finally:
 if _typing.TYPE_CHECKING:
     from fxtrain import callbacks, diagnostics, distributed, ensemble, finders, interop
     from fxtrain.diagnostics import Explanation, explain
+    from fxtrain.distributed import shard
     from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
 
@@ -87,6 +88,7 @@ _NAMES_IMPORTED_ON_USE = {
     "load_weights": "fxtrain.interop",
     "optimizer_state_dict": "fxtrain.interop",
     "save_weights": "fxtrain.interop",
+    "shard": "fxtrain.distributed",
 }
 
 __all__ = [
@@ -146,6 +148,7 @@ __all__ = [
     "save",
     "save_weights",
     "schedules",
+    "shard",
     "slotted",
     "state_dict",
     "stateful",

@@ -52,7 +52,7 @@ def state_of(step, *, is_blank=False):
 
 
 def placed(state, kind, mesh):
-    return fx.distributed.shard(state, mesh, least=20) if kind == "sharded" else state
+    return fx.shard(state, mesh, fx.distributed.fsdp(least=20)) if kind == "sharded" else state
 
 
 def save(mesh, folder, state):

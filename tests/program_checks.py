@@ -112,7 +112,7 @@ def calls(program):
 def sharded_layers(mesh, folder):
     """Layers with their transfers, and updates, are compiled once."""
     state = fx.init(network(), optimizer(), seed=0)
-    found, program, _ = compiled(mesh, fx.distributed.shard(state, mesh, least=30), folder)
+    found, program, _ = compiled(mesh, fx.shard(state, mesh, fx.distributed.fsdp(least=30)), folder)
     assert_close(found, expected(mesh, state), 1e-10)
     repeated = [program.graphs[index] for index, count in calls(program).items() if count > 1]
     assert any(map(collectives, repeated))
@@ -176,7 +176,7 @@ def replicated_updates(mesh, folder):
 
 def parts_are_compiled_by_all_ranks(mesh, folder):
     state = fx.init(network(), optimizer(), seed=0)
-    _, program, parts = compiled(mesh, fx.distributed.shard(state, mesh, least=30), folder)
+    _, program, parts = compiled(mesh, fx.shard(state, mesh, fx.distributed.fsdp(least=30)), folder)
     # The rank that compiles the whole graph takes all parts in order, some of them from the cache.
     helped, whole = sorted(mesh.gather(parts, "parts"), key=lambda taken: taken == sorted(taken))
     assert whole == list(range(len(program.graphs)))

@@ -424,7 +424,7 @@ def replicated_states(mesh):
     module.register_buffer("flags", torch.rand(5) > 0.5)
     given = fx.init(module, optimizer(), seed=mesh.rank)
     before = given.copy()
-    state = fx.distributed.replicated(given, mesh)
+    state = fx.shard(given, mesh)
     assert_close(given, before, 0)
     assert_same_bits(mesh, state)
     assert int(state.seed) == 0
@@ -433,7 +433,7 @@ def replicated_states(mesh):
     assert state.params["0.weight"].stride() == given.params["0.weight"].stride()
     other = fx.init(nn.Linear(2 + mesh.rank, 2))
     with pytest.raises(ValueError, match=r"expected states with the same leaves on all ranks, got others at .*weight"):
-        fx.distributed.replicated(other, mesh)
+        fx.shard(other, mesh)
 
 
 def precision_policies(mesh):

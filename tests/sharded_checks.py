@@ -17,6 +17,7 @@ from tests.sharded_states import (
     cast_loss,
     examples,
     loss_fn,
+    optimizer,
     parts,
     placement,
     sharded,
@@ -41,9 +42,21 @@ def placements(mesh, folder):
     assert placement(sharded(found, mesh)) == placement(found)
 
 
+def states_that_differ(mesh, folder):
+    """Ranks that make a module with other parameters each take those of rank 0."""
+
+    def made(seed):
+        torch.manual_seed(seed)
+        return fx.init(nn.Linear(8, 16), optimizer(), seed=seed)
+
+    found = sharded(made(mesh.rank), mesh)
+    assert placement(found) != placement(made(0))
+    assert not fx.distributed.gathered(found).diff(made(0))
+
+
 def memory_at_rest(mesh, folder):
     state = fx.init(nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256)), fx.optim.adamw(1e-3))
-    found = fx.distributed.shard(state, mesh)
+    found = fx.shard(state, mesh, fx.distributed.fsdp())
     own = sum(leaf.untyped_storage().nbytes() for leaf in tree.leaves(found))
     assert own < 0.51 * tree.nbytes(state), own / tree.nbytes(state)
 

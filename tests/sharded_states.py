@@ -43,7 +43,7 @@ def optimizer():
 
 
 def sharded(state, mesh):
-    return fx.distributed.shard(state, mesh, least=LEAST)
+    return fx.shard(state, mesh, fx.distributed.fsdp("data", least=LEAST))
 
 
 def parts(mesh, tx=None, dtype=torch.float64, norm=nn.BatchNorm1d):

@@ -36,7 +36,7 @@ from tests.tensor_parallel_models import (
 
 def placements(mesh, folder):
     state = fx.attach(fx.init(transformer(layers=2), optimizer()), callbacks())
-    found = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+    found = fx.shard(state, mesh, fx.distributed.tensor_parallel(TRANSFORMER_PLAN))
     names = {name: leaf.axis for name, leaf in found.params.items() if isinstance(leaf, Shard)}
     parts = {"attention.qkv": 0, "attention.out": 1, "perceptron.up": 0, "perceptron.out": 1}
     assert names == {f"blocks.{index}.{part}.weight": axis for index in (0, 1) for part, axis in parts.items()}
@@ -47,7 +47,8 @@ def placements(mesh, folder):
     assert torch.equal(own, state.params["blocks.0.attention.qkv.weight"][start : start + len(own)])
     assert own.untyped_storage().nbytes() == own.nbytes
     assert not state.diff(fx.distributed.gathered(found))
-    assert placement(fx.distributed.shard(found, mesh, plan=TRANSFORMER_PLAN)) == placement(found)
+    again = fx.shard(found, mesh, fx.distributed.tensor_parallel(TRANSFORMER_PLAN))
+    assert placement(again) == placement(found)
 
 
 def twenty_steps(mesh, folder):
@@ -91,7 +92,7 @@ def recomputed_blocks(mesh, folder):
         state = fx.init(module, tx, seed=3)
         if mesh is None:
             return step(state, texts())[0]
-        state = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+        state = fx.shard(state, mesh, fx.distributed.tensor_parallel(TRANSFORMER_PLAN))
         found = step(state, batch_of(mesh, texts()))[0]
         assert_close(traced(step, state, batch_of(mesh, texts()))(state, batch_of(mesh, texts()))[0], whole(found))
         return found
@@ -106,7 +107,7 @@ def replicated_state_on_two_axes(mesh, folder):
 def evaluations(mesh, folder):
     state = fx.init(transformer(), optimizer(), seed=3)
     expected = fx.eval_step(text_loss)(state, texts()).metrics
-    found = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+    found = fx.shard(state, mesh, fx.distributed.tensor_parallel(TRANSFORMER_PLAN))
     step = fx.eval_step(text_loss, mesh=mesh)
     assert_close(step(found, batch_of(mesh, texts())).metrics, expected)
     assert_close(fx.compile(step)(found, batch_of(mesh, texts())).metrics, expected)
@@ -115,7 +116,7 @@ def evaluations(mesh, folder):
 def handwritten_gradients(mesh, folder):
     state = fx.init(network(), optimizer(), seed=3)
     expected = fx.gradients(loss_fn)(state, examples(BATCH))
-    found = fx.distributed.shard(state, mesh, plan=GATED_PLAN)
+    found = fx.shard(state, mesh, fx.distributed.tensor_parallel(GATED_PLAN))
     found = fx.distributed.averaged(fx.gradients(loss_fn, mesh=mesh)(found, batch_of(mesh, examples(BATCH))), mesh)
     grads = fx.distributed.gathered(state.replace(params=found.grads)).params
     assert_close(grads, expected.grads)
@@ -130,7 +131,7 @@ def dict_of_models_with_frozen_parts(mesh, folder):
     tx, modules = optimizer(), {"body": network(), "head": nn.Linear(3, 3).double()}
     expected = fx.with_trainable(fx.init(modules, tx, seed=3), tx, ["body.0.*", "body.4.bias", "head.*"])
     plan = {"body.0.[ug]*": "column", "*.out": "row", "body.2": "column", "body.4": "row"}
-    found = fx.distributed.shard(expected, mesh, plan=plan)
+    found = fx.shard(expected, mesh, fx.distributed.tensor_parallel(plan))
     assert isinstance(found.params["body"]["2.weight"], Shard)
     alone, step = fx.train_step(loss, tx), fx.train_step(loss, tx, mesh=mesh)
     for seed in range(3):
@@ -143,7 +144,7 @@ def graph_text(mesh, folder):
     """All ranks trace the same graph, with two sums per block and direction, and one or two buckets of gradients."""
     tx = fx.optim.sgd(0.1)
     step = fx.train_step(text_loss, tx, mesh=mesh)
-    state = fx.distributed.shard(fx.init(transformer(), tx, seed=3), mesh, plan=TRANSFORMER_PLAN)
+    state = fx.shard(fx.init(transformer(), tx, seed=3), mesh, fx.distributed.tensor_parallel(TRANSFORMER_PLAN))
     graphs = []
 
     def backend(graph, inputs):
@@ -163,7 +164,7 @@ def explained(mesh, folder):
     tx = fx.optim.sgd(0.1)
     step = fx.train_step(text_loss, tx, mesh=mesh, callbacks=[fx.callbacks.ema(0.9)])
     state = fx.init(transformer(), tx, seed=3)
-    part = fx.distributed.shard(state, mesh, plan=TRANSFORMER_PLAN)
+    part = fx.shard(state, mesh, fx.distributed.tensor_parallel(TRANSFORMER_PLAN))
     found = fx.explain(step, part, batch_of(mesh, texts()), calls=0)
     assert found.graphs == 1, found
     assert found.state_bytes["params"] == tree.nbytes(part.params) < tree.nbytes(state.params)
@@ -215,16 +216,19 @@ def refused_plans(mesh, folder):
             r"expected 0\.weight, which the plan splits, to be the parameter of one module",
         ),
         (nn.TransformerEncoderLayer(4, 2), {"linear1": "column"}, TypeError, "'linear1' of a TransformerEncoderLayer"),
-        (network(), None, ValueError, "expected a plan for a mesh with 2 ranks per model, got none"),
     ):
         with pytest.raises(error, match=text):
-            fx.distributed.shard(fx.init(module), mesh, plan=plan)
+            fx.shard(fx.init(module), mesh, fx.distributed.tensor_parallel(plan))
+    with pytest.raises(
+        ValueError, match="expected the layout tensor_parallel for a mesh with 2 ranks per model, got fsdp"
+    ):
+        fx.shard(fx.init(network()), mesh, fx.distributed.fsdp())
 
 
 def refused_passes(mesh, folder):
     def run(plan, *layers):
         state = fx.init(nn.Sequential(nn.Linear(6, 8), *layers, nn.Linear(8, 4)).double(), fx.optim.sgd(0.1))
-        state = fx.distributed.shard(state, mesh, plan=plan)
+        state = fx.shard(state, mesh, fx.distributed.tensor_parallel(plan))
         step = fx.train_step(lambda model, batch: model(batch["x"]).square().mean(), fx.optim.sgd(0.1), mesh=mesh)
         step(state, batch_of(mesh, examples(BATCH)))
 
@@ -243,7 +247,7 @@ def refused_passes(mesh, folder):
     ):
         run({"0": "column", "2": "row"}, nn.PReLU().double())
     tx = fx.optim.sgd(0.1)
-    found = fx.distributed.shard(fx.init(network(), tx), mesh, plan=GATED_PLAN)
+    found = fx.shard(fx.init(network(), tx), mesh, fx.distributed.tensor_parallel(GATED_PLAN))
     batch = batch_of(mesh, examples(BATCH))
     gradient = fx.gradients(loss_fn, mesh=mesh)(found, batch)
     for call in (
@@ -262,7 +266,7 @@ def refused_passes(mesh, folder):
 def nan_on_one_data_rank(mesh, folder):
     tx = optimizer()
     step = fx.train_step(loss_fn, tx, mesh=mesh, callbacks=[fx.callbacks.nan_guard()])
-    state = step.attached(fx.distributed.shard(fx.init(network(), tx), mesh, plan=GATED_PLAN))
+    state = step.attached(fx.shard(fx.init(network(), tx), mesh, fx.distributed.tensor_parallel(GATED_PLAN)))
     bad = examples(BATCH)
     bad["x"][mesh.size - 1] = torch.nan
     new, output = step(state, batch_of(mesh, bad))
@@ -279,7 +283,7 @@ def synced_batch_norm(mesh, folder):
 
     tx = optimizer()
     expected, found = fx.init(make(None), tx), fx.init(make(mesh), tx)
-    found = fx.distributed.shard(found, mesh, plan={"0": "column", "2": "row"})
+    found = fx.shard(found, mesh, fx.distributed.tensor_parallel({"0": "column", "2": "row"}))
     alone, step = fx.train_step(loss_fn, tx), fx.train_step(loss_fn, tx, mesh=mesh)
     for seed in range(5):
         batch = examples(BATCH, seed=seed)

@@ -91,7 +91,7 @@ def train(mesh, name, tx, *, steps=20, is_traced=False, is_split=True, compiled=
         return whole if mesh is None else batch_of(mesh, whole)
 
     if mesh is not None and is_split:
-        state = fx.distributed.shard(state, mesh, plan=plan)
+        state = fx.shard(state, mesh, fx.distributed.tensor_parallel(plan))
         before = placement(state)
         assert any(axis == 1 for axis in before)
     if is_traced:

@@ -24,7 +24,7 @@ def fit(mesh, plan=None, state=None, **options):
     tx = optimizer()
     state = fx.init(transformer(), tx, seed=3) if state is None else state
     if plan is not None:
-        state = fx.distributed.shard(state, mesh, plan=plan)
+        state = fx.shard(state, mesh, fx.distributed.tensor_parallel(plan))
     given = {
         "eval_step": fx.eval_step(text_loss, mesh=mesh),
         "eval_data": fx.data.batches(texts(24), BATCH, shuffle=False),

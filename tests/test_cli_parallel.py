@@ -15,19 +15,20 @@ from tests.trainings import CONFIG, MODULE
 SHAPE = ["--batch-size", "8", "--length", "16", "--layers", "1", "--width", "16", "--heads", "2", "--dropout", "0.1"]
 OPTIONS = ["--no-compile", "--eval-interval", "10", "--snapshot-interval", "5", "--steps", "40"]
 SHARDED = """
+import dataclasses
 import sys
 import fxtrain as fx
 from fxtrain.cli import main
 
-shard = fx.distributed.shard
+shard = fx.shard
 
-def shard_small(state, mesh):
-    state = shard(state, mesh, least=64)
+def shard_small(state, mesh, layout):
+    state = shard(state, mesh, dataclasses.replace(layout, least=64))
     kinds = [type(leaf).__name__ for leaf in state.params.values()]
     print(f"{kinds.count('Shard')} of {len(kinds)} split among {mesh.size} processes", file=sys.stderr)
     return state
 
-fx.distributed.shard = shard_small
+fx.shard = shard_small
 sys.exit(main(sys.argv[1:]))
 """
 PROGRAM = "import sys\nfrom fxtrain.cli import main\nsys.exit(main(sys.argv[1:]))"

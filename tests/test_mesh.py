@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import time
 
 import numpy as np
@@ -276,6 +277,22 @@ def test_batch_of_runs_is_refused():
     step = fx.train_step(lambda model, batch: model["w"] * batch.sum(), tx, mesh=fx.distributed.mesh())
     with pytest.raises(ValueError, match="expected a step without a mesh for a batch of runs"):
         step.over_members(lambda callbacks: callbacks)
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "text"),
+    [
+        (lambda: fx.distributed.fsdp("model"), ValueError, "expected axis to be 'data', got 'model'. To split modules"),
+        (lambda: fx.distributed.fsdp(least=0), ValueError, "expected least to be a positive int, got 0."),
+        (lambda: fx.distributed.tensor_parallel(["up"]), TypeError, "expected plan to be a dict from module names"),
+        (lambda: fx.distributed.tensor_parallel({"up": "rows"}), ValueError, "Did you mean 'row'?"),
+        (lambda: fx.distributed.fsdp, TypeError, "expected layout to be from fxtrain.distributed.fsdp"),
+        (lambda: {"up": "column"}, TypeError, "expected layout to be from fxtrain.distributed.fsdp"),
+    ],
+)
+def test_other_layouts_are_refused(layout, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        fx.shard(fx.init(torch.nn.Linear(2, 2)), mesh_of(0, 1), layout())
 
 
 def test_synced_batch_norm_refuses_other_classes():

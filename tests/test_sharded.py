@@ -9,6 +9,7 @@ from tests import shared_checks
 CHECKS = {
     "sharded_checks": [
         "placements",
+        "states_that_differ",
         "memory_at_rest",
         "twenty_steps",
         "steps_with_rounding_noise",

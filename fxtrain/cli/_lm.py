@@ -176,9 +176,9 @@ class _Job:
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
         if self.mesh is not None and options.parallel == "fsdp":
-            state = fx.distributed.shard(state, self.mesh)
+            state = fx.shard(state, self.mesh, fx.distributed.fsdp())
         if self.mesh is not None and options.parallel == "tp":
-            state = fx.distributed.shard(state, self.mesh, plan=PLAN)
+            state = fx.shard(state, self.mesh, fx.distributed.tensor_parallel(PLAN))
         step = fx.train_step(_cross_entropy, tx, mesh=self.mesh)
         eval_step = fx.eval_step(_cross_entropy, mesh=self.mesh)
         if options.compile:

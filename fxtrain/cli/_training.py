@@ -73,7 +73,7 @@ def training(
         device: The device: cpu, cuda, or auto, which uses cuda if available.
         parallel: How several processes, which torchrun starts, train one model. "ddp" splits each batch among them.
             "fsdp" also splits large parameters and their optimizer state. "tp" splits the modules of ``plan``.
-        plan: With ``parallel="tp"``, the modules to split, as for ``fxtrain.distributed.shard``.
+        plan: With ``parallel="tp"``, the modules to split, as for ``fxtrain.distributed.tensor_parallel``.
         dtype: The dtype of floating-point parameters.
         precision: As for ``fxtrain.train_step`` and ``eval_step``.
         accumulate: As for ``fxtrain.train_step``, as are ``differentiate``, ``outputs`` and ``transform_batch``.
@@ -120,7 +120,9 @@ def training(
         eval_step = eval_step and fx.compile(eval_step, **of_both)
     state = fx.init(model, optimizer, seed=seed, device=device_named(device, "device", mesh), dtype=dtype)
     if mesh is not None and parallel != "ddp":
-        state = fx.distributed.shard(state, mesh, plan=plan)  # pyright: ignore[reportArgumentType] -- checked there
+        modules: Any = plan  # its values are checked there
+        layout = fx.distributed.fsdp() if parallel == "fsdp" else fx.distributed.tensor_parallel(modules)
+        state = fx.shard(state, mesh, layout)
     return {
         "state": state,
         "step": step,

@@ -16,7 +16,7 @@ VOCABULARY = 256
 """The number of distinct bytes."""
 
 PLAN: dict[str, Literal["column", "row"]] = {"blocks.*.qkv": "column", "blocks.*.up": "column", "blocks.*.out": "row"}
-"""The modules that ``fxtrain.distributed.shard`` splits for tensor parallel training, by heads and hidden features."""
+"""The modules that ``tensor_parallel`` splits, by heads and hidden features."""
 
 
 KeysValues = tuple[Tensor, Tensor]

@@ -130,7 +130,7 @@ def compile(  # noqa: A001
             and with ``"recompute"`` repeated layers are compiled one by one. Works on the step as one traced graph, and
             excludes ``backend`` and ``dynamic``. Steps that take another route keep everything and say so.
             ``fxtrain.remat`` chooses by hand and works with any value.
-        reshard: When the step of a sharded state frees whole parameters, see ``fxtrain.distributed.shard``.
+        reshard: When the step of a sharded state frees whole parameters, see ``fxtrain.distributed.fsdp``.
             ``"after_forward"`` gathers each bucket of parameters, about a layer, before the forward pass uses it, and
             again before the backward pass does. This takes the least memory, and is what FSDP2 does by default.
             ``"after_backward"`` keeps each bucket from its first use to its last, as FSDP2 does with

@@ -20,7 +20,7 @@ from fxtrain.core._types import Tree
 class Shard:
     """One rank's part of a tensor: equal slices along one axis, in the order of ranks.
 
-    Made by ``fxtrain.distributed.shard``, in place of the large tensors of a state. ``fxtrain.distributed.gathered``
+    Made by ``fxtrain.shard``, in place of the large tensors of a state. ``fxtrain.distributed.gathered``
     returns the whole tensors.
 
     Args:

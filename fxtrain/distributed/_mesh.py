@@ -185,8 +185,8 @@ def mesh(data: int = -1, model: int = 1, *, timeout: float = 600.0) -> Mesh:
 
     Args:
         data: Number of parts into which each batch is split. -1 means as many as there are ranks for.
-        model: Number of ranks that have one model together, see ``shard``. They are neighbors, so that they can be on
-            one machine.
+        model: Number of ranks that have one model together, see ``tensor_parallel``. They are neighbors, so that they
+            can be on one machine.
         timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. gloo takes
             up to twice as long, and notices a lost process immediately. NCCL ends the process, and its log names the
             collective. The timeout must exceed the longest difference between ranks, such as that of their compile

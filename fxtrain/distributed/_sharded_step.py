@@ -108,7 +108,7 @@ def refuse_other_mesh(shards: Sequence[Shard], mesh: Mesh | None) -> None:
     if any(each.mesh not in axes for each in shards):
         raise ValueError(
             "expected a state that is sharded over the mesh of the step, got one of another mesh. Give the same mesh "
-            "to fxtrain.distributed.shard, train_step, eval_step and fit."
+            "to fxtrain.shard, train_step, eval_step and fit."
         )
 
 

@@ -1,128 +1,136 @@
-"""Sharded states: each rank has a slice of every large tensor."""
+"""States on several ranks: each has the whole tensors, or a slice of every large one."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals.collectives import all_gather_all
-from fxtrain.core import TrainState, Tree, check_int, check_train_state
+from fxtrain.core import TrainState, Tree, check_train_state, describe
 from fxtrain.core._graph_marks import Transfers, marking_transfers
 from fxtrain.core._shard import Shard, full_tensor, is_shard, shards_in
+from fxtrain.distributed._broadcast import check_same_leaves, of_main
+from fxtrain.distributed._layouts import FullySharded, Layout, TensorParallel
 from fxtrain.distributed._mesh import Mesh
-from fxtrain.distributed._plan import Plan, axes_of
+from fxtrain.distributed._plan import axes_of
 from fxtrain.distributed._reduce import concatenated, split, transfer_buckets
 
 
-def shard(state: TrainState, mesh: Mesh, *, least: int = 2**16, plan: Plan | None = None) -> TrainState:
-    """Returns a state of which each rank keeps its part: fully sharded data parallel, or tensor parallel training.
+def shard(state: TrainState, mesh: Mesh, layout: Layout | None = None) -> TrainState:
+    """Returns rank 0's state, placed on all ranks: whole on each of them, or of large tensors a part on each.
 
-    Parameters with ``least`` elements or more are split evenly along their first axis whose size the number of ranks
-    divides. Optimizer state and slots with the shape of such a parameter, such as moments and averages, are split like
-    it. All other leaves, and all buffers, stay on all ranks. Each split leaf becomes a ``Shard``, a node of the tree
-    with this rank's slice.
+    A module has other parameters in each process, unless all processes seed torch alike before they make it. All ranks
+    must begin with the same state, which ``fit`` checks, so the values of rank 0 are sent to the others.
 
-    ``train_step(mesh=mesh)`` gathers the parameters before the forward pass and sums each gradient to the rank that
-    has its part. A compiled step does so bucket by bucket, which takes less memory: see ``reshard`` of ``compile``. The
-    optimizer and callbacks see DTensors, so elementwise operations run on the parts, and norms and
-    other reductions are those of all ranks. An operation that DTensor does not support raises. The step keeps the
-    placement of all leaves. ``eval_step(mesh=mesh)`` gathers parameters too.
-
-    With a plan, the ranks of ``mesh.model`` have the model together: tensor parallel training. The plan lists modules
-    of class ``Linear`` by their names or shell patterns. Of a "column" module, each rank has some of the outputs, and
-    of a "row" module some of the inputs, which are the outputs of the column modules called before it:
-
-        column:  y_r = x A_r^T + b_r            [..., features / ranks]
-        row:     z = sum_r y_r B_r^T + c        [..., features], on all ranks
-
-    No tensor is gathered. Each row module adds an all-reduce to the forward pass, and each input of column modules one
-    to the backward pass. Between the two, a model must take the number of features or heads from its tensors, which are
-    parts, and may neither sample, as dropout does, nor use parameters that are not split, both of which raise. It must
-    call the modules: code that reads their weights gets parts. All else stays on all ranks, which must read the same
-    examples if they share a model. The optimizer and callbacks see DTensors as above. A plan does not combine with the
-    splitting of large parameters.
+    Without a layout, each rank has the whole state: data parallel training. ``fsdp`` splits large parameters among the
+    ranks that split the batch, and ``tensor_parallel`` splits modules among the ranks of a model. Each split leaf
+    becomes a ``Shard``, a node of the tree with this rank's slice. The step keeps the layout of all leaves. The
+    optimizer and callbacks see DTensors, so elementwise operations run on the parts, and norms and other reductions are
+    those of all ranks. An operation that DTensor does not support raises.
 
     Everything that needs whole tensors in one process, such as ``fxtrain.view`` or ``fxtrain.state_dict``, raises
     TypeError: see ``gathered``. In a checkpoint of ``fit``, each rank writes its slices, so the folder must be on a
-    file system that all ranks share. It is restored with any placement and any number of ranks. A rank that writes
-    longer than the timeout of the mesh counts as lost.
+    file system that all ranks share. It is restored with any layout and any number of ranks. A rank that writes longer
+    than the timeout of the mesh counts as lost.
 
     Args:
-        state: The state of this rank, the same on all ranks, see ``replicated``. It is not modified.
+        state: The state of this rank, such as a new one from ``fxtrain.init``, or one with another layout. It is not
+            modified.
         mesh: The ranks, as given to ``train_step``, ``eval_step`` and ``fit``.
-        least: The number of elements from which a parameter is split. Not used with a plan.
-        plan: Maps module names or patterns to "column" or "row".
+        layout: From ``fxtrain.distributed.fsdp`` or ``tensor_parallel``. None leaves all tensors whole.
 
     Returns:
-        The sharded state. With one rank, or one per model with a plan, an equal state without shards.
+        The state of this rank. If no other rank shares the split tensors, they stay whole.
 
     Raises:
-        TypeError: If the plan has a module that is not a ``Linear``, or another value than "column" or "row".
-        ValueError: If a pattern matches no module, a module matches both, the size of a parameter is not a multiple of
-            the number of ranks, or another module has the same parameter. Without a plan, if a model has several ranks.
+        TypeError: If the plan of ``tensor_parallel`` has a module that is not a ``Linear``.
+        ValueError: If the states of ranks differ in structure, shapes or dtypes. With ``fsdp``, if a model has several
+            ranks. With ``tensor_parallel``, if a pattern matches no module, a module is both "column" and "row", the
+            size of a parameter is not a multiple of the number of ranks, or another module has the same parameter.
+        LostRankError: If another rank does not take part in time.
 
     Example:
         >>> import torch, fxtrain as fx
         >>> mesh = fx.distributed.mesh()
-        >>> state = fx.init(torch.nn.Linear(512, 512), fx.optim.adamw(1e-3))
-        >>> state = fx.distributed.shard(fx.distributed.replicated(state, mesh), mesh)
-        >>> fx.distributed.gathered(state).params["weight"].shape
-        torch.Size([512, 512])
-
-        A multilayer perceptron of which each rank has some hidden features:
-
-        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-        >>> mesh = fx.distributed.mesh(model=1)  # the number of ranks of the model
-        >>> state = fx.distributed.shard(fx.init(network), mesh, plan={"0": "column", "2": "row"})
-
-    References:
-        Shoeybi et al. 2019, "Megatron-LM: training multi-billion parameter language models using model parallelism"
-        (arXiv:1909.08053).
+        >>> state = fx.shard(fx.init({"w": torch.tensor(2.0)}), mesh)
+        >>> state.params
+        {'w': tensor(2.)}
     """
     check_train_state(state, "shard(state, mesh)", takes_shards=True)
-    check_int("least", least, minimum=1)
     state = gathered(state)
-    if plan is not None:
-        return _split_by(plan, state, mesh)
+    split = _splitting(layout, state, mesh)
+    check_same_leaves(state, mesh)
+    leaves, structure = tree.flatten(state)
+    with mesh.collective("broadcast of the state"):
+        parts = [
+            _part(of_main(leaf, mesh), split(path, leaf))
+            for path, leaf in zip(tree.paths(state, "state"), leaves, strict=True)
+        ]
+    return tree.unflatten(structure, parts)
+
+
+_Split = tuple[int, Mesh] | None
+"""The axis along which a leaf is split, and the ranks that share it."""
+
+
+def _splitting(layout: Layout | None, state: TrainState, mesh: Mesh) -> Callable[[str, Tensor], _Split]:
+    """Returns a function from the path of a leaf, and the leaf, to how it is split."""
+    if layout is None:
+        return lambda path, leaf: None
+    if isinstance(layout, FullySharded):
+        return _splitting_by_size(layout, state, mesh)
+    if isinstance(layout, TensorParallel):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return _splitting_by_plan(layout, state, mesh)
+    raise TypeError(
+        f"expected layout to be from fxtrain.distributed.fsdp or tensor_parallel, got {describe(layout)}. Write "
+        "fx.shard(state, mesh, fx.distributed.fsdp()), or leave it out so that each rank has the whole state."
+    )
+
+
+def _splitting_by_size(layout: FullySharded, state: TrainState, mesh: Mesh) -> Callable[[str, Tensor], _Split]:
     if mesh.model is not None:
         raise ValueError(
-            f"expected a plan for a mesh with {mesh.model.size} ranks per model, got none. Give the modules to split, "
-            "as in shard(state, mesh, plan={'blocks.*.up': 'column', 'blocks.*.out': 'row'}), or leave out model= of "
-            "the mesh. Large parameters are not split among both data and model ranks."
+            f"expected the layout tensor_parallel for a mesh with {mesh.model.size} ranks per model, got fsdp. Name "
+            "the modules to split, as in tensor_parallel({'blocks.*.up': 'column', 'blocks.*.out': 'row'}), or leave "
+            "out model= of the mesh. Large parameters are not split among both data and model ranks."
         )
-    shapes = {leaf.shape for leaf in tree.leaves(state.params) if leaf.numel() >= least}
-    axes = {shape: axis for shape in shapes if (axis := _axis(shape, mesh.size)) is not None}
-
-    def placed(leaf: Tensor) -> Tree:
-        axis = axes.get(leaf.shape)
-        return leaf.clone() if axis is None else Shard(sliced(leaf, axis, mesh).clone(), axis, mesh)
-
     if mesh.size == 1:
-        return state.copy()
+        return lambda path, leaf: None
     device_mesh(mesh)  # made now, because it holds a tensor that a trace would make fake
-    parts = {name: tree.map(placed, getattr(state, name)) for name in ("params", "opt_state", "slots")}
-    return state.copy().replace(**parts)
+    shapes = {leaf.shape for leaf in tree.leaves(state.params) if leaf.numel() >= layout.least}
+    axes = {shape: axis for shape in shapes if (axis := _axis(shape, mesh.size)) is not None}
+    return lambda path, leaf: (axes[leaf.shape], mesh) if leaf.shape in axes and _is_of_params(path) else None
 
 
-def _split_by(plan: Plan, state: TrainState, mesh: Mesh) -> TrainState:
-    """Returns a state whose modules are split by a plan."""
+def _splitting_by_plan(layout: TensorParallel, state: TrainState, mesh: Mesh) -> Callable[[str, Tensor], _Split]:
+    axes = axes_of(layout.plan, state, mesh.ranks_per_model)
     ranks = mesh.model
-    axes = axes_of(plan, state, mesh.ranks_per_model)
     if ranks is None:
-        return state.copy()
+        return lambda path, leaf: None
     device_mesh(ranks)  # as above
 
-    def placed(path: str, leaf: Tensor) -> Tree:
+    def split(path: str, leaf: Tensor) -> _Split:
         # The optimizer state of a parameter, and averages of it, are at paths that end like its own.
-        axis = next((axis for end, shape, axis in axes if path.endswith(end) and leaf.shape == shape), None)
-        return leaf.clone() if axis is None else Shard(sliced(leaf, axis, ranks).clone(), axis, ranks)
+        ends = ((axis, ranks) for end, shape, axis in axes if path.endswith(end) and leaf.shape == shape)
+        return next(ends, None) if _is_of_params(path) else None
 
-    parts = {name: tree.map_with_path(placed, getattr(state, name)) for name in ("params", "opt_state", "slots")}
-    return state.copy().replace(**parts)
+    return split
+
+
+def _is_of_params(path: str) -> bool:
+    """Returns whether a leaf belongs to a parameter: the parameter, its optimizer state, or an average of it."""
+    return path.startswith(("state.params", "state.opt_state", "state.slots"))
+
+
+def _part(leaf: Tensor, split: _Split) -> Tree:
+    if split is None:
+        return leaf
+    axis, ranks = split
+    return Shard(sliced(leaf, axis, ranks).clone(), axis, ranks)
 
 
 def gathered(state: TrainState) -> TrainState:

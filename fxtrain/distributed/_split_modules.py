@@ -42,7 +42,7 @@ class SplitModules:
         params: The parameters with plain tensors, the parts of this rank.
 
     Raises:
-        TypeError: If the parameters are split otherwise, as by ``shard`` without a plan.
+        TypeError: If the parameters are split otherwise, as by ``fsdp``.
     """
 
     def __init__(self, params: Tree, mesh: Mesh | None) -> None:

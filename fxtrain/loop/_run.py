@@ -57,8 +57,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _EQUAL_STATES = (
-    "Take that of rank 0: fxtrain.distributed.replicated(state, mesh). If it was restored, let all ranks read the same "
-    "files."
+    "Take that of rank 0: fxtrain.shard(state, mesh). If it was restored, let all ranks read the same files."
 )
 
 

@@ -96,7 +96,7 @@ def train_step(
             over ranks before ``Gradients``, as ``fxtrain.distributed.averaged`` describes. All ranks must take the step
             equally often, and begin with the same state. ``accumulate`` must divide the examples of each rank. If a
             callback subscribes to ``Microbatch``, or the state is sharded, the average is taken for each microbatch.
-            ``gradients`` describes random samples. The state may be sharded, see ``fxtrain.distributed.shard``.
+            ``gradients`` describes random samples. The state may be sharded, see ``fxtrain.shard``.
 
     Returns:
         The step ``(state, batch) -> (state, output)``.
