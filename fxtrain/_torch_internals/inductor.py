@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import importlib.util
 import os
+import re
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +53,8 @@ MODULE = "torch._inductor"
 """The package whose modules generated code imports."""
 
 _POINTER_VARIABLE = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
+_FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_CACHE_VARIABLES = ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCH_COMPILE_FORCE")
 
 
 def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor], options: Mapping[str, object]) -> Any:
@@ -146,6 +151,11 @@ def loop_operators() -> Any:
     return LOOP_OPERATORS.get()
 
 
+def is_loaded() -> bool:
+    """Whether Inductor has been imported, which takes a second. It has its default settings before."""
+    return CONFIG.path in sys.modules
+
+
 def kernel_count() -> int | None:
     """Returns how many kernels Inductor has generated in this process. None where torch does not count them."""
     if not KERNELS.exists:
@@ -156,8 +166,11 @@ def kernel_count() -> int | None:
 
 
 def count_kernels(count: int) -> None:
-    """Adds kernels that were loaded from a file to those that Inductor has generated in this process."""
-    if KERNELS.exists:
+    """Adds kernels that were loaded from a file to those that Inductor has generated in this process.
+
+    Before Inductor is imported, nothing is compared with their number.
+    """
+    if is_loaded() and KERNELS.exists:
         from torch._inductor import metrics
 
         metrics.generated_kernel_count += count
@@ -168,6 +181,8 @@ def changed_settings() -> dict[str, str] | None:
 
     None if torch does not tell, or if a setting is an object whose text would not identify it, such as a pass.
     """
+    if not is_loaded():
+        return {}
     if not (SETTINGS.exists and UNSET.exists):
         return None
     config, values = CONFIG.get(), dict[str, str]()
@@ -189,6 +204,9 @@ def _default(setting: Any) -> object:
 
 def are_files_allowed() -> bool:
     """Whether the user has left torch's cache of compiled code on."""
+    if not is_loaded() and not any(name.startswith(_CACHE_VARIABLES) for name in os.environ):
+        # The only setting of caches that other modules of torch can change.
+        return not getattr(sys.modules.get("torch.compiler.config"), "force_disable_caches", False)
     config = CONFIG.get()
     return not getattr(config, "force_disable_caches", False) and getattr(config, "fx_graph_cache", True)
 
@@ -225,4 +243,8 @@ def load_package(path: str) -> Callable[[list[torch.Tensor]], Sequence[torch.Ten
 
 def cache_folder() -> str:
     """Returns the folder of torch's compiled code."""
-    return CACHE.get()()
+    if is_loaded():
+        return CACHE.get()()
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    default = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+    return os.path.abspath(os.environ.get(_FOLDER_VARIABLE, default))

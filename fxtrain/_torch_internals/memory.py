@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, UntypedStorage
 
+from fxtrain._torch_internals.dispatch import NO_FUNCTION_MODES
 from fxtrain._torch_internals.interface import Interface
 
 ADDRESS = Interface("torch.UntypedStorage._cdata", "telling which tensors share memory")
@@ -30,7 +32,9 @@ def storage_id(tensor: Tensor) -> int:
         >>> storage_id(x) == storage_id(x.t()) != storage_id(x.clone())
         True
     """
-    return tensor.untyped_storage()._cdata
+    # Function modes that look for reads of values would take this for one.
+    with NO_FUNCTION_MODES.get()() if NO_FUNCTION_MODES.exists else contextlib.nullcontext():
+        return tensor.untyped_storage()._cdata
 
 
 def storage_use_counter() -> Callable[[Iterable[UntypedStorage]], Iterable[int]]:

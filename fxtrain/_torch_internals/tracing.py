@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,9 +43,46 @@ TRACER_MODULES = ("torch.overrides", "torch._tensor", "torch.fx.experimental.pro
 """The modules of torch between a traced operation and the code that called it."""
 
 
+class Recorder(Protocol):
+    """What notes the operations of a thread while they run."""
+
+    def pause(self) -> AbstractContextManager[object]:
+        """Returns a context whose operations are not noted."""
+        ...
+
+    def refuse(self, what: str) -> None:
+        """Gives up, because something is noted on nodes of a graph that operations do not show."""
+        ...
+
+
+class _ThreadRecorder(threading.local):
+    current: Recorder | None = None
+
+
+_recorder = _ThreadRecorder()
+
+
+@contextlib.contextmanager
+def recorded_by(recorder: Recorder) -> Iterator[None]:
+    """A context in which a step takes the paths of a trace in this thread, though its tensors have values."""
+    before, _recorder.current = _recorder.current, recorder
+    try:
+        yield
+    finally:
+        _recorder.current = before
+
+
+def current_recorder() -> Recorder | None:
+    """Returns the innermost recorder of this thread."""
+    return _recorder.current
+
+
 def is_traced() -> bool:
-    """Whether ``make_fx`` records this thread's operations or its tensors are fake. Not inside Dynamo."""
-    return is_recorded() or fake_mode() is not None
+    """Whether this thread's step is traced: recorded by ``make_fx`` or another recorder, or run on fake tensors.
+
+    Not inside Dynamo.
+    """
+    return _recorder.current is not None or is_recorded() or fake_mode() is not None
 
 
 def has_symbolic_sizes() -> bool:
@@ -61,7 +99,9 @@ def make_fx(function: Callable[..., object], **options: object) -> Callable[...,
 
 
 def unrecorded() -> AbstractContextManager[object]:
-    """A context whose operations ``make_fx`` does not record."""
+    """A context whose operations neither ``make_fx`` nor another recorder records."""
+    if _recorder.current is not None:
+        return _recorder.current.pause()
     return UNRECORDED.get()() if UNRECORDED.exists and is_recorded() else contextlib.nullcontext()
 
 

@@ -233,7 +233,14 @@ def compile(  # noqa: A001
             step,
             routes=routes
             or routes_to(
-                backend, mode, dynamic=dynamic, fullgraph=fullgraph, memory=memory, reshard=reshard, artefacts=folder
+                backend,
+                mode,
+                dynamic=dynamic,
+                fullgraph=fullgraph,
+                memory=memory,
+                reshard=reshard,
+                artefacts=folder,
+                runs_uncompiled=check,
             ),
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,

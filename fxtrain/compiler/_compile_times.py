@@ -60,11 +60,15 @@ class CompileTime:
         return None
 
     def write(self, seconds: float) -> None:
-        """Keeps the seconds, unless they are too few to matter."""
-        if self._path is not None and seconds >= _MIN_SECONDS:
-            with contextlib.suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.write_text(f"{seconds:.1f}")
+        """Keeps the seconds. If they are too few to matter, none are kept, because the graph was found in a file."""
+        if self._path is None:
+            return
+        with contextlib.suppress(OSError):
+            if seconds < _MIN_SECONDS:
+                self._path.unlink(missing_ok=True)
+                return
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(f"{seconds:.1f}")
 
 
 @contextlib.contextmanager

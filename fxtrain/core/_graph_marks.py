@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
-from fxtrain._torch_internals.tracing import marking_nodes
+from fxtrain._torch_internals.tracing import current_recorder, marking_nodes
 
 _PASS, _REGIONS, _TRANSFERS = "fxtrain_pass", "fxtrain_regions", "fxtrain_transfers"
 
@@ -70,6 +70,9 @@ def marking_region(region: Region) -> Generator[None]:
     def mark(node: Any) -> None:
         set_regions(node, (region, *regions_of(node)))
 
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.refuse("regions to recompute")
     with marking_nodes(mark):
         yield
 

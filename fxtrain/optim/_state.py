@@ -20,7 +20,7 @@ def zeros(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
         params: Pytree of floating-point or complex tensors.
         dtype: Dtype of real leaves. Defaults to that of the parameter.
     """
-    return _map_params(lambda leaf: torch.zeros_like(leaf, dtype=leaf.dtype if leaf.is_complex() else dtype), params)
+    return _map_params(lambda leaf: _zeros_like(leaf, leaf.dtype if leaf.is_complex() else dtype), params)
 
 
 def clones(params: Tree) -> Tree:
@@ -37,7 +37,7 @@ def real_full(params: Tree, value: Scalar = 0.0) -> Tree:
 
     def full(leaf: Tensor) -> Tensor:
         dtype = torch.promote_types(leaf.dtype, torch.float32)
-        blank = torch.zeros_like(leaf, dtype=_REAL.get(dtype, dtype))
+        blank = _zeros_like(leaf, _REAL.get(dtype, dtype))
         return blank + value if isinstance(value, Tensor) or value != 0.0 else blank
 
     return _map_params(full, params)
@@ -46,6 +46,13 @@ def real_full(params: Tree, value: Scalar = 0.0) -> Tree:
 def start_count(params: Tree) -> Tensor:
     """Returns the update count before the first update: int64 [], on the device of the parameters."""
     return torch.zeros((), dtype=torch.int64, device=tree.device_of(params))
+
+
+def _zeros_like(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if leaf.is_meta:
+        # The first step checks the structure of its state on this device, for which ``zeros_like`` imports sympy.
+        return torch.zeros(leaf.shape, dtype=dtype or leaf.dtype, device="meta")
+    return torch.zeros_like(leaf, dtype=dtype)
 
 
 def _map_params(make: Callable[[Tensor], Tensor], node: Tree, path: Path = ()) -> Tree:

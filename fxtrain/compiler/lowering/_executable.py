@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optree import PyTreeSpec
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -24,6 +26,18 @@ Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Tre
 """Maps the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
 
 
+class Origin(NamedTuple):
+    """A compiled graph in files.
+
+    Args:
+        graph: The hash of the graph.
+        read: Indices of its inputs among the leaves of the state and of the batch.
+    """
+
+    graph: str
+    read: Sequence[int]
+
+
 class Executable(NamedTuple):
     """A compiled step, without the checks of its inputs.
 
@@ -34,6 +48,7 @@ class Executable(NamedTuple):
         is_uncompiled: Whether it runs the step as it is, so that there is nothing to check.
         graphs: Its graphs, if later calls may add some. None otherwise.
         mark: The file whose existence says that it has passed its check on this machine, if it can be recognized.
+        origin: The graph that it calls, if there are files of that graph.
     """
 
     run: Run
@@ -42,11 +57,51 @@ class Executable(NamedTuple):
     is_uncompiled: bool = False
     graphs: Sized | None = None
     mark: Path | None = None
+    origin: Origin | None = None
 
 
 def kinds(leaves: Iterable[Tensor]) -> list[Kind]:
     """Returns what a graph assumes of each tensor: its shape, dtype, strides and device."""
     return [(leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves]
+
+
+def run_graph(
+    call: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    read: Sequence[int],
+    changed: Sequence[int],
+    output: PyTreeSpec,
+    *,
+    in_place: bool,
+    is_step: bool,
+) -> Run:
+    """Returns the ``run`` function of a compiled graph.
+
+    Args:
+        call: Maps the graph's inputs to the changed leaves of the state, unless it writes them in place, and the
+            leaves of the output.
+        read: Indices of the inputs among the leaves of the state and of the batch.
+        changed: Indices of the state leaves that the step replaces.
+        output: The structure of the output.
+        in_place: Whether the graph writes the new state into the old state's buffers.
+        is_step: Whether the step returns a state.
+    """
+    pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
+    unflatten = tree.generate_unflatten(output)
+    if in_place or not is_step:
+
+        def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
+            return (), unflatten(call(pick((*leaves, *inputs))))
+    else:
+        returned = len(changed)
+
+        def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
+            values = call(pick((*leaves, *inputs)))
+            new = list(leaves)
+            for index, value in zip(changed, values, strict=False):
+                new[index] = value
+            return new, unflatten(values[returned:])
+
+    return run
 
 
 def uncompiled(

@@ -9,6 +9,7 @@ from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo
 from fxtrain.compiler.lowering._executable import Backend, uncompiled
 from fxtrain.compiler.lowering._modes import AHEAD, without_cuda_graphs
+from fxtrain.compiler.lowering._recall import keep, recall
 from fxtrain.compiler.lowering._regions import compile_in_regions
 from fxtrain.compiler.lowering._routes import Route, Routes
 from fxtrain.compiler.lowering._specialization import compile_specialized
@@ -26,12 +27,14 @@ def routes_to(
     memory: Memory = "save",
     reshard: Reshard = "after_forward",
     artefacts: Artefacts | None = None,
+    runs_uncompiled: bool = False,
     is_rehearsal: bool = False,
 ) -> Routes:
     """Returns the routes for the options of ``compile``, which describes the other arguments.
 
     Args:
         artefacts: The folder of compiled graphs that the user has named.
+        runs_uncompiled: Whether the first call may run the step uncompiled, for a check or to recognize it.
         is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
     graphs = {"memory": memory, "reshard": reshard}
@@ -46,6 +49,9 @@ def routes_to(
     tracing = needs | Feature.AHEAD if mode == AHEAD else needs
     if is_rehearsal:
         backend, chosen, mode = "eager", "eager", None
+    # Without a limit to its memory, because the uncompiled step may need more.
+    is_recalled = runs_uncompiled and has_traces and not dynamic and memory == "save" and mode != AHEAD
+    options = {"mode": mode, "artefacts": artefacts}
     traced = Route(
         f"{title}, traced{suffix}",
         functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts, **graphs),
@@ -53,6 +59,8 @@ def routes_to(
         True,
         trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts, **graphs),
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
+        recall=functools.partial(recall, **options) if is_recalled else None,
+        keep=functools.partial(keep, **options) if is_recalled else None,
     )
     online = None if mode == AHEAD else mode
     if chosen == "inductor" and online is not None:

@@ -8,7 +8,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from fxtrain.core import Batch, TrainState, warn
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
+
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Route(NamedTuple):
         trace: The part of ``compile`` that must run in the calling thread. It returns a function that makes the
             executable in any thread.
         needs: The parts of the compiler that use private interfaces of torch. Without them the route is not tried.
+        recall: Takes the arguments of ``compile``, and returns what an earlier process has compiled, or None.
+        keep: Takes these arguments and an executable after the batch, and keeps it for ``recall``.
     """
 
     name: str
@@ -59,6 +63,8 @@ class Route(NamedTuple):
     has_otherwise: bool = False
     trace: Callable[..., Callable[[], Executable]] | None = None
     needs: Feature = Feature(0)
+    recall: Callable[..., Executable | None] | None = None
+    keep: Callable[..., None] | None = None
 
 
 class Choice(NamedTuple):
@@ -122,6 +128,11 @@ class Routes:
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool) -> Executable:
         """Compiles an executable by the first route that works, with one warning if others failed before it."""
+        recall = self._routes[self._chosen].recall
+        recalled = None if recall is None else _tried(recall, step, state, batch, in_place=in_place)
+        if recalled is not None:
+            self._is_chosen = True
+            return recalled
         # Inductor takes seconds to import, and graphs from files do not need it. A route that does raises.
         self._drop_unsupported(Feature.TRACED | Feature.SYMBOLIC)
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
@@ -196,6 +207,8 @@ class Routes:
                         found = break_from_error(error)
                     continue
                 self._chosen, self._is_chosen, self._found = index, True, found or self._found
+                if route.keep is not None:
+                    _tried(route.keep, step, state, batch, executable, in_place=in_place)
                 if found is not None:
                     warn(_fallback(step, found, route), UserWarning)
                 return executable
@@ -220,6 +233,15 @@ def _garbage_kept() -> Generator[None]:
                 if is_kept:  # otherwise the garbage is left to the next automatic collection
                     gc.collect()
             gc.enable()
+
+
+def _tried(function: Callable[..., R], *args: Any, **options: Any) -> R | None:
+    """Calls a function that only saves time. If it fails, the step is compiled without it."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        _log.debug("%s failed.", function, exc_info=error)
+        return None
 
 
 def _compiled(route: Route, step: Step | EvalFunction, state: TrainState, batch: Batch, **options: Any) -> Executable:

@@ -65,6 +65,7 @@ class GraphFiles:
     Attributes:
         mark: The file whose existence says that the graph has passed its check on this machine. None before the graph
             is ready, and if other processes cannot recognize it.
+        key: The hash of the graph by which its files are found. None if it has no files.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class GraphFiles:
         self._graph, self._examples, self._options = graph, examples, options
         self._artefacts = artefacts
         self.mark: Path | None = None
+        self.key: str | None = None
 
     def compiled_or_loaded(
         self,
@@ -103,8 +105,9 @@ class GraphFiles:
         if local is not None:
             self.mark = local.mark_of_check(key, facts)
         folders = [folder for folder in (artefacts, local) if folder is not None]
-        found = _loaded(folders, key, facts, load)
+        found = loaded(folders, key, facts, load)
         if found is not None:
+            self.key = key
             return found
         shared = folders[0] if folders else None
         # Parts are exchanged by Inductor's cache, which belongs to this machine.
@@ -121,8 +124,9 @@ class GraphFiles:
         with contextlib.nullcontext() if shared is None else shared.turn(key, facts, on_wait):
             # Another process may have compiled it meanwhile.
             if shared is not None and shared.has(key, facts):
-                found = _loaded([shared], key, facts, load)
+                found = loaded([shared], key, facts, load)
                 if found is not None:
+                    self.key = key
                     return found
             began = time.perf_counter()
             compiled = compile_graph(turns)
@@ -137,10 +141,11 @@ class GraphFiles:
                 header = {**compiled.header, "seconds": time.perf_counter() - began}
                 for folder in folders:
                     folder.save(key, facts, files, header)
+                self.key = key
         return compiled.call
 
 
-def _loaded(folders: Sequence[Artefacts], key: str, facts: Mapping[str, str], load: Callable[[Entry], Any]) -> Any:
+def loaded(folders: Sequence[Artefacts], key: str, facts: Mapping[str, str], load: Callable[[Entry], Any]) -> Any:
     """Returns the function in the first file that works, and copies this file to the folders before its own."""
     missing: list[Artefacts] = []
     for folder in folders:

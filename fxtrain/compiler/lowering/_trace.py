@@ -8,7 +8,6 @@ overhead and compile time.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -31,7 +30,7 @@ from fxtrain._torch_internals.tracing import make_fx, operations_outside_of_func
 from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._compile_thread import compiler_lock
 from fxtrain.compiler.lowering._cuda_graphs import Call, CudaCaptures, CudaGraphReplay, only_gpu
-from fxtrain.compiler.lowering._executable import Backend, Executable
+from fxtrain.compiler.lowering._executable import Backend, Executable, Origin, run_graph
 from fxtrain.compiler.lowering._function_modes import KnownLiterals, OpaqueCTC
 from fxtrain.compiler.lowering._inductor import compile_by_inductor, help_inductor, load_compiled
 from fxtrain.compiler.lowering._modes import AHEAD, REPLAYED, compile_ahead, load_ahead, without_cuda_graphs
@@ -157,13 +156,13 @@ def trace_step(
     is_capturable = mode in REPLAYED and has_graph and not dynamic and backend is None and memory != "offload"
     gpu = only_gpu((*leaves, *inputs)) if is_capturable else None
     read = _without_unread(graph)
-    pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
-    examples = pick((*leaves, *inputs))
+    given = (*leaves, *inputs)
+    examples = tuple(given[index] for index in read)
     options = _options(graph, examples, mode) if backend is None else {}
     if mode != AHEAD:
         # A reference to the state would keep later steps from donating it.
-        examples = ()
-    unflatten, is_step = tree.generate_unflatten(output_structure), isinstance(step, Step)
+        examples = given = ()
+    structures = read, changed, output_structure
     has_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
     def compile_traced_graph() -> Executable:
@@ -179,23 +178,11 @@ def trace_step(
         if gpu is not None:
             call = CudaGraphReplay(call, sum(index < count for index in read), CudaCaptures(gpu))
 
-        if in_place or not is_step:
-
-            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
-                return (), unflatten(call(pick((*leaves, *inputs))))
-        else:
-            returned = len(changed)
-
-            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tree]:
-                values = call(pick((*leaves, *inputs)))
-                new = list(leaves)
-                for index, value in zip(changed, values, strict=False):
-                    new[index] = value
-                return new, unflatten(values[returned:])
-
+        run = run_graph(call, *structures, in_place=in_place, is_step=isinstance(step, Step))
         written = changed if in_place else None
         if symbolic is None:
-            return Executable(run, written, mark=files.mark)
+            origin = None if files.key is None else Origin(files.key, read)
+            return Executable(run, written, mark=files.mark, origin=origin)
         return Executable(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
 
     return compile_traced_graph
