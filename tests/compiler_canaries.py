@@ -1,6 +1,8 @@
 """Canaries of Dynamo and Inductor."""
 
 import inspect
+import os
+from unittest import mock
 
 import pytest
 import torch
@@ -171,7 +173,13 @@ def programs_are_packaged_as_expected():
 
 @canary("torch._inductor.runtime.cache_dir_utils.cache_dir")
 def compiled_code_has_a_folder():
-    assert isinstance(internals.inductor.cache_folder(), str)
+    module = torch._inductor.runtime.cache_dir_utils
+    assert internals.inductor.cache_folder() == module.cache_dir()
+    # Before Inductor is imported, the folder is found without it.
+    with mock.patch.object(internals.inductor, "is_loaded", return_value=False), mock.patch.dict(os.environ):
+        assert internals.inductor.cache_folder() == module.cache_dir()
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert internals.inductor.cache_folder() == module.default_cache_dir()
 
 
 @canary("torch._inductor.config._config", "torch.utils._config_module._UNSET_SENTINEL")

@@ -1,5 +1,6 @@
 """Steps that are recognized without a trace: by the operators that they run."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -66,14 +67,21 @@ class Traced(BaseException):
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """Makes traces raise. Returns a function that allows them again."""
+    """Makes traces raise. Returns a context in which they are allowed."""
 
     def refuse(*args, **options):
         raise Traced
 
-    before = traced.trace_step
+    trace_step = traced.trace_step
     monkeypatch.setattr(traced, "trace_step", refuse)
-    return lambda: monkeypatch.setattr(traced, "trace_step", before)
+
+    @contextlib.contextmanager
+    def allowed():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(traced, "trace_step", trace_step)
+            yield
+
+    return allowed
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,10 @@ class TestRecall:
             if path.is_file():
                 content = path.read_bytes()
                 (tmp_path / "fxtrain" / path.name).write_bytes(content[:-9] if path.suffix == ".fxs" else content)
-        untraced()
+        with pytest.raises(Traced):
+            trained(fx.compile(train_step()))
+        with untraced():
+            assert same(trained(fx.compile(train_step())), compiled[1][False])
         assert same(trained(fx.compile(train_step())), compiled[1][False])
 
     def test_named_folder_is_enough_elsewhere(self, compiled, cache, tmp_path, monkeypatch, untraced):

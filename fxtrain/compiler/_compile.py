@@ -60,10 +60,13 @@ def compile(  # noqa: A001
 
     All routes compute the same result.
 
-    The first call takes from ten seconds to minutes. Compiled code is cached on disk (``TORCHINDUCTOR_CACHE_DIR``), so
-    that a later process starts in a few seconds. Of the processes on a machine that need a graph at the same time, as
-    ranks do, one compiles it and the others wait. ``artefacts`` takes it to other machines. The logger
-    ``fxtrain.compiler`` reports at level INFO what is compiled or loaded and how long it took.
+    The first call takes from ten seconds to minutes. Compiled code is cached on disk (``TORCHINDUCTOR_CACHE_DIR``). A
+    later process runs the uncompiled step once, on copies, and loads the graph that was compiled for the same
+    operators, in a fraction of a second. It traces the step, in seconds, if the operators do not identify its graph: on
+    GPUs, with a mesh, ``memory``, ``dynamic``, ``mode="ahead-of-time"``, ``check=False`` or regions to recompute. Of
+    the processes on a machine that need a graph at the same time, as ranks do, one compiles it and the others wait.
+    ``artefacts`` takes it to other machines. The logger ``fxtrain.compiler`` reports at level INFO what is compiled or
+    loaded and how long it took.
 
     The first two calls of each graph are checked against the uncompiled step, which runs once more on the same state
     and batch. All leaves of the new state and of the output are compared. Where a tolerance is not enough, the
@@ -145,13 +148,13 @@ def compile(  # noqa: A001
             first call of each batch size is checked too, for up to 32 sizes. It takes memory for four more states
             while it runs.
         artefacts: A folder for compiled graphs, which may be shared by processes and machines and may be a folder
-            inside that of a run's checkpoints. A graph that is found there is loaded, so that a first step takes
-            seconds even with an empty cache, and gives the same bits. Otherwise one process compiles the graph and
-            saves it, while others that need it wait as long as it lives. A file is loaded only if it was made with the
-            same torch, fxtrain, Python, platform, processor features, number of threads and compile options. If one
-            differs, the step is compiled, and one warning names it. The same holds for a damaged file. Compiled code
-            can do anything that your user may do, so name only a folder whose writers you trust, as with a folder of
-            Python modules. Checksums detect damage, not forgery. Only graphs of C++ kernels are saved, with fixed
+            inside that of a run's checkpoints. A graph that is found there is loaded, so that a first step is
+            as fast with an empty cache as with a full one, and gives the same bits. Otherwise one process compiles the
+            graph and saves it, while others that need it wait as long as it lives. A file is loaded only if it was made
+            with the same torch, fxtrain, Python, platform, processor features, number of threads and compile options.
+            If one differs, the step is compiled, and one warning names it. The same holds for a damaged file. Compiled
+            code can do anything that your user may do, so name only a folder whose writers you trust, as with a folder
+            of Python modules. Checksums detect damage, not forgery. Only graphs of C++ kernels are saved, with fixed
             sizes and torch's own operators. A warning says if a graph is not. Requires Inductor, thus excludes
             ``backend`` and ``dynamic``.
 

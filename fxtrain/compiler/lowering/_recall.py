@@ -52,21 +52,21 @@ def recall(
         mode: As in ``compile``.
         artefacts: The folder of compiled graphs that the user has named.
     """
-    shelf = _shelf(step, state, batch, in_place, mode, artefacts)
-    if shelf is None or not shelf.has_any():
+    files = _signature_files(step, state, batch, in_place, mode, artefacts)
+    if files is None or not files.has_any():
         return None
     signature = signature_of(step, state, batch)
-    entry = None if signature is None else shelf.read(signature.digest)
+    entry = None if signature is None else files.read(signature.digest)
     if signature is None or entry is None or tuple(entry.header["changed"]) != signature.changed:
         return None
     graph, read = entry.header["graph"], entry.header["read"]
-    call = loaded(shelf.folders, graph, shelf.facts, load_compiled)
+    call = loaded(files.folders, graph, files.facts, load_compiled)
     if call is None:
         return None
-    shelf.write(signature.digest, entry.header)
+    files.write(signature.digest, entry.header)
     local, changed = local_artefacts(), signature.changed
     run = run_graph(call, read, changed, signature.output, in_place=in_place, is_step=isinstance(step, Step))
-    mark = None if local is None else local.mark_of_check(graph, shelf.facts)
+    mark = None if local is None else local.mark_of_check(graph, files.facts)
     return Executable(run, changed if in_place else None, mark=mark)
 
 
@@ -81,18 +81,18 @@ def keep(
     artefacts: Artefacts | None,
 ) -> None:
     """Keeps the signature of a compiled step for ``recall``, whose arguments it takes, if it is faster than a trace."""
-    shelf = None if executable.origin is None else _shelf(step, state, batch, in_place, mode, artefacts)
-    if shelf is None or executable.origin is None:
+    files = None if executable.origin is None else _signature_files(step, state, batch, in_place, mode, artefacts)
+    if files is None or executable.origin is None:
         return
     began = time.perf_counter()
     signature = signature_of(step, state, batch)
     seconds = time.perf_counter() - began
     if signature is not None and seconds < _IMPORT_SECONDS + _TRACE_SECONDS * signature.operators:
         graph, read = executable.origin
-        shelf.write(signature.digest, {"graph": graph, "read": read, "changed": signature.changed})
+        files.write(signature.digest, {"graph": graph, "read": read, "changed": signature.changed})
 
 
-class _Shelf(NamedTuple):
+class _SignatureFiles(NamedTuple):
     """The files of all signatures of steps with the same kinds of inputs.
 
     Args:
@@ -110,25 +110,28 @@ class _Shelf(NamedTuple):
         return any(True for folder in self.folders for _ in folder.folder.glob(pattern))
 
     def read(self, signature: str) -> Entry | None:
-        """Returns the first entry for a signature that can be read."""
-        for path in self._paths(signature):
-            try:
-                entry = read_entry(path)
-            except (OSError, DamagedFileError) as error:
-                _log.debug("%s: %s", path, error)
-                continue
-            if (entry.header.get("signature"), entry.header.get("facts")) == (signature, self.facts):
-                return entry
-        return None
+        """Returns the first entry for a signature."""
+        entries = (self._entry(path, signature) for path in self._paths(signature))
+        return next((entry for entry in entries if entry is not None), None)
 
     def write(self, signature: str, header: dict[str, Any]) -> None:
         """Writes an entry to all folders that have none."""
         for path in self._paths(signature):
-            try:
-                if not path.exists():
+            if self._entry(path, signature) is None:
+                try:
                     write_entry(path, Entry({**header, "signature": signature, "facts": self.facts}, {}))
-            except OSError as error:
-                _log.debug("%s cannot be written.", path, exc_info=error)
+                except OSError as error:
+                    _log.debug("%s cannot be written.", path, exc_info=error)
+
+    def _entry(self, path: Path, signature: str) -> Entry | None:
+        """Returns the entry in a file, or None if the file is missing, damaged or of another signature."""
+        try:
+            entry = read_entry(path)
+        except (OSError, DamagedFileError) as error:
+            _log.debug("%s: %s", path, error)
+            return None
+        is_ours = (entry.header.get("signature"), entry.header.get("facts")) == (signature, self.facts)
+        return entry if is_ours else None
 
     def _paths(self, signature: str) -> list[Path]:
         return [folder.folder / self._name(signature[:32]) for folder in self.folders]
@@ -137,14 +140,14 @@ class _Shelf(NamedTuple):
         return f"{self.prefix}-{signature}-{digest(self.facts)}{_SUFFIX}"
 
 
-def _shelf(
+def _signature_files(
     step: Step | EvalFunction,
     state: TrainState,
     batch: Batch,
     in_place: bool,
     mode: str | None,
     artefacts: Artefacts | None,
-) -> _Shelf | None:
+) -> _SignatureFiles | None:
     """Returns the files for a step and its inputs. None if such steps are not recognized."""
     leaves, inputs = tree.leaves(state), tree.leaves(batch)
     given: list[Tensor] = [*leaves, *inputs]
@@ -156,4 +159,4 @@ def _shelf(
     folders = [folder for folder in (artefacts, local_artefacts()) if folder is not None]
     facts = kinds(leaves), kinds(inputs), in_place, mode, isinstance(step, Step), torch.is_grad_enabled()
     prefix = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return _Shelf(folders, prefix, facts_of(given)) if folders else None
+    return _SignatureFiles(folders, prefix, facts_of(given)) if folders else None

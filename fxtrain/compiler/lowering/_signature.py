@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxtrain import tree
 from fxtrain._torch_internals.dispatch import Operator, TorchDispatchMode
 from fxtrain._torch_internals.tracing import recorded_by
-from fxtrain.compiler.lowering._side_effects import detecting_side_effects
+from fxtrain.compiler.lowering._side_effects import refusing_files
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._bits import as_bytes
 from fxtrain.step import Step
@@ -79,7 +79,7 @@ def signature_of(step: Callable[[TrainState, Batch], Tree], state: TrainState, b
     old, copied = given[: len(leaves)], given[len(leaves) :]
     recorder = _Recorder(given)
     try:
-        with compiling(), torch.random.fork_rng(devices=[]), detecting_side_effects(), recorder.recording():
+        with compiling(), torch.random.fork_rng(devices=[]), refusing_files(), recorder.recording():
             result: Any = step(tree.unflatten(state_structure, old), tree.unflatten(batch_structure, copied))
         moved, output = result if isinstance(step, Step) else ((), result)
         new: list[Tensor] = tree.leaves(moved)
