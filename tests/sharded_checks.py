@@ -64,12 +64,12 @@ def memory_at_rest(mesh, folder):
 def twenty_steps(mesh, folder):
     callbacks = [fx.callbacks.nan_guard(), fx.callbacks.ema(0.9), fx.callbacks.grad_norms()]
     options = {"steps": 20, "accumulate": 3, "callbacks": callbacks}
-    assert_as_replicated(mesh, None, **options)
+    (last,) = assert_as_replicated(mesh, None, **options)
     state, tx = parts(mesh)
     state = fx.attach(state, fx.train_step(loss_fn, tx, callbacks=callbacks))
     found = sharded(state, mesh)
-    new, _ = take(mesh, found, tx, **options)
-    assert placement(new) == placement(found)
+    new, _ = take(mesh, found, tx, **{**options, "steps": 2})
+    assert placement(new) == placement(last) == placement(found)
     assert sum(axis is not None for axis in placement(new)) == 8  # parameters, two moments and an average of two
 
 
@@ -146,9 +146,8 @@ CALLBACKS = {
 
 
 def callbacks_in_the_step(mesh, folder):
-    for is_traced in (False, True):
-        made = [make() for make in CALLBACKS.values()]
-        assert_as_replicated(mesh, None, callbacks=made, is_traced=is_traced)
+    made = [make() for make in CALLBACKS.values()]
+    assert_as_replicated(mesh, None, callbacks=made, schedules=(None, "after_forward"))
 
 
 def microbatches_and_policies(mesh, folder):
@@ -217,7 +216,7 @@ def refused_operations_say_why(mesh, folder):
         log = {"sum": (event.grads["0.weight"] * torch.ones(16, 6, dtype=torch.float64)).sum()}
         return state, fx.Control(log=log)
 
-    for is_traced in (False, True):
+    for reshard in (None, "after_forward"):
         with pytest.raises(RuntimeError, match="mixed") as caught:
-            take(mesh, sharded(state, mesh), tx, callbacks=[mixes], is_traced=is_traced)
+            take(mesh, sharded(state, mesh), tx, callbacks=[mixes], reshard=reshard)
         assert any("full_tensor()" in note for note in caught.value.__notes__)

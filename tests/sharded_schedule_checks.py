@@ -1,5 +1,6 @@
 """Checks of when sharded steps gather and sum: bits, peaks and graphs. ``shared_checks`` runs them."""
 
+import functools
 from random import Random as Rng
 
 import pytest
@@ -21,6 +22,7 @@ from tests.sharded_states import (
     cast_loss,
     examples,
     loss_fn,
+    one_trace,
     optimizer,
     parts,
     sharded,
@@ -31,8 +33,7 @@ from tests.sharded_states import (
 def schedules(mesh, folder):
     """A step has the same bits with each schedule of its transfers, and the result of replicated ones."""
     callbacks = [fx.callbacks.nan_guard(), fx.callbacks.ema(0.9), fx.callbacks.grad_norms()]
-    options = {"steps": 8, "accumulate": 3, "callbacks": callbacks, "is_traced": True}
-    found = [assert_as_replicated(mesh, None, reshard=reshard, **options) for reshard in SCHEDULES]
+    found = assert_as_replicated(mesh, None, steps=8, accumulate=3, callbacks=callbacks, schedules=SCHEDULES)
     assert not found[0].diff(found[1])
     assert not found[0].diff(found[2])
 
@@ -77,10 +78,12 @@ def random_schedules(mesh, folder):
             # Gradients are exchanged by gloo, and reduced and scattered by other backends.
             patch.setattr(dist, "get_backend", lambda group, seed=seed: ("gloo", "nccl")[seed % 2])
             patch.setattr(_transfer_buckets, "_MIN_BYTES", random.choice([1, 1000, 5000]))
-            found = [
-                traced(step, state, batch, reshard, memory=memory if reshard != "off" else "save")(state, batch)
-                for reshard in SCHEDULES
-            ]
+            with one_trace():
+                steps = [
+                    traced(step, state, batch, reshard, memory=memory if reshard != "off" else "save")
+                    for reshard in SCHEDULES
+                ]
+                found = [taken(state, batch) for taken in steps]
         for one in found:
             assert_close(one[0], fx.distributed.gathered(expected[0]), 1e-12)
             assert not one[0].diff(found[0][0]), (seed, one[0].diff(found[0][0]))
@@ -104,8 +107,9 @@ class Live(torch.fx.Interpreter):
         return value
 
 
-def peak(mesh, reshard, **options):
-    """Returns the peak of a step whose parameters dominate, as a part of their bytes."""
+@functools.cache
+def peaks_by_schedule(mesh, schedules=SCHEDULES, **options):
+    """Returns the peak of a step whose parameters dominate, as a part of their bytes, with each schedule."""
     torch.manual_seed(0)
     tx = fx.optim.sgd(0.1)
     layers = [part for _ in range(12) for part in (nn.Linear(512, 512), nn.Tanh())]
@@ -116,16 +120,18 @@ def peak(mesh, reshard, **options):
 
     def backend(graph, inputs):
         made.append(Live(graph))
-        return made[0].run
+        return made[-1].run
 
-    run = trace_step(step, state, batch, mode=None, in_place=True, backend=backend, reshard=reshard)().run
-    run(tree.leaves(state.copy()), tree.leaves(batch))
-    return made[0].peak / (12 * 512 * 512 * 4)
+    with one_trace():
+        for reshard in schedules:
+            run = trace_step(step, state, batch, mode=None, in_place=True, backend=backend, reshard=reshard)().run
+            run(tree.leaves(state.copy()), tree.leaves(batch))
+    return {reshard: each.peak / (12 * 512 * 512 * 4) for reshard, each in zip(schedules, made, strict=True)}
 
 
 def peaks(mesh, folder):
     """Where parameters dominate, a step takes least memory if it gathers them again, and most without a schedule."""
-    found = {reshard: peak(mesh, reshard) for reshard in SCHEDULES}
+    found = peaks_by_schedule(mesh)
     # Parts of gradients take 0.5. The rest is that of whole parameters and gradients.
     assert found["after_backward"] < 0.8 * found["off"], found
     assert found["after_forward"] < 0.7 * found["after_backward"], found
@@ -133,8 +139,9 @@ def peaks(mesh, folder):
 
 def peaks_of_microbatches(mesh, folder):
     """Microbatches add the parts of their gradients, and no whole ones."""
-    found = {accumulate: peak(mesh, "after_forward", accumulate=accumulate) for accumulate in (1, 2, 3)}
-    assert found[3] < found[1] + 0.6, found  # 0.5 for the parts of the sum
+    whole, several = peaks_by_schedule(mesh), peaks_by_schedule(mesh, ("after_forward",), accumulate=3)
+    # 0.5 for the parts of the sum.
+    assert several["after_forward"] < whole["after_forward"] + 0.6, (several, whole)
 
 
 def graph_text(mesh, folder):
@@ -150,8 +157,9 @@ def graph_text(mesh, folder):
 
     batch = batch_of(mesh, examples(BATCH))
     attached = step.attached(sharded(state, mesh))
-    for reshard in SCHEDULES:
-        trace_step(step, attached, batch, mode=None, in_place=True, backend=backend, reshard=reshard)()
+    with one_trace():
+        for reshard in SCHEDULES:
+            trace_step(step, attached, batch, mode=None, in_place=True, backend=backend, reshard=reshard)()
     gathers = [text.count("_c10d_functional.all_gather_into_tensor") for text in texts]
     # One of loss and metrics for each microbatch, and a bucket: for all, or for each microbatch. The backward pass does
     # not need the first layer's weight, and begins with the last one, which is kept.

@@ -1,12 +1,16 @@
 """States and steps for checks of sharded training."""
 
+import contextlib
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compiler.lowering._trace import trace_step
+from fxtrain.compiler.lowering import _trace as tracing
 from fxtrain.distributed import Shard
 
 ROWS, BATCH, LEAST = 48, 12, 30
@@ -55,11 +59,11 @@ def batch_of(mesh, batch):
     return {name: leaf[mesh.rank :: mesh.size] for name, leaf in batch.items()}
 
 
-def take(mesh, state, tx, *, steps=4, is_traced=False, reshard="after_forward", bad=None, loss=loss_fn, **options):
-    """Returns the state and the output after some steps of a step that is not in a run."""
+def take(mesh, state, tx, *, steps=4, reshard=None, bad=None, loss=loss_fn, **options):
+    """Returns the state and the output after some steps of a step that is not in a run, traced if it has a schedule."""
     step = fx.train_step(loss, tx, mesh=mesh, **options)
     state = state.copy()
-    if is_traced:
+    if reshard is not None:
         state = step.attached(state)
         step = traced(step, state, batch_of(mesh, examples(BATCH)), reshard)
     for index in range(steps):
@@ -72,7 +76,8 @@ def take(mesh, state, tx, *, steps=4, is_traced=False, reshard="after_forward", 
 
 def traced(step, state, batch, reshard="after_forward", **options):
     """Returns the step as one graph that runs operation by operation."""
-    run = trace_step(step, state, batch, mode=None, in_place=False, backend="eager", reshard=reshard, **options)().run
+    given = {"mode": None, "in_place": False, "backend": "eager", "reshard": reshard, **options}
+    run = tracing.trace_step(step, state, batch, **given)().run
     structure = tree.flatten(state)[1]
 
     def taken(state, batch):
@@ -80,6 +85,28 @@ def traced(step, state, batch, reshard="after_forward", **options):
         return tree.unflatten(structure, leaves), output
 
     return taken
+
+
+@contextlib.contextmanager
+def one_trace():
+    """A context in which one step is traced once, because its trace is the same for all schedules of its transfers."""
+    made, make_fx = [], tracing.make_fx
+
+    def traced_once(function, **options):
+        def trace(*tensors):
+            if made:
+                function(*(tensor.clone() for tensor in tensors))  # records the structure of the results
+            else:
+                made.append(make_fx(function, **options)(*tensors))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.fx.GraphModule, "recompile", lambda graph: None)  # done again after all passes
+                return copy.deepcopy(made[0])
+
+        return trace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "make_fx", traced_once)
+        yield
 
 
 def assert_close(found, expected, tolerance):
@@ -94,14 +121,20 @@ def placement(state):
     return [leaf.axis if isinstance(leaf, Shard) else None for leaf in leaves]
 
 
-def assert_as_replicated(mesh, tx, *, tolerance=1e-10, is_traced=False, dtype=torch.float64, **options):
-    """Checks the state and the metrics against those of a replicated run, and that the placement is kept."""
+def assert_as_replicated(mesh, tx, *, tolerance=1e-10, schedules=(None,), dtype=torch.float64, **options):
+    """Checks the state and the metrics of each schedule against a replicated run. Returns the states.
+
+    Args:
+        schedules: Schedules of transfers for ``take``.
+    """
     state, tx = parts(mesh, tx, dtype)
     expected, output = take(mesh, state, tx, **options)
-    found, found_output = take(mesh, sharded(state, mesh), tx, is_traced=is_traced, **options)
-    assert_close(found, expected, tolerance)
-    for one, other in zip(tree.leaves(found_output), tree.leaves(output), strict=True):
-        assert type(one) is torch.Tensor
-        limit = max(tolerance, 1e-6) if one.dtype == torch.float32 else tolerance
-        torch.testing.assert_close(one, other, rtol=0, atol=limit)
-    return found
+    with one_trace():
+        results = [take(mesh, sharded(state, mesh), tx, reshard=reshard, **options) for reshard in schedules]
+    for found, found_output in results:
+        assert_close(found, expected, tolerance)
+        for one, other in zip(tree.leaves(found_output), tree.leaves(output), strict=True):
+            assert type(one) is torch.Tensor
+            limit = max(tolerance, 1e-6) if one.dtype == torch.float32 else tolerance
+            torch.testing.assert_close(one, other, rtol=0, atol=limit)
+    return [found for found, _ in results]
