@@ -109,10 +109,17 @@ def calls(program):
     return {index: numbers.count(index) for index in range(len(program.graphs))}
 
 
+@functools.cache
+def compiled_layers(mesh, folder):
+    """Compiles sharded layers once, for the checks of their program and of its parts. Arguments as for ``compiled``."""
+    state = fx.init(network(), optimizer(), seed=0)
+    return compiled(mesh, fx.shard(state, mesh, fx.distributed.fsdp(least=30)), folder)
+
+
 def sharded_layers(mesh, folder):
     """Layers with their transfers, and updates, are compiled once."""
     state = fx.init(network(), optimizer(), seed=0)
-    found, program, _ = compiled(mesh, fx.shard(state, mesh, fx.distributed.fsdp(least=30)), folder)
+    found, program, _ = compiled_layers(mesh, folder.parent / "layers")
     assert_close(found, expected(mesh, state), 1e-10)
     repeated = [program.graphs[index] for index, count in calls(program).items() if count > 1]
     assert any(map(collectives, repeated))
@@ -175,11 +182,11 @@ def replicated_updates(mesh, folder):
 
 
 def parts_are_compiled_by_all_ranks(mesh, folder):
-    state = fx.init(network(), optimizer(), seed=0)
-    _, program, parts = compiled(mesh, fx.shard(state, mesh, fx.distributed.fsdp(least=30)), folder)
+    layers = folder.parent / "layers"
+    _, program, parts = compiled_layers(mesh, layers)
     # The rank that compiles the whole graph takes all parts in order, some of them from the cache.
     helped, whole = sorted(mesh.gather(parts, "parts"), key=lambda taken: taken == sorted(taken))
     assert whole == list(range(len(program.graphs)))
     assert helped[0] == len(program.graphs) - 1
     assert helped == sorted(helped, reverse=True)
-    assert not list(folder.rglob("*.lease"))
+    assert not list(layers.rglob("*.lease"))
