@@ -5,9 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
 
@@ -16,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 import fxtrain as fx
-from tests import rank_runs, ranks, shared_checks
+from tests import processes, rank_runs, ranks, shared_checks
 
 CHECKS = [
     "equals_one_process",
@@ -178,18 +175,15 @@ def restarted(folder, kills, machines=1):
             conf = ["--rdzv-conf", "is_host=0,join_timeout=60,last_call_timeout=2"]
             place = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-id", "job", *conf]
             place += ["--rdzv-endpoint", f"127.0.0.1:{store.port}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *place, *counts, *job]
-        options = {"cwd": ranks.ROOT, "env": environment, "text": True, "start_new_session": True}
-        logs = [closing.enter_context(tempfile.TemporaryFile("w+")) for _ in range(machines)]
-        agents = [subprocess.Popen(command, stdout=log, stderr=log, **options) for log in logs]
+        command = ["-m", "torch.distributed.run", *place, *counts, *job]
+        options = {"cwd": ranks.ROOT, "env": environment, "start_new_session": True}
+        agents = [closing.enter_context(processes.Process(command, **options)) for _ in range(machines)]
         try:
             codes = [agent.wait(240) for agent in agents]
         finally:
             for agent in agents:
                 agent.kill()
-        for log in logs:
-            log.seek(0)
-        assert codes == [0] * machines, "\n".join(log.read() for log in logs)
+        assert codes == [0] * machines, "\n".join("".join(agent.communicate(10)) for agent in agents)
     return json.loads((folder / "result.json").read_text())
 
 
