@@ -1,5 +1,6 @@
 """Canaries of Dynamo and Inductor."""
 
+import dataclasses
 import inspect
 import os
 from unittest import mock
@@ -268,6 +269,25 @@ def simple_graphs_need_no_aotautograd():
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     (found,) = internals.decomposed.compile_decomposed(graph, fakes, torch._inductor.config)([torch.zeros(3)])
     assert found.tolist() == [0.5, 0.5, 0.5]
+
+
+@canary(
+    "torch._inductor.dtype_propagation.DtypePropagationOpsHandler",
+    "torch._inductor.utils.op_dtype_propagation_rules",
+)
+def dtype_rules_are_those_of_one_object():
+    internals.inductor.LOWERING.get()  # imports the modules that define operations
+    with internals.dtype_rules.dtype_rules_kept():
+        handler, source = internals.dtype_rules.HANDLER.get(), internals.dtype_rules.SOURCE.get()
+        rules = handler()
+        first = vars(rules)["add"]
+        assert handler() is rules
+        assert vars(rules)["add"] is first
+        with mock.patch.dict(source, {"exp": dataclasses.replace(source["exp"], override_return_dtype=torch.bool)}):
+            assert handler().exp() == torch.bool
+        assert handler().exp(torch.ones(1)) == torch.float32
+    handler()
+    assert vars(rules)["add"] is not first
 
 
 @canary("torch._inductor.graph.GraphLowering")

@@ -91,6 +91,8 @@ def test_code_is_the_same(seed, monkeypatch):
     expected, _, more_kernels = code(update(random.Random(seed)), given, monkeypatch, without="empty_tails_skipped")
     assert found == expected
     assert kernels <= more_kernels
+    expected, *_ = code(update(random.Random(seed)), given, monkeypatch, without="dtype_rules_kept")
+    assert found == expected
 
 
 def test_intermediate_results_of_an_update_are_not_scheduled(monkeypatch):

@@ -19,6 +19,7 @@ import torch
 
 from fxtrain._torch_internals.dead_values import dead_values_skipped
 from fxtrain._torch_internals.decomposed import compile_decomposed
+from fxtrain._torch_internals.dtype_rules import dtype_rules_kept
 from fxtrain._torch_internals.empty_tails import empty_tails_skipped
 from fxtrain._torch_internals.interface import Feature, Interface
 from fxtrain._torch_internals.kernels import shared_libraries
@@ -65,10 +66,17 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor],
         examples: Fake tensors, one for each input.
         options: Settings of Inductor by name.
     """
-    with shared_libraries(), dead_values_skipped(), empty_tails_skipped(), _instructions_sought(examples):
+    with shared_libraries(), _less_work(), _instructions_sought(examples):
         with CONFIG.get().patch(dict(options)):
             compiled = compile_decomposed(graph, examples, CONFIG.get())
         return COMPILE.get()(graph, examples, options=dict(options)) if compiled is None else compiled
+
+
+@contextlib.contextmanager
+def _less_work() -> Iterator[None]:
+    """A context in which Inductor leaves out work that does not change its code."""
+    with dead_values_skipped(), empty_tails_skipped(), dtype_rules_kept():
+        yield
 
 
 @contextlib.contextmanager
