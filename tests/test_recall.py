@@ -111,6 +111,17 @@ class TestRecall:
         step = fx.compile(fx.eval_step(evaluated))
         assert same(tree.leaves(step(fx.init(network(), TX, seed=1), batch())), compiled[1]["eval"])
 
+    def test_step_compiled_in_the_background_is_ready_immediately(self, compiled, cache, untraced):
+        step = fx.compile(train_step(), background=True)
+        assert same(trained(step), compiled[1][False])
+        assert step.uncompiled_steps == step.pending == 0
+
+    def test_ahead_of_time(self, tmp_path, monkeypatch, untraced):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        with untraced():
+            expected = trained(fx.compile(train_step(), mode="ahead-of-time"))
+        assert same(trained(fx.compile(train_step(), mode="ahead-of-time")), expected)
+
     def test_run_is_not_checked_again(self, cache, untraced, monkeypatch):
         step = fx.compile(train_step())
         calls = []
@@ -233,6 +244,23 @@ def test_constants_are_part_of_the_signature():
 
 def test_regions_to_recompute_leave_no_signature():
     assert of_loss(lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)) is None
+
+
+class Remembering(nn.Linear):
+    """Writes an attribute at each call, which fxtrain examines at the first one."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_first_call_of_a_module_that_writes_attributes_has_the_signature_of_later_ones():
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(lambda model, x: model(x).square().mean(), tx)
+    state = fx.init(Remembering(4, 2), tx)
+    first, second = (signature_of(step, state, torch.ones(3, 4)) for _ in range(2))
+    assert first is not None
+    assert first.digest == second.digest
 
 
 def test_inputs_and_generators_are_not_changed():

@@ -63,11 +63,10 @@ def compile(  # noqa: A001
     The first call takes from ten seconds to minutes. Compiled code is cached on disk (``TORCHINDUCTOR_CACHE_DIR``). A
     later process runs the uncompiled step once, on copies, and loads the graph that was compiled for the same
     operators, in a fraction of a second. It traces the step, in seconds, if the operators do not identify its graph: on
-    GPUs, with a mesh, ``background``, ``memory``, ``dynamic``, ``check=False`` or regions to recompute, and ahead of
-    time. Of the processes on a machine that need a graph at the same time, as ranks do, one compiles it and the others
-    wait.
-    ``artefacts`` takes it to other machines. The logger ``fxtrain.compiler`` reports at level INFO what is compiled or
-    loaded and how long it took.
+    GPUs, with a mesh, ``memory``, ``dynamic``, ``check=False`` or regions to recompute, or if it was compiled in the
+    background. Of the processes on a machine that need a graph at the same time, as ranks do, one compiles it and the
+    others wait. ``artefacts`` takes it to other machines. The logger ``fxtrain.compiler`` reports at level INFO what is
+    compiled or loaded and how long it took.
 
     The first two calls of each graph are checked against the uncompiled step, which runs once more on the same state
     and batch. All leaves of the new state and of the output are compared. Where a tolerance is not enough, the

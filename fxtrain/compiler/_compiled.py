@@ -319,7 +319,11 @@ class Compiled:
             self._recompiles.check(kinds, next((found for found in broken if found is not None), None))
         if state.step.device.type == "cpu":
             keep_freed_memory()
-        if self.background and not is_again and self._routes.has_trace:
+        is_in_background = self.background and not is_again
+        recalled = self._routes.recall(self.step, entered, batch, in_place=self.donates) if is_in_background else None
+        if recalled is not None:
+            graph = Graph(self.step, state, batch, recalled, **self._options)
+        elif is_in_background and self._routes.has_trace:
             graph = self._pending.add(state, entered, batch, kinds)
         else:
             name = "eval_step" if isinstance(self.step, EvalFunction) else "train_step"

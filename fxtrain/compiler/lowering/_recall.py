@@ -19,6 +19,7 @@ from fxtrain.compiler.artefacts._folder import Artefacts, facts_of, local_artefa
 from fxtrain.compiler.check._obstacles import obstacle
 from fxtrain.compiler.lowering._executable import Executable, kinds, run_graph
 from fxtrain.compiler.lowering._inductor import load_compiled
+from fxtrain.compiler.lowering._modes import AHEAD, load_ahead
 from fxtrain.compiler.lowering._signature import signature_of
 from fxtrain.compiler.lowering._stored import loaded
 from fxtrain.core import Batch, TrainState
@@ -60,7 +61,7 @@ def recall(
     if signature is None or entry is None or tuple(entry.header["changed"]) != signature.changed:
         return None
     graph, read = entry.header["graph"], entry.header["read"]
-    call = loaded(files.folders, graph, files.facts, load_compiled)
+    call = loaded(files.folders, graph, files.facts, load_ahead if mode == AHEAD else load_compiled)
     if call is None:
         return None
     files.write(signature.digest, entry.header)

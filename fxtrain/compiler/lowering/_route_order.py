@@ -50,7 +50,7 @@ def routes_to(
     if is_rehearsal:
         backend, chosen, mode = "eager", "eager", None
     # Without a limit to its memory, because the uncompiled step may need more.
-    is_recalled = runs_uncompiled and has_traces and not dynamic and memory == "save" and mode != AHEAD
+    is_recalled = runs_uncompiled and has_traces and not dynamic and memory == "save"
     options = {"mode": mode, "artefacts": artefacts}
     traced = Route(
         f"{title}, traced{suffix}",

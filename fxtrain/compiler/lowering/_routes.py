@@ -128,14 +128,21 @@ class Routes:
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool) -> Executable:
         """Compiles an executable by the first route that works, with one warning if others failed before it."""
-        recall = self._routes[self._chosen].recall
-        recalled = None if recall is None else _tried(recall, step, state, batch, in_place=in_place)
+        recalled = self.recall(step, state, batch, in_place=in_place)
         if recalled is not None:
-            self._is_chosen = True
             return recalled
         # Inductor takes seconds to import, and graphs from files do not need it. A route that does raises.
         self._drop_unsupported(Feature.TRACED | Feature.SYMBOLIC)
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
+
+    def recall(
+        self, step: Step | EvalFunction, state: TrainState, batch: Batch, *, in_place: bool
+    ) -> Executable | None:
+        """Returns what an earlier process has compiled by the route in use, found without a trace, or None."""
+        recall = self._routes[self._chosen].recall
+        recalled = None if recall is None else _tried(recall, step, state, batch, in_place=in_place)
+        self._is_chosen = self._is_chosen or recalled is not None
+        return recalled
 
     @property
     def has_trace(self) -> bool:

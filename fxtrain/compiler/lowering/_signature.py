@@ -25,6 +25,7 @@ from fxtrain._torch_internals.tracing import recorded_by
 from fxtrain.compiler.lowering._side_effects import refusing_files
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._bits import as_bytes
+from fxtrain.model import ValuesNeededError
 from fxtrain.step import Step
 
 _log = logging.getLogger(__name__)
@@ -73,23 +74,35 @@ def signature_of(step: Callable[[TrainState, Batch], Tree], state: TrainState, b
         state: The part of a state that enters the graph.
         batch: A batch.
     """
-    leaves, state_structure = tree.flatten(state)
-    inputs, batch_structure = tree.flatten(batch)
-    given = [leaf.clone() for leaf in (*leaves, *inputs)]
-    old, copied = given[: len(leaves)], given[len(leaves) :]
-    recorder = _Recorder(given)
     try:
-        with compiling(), torch.random.fork_rng(devices=[]), refusing_files(), recorder.recording():
-            result: Any = step(tree.unflatten(state_structure, old), tree.unflatten(batch_structure, copied))
-        moved, output = result if isinstance(step, Step) else ((), result)
-        new: list[Tensor] = tree.leaves(moved)
-        outputs, structure = tree.flatten(output)
-        changed = tuple(index for index, leaf in enumerate(new) if leaf is not old[index])
-        digest = recorder.digest([new[index] for index in changed], outputs)
-        return Signature(digest, changed, structure, recorder.operators)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return _noted(step, state, batch)
+            except ValuesNeededError:
+                step(*_copies(state, batch))
+                return _noted(step, state, batch)
     except Exception as error:
         _log.debug("%r has no signature.", step, exc_info=error)
         return None
+
+
+def _noted(step: Callable[[TrainState, Batch], Tree], state: TrainState, batch: Batch) -> Signature:
+    state, batch = _copies(state, batch)
+    old = tree.leaves(state)
+    recorder = _Recorder([*old, *tree.leaves(batch)])
+    with compiling(), refusing_files(), recorder.recording():
+        result: Any = step(state, batch)
+    moved, output = result if isinstance(step, Step) else ((), result)
+    new: list[Tensor] = tree.leaves(moved)
+    outputs, structure = tree.flatten(output)
+    changed = tuple(index for index, leaf in enumerate(new) if leaf is not old[index])
+    digest = recorder.digest([new[index] for index in changed], outputs)
+    return Signature(digest, changed, structure, recorder.operators)
+
+
+def _copies(state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
+    """Returns copies, of which all tensors are distinct, because a step may write into them."""
+    return tree.map(torch.clone, state), tree.map(torch.clone, batch)
 
 
 class _Recorder(TorchDispatchMode):
