@@ -181,6 +181,8 @@ def compiled_code_has_a_folder():
         assert internals.inductor.cache_folder() == module.cache_dir()
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         assert internals.inductor.cache_folder() == module.default_cache_dir()
+        with mock.patch("getpass.getuser", side_effect=KeyError):
+            assert internals.inductor.cache_folder() == module.default_cache_dir()
 
 
 @canary("torch._inductor.config._config", "torch.utils._config_module._UNSET_SENTINEL")

@@ -253,6 +253,9 @@ def cache_folder() -> str:
     """Returns the folder of torch's compiled code."""
     if is_loaded():
         return CACHE.get()()
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    default = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):  # as in a container, whose user may have no name
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
     return os.path.abspath(os.environ.get(_FOLDER_VARIABLE, default))
