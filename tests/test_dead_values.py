@@ -66,7 +66,7 @@ def code(function, given, monkeypatch, *, without=None):
     start, generate = scheduler.Scheduler.__init__, cpp.CppVecKernel.__init__
     with monkeypatch.context() as patch:
         # Nothing runs, so nothing has to be compiled.
-        patch.setattr(kernels, "build", lambda given, submit: [lambda *arguments: None for _ in given])
+        patch.setattr(kernels, "begin_build", lambda given, submit: lambda: [lambda *arguments: None for _ in given])
         patch.setattr(scheduler.Scheduler, "__init__", lambda self, n: scheduled.append(len(n)) or start(self, n))
         patch.setattr(cpp.CppVecKernel, "__init__", lambda self, *a: generated.append(self) or generate(self, *a))
         if without is not None:

@@ -32,8 +32,8 @@ def results(*, together, dynamic=False):
     built = []
     function = torch.compile(many_kernels, dynamic=dynamic)
     with inductor_utils.fresh_cache(), pytest.MonkeyPatch.context() as patch:
-        build = kernels.build
-        patch.setattr(kernels, "build", lambda given, submit: built.append(given) or build(given, submit))
+        begin = kernels.begin_build
+        patch.setattr(kernels, "begin_build", lambda given, submit: built.append(given) or begin(given, submit))
         if together:
             with shared_libraries():
                 found = function(numbers(5, 7), numbers(8, 4), torch.tensor([1, 7, 3, 1]))
@@ -75,7 +75,7 @@ def test_nothing_is_replaced_without_the_interface(monkeypatch, name):
 
 
 def test_other_threads_are_left_alone(monkeypatch):
-    monkeypatch.setattr(kernels, "build", lambda given, submit: pytest.fail("kernels were compiled together"))
+    monkeypatch.setattr(kernels, "begin_build", lambda given, submit: pytest.fail("kernels were compiled together"))
     torch._dynamo.reset()
     with shared_libraries(), inductor_utils.fresh_cache(), ThreadPoolExecutor(1) as pool:
         found = pool.submit(torch.compile(torch.sin), numbers(3, 5)).result()
@@ -143,7 +143,7 @@ def test_kernels_of_a_library_that_fails_early_are_compiled_alone(monkeypatch):
 
 def test_arguments_are_checked():
     add = kernel("for (int64_t i = 0; i < n; i++) x[i] += 1;")
-    (function,) = kernels.build([add])
+    (function,) = kernels.begin_build([add])()
     x = torch.zeros(4)
     function(x, 3)
     assert x.tolist() == [1, 1, 1, 0]

@@ -22,6 +22,7 @@ from fxtrain._torch_internals.decomposed import compile_decomposed
 from fxtrain._torch_internals.dtype_rules import dtype_rules_kept
 from fxtrain._torch_internals.empty_tails import empty_tails_skipped
 from fxtrain._torch_internals.interface import Feature, Interface
+from fxtrain._torch_internals.kernels import linked_at_the_end as linked_at_the_end
 from fxtrain._torch_internals.kernels import shared_libraries
 
 COMPILE = Interface("torch._inductor.compile", "compiling a traced step", Feature.INDUCTOR)

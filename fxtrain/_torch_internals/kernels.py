@@ -133,6 +133,21 @@ def shared_libraries() -> Generator[None]:
         _current.early = outer
 
 
+@contextlib.contextmanager
+def linked_at_the_end() -> Generator[None]:
+    """A context in which this thread generates the code of further graphs while kernels are compiled.
+
+    The kernels are ready when the context ends. No graph may be called before.
+    """
+    outer, _current.unfinished = _current.unfinished, []
+    try:
+        yield
+        for finish in _current.unfinished:
+            finish()
+    finally:
+        _current.unfinished = outer
+
+
 class _Early:
     """The libraries of a graph that are compiled before all of its kernels are generated."""
 
@@ -150,9 +165,10 @@ class _Early:
 
 
 class _Current(threading.local):
-    """The libraries that this thread compiles early."""
+    """What this thread compiles early, and the graphs whose kernels are linked later. None outside of the contexts."""
 
     early: _Early | None = None
+    unfinished: list[Callable[[], None]] | None = None
 
 
 _current = _Current()
@@ -193,14 +209,27 @@ def _building(wait: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(wait)
     def wait_for_all(self: Any, scope: dict[str, Any]) -> None:
         kernels = {name: value for name, value in scope.items() if isinstance(value, Kernel)}
-        if kernels:
+        if not kernels:
+            wait(self, scope)
+            return
+        given = list(kernels.values()), self.submit
+        build = None
+        with contextlib.suppress(Exception):  # raised again at the end
+            build = begin_build(*given)
+
+        def finish() -> None:
             try:
-                scope.update(zip(kernels, build(list(kernels.values()), self.submit), strict=True))
+                scope.update(zip(kernels, (build or begin_build(*given))(), strict=True))
             except Exception as error:
                 _log.debug("Kernels cannot be compiled together.", exc_info=error)
                 compile_alone = type(self).cpp_pybinding.__wrapped__
                 scope.update({name: compile_alone(self, *kernel) for name, kernel in kernels.items()})
-        wait(self, scope)
+            wait(self, scope)
+
+        if _current.unfinished is None:
+            finish()
+        else:
+            _current.unfinished.append(finish)
 
     return wait_for_all
 
@@ -209,12 +238,17 @@ _METHODS = ReplacedMethods(COMPILER, {"cpp_pybinding": _collecting, "wait": _bui
 _GENERATORS = ReplacedMethods(WRAPPER, {"define_kernel": _announcing}, COMPILER, THREADS, LIBRARIES)
 
 
-def build(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None) -> list[Callable[..., None]]:
-    """Compiles kernels, and returns them as functions of tensors and numbers, in the same order.
+def begin_build(
+    kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None
+) -> Callable[[], list[Callable[..., None]]]:
+    """Begins to compile kernels, if there are several threads.
 
     Args:
         kernels: The kernels, each of which ``is_alone`` is false for.
         submit: Runs a function in another thread, and returns its future. None for this thread.
+
+    Returns:
+        A function that waits for the kernels and returns them as functions of tensors and numbers, in the same order.
     """
     threads = THREADS.get()()
     groups = list(_groups(kernels, threads))
@@ -223,7 +257,7 @@ def build(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = None) -
     for source in map(library_source, groups):
         submit_fn = submit if threads > 1 else None
         pending.append(started.pop(source, None) or _libraries().load_async(source, submit_fn=submit_fn))
-    return [
+    return lambda: [
         getattr(library(), _name(place))
         for group, library in zip(groups, pending, strict=True)
         for place in range(len(group))

@@ -21,6 +21,7 @@ from fxtrain._torch_internals.inductor import (
     count_kernels,
     has_option,
     kernel_count,
+    linked_at_the_end,
 )
 from fxtrain.compiler.artefacts._file import Entry
 from fxtrain.compiler.lowering._cuda_graphs import Call
@@ -63,9 +64,10 @@ def compile_by_inductor(
         compiled = _compiled(graph, examples, options, is_bare)
         return compiled._replace(call=_without_gradients(compiled.call))
     parts: list[Compiled] = []
-    for index, part in enumerate(program.graphs):
-        with turns(index, waits=True):
-            parts.append(_compiled_part(part, options))
+    with linked_at_the_end():
+        for index, part in enumerate(program.graphs):
+            with turns(index, waits=True):
+                parts.append(_compiled_part(part, options))
 
     def files() -> dict[str, bytes]:
         return {f"{index}/{name}": file for index, part in enumerate(parts) for name, file in part.files().items()}
