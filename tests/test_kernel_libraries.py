@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fxtrain._torch_internals import kernels
+from fxtrain._torch_internals import inductor, kernels, tracing
 from fxtrain._torch_internals.kernels import Kernel, library_source, shared_libraries
 
 inductor_utils = pytest.importorskip("torch._inductor.utils")
@@ -62,6 +62,33 @@ def test_kernels_are_compiled_alone_if_they_do_not_compile_together(monkeypatch)
     found, built, _ = results(together=True)
     assert all(map(torch.equal, found, alone()))
     assert built
+
+
+@pytest.mark.parametrize("bindings", [kernels._BINDINGS, "this is not C++;"])
+def test_graphs_are_linked_at_the_end(monkeypatch, bindings):
+    monkeypatch.setattr(kernels, "_BINDINGS", bindings)
+    begin, events = kernels.begin_build, []
+
+    def noting(given, submit):
+        events.append("begun")
+        build = begin(given, submit)
+        return lambda: events.append("linked") or build()
+
+    monkeypatch.setattr(kernels, "begin_build", noting)
+    x = numbers(5, 7)
+    with inductor_utils.fresh_cache():
+        with kernels.linked_at_the_end():
+            softmax = compiled_graph(lambda x: [torch.softmax(x, -1), x.sum(0)], x)
+            normal = compiled_graph(lambda x: [torch.nn.functional.layer_norm(x, x.shape[1:])], x)
+        assert events == ["begun", "begun", "linked", "linked"]
+        torch.testing.assert_close(softmax(x), [torch.softmax(x, -1), x.sum(0)])
+        torch.testing.assert_close(normal(x), [torch.nn.functional.layer_norm(x, x.shape[1:])])
+
+
+def compiled_graph(function, *given):
+    graph = tracing.make_fx(function, tracing_mode="fake")(*given)
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return inductor.compile_graph(graph, fakes, {})
 
 
 @pytest.mark.parametrize("name", ["COMPILER", "THREADS", "LIBRARIES", "WRAPPER"])
