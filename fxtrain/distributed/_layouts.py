@@ -41,6 +41,7 @@ class TensorParallel:
 
 
 Layout = FullySharded | TensorParallel
+"""How the ranks share a state: the argument of ``fxtrain.shard``."""
 
 
 def fsdp(axis: Literal["data"] = "data", *, least: int = 2**16) -> FullySharded:
