@@ -207,7 +207,12 @@ def of_loss(function):
     return signature_of(step, fx.init({"w": torch.ones(4)}, tx), torch.arange(4.0))
 
 
-READS = {
+def compiled_elsewhere(x):
+    return torch.compile(torch.sin, backend="inductor")(x)
+
+
+HIDDEN = {
+    "apply": lambda x: x.clone().apply_(lambda value: value + 1),
     "tolist": lambda x: x * x.tolist()[1],
     "numpy": lambda x: x * float(x.numpy()[1]),
     "asarray": lambda x: x * float(np.asarray(x)[1]),
@@ -227,9 +232,23 @@ def caught(x):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", READS)
-def test_values_read_without_an_operator_leave_no_signature(name):
-    assert of_loss(READS[name]) is None
+@pytest.mark.parametrize("name", HIDDEN)
+def test_values_read_or_written_without_an_operator_leave_no_signature(name):
+    assert of_loss(HIDDEN[name]) is None
+
+
+def test_assignment_to_data_is_an_operator_in_a_loss_and_hidden_elsewhere():
+    def assigned(x):
+        copy = x.clone()
+        copy.data = torch.ones(4)
+        return copy * x
+
+    assert of_loss(assigned) is not None
+    assert signature_of(lambda state, x: {"y": assigned(x)}, fx.init({"w": torch.ones(4)}), torch.arange(4.0)) is None
+
+
+def test_compiled_functions_are_noted_like_uncompiled_ones():
+    assert of_loss(compiled_elsewhere).digest == of_loss(torch.sin).digest != of_loss(torch.cos).digest
 
 
 def test_value_read_by_an_operator_is_part_of_the_signature():

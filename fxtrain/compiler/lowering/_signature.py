@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,14 +33,15 @@ _log = logging.getLogger(__name__)
 
 # Operators of these libraries do the same in every process. Others may have been replaced by the user.
 _LIBRARIES = ("aten", "prims", "fxtrain")
-# Functions that read values of tensors without an operator. Operators that read values are noted like all others, and
-# no step whose trace reads values is kept.
-_READS = frozenset(
+# Functions that read or write values of tensors without an operator. Operators that read values are noted like all
+# others, and no step whose trace reads values is kept.
+_HIDDEN = frozenset(
     (
         *("tolist", "numpy", "__array__", "__dlpack__", "storage", "untyped_storage", "data_ptr", "__reduce_ex__"),
-        *("__repr__", "__str__", "__format__", "ctc_loss", "tensor_split"),
+        *("__repr__", "__str__", "__format__", "ctc_loss", "tensor_split", "apply_", "map_", "map2_"),
     )
 )
+_ASSIGN_DATA: Any = Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _MAX_CONSTANT_BYTES = 2**20
 
@@ -135,7 +137,7 @@ class _Recorder(TorchDispatchMode):
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """A context whose operators are noted."""
-        with recorded_by(self), self, _Reads(self):
+        with _without_dynamo(), recorded_by(self), self, _HiddenAccess(self):
             yield
 
     @contextlib.contextmanager
@@ -213,8 +215,18 @@ class _Recorder(TorchDispatchMode):
         return f"%{number}={_kind(tensor)}{hashlib.sha256(content).hexdigest()}"
 
 
-class _Reads(TorchFunctionMode):
-    """Notices functions that read values of tensors without an operator."""
+@contextlib.contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """A context in which functions from ``torch.compile`` run uncompiled, because their kernels are not noted."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class _HiddenAccess(TorchFunctionMode):
+    """Notices functions that read or write values of tensors without an operator."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -223,8 +235,8 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Tree, ...] = (), kwargs: dict[str, Tree] | None = None
     ) -> Tree:
-        if getattr(func, "__name__", "") in _READS:
-            self._recorder.refuse(f"values, which {func.__name__} reads")
+        if getattr(func, "__name__", "") in _HIDDEN or func == _ASSIGN_DATA:
+            self._recorder.refuse(f"what {func.__name__} does")
         return func(*args, **(kwargs or {}))
 
 
