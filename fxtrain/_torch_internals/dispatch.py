@@ -52,6 +52,14 @@ else:
     OperatorPacket = type(torch.ops.aten.add)  # an operator with all of its signatures
 
 
+class LightDispatchMode(TorchDispatchMode):
+    """A dispatch mode that does not import Dynamo, which takes a second. Dynamo does not skip its methods."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 def is_recorded() -> bool:
     """Whether ``make_fx`` records this thread's operations. Not inside Dynamo."""
     if not (GET_MODE.exists and MODE_KEYS.exists):

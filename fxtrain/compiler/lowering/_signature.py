@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxtrain import tree
-from fxtrain._torch_internals.dispatch import Operator, TorchDispatchMode
+from fxtrain._torch_internals.dispatch import LightDispatchMode, Operator
+from fxtrain._torch_internals.dynamo import is_dynamo_loaded
 from fxtrain._torch_internals.tracing import recorded_by
 from fxtrain.compiler.lowering._side_effects import refusing_files
 from fxtrain.core import Batch, TrainState, Tree, compiling
@@ -107,7 +107,7 @@ def _copies(state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
     return tree.map(torch.clone, state), tree.map(torch.clone, batch)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(LightDispatchMode):
     """Notes all operators that run, with their arguments.
 
     Args:
@@ -128,11 +128,6 @@ class _Recorder(TorchDispatchMode):
         self._refused: str | None = None
         for tensor in given:
             self._numbered(tensor)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch imports Dynamo at the first operator.
-        return False
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -218,7 +213,7 @@ class _Recorder(TorchDispatchMode):
 @contextlib.contextmanager
 def _without_dynamo() -> Iterator[None]:
     """A context in which functions from ``torch.compile`` run uncompiled, because their kernels are not noted."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+    if not is_dynamo_loaded():  # nothing is compiled, and the import takes a second
         yield
         return
     with torch.compiler.set_stance("force_eager"):
