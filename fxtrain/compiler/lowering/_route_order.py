@@ -9,7 +9,7 @@ from fxtrain.compiler.artefacts._folder import Artefacts
 from fxtrain.compiler.lowering._dynamo import compile_by_dynamo
 from fxtrain.compiler.lowering._executable import Backend, uncompiled
 from fxtrain.compiler.lowering._modes import AHEAD, without_cuda_graphs
-from fxtrain.compiler.lowering._recall import keep, recall
+from fxtrain.compiler.lowering._recall import Recall
 from fxtrain.compiler.lowering._regions import compile_in_regions
 from fxtrain.compiler.lowering._routes import Route, Routes
 from fxtrain.compiler.lowering._specialization import compile_specialized
@@ -51,7 +51,6 @@ def routes_to(
         backend, chosen, mode = "eager", "eager", None
     # Without a limit to its memory, because the uncompiled step may need more.
     is_recalled = runs_uncompiled and has_traces and not dynamic and memory == "save"
-    options = {"mode": mode, "artefacts": artefacts}
     traced = Route(
         f"{title}, traced{suffix}",
         functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts, **graphs),
@@ -59,8 +58,7 @@ def routes_to(
         True,
         trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic, artefacts=artefacts, **graphs),
         needs=tracing | Feature.SYMBOLIC if dynamic else tracing,
-        recall=functools.partial(recall, **options) if is_recalled else None,
-        keep=functools.partial(keep, **options) if is_recalled else None,
+        recall=Recall(mode, artefacts) if is_recalled else None,
     )
     online = None if mode == AHEAD else mode
     if chosen == "inductor" and online is not None:

@@ -8,7 +8,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,10 @@ from fxtrain.core import Batch, TrainState, warn
 from fxtrain.core._tracebacks import is_raised_by_users
 from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
+
+if TYPE_CHECKING:
+    # Only for annotations, because the import loads the compiler's passes.
+    from fxtrain.compiler.lowering._recall import Recall
 
 R = TypeVar("R")
 
@@ -52,8 +56,7 @@ class Route(NamedTuple):
         trace: The part of ``compile`` that must run in the calling thread. It returns a function that makes the
             executable in any thread.
         needs: The parts of the compiler that use private interfaces of torch. Without them the route is not tried.
-        recall: Takes the arguments of ``compile``, and returns what an earlier process has compiled, or None.
-        keep: Takes these arguments and an executable after the batch, and keeps it for ``recall``.
+        recall: Finds what an earlier process has compiled by it. None if it leaves nothing to find.
     """
 
     name: str
@@ -63,8 +66,7 @@ class Route(NamedTuple):
     has_otherwise: bool = False
     trace: Callable[..., Callable[[], Executable]] | None = None
     needs: Feature = Feature(0)
-    recall: Callable[..., Executable | None] | None = None
-    keep: Callable[..., None] | None = None
+    recall: Recall | None = None
 
 
 class Choice(NamedTuple):
@@ -140,7 +142,7 @@ class Routes:
     ) -> Executable | None:
         """Returns what an earlier process has compiled by the route in use, found without a trace, or None."""
         recall = self._routes[self._chosen].recall
-        recalled = None if recall is None else _tried(recall, step, state, batch, in_place=in_place)
+        recalled = None if recall is None else _tried(recall.find, step, state, batch, in_place=in_place)
         self._is_chosen = self._is_chosen or recalled is not None
         return recalled
 
@@ -214,8 +216,8 @@ class Routes:
                         found = break_from_error(error)
                     continue
                 self._chosen, self._is_chosen, self._found = index, True, found or self._found
-                if route.keep is not None:
-                    _tried(route.keep, step, state, batch, executable, in_place=in_place)
+                if route.recall is not None and executable.origin is not None:
+                    _tried(route.recall.keep, step, state, batch, executable.origin, in_place=in_place)
                 if found is not None:
                     warn(_fallback(step, found, route), UserWarning)
                 return executable
