@@ -313,7 +313,7 @@ class TestWithoutTraces:
         assert len(calls) == before + 1
 
     def test_large_state_is_not_checked_and_said(self, compiled_by, monkeypatch, caplog):
-        obstacles = importlib.import_module("fxtrain.compiler.check._obstacles")
+        obstacles = importlib.import_module("fxtrain.compiler.lowering._obstacles")
         monkeypatch.setattr(obstacles, "available_bytes", lambda device: 100)
         compiled_by(Compiler, scaled("tanh"))
         tx = fx.optim.sgd(0.1)
@@ -323,7 +323,7 @@ class TestWithoutTraces:
         assert re.search(r"GB on cpu, of which .* are free", said[0])
 
     def test_several_processes_are_not_checked(self, compiled_by, monkeypatch, caplog):
-        obstacles = importlib.import_module("fxtrain.compiler.check._obstacles")
+        obstacles = importlib.import_module("fxtrain.compiler.lowering._obstacles")
         monkeypatch.setattr(obstacles, "_processes", lambda: 2)
         compiled_by(Compiler, scaled("tanh"))
         tx = fx.optim.sgd(0.1)
@@ -361,7 +361,7 @@ class TestMark:
             with pytest.raises(fx.MiscompiledError):
                 compiled(state, BATCH)
         else:
-            obstacles = importlib.import_module("fxtrain.compiler.check._obstacles")
+            obstacles = importlib.import_module("fxtrain.compiler.lowering._obstacles")
             monkeypatch.setattr(obstacles, "available_bytes", lambda device: 100)
             taken(compiled, state)
         assert checks() == 1

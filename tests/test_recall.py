@@ -295,6 +295,13 @@ def test_inputs_and_generators_are_not_changed():
     assert torch.equal(torch.random.get_rng_state(), generator)
 
 
+@pytest.mark.filterwarnings("error")
+def test_log_written_by_a_loss_leaves_no_signature_and_no_entry():
+    log = ["before"]
+    assert of_loss(lambda x: x if log.append("called") else x * 2) is None
+    assert log == ["before"]
+
+
 def smoothed(model, given):
     return F.cross_entropy(model(given["x"]), given["y"], label_smoothing=0.1)
 

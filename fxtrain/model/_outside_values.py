@@ -126,6 +126,8 @@ _thread = _ThreadState()
 def repeating() -> Iterator[None]:
     """A context for calls that repeat others of this thread. They change no outside values of functions with a model.
 
+    Traced calls, which would warn of such changes, fail instead.
+
     Example:
         >>> import torch, fxtrain as fx
         >>> log = []
@@ -160,6 +162,8 @@ def restoring_outside_values(
 ) -> Out:
     """Returns the result of a traced call, and restores the outside values that it changed.
 
+    Elements that containers gained, such as log entries, are kept, except inside ``repeating``.
+
     Args:
         call: Runs the function.
         function: The function that runs the modules.
@@ -167,19 +171,21 @@ def restoring_outside_values(
         seen: Functions whose earlier trace made changes that an uncompiled call might have settled.
 
     Raises:
-        CapturedStateError: If the function changes values at every call.
+        CapturedStateError: If the function changes values at every call, or any inside ``repeating``.
         ValuesNeededError: If it changes values that perhaps only the first call changes, such as a cache.
     """
-    outside = OutsideValues(function, modules)
+    outside, is_repeated = OutsideValues(function, modules), _thread.repeats > 0
     try:
         with TensorReads(outside.tensors) as reads:
             result = call()
     except BaseException:
-        outside.restore()
+        outside.restore(gained=is_repeated)
         raise
     who = name_of(function)
     changed, grown = outside.changed(reads.found)
-    outside.restore()
+    outside.restore(gained=is_repeated)
+    if grown and is_repeated:
+        raise CapturedStateError(f"expected {who} to repeat its call, got additions to {', '.join(grown)}.")
     if grown:
         warn(
             f"{who} adds to {', '.join(grown)} while it is traced, and a compiled step does not repeat that. Return "

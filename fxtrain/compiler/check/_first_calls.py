@@ -19,9 +19,9 @@ from fxtrain.compiler.check._agreement import AbandonedError, Agreement
 from fxtrain.compiler.check._criterion import Difference, change_size, deviation, is_rounding, unexplained
 from fxtrain.compiler.check._generators import Generators, other_samples
 from fxtrain.compiler.check._mismatch import MiscompiledError, mismatch
-from fxtrain.compiler.check._obstacles import obstacle
 from fxtrain.compiler.check._rounding_noise import RoundingNoise
 from fxtrain.compiler.lowering._executable import Executable
+from fxtrain.compiler.lowering._obstacles import obstacle
 from fxtrain.compiler.lowering._side_effects import FileInTraceError, refusing_files
 from fxtrain.core import Tree, dtype_name
 from fxtrain.core._collective_errors import is_of_collective

@@ -16,10 +16,10 @@ from fxtrain import tree
 from fxtrain.compiler.artefacts._file import DamagedFileError, Entry, read_entry, write_entry
 from fxtrain.compiler.artefacts._fingerprint import digest
 from fxtrain.compiler.artefacts._folder import Artefacts, facts_of, local_artefacts
-from fxtrain.compiler.check._obstacles import obstacle
 from fxtrain.compiler.lowering._executable import Executable, Origin, kinds, run_graph
 from fxtrain.compiler.lowering._inductor import load_compiled
 from fxtrain.compiler.lowering._modes import AHEAD, load_ahead
+from fxtrain.compiler.lowering._obstacles import obstacle
 from fxtrain.compiler.lowering._signature import signature_of
 from fxtrain.compiler.lowering._stored import loaded
 from fxtrain.core import Batch, TrainState

@@ -27,6 +27,7 @@ from fxtrain.compiler.lowering._side_effects import refusing_files
 from fxtrain.core import Batch, TrainState, Tree, compiling
 from fxtrain.core._bits import as_bytes
 from fxtrain.model import ValuesNeededError
+from fxtrain.model._outside_values import repeating
 from fxtrain.step import Step
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _noted(step: Callable[[TrainState, Batch], Tree], state: TrainState, batch: 
     state, batch = _copies(state, batch)
     old = tree.leaves(state)
     recorder = _Recorder([*old, *tree.leaves(batch)])
-    with compiling(), refusing_files(), recorder.recording():
+    with compiling(), refusing_files(), repeating(), recorder.recording():
         result: Any = step(state, batch)
     moved, output = result if isinstance(step, Step) else ((), result)
     new: list[Tensor] = tree.leaves(moved)

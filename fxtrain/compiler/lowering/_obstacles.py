@@ -1,4 +1,4 @@
-"""Decides whether a compiled step can be checked: whether the uncompiled step can run beside it."""
+"""Decides whether the uncompiled step can run beside the compiled one, to check or to recognize it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATES = 3
 
 
 def obstacle(leaves: Sequence[Tensor], is_in_place: bool, *, has_mesh: bool = False) -> str | None:
-    """Returns why a step cannot be checked, as a clause, or None if it can.
+    """Returns why the uncompiled step cannot run beside the compiled one, as a clause, or None if it can.
 
     Args:
         leaves: The leaves of the state.
