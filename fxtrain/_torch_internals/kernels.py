@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fxtrain._torch_internals.interface import Interface
 from fxtrain._torch_internals.replaced_methods import ReplacedMethods
@@ -26,6 +26,8 @@ LIBRARIES = Interface("torch._inductor.codecache.CppPythonBindingsCodeCache", "o
 WRAPPER = Interface(
     "torch._inductor.codegen.wrapper.PythonWrapperCodegen", "compiling kernels while others are generated"
 )
+
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -212,18 +214,14 @@ def _building(wait: Callable[..., None]) -> Callable[..., None]:
         if not kernels:
             wait(self, scope)
             return
-        given = list(kernels.values()), self.submit
-        build = None
-        with contextlib.suppress(Exception):  # raised again at the end
-            build = begin_build(*given)
+        build = _unless_it_fails(begin_build, list(kernels.values()), self.submit)
 
         def finish() -> None:
-            try:
-                scope.update(zip(kernels, (build or begin_build(*given))(), strict=True))
-            except Exception as error:
-                _log.debug("Kernels cannot be compiled together.", exc_info=error)
+            functions = None if build is None else _unless_it_fails(build)
+            if functions is None:
                 compile_alone = type(self).cpp_pybinding.__wrapped__
-                scope.update({name: compile_alone(self, *kernel) for name, kernel in kernels.items()})
+                functions = [compile_alone(self, *kernel) for kernel in kernels.values()]
+            scope.update(zip(kernels, functions, strict=True))
             wait(self, scope)
 
         if _current.unfinished is None:
@@ -232,6 +230,14 @@ def _building(wait: Callable[..., None]) -> Callable[..., None]:
             _current.unfinished.append(finish)
 
     return wait_for_all
+
+
+def _unless_it_fails(function: Callable[..., R], *args: Any) -> R | None:
+    try:
+        return function(*args)
+    except Exception as error:
+        _log.debug("Kernels cannot be compiled together.", exc_info=error)
+        return None
 
 
 _METHODS = ReplacedMethods(COMPILER, {"cpp_pybinding": _collecting, "wait": _building}, THREADS, LIBRARIES)
