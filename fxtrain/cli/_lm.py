@@ -22,7 +22,7 @@ from fxtrain.cli._arguments import Configurable, parse, read_options, saved_opti
 from fxtrain.cli._corpus import check_fits, read_corpus
 from fxtrain.cli._device import device_named
 from fxtrain.cli._errors import CommandError, ConfigError, FailedError
-from fxtrain.cli._ranks import Parallel, check_parallel, is_main, joined, launch, num_processes, of_main
+from fxtrain.cli._ranks import Parallel, check_parallel, is_main, joined, launch, num_processes, of_main, placed
 from fxtrain.cli._run_folder import (
     CONFIG,
     make_folder,
@@ -174,11 +174,8 @@ class _Job:
         options = self.options
         self._print_header()
         tx = self._transform()
-        state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
-        if self.mesh is not None and options.parallel == "fsdp":
-            state = fx.shard(state, self.mesh, fx.distributed.fsdp())
-        if self.mesh is not None and options.parallel == "tp":
-            state = fx.shard(state, self.mesh, fx.distributed.tensor_parallel(PLAN))
+        start = fx.init(self._model(), tx, seed=options.seed, device=self.device)
+        state = placed(start, self.mesh, options.parallel, PLAN)
         step = fx.train_step(_cross_entropy, tx, mesh=self.mesh)
         eval_step = fx.eval_step(_cross_entropy, mesh=self.mesh)
         if options.compile:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fxtrain.cli._errors import CommandError
 from fxtrain.core._rank import rank
 
 # Functions import fxtrain.distributed, so that --help is fast.
 if TYPE_CHECKING:
+    from fxtrain.core import TrainState
     from fxtrain.distributed import Mesh
 
 T = TypeVar("T")
@@ -58,6 +59,24 @@ def joined(parallel: Parallel) -> Mesh | None:
     from fxtrain.distributed import mesh
 
     return mesh(model=num_processes() if parallel == "tp" else 1)
+
+
+def placed(state: TrainState, ranks: Mesh | None, parallel: Parallel, plan: Mapping[str, Any] | None) -> TrainState:
+    """Returns rank 0's state, placed on the ranks of a command.
+
+    Args:
+        state: The state of this process.
+        ranks: The ranks, as ``joined`` returns them.
+        parallel: The kind of parallelism.
+        plan: The plan of ``tensor_parallel``, for "tp".
+    """
+    if ranks is None:
+        return state
+    import fxtrain as fx
+
+    if parallel == "tp":
+        return fx.shard(state, ranks, fx.distributed.tensor_parallel(plan or {}))
+    return fx.shard(state, ranks, fx.distributed.fsdp() if parallel == "fsdp" else None)
 
 
 def launch(command: str) -> str:

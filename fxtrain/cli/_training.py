@@ -13,7 +13,7 @@ import fxtrain as fx
 from fxtrain.cli._device import device_named
 from fxtrain.cli._errors import ConfigError
 from fxtrain.cli._factories import read
-from fxtrain.cli._ranks import Parallel, joined
+from fxtrain.cli._ranks import Parallel, joined, placed
 from fxtrain.data import SourceLike
 from fxtrain.fold import When
 
@@ -119,12 +119,8 @@ def training(
         of_both = {name: value for name, value in options.items() if name not in _OF_TRAINING_STEPS}
         eval_step = eval_step and fx.compile(eval_step, **of_both)
     state = fx.init(model, optimizer, seed=seed, device=device_named(device, "device", mesh), dtype=dtype)
-    if mesh is not None and parallel != "ddp":
-        modules: Any = plan  # its values are checked there
-        layout = fx.distributed.fsdp() if parallel == "fsdp" else fx.distributed.tensor_parallel(modules)
-        state = fx.shard(state, mesh, layout)
     return {
-        "state": state,
+        "state": placed(state, mesh, parallel, plan),
         "step": step,
         "data": data,
         "steps": steps,
