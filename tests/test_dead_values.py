@@ -14,6 +14,7 @@ from fxtrain.compiler.lowering._inductor import _unwrapped
 
 scheduler = pytest.importorskip("torch._inductor.scheduler")
 cpp = pytest.importorskip("torch._inductor.codegen.cpp")
+cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.int64)
 SHAPES = ((4, 16), (4, 16), (16,), (1,), (64, 1))
@@ -110,13 +111,17 @@ def test_intermediate_results_of_an_update_are_not_scheduled(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "skips"),
-    [((8, 16), True), ((4, 16), False), ((8, 15), False), ((16, 32), True), ((16, 33), False), ((17, 32), False)],
+    ("rows", "columns", "skips"),
+    [(1, 2, True), (0.5, 2, False), (1, 1.5, False), (2, 4, True), (2, 4.5, False), (2.5, 4, False)],
 )
-def test_loops_without_a_remainder_have_no_kernel_for_it(shape, skips, monkeypatch):
+def test_loops_without_a_remainder_have_no_kernel_for_it(rows, columns, skips, monkeypatch):
+    """Rows and columns are given in vectors, whose size depends on the processor."""
+
     def function(x, y):
         return [(x + y.T).T.contiguous() * 2]
 
+    width = cpu_vec_isa.pick_vec_isa().nelements()
+    shape = int(rows * width), int(columns * width)
     given = [torch.ones(shape), torch.ones(shape).T.contiguous()]
     found, _, kernels = code(function, given, monkeypatch)
     expected, _, more_kernels = code(function, given, monkeypatch, without="empty_tails_skipped")
