@@ -250,11 +250,19 @@ def loops_are_tiled_by_two_methods():
     assert list(inspect.signature(nest.tile.__wrapped__).parameters) == ["self", "depth", "factor"]
 
 
-@canary("torch._inductor.cpu_vec_isa.valid_vec_isa_list")
-def vector_instructions_are_listed():
-    found = internals.inductor.INSTRUCTIONS.get()
-    assert isinstance(found(), list)
-    assert found() is found()  # remembered, so that the second search is free
+@canary(
+    "torch._inductor.cpu_vec_isa",
+    "torch._inductor.cpu_vec_isa.supported_vec_isa_list",
+    "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
+    "torch._inductor.cpu_vec_isa.x86_isa_checker",
+    "torch._inductor.config.cpp",
+    "torch._inductor.config.cpp.simdlen",
+)
+def widest_vector_instructions_are_the_first_of_all():
+    instructions = internals.vector_instructions
+    (found,) = instructions.widest() or [None]
+    listed = torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+    assert found is None or found is listed[0]
 
 
 @canary(

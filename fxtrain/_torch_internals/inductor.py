@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import getpass
 import importlib.util
 import os
 import re
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from fxtrain._torch_internals.empty_tails import empty_tails_skipped
 from fxtrain._torch_internals.interface import Feature, Interface
 from fxtrain._torch_internals.kernels import linked_at_the_end as linked_at_the_end
 from fxtrain._torch_internals.kernels import shared_libraries
+from fxtrain._torch_internals.vector_instructions import widest_sought
 
 COMPILE = Interface("torch._inductor.compile", "compiling a traced step", Feature.INDUCTOR)
 MODE_OPTIONS = Interface("torch._inductor.list_mode_options", "compile modes", Feature.INDUCTOR)
@@ -41,7 +40,6 @@ CACHE = Interface("torch._inductor.runtime.cache_dir_utils.cache_dir", "compilat
 SETTINGS = Interface("torch._inductor.config._config", "compiled graphs as files")
 UNSET = Interface("torch.utils._config_module._UNSET_SENTINEL", "compiled graphs as files")
 EXTERN = Interface("torch._inductor.select_algorithm.extern_kernels", "compiled graphs as files")
-INSTRUCTIONS = Interface("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "looking for vector instructions early")
 DATA_POINTER = Interface("torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr", "compiled graphs as files")
 
 # Settings that do not change generated code, or that name files and processes.
@@ -80,29 +78,10 @@ def _less_work() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _instructions_sought(examples: Iterable[Any]) -> Iterator[None]:
-    """A context in which another thread looks for the vector instructions of this processor, if tensors are on it.
-
-    Inductor compiles and loads a small program for it. That takes seconds if its cache is empty, and it looks only when
-    it generates the first kernel.
-    """
-    if not INSTRUCTIONS.exists or all(example.device.type != "cpu" for example in examples):
-        yield
-        return
-    thread = threading.Thread(target=_seek_instructions, name="fxtrain-instructions", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-@functools.cache
-def _seek_instructions() -> None:
-    # An error is raised again where Inductor needs the result.
-    with contextlib.suppress(Exception):
-        INSTRUCTIONS.get()()
+def _instructions_sought(examples: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
+    """A context for the compilation of a graph, which may have kernels for this processor if a tensor is on it."""
+    is_on_cpu = any(example.device.type == "cpu" for example in examples)
+    return widest_sought() if is_on_cpu else contextlib.nullcontext()
 
 
 def mode_options(mode: str) -> dict[str, Any]:

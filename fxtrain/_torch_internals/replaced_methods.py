@@ -1,4 +1,4 @@
-"""Methods of torch that behave differently inside a context, in the thread that entered it."""
+"""Methods and functions of torch that behave differently inside a context, in the thread that entered it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ _lock = threading.Lock()
 
 
 class ReplacedMethods:
-    """Methods of a class that are replaced once the context is first entered.
+    """Methods of a class, or functions of a module, that are replaced once the context is first entered.
 
     Args:
-        owner: The class.
+        owner: The class or module.
         wrappers: What replaces its methods, by their names.
         needs: Other interfaces that the replacements use. If one is missing, nothing is replaced.
+
+    Attributes:
+        are_replaced: Whether they have been replaced.
     """
 
     def __init__(self, owner: Interface, wrappers: Mapping[str, Wrapper], *needs: Interface) -> None:
         self._owner, self._wrappers, self._needs = owner, wrappers, needs
         self._entered = threading.local()
+        self.are_replaced = False
 
     @property
     def are_active(self) -> bool:
@@ -48,7 +52,7 @@ class ReplacedMethods:
     def _replace(self) -> None:
         owner = self._owner.get()
         with _lock:
-            for name, wrapper in self._wrappers.items():
-                method = getattr(owner, name)
-                if not hasattr(method, "__wrapped__"):
-                    setattr(owner, name, wrapper(method))
+            if not self.are_replaced:
+                for name, wrapper in self._wrappers.items():
+                    setattr(owner, name, wrapper(getattr(owner, name)))
+                self.are_replaced = True
