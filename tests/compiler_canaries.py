@@ -257,6 +257,8 @@ def loops_are_tiled_by_two_methods():
     "torch._inductor.cpu_vec_isa.x86_isa_checker",
     "torch._inductor.config.cpp",
     "torch._inductor.config.cpp.simdlen",
+    "torch._inductor.codecache",
+    "torch.utils._filelock.FileLock",
 )
 def widest_vector_instructions_are_the_first_of_all():
     instructions = internals.vector_instructions

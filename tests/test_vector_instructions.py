@@ -97,7 +97,8 @@ def test_kernels_use_the_same_instructions_as_without(monkeypatch):
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: picked.append(pick()) or picked[-1])
     graph = tracing.make_fx(lambda x: [x.sigmoid() + 1], tracing_mode="fake")(torch.ones(37))
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    (result,) = inductor.compile_graph(graph, fakes, {"force_disable_caches": True})([torch.zeros(37)])
+    with inductor.instructions_sought(fakes):
+        (result,) = inductor.compile_graph(graph, fakes, {"force_disable_caches": True})([torch.zeros(37)])
     assert result.tolist() == [1.5] * 37
     assert picked
     assert all(each is pick() for each in picked)

@@ -65,7 +65,7 @@ def compile_graph(graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor],
         examples: Fake tensors, one for each input.
         options: Settings of Inductor by name.
     """
-    with shared_libraries(), _less_work(), _instructions_sought(examples):
+    with shared_libraries(), _less_work():
         with CONFIG.get().patch(dict(options)):
             compiled = compile_decomposed(graph, examples, CONFIG.get())
         return COMPILE.get()(graph, examples, options=dict(options)) if compiled is None else compiled
@@ -78,8 +78,12 @@ def _less_work() -> Iterator[None]:
         yield
 
 
-def _instructions_sought(examples: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-    """A context for the compilation of a graph, which may have kernels for this processor if a tensor is on it."""
+def instructions_sought(examples: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """A context for imports of Inductor and a compilation, in which another thread looks for vector instructions.
+
+    Args:
+        examples: The inputs of the graph. It may have kernels for this processor if one of them is on it.
+    """
     is_on_cpu = any(example.device.type == "cpu" for example in examples)
     return widest_sought() if is_on_cpu else contextlib.nullcontext()
 
@@ -219,9 +223,7 @@ def load_kernels(path: Path, name: str) -> Any:
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: Mapping[str, object]) -> None:
     """Compiles an exported program ahead of time into a file."""
-    examples, _ = program.example_inputs or ((), {})
-    with _instructions_sought(examples):
-        PACKAGE.get()(program, package_path=path, inductor_configs=dict(options))
+    PACKAGE.get()(program, package_path=path, inductor_configs=dict(options))
 
 
 def load_package(path: str) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:

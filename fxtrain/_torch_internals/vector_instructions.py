@@ -2,7 +2,7 @@
 
 Inductor compiles and loads a small program for every set of instructions that the processor has, one after the other,
 when it generates its first kernel. With an empty cache that takes seconds for each. Here only the widest set that works
-is found, in another thread, while Inductor prepares the graph.
+is found, in another thread, while Inductor is imported and prepares the graph.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ CANDIDATES = Interface("torch._inductor.cpu_vec_isa.supported_vec_isa_list", _PU
 FEATURES = Interface("torch._inductor.cpu_vec_isa.x86_isa_checker", _PURPOSE)
 OPTIONS = Interface("torch._inductor.config.cpp", _PURPOSE)
 WIDTH = Interface("torch._inductor.config.cpp.simdlen", _PURPOSE)
+# Imported before the other thread needs them, because two threads must not import modules that import each other.
+CODE = Interface("torch._inductor.codecache", _PURPOSE)
+LOCK = Interface("torch.utils._filelock.FileLock", _PURPOSE)
 
 _lock = threading.Lock()
 
@@ -75,4 +78,6 @@ def _widest_only(find_all: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
     return valid_vec_isa_list
 
 
-_FUNCTIONS = ReplacedMethods(OWNER, {"valid_vec_isa_list": _widest_only}, ALL, CANDIDATES, FEATURES, OPTIONS, WIDTH)
+_FUNCTIONS = ReplacedMethods(
+    OWNER, {"valid_vec_isa_list": _widest_only}, ALL, CANDIDATES, FEATURES, OPTIONS, WIDTH, CODE, LOCK
+)

@@ -22,6 +22,7 @@ from fxtrain._torch_internals.dynamo import backend_named
 from fxtrain._torch_internals.inductor import (
     changed_settings,
     has_option,
+    instructions_sought,
     mode_options,
 )
 from fxtrain._torch_internals.interface import Feature, UnsupportedError, supports
@@ -233,16 +234,18 @@ def _compiled(
     return files.compiled_or_loaded(compile_graph, load_compiled, None if as_whole else help_compile)
 
 
-def _with_inductor(feature: Feature, function: Callable[..., R], *arguments: object) -> R:
-    """Calls a function that compiles by Inductor, which takes seconds to import.
+def _with_inductor(feature: Feature, function: Callable[..., R], graph: GraphModule, *arguments: object) -> R:
+    """Calls a function that compiles a graph by Inductor, which takes seconds to import.
 
     Raises:
         UnsupportedError: The installed torch lacks an interface of Inductor.
     """
-    if not supports(Feature.INDUCTOR | feature):
-        raise UnsupportedError
-    register_lowerings()
-    return function(*arguments)
+    inputs = graph.graph.find_nodes(op="placeholder")
+    with instructions_sought(node.meta["val"] for node in inputs):
+        if not supports(Feature.INDUCTOR | feature):
+            raise UnsupportedError
+        register_lowerings()
+        return function(graph, *arguments)
 
 
 def _compiled_by(backend: Backend, graph: GraphModule, fakes: Sequence[Tensor]) -> Call:
