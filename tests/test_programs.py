@@ -224,7 +224,7 @@ def test_a_program_that_would_take_more_memory_is_not_used(programs, monkeypatch
 def test_compiled_programs_are_saved_and_loaded(donate, small, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     tx = fx.optim.adamw(1e-2)
-    module, batch = Stack(), {"x": torch.randn(5, 16)}
+    module, batch = Stack(layers=2), {"x": torch.randn(5, 16)}
     states, parts = [], []
     compiled = lowering._compiled
 
@@ -255,7 +255,7 @@ def test_compiled_programs_are_saved_and_loaded(donate, small, monkeypatch, tmp_
 def test_flags_that_a_step_reads_and_overwrites(small, monkeypatch, tmp_path):
     """A guard undoes steps with NaNs, and counts them, in a program as in one graph."""
     tx = fx.optim.adamw(1e-2)
-    module = Stack()
+    module = Stack(layers=2)
     batches = [{"x": torch.randn(5, 16)} for _ in range(5)]
     batches[1]["x"][0] = float("nan")
     batches[3]["x"][0] = float("nan")
