@@ -24,6 +24,8 @@ from fxtrain.checkpoint._parts import OtherParts, Written
 from fxtrain.checkpoint._temporary_folder import unfinished_folder
 from fxtrain.disk import sync_folder
 
+_BUFFER_BYTES = 2**20  # of small leaves, which are written together
+
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|leaves(-[1-9][0-9]*)?\.bin")
 
 
@@ -74,7 +76,7 @@ def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts, others:
 def write_part(folder: pathlib.Path, part: int, contents: Direct | HostCopy) -> list[Written]:
     """Writes the data file of a part, synced to disk. Returns what was written, in the order of the leaves."""
     checksums = [""] * len(contents.places)
-    with _synced(folder / file_of(part)) as file:
+    with _synced(folder / file_of(part), buffering=_BUFFER_BYTES) as file:
         for index, content in contents.parts():
             checksum = xxhash.xxh3_64()
             for start in range(0, len(content), CHUNK_BYTES):
@@ -87,9 +89,9 @@ def write_part(folder: pathlib.Path, part: int, contents: Direct | HostCopy) -> 
 
 
 @contextlib.contextmanager
-def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Opens a new file and syncs it to disk at the end of the block."""
-    with open(path, "xb", buffering=CHUNK_BYTES) as file:
+def _synced(path: pathlib.Path, *, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Opens a new file, as ``open`` does, and syncs it to disk at the end of the block."""
+    with open(path, "xb", buffering=buffering) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
