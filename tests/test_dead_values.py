@@ -111,17 +111,24 @@ def test_intermediate_results_of_an_update_are_not_scheduled(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "skips"),
-    [(1, 2, True), (0.5, 2, False), (1, 1.5, False), (2, 4, True), (2, 4.5, False), (2.5, 4, False)],
+    ("rows", "columns", "extra", "skips"),
+    [
+        (1, 2, (0, 0), True),
+        (0.5, 2, (0, 0), False),
+        (1, 2, (0, -1), False),
+        (2, 4, (0, 0), True),
+        (2, 4, (0, 1), False),
+        (2, 4, (1, 0), False),
+    ],
 )
-def test_loops_without_a_remainder_have_no_kernel_for_it(rows, columns, skips, monkeypatch):
-    """Rows and columns are given in vectors, whose size depends on the processor."""
+def test_loops_without_a_remainder_have_no_kernel_for_it(rows, columns, extra, skips, monkeypatch):
+    """Rows and columns are given in vectors, whose size depends on the processor, and in further elements."""
 
     def function(x, y):
         return [(x + y.T).T.contiguous() * 2]
 
     width = cpu_vec_isa.pick_vec_isa().nelements()
-    shape = int(rows * width), int(columns * width)
+    shape = int(rows * width) + extra[0], columns * width + extra[1]
     given = [torch.ones(shape), torch.ones(shape).T.contiguous()]
     found, _, kernels = code(function, given, monkeypatch)
     expected, _, more_kernels = code(function, given, monkeypatch, without="empty_tails_skipped")

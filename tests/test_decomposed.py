@@ -79,7 +79,7 @@ def direct(monkeypatch, *, allowed=True):
     return compiled
 
 
-@pytest.mark.parametrize(("name", "donate"), [*((name, True) for name in CASES), ("batch norm", False)])
+@pytest.mark.parametrize(("name", "donate"), [*((name, True) for name in CASES), ("attention", False)])
 @pytest.mark.slow
 def test_steps_have_the_same_code(name, donate, monkeypatch):
     build, shape = CASES[name]
