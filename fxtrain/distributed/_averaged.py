@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fxtrain import tree
@@ -80,15 +81,15 @@ def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
             f"expected a gradient that knows its examples, got {describe(gradient)} without them. Compute it with "
             "fxtrain.gradients(loss_fn, mesh=mesh)."
         )
-    device = found.loss.device
     weight = local.examples if found.weight is None else found.weight
     used, used_structure = tree.flatten(found.used, is_leaf=is_shard)
     used = list(map(_local, used))
-    is_agreed = not torch.compiler.is_dynamo_compiling() and not is_traced()
-    flags = [scalar(float(flag), device) for flag in used] if is_agreed else []
-    metrics, weights, columns = gathered(found.metrics, weight, mesh, flags)
-    if is_agreed:
-        used = torch.stack(columns).amax(1).gt(0).tolist() if columns else []
+    if used and not torch.compiler.is_dynamo_compiling() and not is_traced():
+        # Through the host, because the read of a flag on the device would wait for it, and for lost ranks.
+        flags = torch.tensor(used, dtype=torch.int32, device="cpu")
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.control)
+        used = list(map(bool, flags.tolist()))
+    metrics, weights = gathered(found.metrics, weight, mesh)
 
     def parts(values: list[Tensor], share: Tensor = weights.share) -> list[Tensor]:
         has_examples = share > 0
@@ -155,7 +156,7 @@ def averaged_metrics(
     if weight is None:
         counted = 1 if has_own else batch_weight(batch)
         weight = wide(counted, device)[0] if isinstance(counted, Tensor) else scalar(counted, device)
-    merged, weights, _ = gathered(metrics, weight, mesh)
+    merged, weights = gathered(metrics, weight, mesh)
     return merged, None if has_own else weights.total
 
 

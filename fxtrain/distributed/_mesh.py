@@ -188,9 +188,10 @@ def mesh(data: int = -1, model: int = 1, *, timeout: float = 600.0) -> Mesh:
         model: Number of ranks that have one model together, see ``tensor_parallel``. They are neighbors, so that they
             can be on one machine.
         timeout: Seconds after which a collective fails that other ranks have not joined, as when one hangs. gloo takes
-            up to twice as long, and notices a lost process immediately. NCCL ends the process, and its log names the
-            collective. The timeout must exceed the longest difference between ranks, such as that of their compile
-            times.
+            up to twice as long, and notices a lost process immediately. ``fit`` meets by gloo at each step, on GPUs
+            too. Where code waits for a collective of NCCL, NCCL's watchdog ends the process one minute later, with a
+            log that names the collective. The timeout must exceed the longest difference between ranks, such as that
+            of their compile times.
 
     Returns:
         The mesh, to give to ``train_step``, ``eval_step`` and ``fit``.

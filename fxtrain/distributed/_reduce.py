@@ -33,9 +33,7 @@ class Weights(NamedTuple):
     share: Tensor
 
 
-def gathered(
-    metrics: Metrics, weight: Tensor, mesh: Mesh, flags: Sequence[Tensor] = ()
-) -> tuple[Metrics, Weights, list[Tensor]]:
+def gathered(metrics: Metrics, weight: Tensor, mesh: Mesh) -> tuple[Metrics, Weights]:
     """Returns the metrics of the data of all ranks, in one all-gather.
 
     Ranks that share a model have the same data. Those of the first of them are used on all, so that all processes have
@@ -46,17 +44,16 @@ def gathered(
             ranks.
         weight: float64 []. The weight of this rank.
         mesh: The ranks.
-        flags: More 0-d tensors.
 
     Returns:
-        The metrics, the weights, and the flags of all ranks: float64 [ranks] each.
+        The metrics and the weights.
 
     Raises:
         TypeError: If a metric grows with the data.
     """
     _refuse_growing(metrics)
     leaves, structure = tree.flatten(metrics)
-    row = [weight, *leaves, *flags]
+    row = [weight, *leaves]
     sizes = [value.numel() for value in row]
     own = torch.cat([wide(value, weight.device) for value in row])
     table = all_gather(own, mesh.world_group.group_name, mesh.world_size)[:: mesh.ranks_per_model]
@@ -64,7 +61,7 @@ def gathered(
     weights = weights[:, 0]
     total = weights.sum()
     share = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 1 / mesh.size)
-    of_ranks: Metrics = tree.unflatten(structure, columns[: len(leaves)])
+    of_ranks: Metrics = tree.unflatten(structure, columns)
     merged: Metrics = {}
     for name, value in metrics.items():
         if isinstance(value, Metric):
@@ -72,7 +69,7 @@ def gathered(
         else:
             dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
             merged[name] = _mean(of_ranks[name][:, 0], weights, total).to(dtype)
-    return merged, Weights(total, share), [column[:, 0] for column in columns[len(leaves) :]]
+    return merged, Weights(total, share)
 
 
 def _merged(metric: Metric, of_ranks: Tree, size: int) -> Metric:
