@@ -14,6 +14,8 @@ from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT = datetime.timedelta(seconds=60)
+ON_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+"""Environment variables of ranks that share a GPU."""
 
 
 def run(code, size, *, timeout=120, env=None, arguments=(), check=True):
@@ -74,11 +76,15 @@ class Ranks:
             "LOCAL_WORLD_SIZE": str(size),
             **env,
         }
-        # A forked process cannot use a GPU.
-        kind = Unforked if shared["CUDA_VISIBLE_DEVICES"] else processes.Process
-        self.processes = [
-            kind(arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT) for rank in range(size)
-        ]
+        on_gpu = bool(shared["CUDA_VISIBLE_DEVICES"])
+        kind = Unforked if on_gpu else processes.Process  # a forked process cannot use a GPU
+        self.processes = []
+        for rank in range(size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if on_gpu:
+                # NCCL lets ranks share a GPU that call themselves different machines.
+                own |= {"LOCAL_RANK": "0", "NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo"}
+            self.processes.append(kind(arguments, env=shared | own, cwd=ROOT))
 
     def __enter__(self):
         return self

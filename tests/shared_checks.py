@@ -5,19 +5,17 @@ A check takes a mesh, and an empty folder that all ranks share, if there is one.
 
 import importlib
 import json
-import os
 import pathlib
 import sys
 import traceback
 
 import torch
-import torch.distributed as dist
 
 import fxtrain as fx
 from tests import ranks
 
 
-def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, folder=None, backend=None):
+def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, folder=None, on_gpu=False):
     """Runs checks with several ranks, and returns the errors of each by name.
 
     Args:
@@ -28,12 +26,11 @@ def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, fol
         size: Number of ranks.
         model: Number of ranks per model.
         folder: An empty folder, for checks that take one.
-        backend: Of collectives, if the ranks train on one GPU. None to train on CPUs.
+        on_gpu: Whether the ranks train on one GPU, with NCCL.
     """
-    given = module, names, None if folder is None else str(folder), collective_timeout, model, backend
+    given = module, names, None if folder is None else str(folder), collective_timeout, model
     code = f"from tests import shared_checks\nshared_checks.run(*{given!r})"
-    devices = {} if backend is None else {"CUDA_VISIBLE_DEVICES": "0"}
-    results = ranks.run(code, size, timeout=timeout, check=False, env=devices)
+    results = ranks.run(code, size, timeout=timeout, check=False, env=ranks.ON_GPU if on_gpu else None)
     found = {"stderr": [done.stderr for done in results]}
     for line in results[0].stdout.splitlines():
         if line.startswith("{"):
@@ -41,16 +38,12 @@ def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, fol
     return found
 
 
-def run(module, names, folder, collective_timeout, model, backend):
+def run(module, names, folder, collective_timeout, model):
     """Runs checks on this rank, and prints the outcomes of all ranks as one line of JSON each."""
     torch.set_num_threads(1)
     checks = importlib.import_module(f"tests.{module}")
-    if backend is not None:
-        importlib.import_module("tests.host_group")  # registers its backend
-        os.environ["LOCAL_RANK"] = "0"
-        dist.init_process_group(backend)
     mesh = fx.distributed.mesh(model=model, timeout=collective_timeout)
-    if backend is not None:
+    if mesh.device.type == "cuda":
         torch.set_default_device(mesh.device)  # of models and data that the checks make
     for name in names:
         outcome = ""
@@ -58,6 +51,7 @@ def run(module, names, folder, collective_timeout, model, backend):
             getattr(checks, name)(mesh, *([] if folder is None else [pathlib.Path(folder) / name]))
         except BaseException:
             outcome = traceback.format_exc()
+            print(outcome, file=sys.stderr, flush=True)  # in case the other ranks do not come to the gather
         found = mesh.gather(outcome, f"outcome of {name}")
         if mesh.is_main:
             print(json.dumps({name: found}), flush=True)

@@ -2,10 +2,6 @@
 
 Doubts, which a CPU cannot settle:
 
-- On NCCL, a lost rank ends the process from a watchdog thread, so ``LostRankError`` is raised for gloo's collectives
-  only. The loop meets on a gloo group at each step, which may report the loss first.
-- ``init_process_group(device_id=...)`` connects NCCL at once, and ``new_group`` then splits its communicator. Only
-  groups of one process were made with NCCL, by ``test_gpu_ranks.py``, and without ``device_id``.
 - Autocast has other lists of operators on CUDA than on the CPU, so half precision differs by more than rounding.
 - Free memory counts what torch's allocator has reserved, which may be too fragmented for one large tensor.
 """

@@ -20,6 +20,7 @@ from fxtrain.finders import find_batch_size
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 REPLAYED = "reduce-overhead"
+LIMIT = 2**31  # bytes of the device, where a test limits them
 
 
 def start(seed=0):
@@ -57,6 +58,13 @@ def graphs(monkeypatch):
 def _default_sync_mode():
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def _limited_memory():
+    torch.cuda.set_per_process_memory_fraction(LIMIT / torch.cuda.mem_get_info()[1])
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class Wide(nn.Module):
@@ -303,14 +311,14 @@ class TestCheckpoints:
 
 
 class TestMemory:
+    @pytest.mark.usefixtures("_limited_memory")
     def test_out_of_memory_leaves_the_given_state_intact(self):
         """The run owns a copy. In doubt: whether a graph that failed to be captured keeps memory of its pool."""
         step, tx = wide_step()
         state = fx.init(Wide().cuda(), tx)
         before = state.copy()
-        # An eighth of the memory for the batch, and more than the rest for its activations.
-        rows = torch.cuda.mem_get_info()[1] // (8 * 4 * 1024)
-        data = [torch.ones(64, 1024), torch.ones(1, 1024).expand(rows, 1024)]
+        # A quarter of the memory for the batch, and more than the rest for its activations.
+        data = [torch.ones(64, 1024), torch.ones(LIMIT // (4 * 4 * 1024), 1024)]
         for mode in (None, REPLAYED):
             with pytest.raises(torch.OutOfMemoryError):
                 fx.fit(state, compiled(step, mode, on_recompile="allow"), iter_shapes(data), steps=2)
@@ -318,24 +326,21 @@ class TestMemory:
         after = fx.fit(state, compiled(step), [data[0]] * 4, steps=4).state
         assert int(after.step) == 4
 
+    @pytest.mark.usefixtures("_limited_memory")
     @pytest.mark.parametrize("mode", [None, REPLAYED])
     def test_batch_size_that_is_found_fits_and_memory_is_freed(self, mode):
         step, tx = wide_step()
         state = fx.init(Wide().cuda(), tx)
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 2**31 / total))
-        try:
-            make = lambda size: torch.ones(size, 1024)  # noqa: E731
-            found = find_batch_size(state, compiled(step, mode), make, start=256, limit=2**20, multiple=256)
-            assert torch.cuda.mem_get_info()[0] >= free - 2**28
-            run, taken = compiled(step, mode), state.copy()
-            for _ in range(5):
-                taken, _ = run(taken, make(found).cuda())
-            torch.cuda.synchronize()
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-        assert 256 <= found < 2**20
+        reserved = torch.cuda.memory_reserved()
+        make = lambda size: torch.ones(size, 1024)  # noqa: E731
+        found = find_batch_size(state, compiled(step, mode), make, start=4096, limit=2**20, multiple=4096)
+        assert torch.cuda.memory_reserved() <= reserved + 2**28
+        run, taken = compiled(step, mode), state.copy()
+        for _ in range(5):
+            taken, _ = run(taken, make(found).cuda())
+        torch.cuda.synchronize()
+        assert 4096 <= found < 2**20
 
     def test_offloaded_activations_lower_the_peak_and_keep_the_bits(self):
         """Inductor keeps each transfer at its place in the graph."""

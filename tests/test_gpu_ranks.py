@@ -1,11 +1,17 @@
-"""Ranks on a GPU: one process with NCCL, and two that share the GPU. The checks are those of ranks on CPUs."""
+"""Ranks on a GPU: one process, and two that share it. The checks are those of ranks on CPUs.
+
+Seen on an H200 with torch 2.11, where "program_checks" gave no result yet.
+"""
 
 import functools
+import signal
+import time
 
 import pytest
 import torch
 
 from tests import (
+    ranks,
     shared_checks,
     test_data_parallel,
     test_distributed_runs,
@@ -23,12 +29,12 @@ pytestmark = [
 # A check of differences between ranks needs two.
 OF_TWO = {"synced_batch_norm", "replicated_states", "miscompiled_on_one_rank"}
 CHECKS = {
-    ("nccl", "rank_checks"): [name for name in test_data_parallel.TWO if name not in OF_TWO],
-    ("host", "rank_checks"): test_data_parallel.TWO,
-    ("host", "rank_runs"): test_distributed_runs.CHECKS,
-    ("host", "program_checks"): test_rank_programs.CHECKS,
-    **{("host", module): names for module, names in test_sharded.CHECKS.items()},
-    **{("host", module): names for module, names in test_tensor_parallel.TWO.items()},
+    (1, "rank_checks"): [name for name in test_data_parallel.TWO if name not in OF_TWO],
+    (2, "rank_checks"): test_data_parallel.TWO,
+    (2, "rank_runs"): test_distributed_runs.CHECKS,
+    (2, "program_checks"): test_rank_programs.CHECKS,
+    **{(2, module): names for module, names in test_sharded.CHECKS.items()},
+    **{(2, module): names for module, names in test_tensor_parallel.TWO.items()},
 }
 
 
@@ -37,18 +43,36 @@ def outcomes(tmp_path_factory):
     """Returns a function that runs all checks of a module once, and returns the errors of each."""
 
     @functools.cache
-    def run(backend, module):
-        size = 1 if backend == "nccl" else 2
+    def run(size, module):
         folder = None if module == "rank_checks" else tmp_path_factory.mktemp("checks")
         limits = {"timeout": 480, "collective_timeout": 120, "folder": folder}
         model = 2 if module in test_tensor_parallel.TWO else 1
-        return shared_checks.outcomes(
-            module, CHECKS[backend, module], size=size, model=model, backend=backend, **limits
-        )
+        return shared_checks.outcomes(module, CHECKS[size, module], size=size, model=model, on_gpu=True, **limits)
 
     return run
 
 
-@pytest.mark.parametrize(("backend", "module", "name"), [(*key, name) for key in CHECKS for name in CHECKS[key]])
-def test_ranks(outcomes, backend, module, name):
-    shared_checks.assert_passed(outcomes(backend, module), name)
+@pytest.mark.parametrize(("size", "module", "name"), [(*key, name) for key in CHECKS for name in CHECKS[key]])
+def test_ranks(outcomes, size, module, name):
+    shared_checks.assert_passed(outcomes(size, module), name)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("failure", "code", "text"),
+    [
+        ("hanging", None, "the all-reduce of agreement of ranks at step 4 within 3 s"),
+        ("killed", -signal.SIGKILL, "the all-reduce of agreement of ranks at step 4 within 30 s"),
+        ("failing_in_a_step", 1, "the collectives of the training step at step 3 within 30 s"),
+    ],
+)
+def test_lost_rank_ends_the_other(failure, code, text, rank):
+    """The ranks meet through the host, which notices a loss that NCCL reports a minute later."""
+    program = f"import torch\nfrom tests import rank_programs\ntorch.set_default_device('cuda')\nrank_programs.{failure}"
+    began = time.monotonic()
+    with ranks.started(f"{program}({rank})", 2, env=ranks.ON_GPU) as started:
+        lost, other = started.processes[rank], started.processes[1 - rank]
+        assert other.wait(40) == 1
+        assert time.monotonic() - began < 40
+        assert f"LostRankError: expected all 2 ranks to join {text}" in other.communicate()[1]
+        assert code is None or lost.wait(10) == code
