@@ -45,7 +45,7 @@ def main() -> None:
     given = options()
     rounds = given.rounds or (2 if given.quick else 20)
     on_gpu = given.device != "cpu"
-    known = workloads.ON_GPU if on_gpu else (*workloads.NAMES, *OTHERS)
+    known = (*workloads.ON_GPU, "ensemble") if on_gpu else (*workloads.NAMES, *OTHERS)
     wanted = given.only.split(",") if given.only else known
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -63,7 +63,7 @@ def main() -> None:
                 name, contestants_of(name, given), rounds=rounds, quick=given.quick, device=given.device
             )
         else:
-            others[name] = other(name, rounds, quick=given.quick)
+            others[name] = other(name, rounds, quick=given.quick, device=given.device)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
         text = report(outcomes, others, rounds=rounds, quick=given.quick, device=given.device)
         if path is not None:
@@ -99,7 +99,7 @@ def contestants_of(name: str, given: argparse.Namespace) -> list[str]:
     return [each for each in names if each in QUICK or name == "tiny_mlp"] if given.quick else names
 
 
-def other(name: str, rounds: int, *, quick: bool) -> Any:
+def other(name: str, rounds: int, *, quick: bool, device: str) -> Any:
     if name == "overhead":
         return overhead.main(rounds=rounds, quick=quick)
     if name == "monitoring":
@@ -109,7 +109,7 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
     if name == "memory":
         return memory.main(rounds=min(rounds, 10), quick=quick)
     if name == "ensemble":
-        return ensemble.main(rounds=min(rounds, 7), quick=quick)
+        return ensemble.main(rounds=min(rounds, 7), quick=quick, device=device)
     if name == "data_parallel":
         return data_parallel.main(rounds=rounds, quick=quick)
     if name == "sharded":

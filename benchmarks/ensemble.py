@@ -20,11 +20,19 @@ from benchmarks.workloads import Workload, workload
 PLAIN = "one run"
 """The compiled step of a single run, without an axis of members."""
 
-ABOUT = (
-    "The step is `fit`'s own, compiled and donated; one core and one torch thread; alternating rounds of 100 steps; "
-    "the thread's processor time, because other programs may use the machine. Members that stopped are frozen inside "
-    "the kernels, by one blend of values that they hold in registers."
-)
+ABOUT = {
+    "cpu": (
+        "The step is `fit`'s own, compiled and donated; one core and one torch thread; alternating rounds of 100 "
+        "steps; the thread's processor time, because other programs may use the machine. Members that stopped are "
+        "frozen inside the kernels, by one blend of values that they hold in registers."
+    ),
+    "cuda": (
+        "The step is `fit`'s own, compiled, donated and replayed as a CUDA graph; alternating rounds of 100 steps, "
+        "until the GPU has done them. Members that stopped are frozen inside the kernels."
+    ),
+}
+"""The conditions of the measurement, by device."""
+
 REASON = (
     "Matmuls limit both. On an AMD EPYC of family 23, called by themselves with all inputs in the cache, the five of 8 "
     "members took 281 us, at 18 GFLOP/s (the large ones 24), and those of 128 members 4724 us, where one run took 211 "
@@ -35,22 +43,23 @@ REASON = (
     "There the matmuls of 8 members take 86 of 167 us, at 61 GFLOP/s. At the 103 GFLOP/s of large matmuls they would "
     "take 51 us, and the step 2.6 times one run. Three variants were not kept: one larger matmul in place of those "
     "that share the batch (3.0 and 3.5 times one run), and all activations transposed, which makes the matmuls of the "
-    "second layer faster and the sums over the batch slower by as much."
+    "second layer faster and the sums over the batch slower by as much. On an NVIDIA H200, 8 and 128 members took 1.52 "
+    "and 1.51 times one run (RESULTS_GPU.md)."
 )
 
 
-def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
-    """Returns processor seconds per step of all members, by number of members, and the verdicts."""
+def main(*, rounds: int, quick: bool, device: str = "cpu") -> tuple[Seconds, list[Verdict]]:
+    """Returns seconds per step of all members, by number of members, and the verdicts."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     torch.set_num_threads(1)
     try:
-        made = workload("tiny_mlp", quick=quick)
+        made = workload("tiny_mlp", quick=quick, device=device)
         steps = 20 if quick else 100
         members = (1, 8) if quick else (1, 8, 32, 128)
         tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
         single = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx)
-        step = fx.compile(single, on_recompile="allow")
+        step = fx.compile(single, mode=None if device == "cpu" else "reduce-overhead", on_recompile="allow")
 
         def start(seed: int) -> fx.TrainState:
             return fx.init(made.module(), tx, seed=seed)
@@ -75,7 +84,10 @@ def verdicts(found: Seconds) -> list[Verdict]:
 
 
 def turn_of(made: Workload, step: Any, start: fx.TrainState, steps: int) -> Callable[[], float]:
-    """Returns a function that takes steps with ``fit``'s own step, and returns the processor seconds of one."""
+    """Returns a function that takes steps with ``fit``'s own step, and returns the seconds of one.
+
+    On a CPU, they are the processor time of the thread.
+    """
     # The donating step and the state that it takes, as `fit` calls them.
     taken: list[Any] = []
 
@@ -83,16 +95,23 @@ def turn_of(made: Workload, step: Any, start: fx.TrainState, steps: int) -> Call
         taken.append(state.copy())
 
     fx.fit(start, step, made.batches, steps=2, observers=keep, progress=False)
+    clock = time.thread_time if made.device == "cpu" else synchronized_time
     compiled = (step.over_members() if start.step.ndim else step).with_donation()
 
     def turn() -> float:
         state = taken.pop()
-        began = time.thread_time()
+        began = clock()
         for index in range(steps):
             state, _ = compiled(state, made.batches[index % len(made.batches)])
-        seconds = (time.thread_time() - began) / steps
+        seconds = (clock() - began) / steps
         taken.append(state)
         return seconds
 
     turn()
     return turn
+
+
+def synchronized_time() -> float:
+    """Returns the time at which the GPU has done all its work."""
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -103,7 +103,7 @@ def report(
     if "memory" in others:
         lines += memory(others["memory"][0])
     if "ensemble" in others:
-        lines += ensemble(others["ensemble"][0])
+        lines += ensemble(others["ensemble"][0], device)
     if "data_parallel" in others:
         lines += data_parallel(others["data_parallel"][0])
     if "sharded" in others:
@@ -208,7 +208,7 @@ def memory(found: Found) -> list[str]:
     return ["## Activations of a GPT", "", ABOUT, "", *table(rows), "", ON_GPU, ""]
 
 
-def ensemble(found: Seconds) -> list[str]:
+def ensemble(found: Seconds, device: str) -> list[str]:
     rows = [("members", "time per step, us", "per member, us", "per member, of one run")]
     plain = next(iter(found.values()))
     for count, seconds in found.items():
@@ -216,7 +216,7 @@ def ensemble(found: Seconds) -> list[str]:
         each = [m / int(count) if count.isdigit() else m for m in micro]
         share = [m / (1e6 * one) for m, one in zip(each, plain, strict=True)]
         rows.append((count, spread(micro, 0), spread(each, 1), spread(share, 2)))
-    return ["## Ensemble: tiny MLPs as a batch of runs", "", ABOUT_ENSEMBLE, "", *table(rows), ""]
+    return ["## Ensemble: tiny MLPs as a batch of runs", "", ABOUT_ENSEMBLE[device], "", *table(rows), ""]
 
 
 def data_parallel(found: Seconds) -> list[str]:
