@@ -68,9 +68,10 @@ def test_ranks(outcomes, size, module, name):
 )
 def test_lost_rank_ends_the_other(failure, code, text, rank):
     """The ranks meet through the host, which notices a loss that NCCL reports a minute later."""
-    program = f"import torch\nfrom tests import rank_programs\ntorch.set_default_device('cuda')\nrank_programs.{failure}"
+    program = "import torch\nfrom tests import rank_programs\ntorch.set_default_device('cuda')"
+    call = f"rank_programs.{failure}({rank})"
     began = time.monotonic()
-    with ranks.started(f"{program}({rank})", 2, env=ranks.ON_GPU) as started:
+    with ranks.started(f"{program}\n{call}", 2, env=ranks.ON_GPU) as started:
         lost, other = started.processes[rank], started.processes[1 - rank]
         assert other.wait(40) == 1
         assert time.monotonic() - began < 40
