@@ -188,6 +188,18 @@ def test_guards_and_moving_averages_are_part_of_repeated_updates(programs):
     assert any(count >= 4 * 6 and repeated[index] >= 6 for index, count in enumerate(written))  # p, two moments, ema
 
 
+def test_updates_that_monitors_read_are_written_where_they_are_computed(programs):
+    """All that would be left of them is a choice between old and new values, one more pass over memory."""
+    tx, watching = fx.optim.adamw(1e-2), fx.compose(fx.callbacks.weight_stats(), fx.callbacks.update_ratios())
+    state = fx.attach(fx.init(Stack(layers=6), tx, seed=0), watching)
+    fx.compile(fx.train_step(loss_fn, tx, callbacks=watching), donate=True)(state, {"x": torch.randn(5, 16)})
+    (program,) = programs
+    repeated = Counter(call.graph for call in program.calls)
+    assert repeated.most_common(1)[0][1] >= 5  # layers
+    shared = [part.graph for index, part in enumerate(program.graphs) if repeated[index] > 1]
+    assert not any(node.target is WRITE for graph in shared for node in graph.nodes)
+
+
 def test_updates_follow_the_gradients_that_they_read(programs):
     tx = fx.optim.adamw(1e-2)
     state = fx.init(Stack(layers=6), tx, seed=0)

@@ -110,7 +110,20 @@ def _updates(graph: Graph) -> list[list[Node]]:
     # Copies of what others compute are left to them. Small values take longer to call than to compute.
     found = (nodes for nodes in updates.values() if nodes)
     found = (nodes for nodes in found if all(_computed(node) in leaders and not _is_small(node) for node in nodes))
+    found = (nodes for nodes in found if not _is_done_by_others(nodes))
     return sorted(found, key=_readiness(graph))
+
+
+def _is_done_by_others(nodes: list[Node]) -> bool:
+    """Whether an update is one operation on elementwise results of others, such as a choice between old and new values.
+
+    The kernel that computes these writes the update as well, where a call of its own would read them from memory.
+    """
+    computed = set(map(_computed, filter(_is_final, nodes)))
+    if not all(node in computed for node in nodes if not is_last_write(node)):
+        return False
+    read = (operand for node in computed for operand in operands(node, computed))
+    return any(isinstance(operand, Node) and is_pointwise(operand.target, _LAYOUT_ONLY) for operand in read)
 
 
 def _readiness(graph: Graph) -> Callable[[list[Node]], int]:
