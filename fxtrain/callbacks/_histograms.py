@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from fxtrain.values import Histogram
 class Histograms(NamedTuple):
     """Measurements of ``histograms``."""
 
-    counts: Tensor  # int64 [parameters, bins]
+    counts: Tensor  # int64 [parameters, bins]: edges[i - 1] < value <= edges[i]. The last one includes NaN
     seen: Tensor  # int64 [parameters]: number of elements counted
 
 
@@ -93,9 +94,10 @@ def histograms(
             for _, parts in matching_blocks(leaf_names(state), parameter, "parameter")
         ]
         bounds = edges(samples[0].device)
-        counts = torch.stack([_count(values, bounds) for values in samples])
-        seen = torch.stack([counts.new_full((), values.shape[0]) for values in samples])
-        return Histograms(counts, seen)
+        above = torch.stack([_above(values, bounds) for values in samples]).to(torch.int64)
+        seen = _as_tensor([values.shape[0] for values in samples], above.device)
+        beyond = torch.cat([seen[:, None], above, torch.zeros_like(seen)[:, None]], 1)
+        return Histograms(beyond[:, :-1] - beyond[:, 1:], seen)
 
     def show(state: TrainState, values: Histograms) -> dict[str, Histogram]:
         names = leaf_names(state)
@@ -116,13 +118,17 @@ def _sample(leaf: Tensor, count: int) -> Tensor:
     return flat[: stride * count : stride].to(torch.float32).contiguous()
 
 
-def _count(values: Tensor, bounds: Tensor) -> Tensor:
-    """Returns bucket counts, int64 [edges + 1]: bounds[i - 1] < value <= bounds[i]. The last one includes NaN."""
-    # Comparing all values with each edge vectorizes, so it is faster than a binary search per value.
-    above = (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32).to(torch.int64)
-    ends = above.new_full((1,), values.shape[0])
-    beyond = torch.cat([ends, above, torch.zeros_like(ends)])
-    return beyond[:-1] - beyond[1:]
+def _above(values: Tensor, bounds: Tensor) -> Tensor:
+    """Returns the number of values above each bound, int32 [bounds]. NaN is above all."""
+    # Comparing all values with each bound vectorizes, so it is faster than a binary search per value.
+    return (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32)
+
+
+def _as_tensor(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Returns int64 [sizes], of one operation for each run of equal sizes."""
+    # A conditional branch of the graph cannot hold a constant tensor.
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
+    return torch.cat([torch.full((count,), size, device=device) for size, count in runs])
 
 
 _WATCHED: dict[str, tuple[str, ...]] = {
