@@ -18,6 +18,10 @@ from fxtrain.fold import Composed, Handler, When, compose
 from fxtrain.values import Histogram
 
 
+_TOGETHER = 32
+"""The most samples that are counted together, which threads divide among them. Uncompiled, it takes memory for all."""
+
+
 class Histograms(NamedTuple):
     """Measurements of ``histograms``."""
 
@@ -94,7 +98,7 @@ def histograms(
             for _, parts in matching_blocks(leaf_names(state), parameter, "parameter")
         ]
         bounds = edges(samples[0].device)
-        above = torch.stack([_above(values, bounds) for values in samples]).to(torch.int64)
+        above = _above(samples, bounds)
         seen = _as_tensor([values.shape[0] for values in samples], above.device)
         beyond = torch.cat([seen[:, None], above, torch.zeros_like(seen)[:, None]], 1)
         return Histograms(beyond[:, :-1] - beyond[:, 1:], seen)
@@ -115,13 +119,23 @@ def _sample(leaf: Tensor, count: int) -> Tensor:
     leaf = full_tensor(leaf)
     flat = (leaf.abs() if leaf.is_complex() else leaf).flatten()
     stride = max(1, flat.shape[0] // count)
-    return flat[: stride * count : stride].to(torch.float32).contiguous()
+    return flat[: stride * count : stride].to(torch.float32)
 
 
-def _above(values: Tensor, bounds: Tensor) -> Tensor:
-    """Returns the number of values above each bound, int32 [bounds]. NaN is above all."""
-    # Comparing all values with each bound vectorizes, so it is faster than a binary search per value.
-    return (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32)
+def _above(samples: Sequence[Tensor], bounds: Tensor) -> Tensor:
+    """Returns the number of values of each sample above each bound, int64 [samples, bounds]. NaN is above all."""
+    of_size: dict[int, list[int]] = {}
+    for index, values in enumerate(samples):
+        of_size.setdefault(values.shape[0], []).append(index)
+    rows: dict[int, Tensor] = {}
+    for places in of_size.values():
+        for start in range(0, len(places), _TOGETHER):
+            some = places[start : start + _TOGETHER]
+            values = torch.stack([samples[index] for index in some])
+            # Comparing all values with each bound vectorizes, so it is faster than a binary search per value.
+            above = (~(values[:, None] <= bounds[:, None])).sum(dim=2, dtype=torch.int32)
+            rows |= zip(some, above.unbind(), strict=True)
+    return torch.stack([rows[index] for index in range(len(samples))]).to(torch.int64)
 
 
 def _as_tensor(sizes: Sequence[int], device: torch.device) -> Tensor:
