@@ -17,7 +17,6 @@ from fxtrain.core._shard import full_tensor
 from fxtrain.fold import Composed, Handler, When, compose
 from fxtrain.values import Histogram
 
-
 _TOGETHER = 32
 """The most samples that are counted together, which threads divide among them. Uncompiled, it takes memory for all."""
 
