@@ -1,6 +1,6 @@
 """Ranks on a GPU: one process, and two that share it. The checks are those of ranks on CPUs.
 
-Seen on an H200 with torch 2.11, where "program_checks" gave no result yet.
+Seen on an H200 with torch 2.11, without those of programs, which assumed that code can be stored.
 """
 
 import functools
