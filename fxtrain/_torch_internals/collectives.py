@@ -174,6 +174,11 @@ def rank(like: Tensor, ranks_per_model: int = 1) -> Tensor:
     return torch.ops.fxtrain.rank.default(like, ranks_per_model)
 
 
+def is_collective(target: object) -> bool:
+    """Whether the target of a graph's node is a collective, or the wait for one."""
+    return getattr(target, "namespace", None) == NAMESPACE
+
+
 def is_rank(target: object) -> bool:
     """Whether the target of a graph's node is the operator of ``rank``."""
     return getattr(target, "namespace", None) == "fxtrain" and target == torch.ops.fxtrain.rank.default

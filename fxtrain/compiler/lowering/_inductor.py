@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.collectives import is_collective
 from fxtrain._torch_internals.dispatch import grad_mode_setter
 from fxtrain._torch_internals.inductor import (
     compile_graph,
@@ -138,7 +138,7 @@ def _compiled_part(part: GraphModule, options: Mapping[str, Any]) -> Compiled:
     nodes = part.graph.nodes
     examples = [node.meta["val"] for node in nodes if node.op == "placeholder"]
     # To save memory, Inductor would start a transfer only where it waits for it.
-    if has_option(_REORDERS) and any(getattr(node.target, "namespace", None) == COLLECTIVES for node in nodes):
+    if has_option(_REORDERS) and any(is_collective(node.target) for node in nodes):
         options = {**options, _REORDERS: False}
     return _compiled(part, examples, options, is_bare=True)
 

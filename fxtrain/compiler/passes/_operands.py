@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.collectives import is_collective
 from fxtrain._torch_internals.dispatch import is_view
 
 _RANGES = {torch.ops.aten.slice.Tensor, torch.ops.aten.split_with_sizes.default}
@@ -54,7 +54,7 @@ def _is_of_received(node: Node) -> bool:
     base = node.args[0]
     while isinstance(base, Node) and is_view(base.target):
         base = base.args[0]
-    return isinstance(base, Node) and getattr(base.target, "namespace", None) == COLLECTIVES
+    return isinstance(base, Node) and is_collective(base.target)
 
 
 def element_of(node: Node) -> Element | None:

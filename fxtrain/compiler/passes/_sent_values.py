@@ -11,8 +11,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
-from fxtrain._torch_internals.collectives import is_all_reduce, is_wait
+from fxtrain._torch_internals.collectives import is_all_reduce, is_collective, is_wait
 from fxtrain.compiler.passes._operands import is_taken_again
 from fxtrain.compiler.passes._operators import after, arrived, sendable
 
@@ -26,7 +25,7 @@ def keep_sent(graph: Graph) -> None:
     for wait in [node for node in graph.nodes if is_wait(node.target)]:
         received: Any = wait.args[0]
         start: Any = received.args[0] if received.target is operator.getitem else received
-        if is_sent_kept(wait) or getattr(start.target, "namespace", None) != COLLECTIVES:
+        if is_sent_kept(wait) or not is_collective(start.target):
             continue
         sent = start.args[0] if start is received else start.args[0][received.args[1]]
         with graph.inserting_before(start):

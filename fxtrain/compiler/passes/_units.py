@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
-from fxtrain._torch_internals.collectives import NAMESPACE as COLLECTIVES
+from fxtrain._torch_internals.collectives import is_collective
 from fxtrain._torch_internals.dispatch import is_last_write
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._liveness import is_stored
@@ -106,7 +106,7 @@ def _is_left_to_readers(node: Node) -> bool:
 
 def _is_light(node: Node) -> bool:
     """Whether an operation may be done early, because all its values are small."""
-    if getattr(node.target, "namespace", None) == COLLECTIVES or node.target == arrived() or is_last_write(node):
+    if is_collective(node.target) or node.target == arrived() or is_last_write(node):
         return False
     return all(numel(value) <= _SMALL for value in (node, *node.all_input_nodes))
 
