@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import collections
+import functools
 import gc
 import signal
 import sys
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fxtrain.loop import _interrupts as interrupts
+from tests import shared_checks
 
 torch.set_num_threads(1)
 os.environ.setdefault("FXTRAIN_TRACEBACK", "full")  # failures show the frames of fxtrain
@@ -69,6 +71,20 @@ def _no_graphs_of_other_files():
     """Clears Dynamo's graphs before each file, because it limits those of a code object, which all steps share."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def checked(tmp_path_factory):
+    """Returns a function that runs checks of several ranks once, and fails with the errors of one of them."""
+
+    @functools.cache
+    def outcomes(module, names, **options):
+        return shared_checks.outcomes(module, names, tmp_path_factory.mktemp(module), **options)
+
+    def passes(name, module, names, **options):
+        shared_checks.assert_passed(outcomes(module, tuple(names), **options), name)
+
+    return passes
 
 
 @pytest.fixture

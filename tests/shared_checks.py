@@ -1,9 +1,11 @@
 """Checks that all ranks of a run make together: functions of a module, in the processes of one run.
 
-A check takes a mesh, and an empty folder that all ranks share, if there is one. It fails on a rank by raising.
+A check takes a mesh, and the path of a new folder that all ranks share, if it has a second parameter. It fails on a
+rank by raising. The fixture ``checked`` runs all checks of a module once.
 """
 
 import importlib
+import inspect
 import json
 import pathlib
 import sys
@@ -15,20 +17,20 @@ import fxtrain as fx
 from tests import ranks
 
 
-def outcomes(module, names, *, timeout, collective_timeout, size=2, model=1, folder=None, on_gpu=False):
+def outcomes(module, names, folder, *, timeout=480, collective_timeout=120, size=2, model=1, on_gpu=False):
     """Runs checks with several ranks, and returns the errors of each by name.
 
     Args:
         module: Name of the module in ``tests`` that has the checks.
         names: The checks, in order.
+        folder: An empty folder.
         timeout: Seconds for all checks.
         collective_timeout: Seconds for a collective.
         size: Number of ranks.
         model: Number of ranks per model.
-        folder: An empty folder, for checks that take one.
         on_gpu: Whether the ranks train on one GPU, with NCCL.
     """
-    given = module, names, None if folder is None else str(folder), collective_timeout, model
+    given = module, names, str(folder), collective_timeout, model
     code = f"from tests import shared_checks\nshared_checks.run(*{given!r})"
     results = ranks.run(code, size, timeout=timeout, check=False, env=ranks.ON_GPU if on_gpu else None)
     found = {"stderr": [done.stderr for done in results]}
@@ -48,7 +50,8 @@ def run(module, names, folder, collective_timeout, model):
     for name in names:
         outcome = ""
         try:
-            getattr(checks, name)(mesh, *([] if folder is None else [pathlib.Path(folder) / name]))
+            check = getattr(checks, name)
+            check(*(mesh, pathlib.Path(folder) / name)[: len(inspect.signature(check).parameters)])
         except BaseException:
             outcome = traceback.format_exc()
             print(outcome, file=sys.stderr, flush=True)  # in case the other ranks do not come to the gather

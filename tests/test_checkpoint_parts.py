@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcomes(folder):
     """Runs all checks with two ranks, and returns the errors of each."""
-    return shared_checks.outcomes("part_checks", CHECKS, timeout=480, collective_timeout=120, folder=folder)
+    return shared_checks.outcomes("part_checks", CHECKS, folder)
 
 
 @pytest.mark.parametrize("name", CHECKS)

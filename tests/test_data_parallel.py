@@ -2,8 +2,6 @@
 
 import pytest
 
-from tests import shared_checks
-
 pytestmark = pytest.mark.slow
 
 TWO = [
@@ -34,24 +32,11 @@ TWO = [
 FOUR = ["host_facts", "twenty_steps", "uneven_batches", "rank_without_examples", "evaluation", "nan_on_one_rank"]
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """Runs all checks of a number of ranks in one run, and returns the errors of each check."""
-    found = {}
-
-    def of(size, names):
-        if size not in found:
-            found[size] = shared_checks.outcomes("rank_checks", names, timeout=480, collective_timeout=120, size=size)
-        return found[size]
-
-    return of
-
-
 @pytest.mark.parametrize("name", TWO)
-def test_two_ranks_train_like_one_process(outcomes, name):
-    shared_checks.assert_passed(outcomes(2, TWO), name)
+def test_two_ranks_train_like_one_process(checked, name):
+    checked(name, "rank_checks", TWO)
 
 
 @pytest.mark.parametrize("name", FOUR)
-def test_four_ranks_train_like_one_process(outcomes, name):
-    shared_checks.assert_passed(outcomes(4, FOUR), name)
+def test_four_ranks_train_like_one_process(checked, name):
+    checked(name, "rank_checks", FOUR, size=4)

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 import fxtrain as fx
-from tests import processes, rank_runs, ranks, shared_checks
+from tests import processes, rank_runs, ranks
 
 CHECKS = [
     "equals_one_process",
@@ -43,16 +43,9 @@ def program(call):
     return f"from tests import rank_programs\nrank_programs.{call}"
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Runs all checks with two ranks, and returns the errors of each."""
-    folder = tmp_path_factory.mktemp("runs")
-    return shared_checks.outcomes("rank_runs", CHECKS, timeout=120, collective_timeout=30, folder=folder)
-
-
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_ranks(outcomes, name):
-    shared_checks.assert_passed(outcomes, name)
+def test_two_ranks(checked, name):
+    checked(name, "rank_runs", CHECKS, timeout=120, collective_timeout=30)
 
 
 def ended(started, timeout=60):

@@ -3,7 +3,6 @@
 Seen on an H200 with torch 2.11, without those of programs, which assumed that code can be stored.
 """
 
-import functools
 import signal
 import time
 
@@ -12,7 +11,6 @@ import torch
 
 from tests import (
     ranks,
-    shared_checks,
     test_data_parallel,
     test_distributed_runs,
     test_rank_programs,
@@ -38,23 +36,10 @@ CHECKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Returns a function that runs all checks of a module once, and returns the errors of each."""
-
-    @functools.cache
-    def run(size, module):
-        folder = None if module == "rank_checks" else tmp_path_factory.mktemp("checks")
-        limits = {"timeout": 480, "collective_timeout": 120, "folder": folder}
-        model = 2 if module in test_tensor_parallel.TWO else 1
-        return shared_checks.outcomes(module, CHECKS[size, module], size=size, model=model, on_gpu=True, **limits)
-
-    return run
-
-
 @pytest.mark.parametrize(("size", "module", "name"), [(*key, name) for key in CHECKS for name in CHECKS[key]])
-def test_ranks(outcomes, size, module, name):
-    shared_checks.assert_passed(outcomes(size, module), name)
+def test_ranks(checked, size, module, name):
+    model = 2 if module in test_tensor_parallel.TWO else 1
+    checked(name, module, CHECKS[size, module], size=size, model=model, on_gpu=True)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,10 +1,6 @@
 """Fully sharded training: two ranks with a part of each large tensor train like ranks with the whole state."""
 
-import functools
-
 import pytest
-
-from tests import shared_checks
 
 CHECKS = {
     "sharded_checks": [
@@ -41,19 +37,7 @@ CHECKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Returns a function that runs all checks of a module with two ranks once, and returns the errors of each."""
-
-    @functools.cache
-    def run(module):
-        limits = {"timeout": 480, "collective_timeout": 120, "folder": tmp_path_factory.mktemp("checks")}
-        return shared_checks.outcomes(module, CHECKS[module], **limits)
-
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in CHECKS for name in CHECKS[module]])
-def test_two_ranks(outcomes, module, name):
-    shared_checks.assert_passed(outcomes(module), name)
+def test_two_ranks(checked, module, name):
+    checked(name, module, CHECKS[module])

@@ -1,10 +1,6 @@
 """Tensor parallel training: ranks that have one model together train like one process."""
 
-import functools
-
 import pytest
-
-from tests import shared_checks
 
 STEPS, RUNS = "tensor_parallel_checks", "tensor_parallel_run_checks"
 TWO = {
@@ -35,22 +31,10 @@ FOUR = {
 CHECKS = {2: TWO, 4: FOUR}
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Returns a function that runs all checks of a module once, with two ranks per model, and returns their errors."""
-
-    @functools.cache
-    def run(size, module):
-        limits = {"timeout": 480, "collective_timeout": 120, "folder": tmp_path_factory.mktemp("checks")}
-        return shared_checks.outcomes(module, CHECKS[size][module], size=size, model=2, **limits)
-
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "module", "name"),
     [(size, module, name) for size in CHECKS for module in CHECKS[size] for name in CHECKS[size][module]],
 )
-def test_ranks(outcomes, size, module, name):
-    shared_checks.assert_passed(outcomes(size, module), name)
+def test_ranks(checked, size, module, name):
+    checked(name, module, CHECKS[size][module], size=size, model=2)
