@@ -313,7 +313,7 @@ class TestCheckpoints:
 class TestMemory:
     @pytest.mark.usefixtures("_limited_memory")
     def test_out_of_memory_leaves_the_given_state_intact(self):
-        """The run owns a copy. In doubt: whether a graph that failed to be captured keeps memory of its pool."""
+        """The run owns a copy."""
         step, tx = wide_step()
         state = fx.init(Wide().cuda(), tx)
         before = state.copy()
