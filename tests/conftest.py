@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    # Tracing and compiling create many objects, of which few are garbage. Python collects after 700.
+    gc.set_threshold(20_000, 20, 10)
+    _exempt_from_collection()
+
+
+def _exempt_from_collection():
     """Exempts the collected tests and all imported modules from garbage collection, because they live to the end.
 
     Without it, each full collection visits a million objects, and a forked process copies their pages.
@@ -71,6 +77,7 @@ def _no_graphs_of_other_files():
     """Clears Dynamo's graphs before each file, because it limits those of a code object, which all steps share."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    _exempt_from_collection()
 
 
 @pytest.fixture(scope="session")

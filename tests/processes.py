@@ -1,7 +1,8 @@
 """Python processes that start in milliseconds: each is forked from a server that has imported torch and fxtrain.
 
 A process has its own streams, environment, folder, signals and exit, and ends like any Python process, exit handlers
-included. Only the imports and the hash seed are those of the server. Tests of these start a process by ``subprocess``.
+included. Only the imports, the hash seed and the thresholds of garbage collection are those of the server. Tests of
+these start a process by ``subprocess``.
 """
 
 import functools
@@ -186,5 +187,6 @@ def _prepared(request, out, err):
 if __name__ == "__main__":
     for _name in PRELOADED:
         importlib.import_module(_name)
+    gc.set_threshold(20_000, 20, 10)  # as in conftest.py
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))()
