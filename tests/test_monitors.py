@@ -160,6 +160,21 @@ class TestHistograms:
         assert state.slots["histograms/weights"].values.counts.tolist() == [wanted]
         assert int(state.slots["histograms/weights"].values.seen) == 100
 
+    def test_each_of_many_parameters_has_its_own_counts(self):
+        """Parameters of one size are counted together, at most 32 of them."""
+        sizes = [3, 70, 3, 100] * 20
+        params = {f"{index:02}": torch.randn(size) for index, size in enumerate(sizes)}
+        params["05"][:4] = torch.tensor([math.nan, math.inf, -math.inf, 0.1])
+        params["07"][:3] = torch.tensor([-0.1, 1.0, -1.0])
+        monitor, tx = histograms("weights", every=1, smallest=0.1, largest=1.0, per_decade=1), fx.optim.sgd(0.0)
+        step = fx.train_step(lambda model, batch: sum(map(torch.sum, model.values())), tx, callbacks=monitor)
+        state, _ = step(fx.attach(fx.init(params, tx), monitor), torch.zeros(1))
+        values, bounds = state.slots["histograms/weights"].values, torch.tensor([-1.0, -0.1, 0.1, 1.0])
+        assert values.seen.tolist() == sizes
+        for row, (_, leaf) in zip(values.counts, sorted(params.items()), strict=True):
+            bucket = torch.where(leaf.isnan(), len(bounds), torch.bucketize(leaf, bounds))
+            assert row.tolist() == bucket.bincount(minlength=len(bounds) + 1).tolist()
+
     def test_counts_are_published_as_histogram(self):
         monitor = histograms(every=1, parameter="first")
         log = published(monitor, after_a_step(monitor))
