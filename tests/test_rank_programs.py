@@ -6,6 +6,7 @@ CHECKS = [
     "sharded_layers",
     "sent_memory_is_not_reused",
     "replicated_updates",
+    "code_that_cannot_be_stored",
     "parts_are_compiled_by_all_ranks",
 ]
 
