@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fxtrain.loop import _interrupts as interrupts
-from tests import shared_checks
+from tests import processes, shared_checks
 
 torch.set_num_threads(1)
 os.environ.setdefault("FXTRAIN_TRACEBACK", "full")  # failures show the frames of fxtrain
@@ -36,8 +36,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    # Tracing and compiling create many objects, of which few are garbage. Python collects after 700.
-    gc.set_threshold(20_000, 20, 10)
+    gc.set_threshold(*processes.COLLECTION)
     _exempt_from_collection()
 
 

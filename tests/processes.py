@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 # The first gradient imports torch._dynamo, and the first compiled step the modules of Inductor.
 PRELOADED = ["torch._dynamo", "torch._inductor.compile_fx", "torch.utils.data", "fxtrain", "fxtrain.cli"]
+COLLECTION = 20_000, 20, 10
+"""Thresholds of garbage collection, because tracing and compiling create many objects, of which few are garbage."""
 _LENGTH = struct.Struct("I")
 
 
@@ -187,6 +189,6 @@ def _prepared(request, out, err):
 if __name__ == "__main__":
     for _name in PRELOADED:
         importlib.import_module(_name)
-    gc.set_threshold(20_000, 20, 10)  # as in conftest.py
+    gc.set_threshold(*COLLECTION)
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))()
