@@ -86,6 +86,7 @@ def averaged_onto(gradient: G, mesh: Mesh, placed: Tree | None) -> G:
     used = list(map(_local, used))
     if used and not torch.compiler.is_dynamo_compiling() and not is_traced():
         # Through the host, because the read of a flag on the device would wait for it, and for lost ranks.
+        # Not by ``mesh.maximum``, whose error would hide the name and the step that callers give to their collectives.
         flags = torch.tensor(used, dtype=torch.int32, device="cpu")
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.control)
         used = list(map(bool, flags.tolist()))
