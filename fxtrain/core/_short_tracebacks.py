@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -46,13 +47,14 @@ def shorten_traceback(error: BaseException) -> None:
     if caller is None or is_full or is_internal(caller.f_code.co_filename) or _may_be_defect(error):
         return
     _log.debug("The traceback of %s, before frames are hidden.", type(error).__name__, exc_info=error)
-    keeps_all = "_pytest" in sys.modules or _is_debugged()
+    keeps_all, is_ipython = "_pytest" in sys.modules or _is_debugged(), ipython_shell() is not None
     for each in _printed_with(error):
         hidden = _hidden(each.__traceback__)
-        for frame in hidden:
-            frame.f_locals["__tracebackhide__"] = True
+        if keeps_all or is_ipython:
+            for frame in hidden:
+                _mark(frame)
         if not keeps_all:
-            each.__traceback__ = _without(each.__traceback__, hidden, tail_only=ipython_shell() is not None)
+            each.__traceback__ = _without(each.__traceback__, hidden, tail_only=is_ipython)
     if _NOTE not in getattr(error, "__notes__", ()):
         error.add_note(_NOTE)
 
@@ -100,6 +102,16 @@ def _hidden(trace: TracebackType | None) -> set[FrameType]:
         if is_hidden:
             hidden.add(frame)
     return hidden
+
+
+def _mark(frame: FrameType) -> None:
+    names = frame.f_locals
+    names["__tracebackhide__"] = True
+    if isinstance(names, dict) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        # Until Python 3.12 these are copies, and one of an error references itself through its traceback. The tensors
+        # of all its frames would stay until a garbage collection.
+        for name in [name for name, value in names.items() if isinstance(value, BaseException)]:
+            del names[name]
 
 
 def _may_be_defect(error: BaseException) -> bool:

@@ -61,10 +61,10 @@ class Interrupts:
     Compilations and waits for data are not aborted, because the other ranks would wait for this one in a collective.
 
     Args:
-        is_saving: Returns whether a checkpoint is being written.
         is_alone: Whether this process is the only rank.
 
     Attributes:
+        is_saving: Returns whether a checkpoint is being written.
         noted: The first signal that this process has received.
         cause: Name of the signal that ends the session.
         exit_code: 128 plus its number, or 0.
@@ -73,8 +73,9 @@ class Interrupts:
         SystemExit: If a signal during an earlier session was to end the process.
     """
 
-    def __init__(self, is_saving: Callable[[], bool] = bool, *, is_alone: bool = True) -> None:
+    def __init__(self, *, is_alone: bool = True) -> None:
         _deliver_pending()
+        self.is_saving: Callable[[], bool] = bool
         self.noted: signal.Signals | None = None
         self.cause: str | None = None
         self.exit_code = 0
@@ -82,7 +83,6 @@ class Interrupts:
         self._kind: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._has_left = False
-        self._is_saving = is_saving
         self._process = os.getpid()
 
     def __enter__(self) -> Self:
@@ -165,7 +165,7 @@ class Interrupts:
         is_interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
         # A program without a handler ends in KeyboardInterrupt, and Python then waits for the thread that writes.
         # Checkpoints are committed atomically, so ending the process during a save loses only that save.
-        if handler is signal.default_int_handler and self._is_saving() and not is_interactive:
+        if handler is signal.default_int_handler and self.is_saving() and not is_interactive:
             _end_process(kind)
         signal.raise_signal(kind)
 

@@ -88,7 +88,7 @@ class Run:
         self._step: LoopStep = getattr(given, "with_donation", lambda: given)()
         self._plan, self._callbacks = plan, callbacks
         is_alone = plan.mesh is None or plan.mesh.world_size == 1
-        self._interrupts = Interrupts(lambda: self._checkpoints.under_way, is_alone=is_alone)
+        self._interrupts = Interrupts(is_alone=is_alone)
         self._ranks: Ranks | None = None
         checkpointer, observers = plan.checkpointer, plan.observers
         if plan.mesh is not None and not is_alone:
@@ -104,9 +104,10 @@ class Run:
         recorder = self._publish.recorder
         self.history = History(recorder.points, clock=recorder.clock)
 
-        self._checkpoints = Checkpoints(
-            checkpointer, self._step, 1 if self._ranks is None else self._ranks.mesh.world_size
-        )
+        size = 1 if self._ranks is None else self._ranks.mesh.world_size
+        checkpoints = self._checkpoints = Checkpoints(checkpointer, self._step, size)
+        # Does not reference the run: in a cycle, its state would stay until a garbage collection.
+        self._interrupts.is_saving = lambda: checkpoints.under_way
         self._restored = self._checkpoints.restored(self._attached(state)) if plan.resume else None
         is_whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:

@@ -112,35 +112,42 @@ class WriteGuard:
         return value if memory_of(value) == self._storages.get(name) else value.clone()
 
     def _actions_by_storage(self) -> Mapping[int, Callable[[str], None]]:
+        # No action references the guard: in a cycle, the tensors of each call would stay until a garbage collection.
         if self._actions is None:
             table: dict[int, Callable[[str], None]] = {}
             for name, value in self._captured():
-                table[memory_of(value)] = functools.partial(self._refuse_captured, name)
+                table[memory_of(value)] = functools.partial(_refuse_captured, self._who, name)
             for value in self._arguments:
                 if isinstance(value, Tensor):
                     table[memory_of(value)] = functools.partial(_raise_noticed, False)
             for value in self._frozen():
                 table[memory_of(value)] = functools.partial(_raise_noticed, True)
             for name, value in self._trained():
-                table[memory_of(value)] = functools.partial(self._refuse_trained, name)
+                table[memory_of(value)] = functools.partial(_refuse_trained, self._who, name)
             for name, memory in self._storages.items():
-                table[memory] = lambda _, name=name: self.written.add(name)
+                table[memory] = functools.partial(_record, self.written, name)
             self._actions = table
         return self._actions
 
-    def _refuse_trained(self, name: str, write: str) -> None:
-        raise WriteError(
-            f"expected {self._who} to leave trained parameters to the optimizer, got {_described(write)} {name}. Call "
-            "requires_grad_(False) before fxtrain.init on parameters that the forward pass updates, such as those of a "
-            "momentum encoder. Apply constraints on trained parameters after the step, with state.replace(params=...)."
-        )
 
-    def _refuse_captured(self, name: str, write: str) -> None:
-        raise WriteError(
-            f"expected {self._who} to write into nothing outside the state, got {_described(write)} {name}. Register "
-            "it as a buffer of the model, return the value as a metric, or keep it in a slot of a callback. If it "
-            "belongs to another module, give that to fxtrain.init together with the model."
-        )
+def _refuse_trained(who: str, name: str, write: str) -> None:
+    raise WriteError(
+        f"expected {who} to leave trained parameters to the optimizer, got {_described(write)} {name}. Call "
+        "requires_grad_(False) before fxtrain.init on parameters that the forward pass updates, such as those of a "
+        "momentum encoder. Apply constraints on trained parameters after the step, with state.replace(params=...)."
+    )
+
+
+def _refuse_captured(who: str, name: str, write: str) -> None:
+    raise WriteError(
+        f"expected {who} to write into nothing outside the state, got {_described(write)} {name}. Register it as a "
+        "buffer of the model, return the value as a metric, or keep it in a slot of a callback. If it belongs to "
+        "another module, give that to fxtrain.init together with the model."
+    )
+
+
+def _record(written: set[str], name: str, _: str) -> None:
+    written.add(name)
 
 
 def _raise_noticed(frozen: bool, _: str) -> None:

@@ -104,39 +104,43 @@ class Differentiation:
                 raise
             rejection = error
         try:
-            found = self._by_autograd(objective, trainable)
-        except ContractError:
-            raise
-        except Exception as error:
-            if _BACKWARD_ERROR in str(rejection):
-                raise ContractError(
-                    f"expected {self._who} to return a loss that can be differentiated, got one whose backward pass "
-                    f"already ran{_where(rejection)}. Remove loss.backward(): the step computes the gradients and "
-                    "passes them to the optimizer."
-                ) from error
-            # The function fails both ways, so it is wrong itself. A rejection by torch.func hides its own error.
-            raise (error if _is_rejection(rejection) else rejection) from None
-        if not _is_rejection(rejection):
             try:
-                by_func(objective, trainable)
-            except Exception:  # torch.func rejects the function each time.
-                pass
-            else:  # A transient error, such as a failed read.
-                raise rejection
-        self._way = "autograd"
-        reason = truncate(" ".join(str(rejection).split()) or type(rejection).__name__, _MAX_REASON_LENGTH)
-        warn(
-            f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
-            f"{_where(rejection)}: {reason} The gradients are the same. Pass differentiate='autograd' to "
-            "use it from the start.",
-            UserWarning,
-        )
-        if is_traced():
-            raise ValuesNeededError(
-                f"expected one forward pass of {self._who} in the trace, got a second one by torch.autograd. Trace it "
-                "again."
+                found = self._by_autograd(objective, trainable)
+            except ContractError:
+                raise
+            except Exception as error:
+                if _BACKWARD_ERROR in str(rejection):
+                    raise ContractError(
+                        f"expected {self._who} to return a loss that can be differentiated, got one whose backward "
+                        f"pass already ran{_where(rejection)}. Remove loss.backward(): the step computes the gradients "
+                        "and passes them to the optimizer."
+                    ) from error
+                # The function fails both ways, so it is wrong itself. A rejection by torch.func hides its own error.
+                raise (error if _is_rejection(rejection) else rejection) from None
+            if not _is_rejection(rejection):
+                try:
+                    by_func(objective, trainable)
+                except Exception:  # torch.func rejects the function each time.
+                    pass
+                else:  # A transient error, such as a failed read.
+                    raise rejection
+            self._way = "autograd"
+            reason = truncate(" ".join(str(rejection).split()) or type(rejection).__name__, _MAX_REASON_LENGTH)
+            warn(
+                f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
+                f"{_where(rejection)}: {reason} The gradients are the same. Pass differentiate='autograd' to "
+                "use it from the start.",
+                UserWarning,
             )
-        return found
+            if is_traced():
+                raise ValuesNeededError(
+                    f"expected one forward pass of {self._who} in the trace, got a second one by torch.autograd. Trace "
+                    "it again."
+                )
+            return found
+        finally:
+            # Its traceback references this frame: in a cycle, all their tensors would stay until a garbage collection.
+            del rejection
 
     def _by_autograd(self, objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
         try:
