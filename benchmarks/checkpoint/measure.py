@@ -1,7 +1,8 @@
 """Measures times in interleaved rounds of all systems, and peak memory in a separate process per system.
 
-Systems are compared within a round, because the speed of a machine drifts. Before each turn the previous files are
-deleted and all other writes are flushed to the disk. A restore reads the file just written, from the page cache.
+Systems are compared within a round, because the speed of a machine drifts. Each round has another random order, because
+writes take longer after those of some systems. Before each turn the previous files are deleted and all other writes are
+flushed to the disk. A restore reads the file just written, from the page cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import time
@@ -29,12 +31,12 @@ def measure_seconds(size: int, leaf_counts: Sequence[int], rounds: int, root: pa
     """Measures every system once per round, with every number of leaves."""
     problems = [Problem.make(size, leaves) for leaves in leaf_counts]
     seconds: Seconds = {}
+    order = random.Random(0)
     for system in SYSTEMS:  # excludes one-time costs, such as imports and thread creation
         one_turn(system, Problem.make(10**6, 2), root, check=True)
     for turn in range(rounds):
         for problem in problems:
-            shift = turn % len(SYSTEMS)
-            for system in SYSTEMS[shift:] + SYSTEMS[:shift]:
+            for system in order.sample(SYSTEMS, len(SYSTEMS)):
                 taken = one_turn(system, problem, root, check=turn == 0)
                 kept = seconds.setdefault((size, problem.leaves, system.name), {})
                 for measure, value in taken.items():
