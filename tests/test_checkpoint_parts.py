@@ -33,6 +33,7 @@ def outcomes(folder):
     return shared_checks.outcomes("part_checks", CHECKS, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(outcomes, name):
     shared_checks.assert_passed(outcomes, name)

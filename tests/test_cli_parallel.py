@@ -72,6 +72,7 @@ def test_two_processes_train_like_one_and_print_once(text, alone, tmp_path):
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 def test_sharded_processes_train_like_one_and_one_continues_them(text, alone, tmp_path):
     arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "fsdp", *SHAPE, *OPTIONS]
     first, second = ranks.run(SHARDED, 2, arguments=[*arguments, "--early-stopping"], timeout=240)
@@ -104,6 +105,7 @@ def test_one_process_continues_an_interrupted_run_of_two(text, alone, tmp_path, 
     assert abs(bits(run) - bits(alone)) < 1e-3
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_model_train_like_one_and_one_continues_them(text, alone, tmp_path):
     arguments = ["lm", "--dataset", text, "--runs", str(tmp_path), "--parallel", "tp", *SHAPE, *OPTIONS]
     first, second = ranks.run(PROGRAM, 2, arguments=arguments, timeout=240)

@@ -280,12 +280,14 @@ class TestRuns:
     def run(self, step, **options):
         return fx.fit(problem.start(), step, problem.data(), steps=20, **options)
 
+    @pytest.mark.slow
     def test_run_replays_and_equals_the_plain_run(self, on_host):
         step = problem.step(callbacks=[fx.callbacks.nan_guard()])
         replayed, plain = self.run(compiled(step)), self.run(fx.compile(step, check=False))
         assert not replayed.state.diff(plain.state)
         assert on_host.acts == ["warm up", "capture", *["replay"] * 19]
 
+    @pytest.mark.slow
     def test_requests_of_callbacks_keep_the_addresses(self, on_host):
         """Requests write ``state.due`` and epochs write a slot, which a step must not read at a changed address."""
 
@@ -308,6 +310,7 @@ class TestRuns:
         assert on_host.acts.count("warm up") == 2
         assert on_host.acts.count("capture") == 2
 
+    @pytest.mark.slow
     def test_last_smaller_batch_is_another_graph(self, on_host):
         data = [*problem.data(3), {name: value[:5] for name, value in problem.data(1)[0].items()}] * 5
 

@@ -80,6 +80,7 @@ def code(function, given, monkeypatch, *, without=None):
     return source, sum(scheduled), len(generated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_code_is_the_same(seed, monkeypatch):
     choose = random.Random(seed)

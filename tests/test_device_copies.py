@@ -137,6 +137,7 @@ class TestPrefetch:
 
 
 class TestLoop:
+    @pytest.mark.slow
     def test_loop_makes_no_tensor_on_the_device_by_a_blocking_copy(self, monkeypatch, tmp_path):
         """``torch.tensor(value, device=...)`` synchronizes with the device.
 

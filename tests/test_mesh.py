@@ -76,6 +76,7 @@ for number in range(1, 4):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["os._exit(3)", "time.sleep(12); os._exit(3)"], ids=["killed", "hung"])
 def test_lost_rank_ends_the_others_in_time(failure):
     began = time.monotonic()

@@ -103,6 +103,7 @@ class TestRecall:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled[0]))
         return compiled[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("donate", [False, True])
     def test_same_step_has_the_same_bits_without_a_trace(self, compiled, cache, untraced, donate):
         assert same(trained(fx.compile(train_step(), donate=donate)), compiled[1][donate])
@@ -116,6 +117,7 @@ class TestRecall:
         assert same(trained(step), compiled[1][False])
         assert step.uncompiled_steps == step.pending == 0
 
+    @pytest.mark.slow
     def test_ahead_of_time(self, tmp_path, monkeypatch, untraced):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         tx = fx.optim.sgd(0.1)
@@ -174,6 +176,7 @@ class TestRecall:
         assert list((tmp_path / "empty" / "fxtrain").glob("*.fxs"))
 
 
+@pytest.mark.slow
 @needs_inductor
 def test_second_process_imports_neither_dynamo_nor_inductor(tmp_path):
     code = textwrap.dedent(
@@ -332,6 +335,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 def test_steps_with_other_graphs_have_other_signatures():
     """Each step has one signature, and one graph, however often it is made."""
     graphs: dict[str, set[str]] = {}

@@ -148,6 +148,7 @@ def test_vmapped_samples_equal_single_samples(name):
         assert torch.equal(member, _draw([name], seed)[name])
 
 
+@pytest.mark.slow
 def test_dynamo_traces_every_replaced_function():
     """The graph runs the operations of eager mode, so results are bitwise equal."""
     names = [*CASES, *IN_PLACE]
