@@ -177,14 +177,86 @@ def test_error(monkeypatch, way, batch, traceback):
     assert tensors_left(call) == []
 
 
-def test_error_of_a_callback():
-    def fail(state, event: fx.StepEnd):
-        raise ValueError("failed")
+class Failing:
+    """An observer that may not fail, and does at some event or when it is closed."""
 
+    required = True
+
+    def __init__(self, event):
+        self.event = event
+
+    def __call__(self, state, event, control):
+        if type(event) is self.event:
+            raise ValueError("failed")
+
+    def close(self):
+        if self.event is None:
+            raise ValueError("failed")
+
+
+def failing_callback(state, event: fx.StepEnd):
+    raise ValueError("failed")
+
+
+def failing_data():
+    yield good()
+    raise ValueError("failed")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"callbacks": [failing_callback]},
+        lambda: {"observers": [Failing(fx.StepEnd)]},
+        lambda: {"observers": [Failing(fx.FitEnd)]},
+        lambda: {"data": failing_data()},
+        lambda: {"data": fx.data.prefetch(failing_data())},
+        lambda: {"epoch": 2},
+        lambda: {"checkpointer": fx.checkpointer("/proc/no/folder")},
+    ],
+    ids=["callback", "observer", "last event", "data", "prefetched data", "unknown argument", "checkpointer"],
+)
+def test_error_in_a_run(make):
     step, state = fx.train_step(loss_fn, TX), fx.init(network(), TX, seed=0)
 
     def call():
-        with pytest.raises(ValueError, match="failed"):
-            fx.fit(state, step, [good()], steps=1, callbacks=[fail], progress=False)
+        given = {"data": [good()], "steps": 3, **make()}
+        try:
+            fx.fit(state, step, given.pop("data"), progress=False, **given)
+        except (ValueError, TypeError, fx.CheckpointError):
+            return
+        raise AssertionError("expected an error, got none.")
+
+    assert tensors_left(call) == []
+
+
+def no_space(descriptor):
+    raise OSError(28, "No space left on device")
+
+
+def test_failed_save(tmp_path, monkeypatch):
+    """The error of the background thread is raised by the next call."""
+    step, state = fx.train_step(loss_fn, TX), fx.init(network(), TX, seed=0)
+    folders = itertools.count()
+
+    def call():
+        checkpoints = fx.checkpointer(tmp_path / str(next(folders)))
+        with pytest.raises(fx.CheckpointError):
+            fx.fit(state, step, [good()], steps=1, checkpointer=checkpoints, progress=False)
+
+    monkeypatch.setattr("os.fsync", no_space)
+    assert tensors_left(call) == []
+
+
+def test_dtypes_that_do_not_match():
+    class Mixed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.double())
+
+    step, state = fx.train_step(loss_fn, TX), fx.init(Mixed(4, 3), TX, seed=0)
+
+    def call():
+        with pytest.raises(RuntimeError, match="matching dtypes"):
+            step(state, good())
 
     assert tensors_left(call) == []

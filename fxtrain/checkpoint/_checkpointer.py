@@ -160,7 +160,9 @@ class Checkpointer(Reader):
         try:
             self._lock.take()
         except CheckpointError as error:
-            self._failed(error)
+            if self._on_error == "raise":
+                raise
+            self._warn(error)
             return save
         if self._run is None:
             self._run = self._ownership.run_of_save(ownership.contents(self.folder))
@@ -173,7 +175,9 @@ class Checkpointer(Reader):
             if others is not None:
                 others.announce()
         except CheckpointError as error:
-            self._failed(error)
+            if self._on_error == "raise":
+                raise
+            self._warn(error)
             return save
         # The environment is read here, because the writer thread has another thread count.
         conditions = environment(device_of(state)) | {name: str(text) for name, text in (notes or {}).items()}
@@ -212,9 +216,12 @@ class Checkpointer(Reader):
             warn(self._warnings.popleft(), RuntimeWarning)
         while self._errors:
             error = self._errors.popleft()
-            if not isinstance(error, CheckpointError):
-                raise error
-            self._failed(error)
+            try:
+                if self._on_error == "raise" or not isinstance(error, CheckpointError):
+                    raise error
+                self._warn(error)
+            finally:
+                del error  # its traceback references this frame
 
     def committed(self) -> list[Committed]:
         """Returns the checkpoints committed since the last call, except snapshots, without waiting for others.
@@ -264,9 +271,7 @@ class Checkpointer(Reader):
         else:
             self._lock.release()
 
-    def _failed(self, error: CheckpointError) -> None:
-        if self._on_error == "raise":
-            raise error
+    def _warn(self, error: CheckpointError) -> None:
         warn(f"{error} Training continues without this checkpoint.", RuntimeWarning)
 
     def _submit(self, job: Callable[[], None]) -> None:

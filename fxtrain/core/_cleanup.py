@@ -13,5 +13,8 @@ def try_all(*actions: Callable[[], object]) -> None:
             act()
         except Exception as error:
             errors.append(error)
-    if errors:
-        raise errors[0]
+    try:
+        if errors:
+            raise errors[0]
+    finally:
+        errors.clear()  # their tracebacks reference this frame

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from fxtrain.core._tracebacks import FXTRAIN_FOLDER, ipython_shell, is_internal, is_standard_library
+from fxtrain.core._tracebacks import FXTRAIN_FOLDER, ipython_shell, is_internal, is_standard_library, locals_of
 
 Options = ParamSpec("Options")
 R = TypeVar("R")
@@ -52,7 +51,7 @@ def shorten_traceback(error: BaseException) -> None:
         hidden = _hidden(each.__traceback__)
         if keeps_all or is_ipython:
             for frame in hidden:
-                _mark(frame)
+                locals_of(frame)["__tracebackhide__"] = True
         if not keeps_all:
             each.__traceback__ = _without(each.__traceback__, hidden, tail_only=is_ipython)
     if _NOTE not in getattr(error, "__notes__", ()):
@@ -102,16 +101,6 @@ def _hidden(trace: TracebackType | None) -> set[FrameType]:
         if is_hidden:
             hidden.add(frame)
     return hidden
-
-
-def _mark(frame: FrameType) -> None:
-    names = frame.f_locals
-    names["__tracebackhide__"] = True
-    if isinstance(names, dict) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        # Until Python 3.12 these are copies, and one of an error references itself through its traceback. The tensors
-        # of all its frames would stay until a garbage collection.
-        for name in [name for name, value in names.items() if isinstance(value, BaseException)]:
-            del names[name]
 
 
 def _may_be_defect(error: BaseException) -> bool:

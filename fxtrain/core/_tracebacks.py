@@ -9,8 +9,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, MutableMapping
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -67,6 +68,26 @@ def is_standard_library(filename: str) -> bool:
     if filename.startswith("<"):
         return not filename.startswith(_INTERACTIVE)
     return filename.startswith(_standard_library()) and not filename.startswith(_packages())
+
+
+def locals_of(frame: FrameType) -> MutableMapping[str, Any]:
+    """Returns the local variables of a frame. Until Python 3.12 they lack exceptions.
+
+    There, a frame keeps a copy of its variables once they are read. With an exception that it handles, whose traceback
+    references the frame, this would keep the tensors of all frames in the traceback until a garbage collection.
+
+    Example:
+        >>> import sys
+        >>> def owner(self):
+        ...     return locals_of(sys._getframe())["self"]
+        >>> owner(3)
+        3
+    """
+    names = cast(MutableMapping[str, Any], frame.f_locals)
+    if isinstance(names, dict) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        for name in [name for name, value in names.items() if isinstance(value, BaseException)]:
+            del names[name]
+    return names
 
 
 def places(frames: Iterable[traceback.FrameSummary]) -> Places:

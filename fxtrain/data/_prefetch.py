@@ -118,7 +118,10 @@ class PrefetchedBatches(Source):
         self.epoch_length = item.epoch_length
         self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
         if item.error is not None:
-            raise item.error
+            try:
+                raise item.error
+            finally:
+                del item  # the traceback of its error references this frame
         self._expected = item.follows
         if item.copied is not None:
             for leaf in tree.leaves(item.batch):
@@ -273,7 +276,10 @@ def _reading(data: Source, device: torch.device | None) -> Callable[[int], Prefe
             error = raised
         # In an epoch that exceeds its expected length, positions count from its start.
         at = position % length if length is not None and data.epoch_length is None else position
-        return PrefetchedItem(batch, error, data.epoch_length, snapshot, copied, at + 1)
+        try:
+            return PrefetchedItem(batch, error, data.epoch_length, snapshot, copied, at + 1)
+        finally:
+            del error  # its traceback references this frame
 
     return read
 

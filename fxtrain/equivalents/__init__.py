@@ -119,7 +119,10 @@ def with_known_arguments(function: Callable[Options, R]) -> Callable[Options, R]
             unknown = _unknown_of(function, kwargs)
             if unknown is None:
                 raise
-        raise unknown
+        try:
+            raise unknown
+        finally:
+            del unknown  # its traceback references this frame
 
     return checked
 

@@ -143,7 +143,10 @@ class PartWriter:
         self._thread.wait()
         if self._lost is not None:
             lost, self._lost = self._lost, None
-            raise lost
+            try:
+                raise lost
+            finally:
+                del lost  # its traceback references this frame
 
     def close(self) -> None:
         """Waits for unfinished parts, and frees the memory."""

@@ -133,7 +133,9 @@ class Publisher:
             try:
                 _call(observer, method, *arguments)
             except Exception as error:
-                self._failed(observer, at, error)
+                if getattr(observer, "required", False):
+                    raise
+                self._drop(observer, at, error)
 
     def step(self, number: int, measured: Metrics, moment: Moment) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""
@@ -169,7 +171,9 @@ class Publisher:
             try:
                 observer(state, event, control)
             except Exception as error:
-                self._failed(observer, f"{type(event).__name__} of step {event.step}", error)
+                if getattr(observer, "required", False):
+                    raise
+                self._drop(observer, f"{type(event).__name__} of step {event.step}", error)
 
     def flush(self, step: int) -> None:
         """Flushes the observers before the save of a step.
@@ -249,9 +253,7 @@ class Publisher:
             else:
                 self.recorder.add(step, named_after(kind, values))
 
-    def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
-        if getattr(observer, "required", False):
-            raise error
+    def _drop(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         self._use([other for other in self._observers if other is not observer])
         with contextlib.suppress(Exception):
             _call(observer, "close")

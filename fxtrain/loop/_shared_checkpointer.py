@@ -106,7 +106,10 @@ class SharedCheckpointer:
         outcomes = mesh.gather(_outcome(error), _ERRORS)
         if report is None:
             assert error is not None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback references this frame
         failed = {rank: each for rank, each in enumerate(outcomes) if each is not None}
         unlike_damage = {
             rank: f"the restore of {path}: {text}" for rank, (text, damage) in failed.items() if not damage
@@ -225,13 +228,14 @@ class SharedCheckpointer:
                 error = raised
         elif not self._ranks.is_over:
             self._parts.wait()
+        if error is not None:
+            try:
+                raise error  # reported to the other ranks, which wait at the meeting below
+            finally:
+                del error  # its traceback references this frame
         if self._ranks.is_over:
-            if error is not None:
-                raise error
             self._settle(self._results())
             return
-        if error is not None:
-            raise error  # reported to the other ranks, which wait at the meeting below
         self._ranks.meet("the end of saves")
         if self._pending:
             self._exchange_news()

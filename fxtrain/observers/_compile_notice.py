@@ -42,5 +42,8 @@ class CompileNotice:
         """Ends the thread. Raises the error of the function, if it failed."""
         self._over.set()
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        try:
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._error = None  # its traceback references this object

@@ -111,8 +111,11 @@ def required(observer: Observer) -> Observer:
         def raising(*args: object) -> None:
             act(*args)
             failure = take_failure()
-            if failure is not None:
-                raise failure
+            try:
+                if failure is not None:
+                    raise failure
+            finally:
+                del failure  # its traceback references this frame
 
         return raising
 

@@ -20,7 +20,7 @@ from fxtrain._torch_internals.dynamo import constant_in_dynamo
 from fxtrain._torch_internals.modules import CALLS, add_idle_hook, set_forward_pre_hooks
 from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
 from fxtrain.core._shard import holds_shards
-from fxtrain.core._tracebacks import place
+from fxtrain.core._tracebacks import locals_of, place
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.model._model_calls import Inside
 from fxtrain.precision import HALF, Policy
@@ -219,14 +219,14 @@ def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str,
 
 def _owner(frame: FrameType) -> object:
     """Returns the first argument of a frame, which is the object if the frame runs a method."""
-    return frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
+    return locals_of(frame).get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
 
 
 def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exception) -> RuntimeError:
     said = re.findall(r"\b(?:c10::)?(BFloat16|Half|[Ff]loat(?:16|32|64)?|[Dd]ouble|bfloat16|Long|Int)\b", str(error))
     dtypes = dict.fromkeys(_DTYPES[dtype.lower()] for dtype in said)
     if len(dtypes) < 2:
-        read = (value for value in frame.f_locals.values() if isinstance(value, Tensor) and value.is_floating_point())
+        read = (value for value in locals_of(frame).values() if isinstance(value, Tensor) and value.is_floating_point())
         dtypes |= dict.fromkeys(dtype_name(value.dtype) for value in read)
     owner = type(_owner(frame)).__name__
     where = f"the module {name!r} ({owner})" if name else f"the model ({owner})"

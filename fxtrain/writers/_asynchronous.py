@@ -127,4 +127,7 @@ class AsynchronousWriter(Backend):
             cause = error.__cause__
         assert cause is not None
         cause.add_note("Raised in the thread of an asynchronous writer, after the call that caused it.")
-        raise cause
+        try:
+            raise cause
+        finally:
+            del cause  # its traceback references this frame
