@@ -42,12 +42,12 @@ REASON = (
     "of family 25 (model 17), where one run takes 50 us, 8 members took 3.3 times as long and 128 members 40 times. "
     "There the matmuls of 8 members take 86 of 167 us, at 61 GFLOP/s. At the 103 GFLOP/s of large matmuls they would "
     "take 51 us, and the step 2.6 times one run. Those of 128 members, 1236 us by themselves, would take 804 us, and "
-    "the step 31 times one run. Four variants were not kept: one larger matmul in place of those that "
-    "share the batch (3.0 and 3.5 times one run), all activations transposed, which makes the matmuls of the second "
-    "layer faster and the sums over the batch slower by as much, and only the logits transposed, whose matmul then "
-    "takes 0.43 of the time, but the step of one run 1.02 (1.01 to 1.04), of 8 members 0.97 (0.94 to 1.02), and of 128 "
-    "members 1.08 (1.01 to 1.16; 41 alternating rounds, family 25, model 17). On an NVIDIA H200, 8 and 128 members "
-    "took 1.52 and 1.51 times one run (RESULTS_GPU.md)."
+    "the step 31 times one run. Variants that were not kept: one larger matmul in place of those that share the batch "
+    "(3.0 and 3.5 times one run), all activations transposed, which makes the matmuls of the second layer faster and "
+    "the sums over the batch slower by as much, and only the logits transposed, whose matmul then takes 0.43 of the "
+    "time, but the step of one run 1.02 (1.01 to 1.04), of 8 members 0.97 (0.94 to 1.02), and of 128 members 1.08 "
+    "(1.01 to 1.16; 41 alternating rounds, family 25, model 17). On an NVIDIA H200, 8 and 128 members took 1.52 and "
+    "1.51 times one run (RESULTS_GPU.md)."
 )
 
 
