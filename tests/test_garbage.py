@@ -178,7 +178,7 @@ def test_error(monkeypatch, way, batch, traceback):
 
 
 class Failing:
-    """An observer that may not fail, and does at some event or when it is closed."""
+    """An observer that may not fail, and does at an event."""
 
     required = True
 
@@ -187,10 +187,6 @@ class Failing:
 
     def __call__(self, state, event, control):
         if type(event) is self.event:
-            raise ValueError("failed")
-
-    def close(self):
-        if self.event is None:
             raise ValueError("failed")
 
 

@@ -124,23 +124,26 @@ class Differentiation:
                     pass
                 else:  # A transient error, such as a failed read.
                     raise rejection
-            self._way = "autograd"
-            reason = truncate(" ".join(str(rejection).split()) or type(rejection).__name__, _MAX_REASON_LENGTH)
-            warn(
-                f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
-                f"{_where(rejection)}: {reason} The gradients are the same. Pass differentiate='autograd' to "
-                "use it from the start.",
-                UserWarning,
-            )
-            if is_traced():
-                raise ValuesNeededError(
-                    f"expected one forward pass of {self._who} in the trace, got a second one by torch.autograd. Trace "
-                    "it again."
-                )
+            self._prefer_autograd(rejection)
             return found
         finally:
             # Its traceback references this frame: in a cycle, all their tensors would stay until a garbage collection.
             del rejection
+
+    def _prefer_autograd(self, rejection: Exception) -> None:
+        self._way = "autograd"
+        reason = truncate(" ".join(str(rejection).split()) or type(rejection).__name__, _MAX_REASON_LENGTH)
+        warn(
+            f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
+            f"{_where(rejection)}: {reason} The gradients are the same. Pass differentiate='autograd' to "
+            "use it from the start.",
+            UserWarning,
+        )
+        if is_traced():
+            raise ValuesNeededError(
+                f"expected one forward pass of {self._who} in the trace, got a second one by torch.autograd. Trace it "
+                "again."
+            )
 
     def _by_autograd(self, objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
         try:
