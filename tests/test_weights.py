@@ -206,9 +206,14 @@ def test_error_for_a_nested_checkpoint_lists_its_entries(tmp_path):
 def test_unreadable_files_are_refused(tmp_path):
     state = fx.init(nn.Linear(2, 1))
     torch.save(nn.Linear(2, 1), tmp_path / "module.pt")
+    (tmp_path / "noise.pt").write_bytes(bytes(range(160, 256)))
+    (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     for name, message in {
         "module.pt": "got other Python objects",
+        "./module.pt": r"objects \(torch\.nn\.modules\.linear\.Linear\)\. If you trust the file",
+        "noise.pt": r"got a file that cannot be read\. Write it with torch\.save or as safetensors",
+        "empty.pt": r"got a file that cannot be read \(EOFError",
         "bad.safetensors": "got a file that cannot be read",
         "none.pt": "which does not exist",
         ".": "expected a folder with weights",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeGuard, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.core import describe
+from fxtrain.interop._torch_files import load_tensors
 
 
 class StateDict(TypedDict):
@@ -61,15 +61,7 @@ def _file(path: pathlib.Path, entry: str | None) -> TorchOptimizer:
 
 
 def _read(path: pathlib.Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"expected tensors in {path}, got other Python objects ({str(error).splitlines()[0]}). If you trust the "
-            "file, read it with torch.load(weights_only=False), and pass the optimizer's state dict."
-        ) from None
-    except Exception as error:
-        raise CheckpointError(f"expected a checkpoint at {path}, got a file that cannot be read ({error}).") from error
+    return load_tensors(path, what="a checkpoint", instead="pass the optimizer's state dict")
 
 
 def _find(contents: object, entry: str | None, where: str) -> TorchOptimizer:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import pickle
 import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.core import describe
+from fxtrain.interop._torch_files import load_tensors
 
 _STEMS = (
     *("model", "diffusion_pytorch_model", "open_clip_model", "adapter_model"),
@@ -91,21 +90,21 @@ def _read_shards(index: pathlib.Path) -> dict[str, object]:
     return found
 
 
-def _read_file(file: pathlib.Path) -> Any:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors import safe_open
+def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
 
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"expected tensors in {file}, got other Python objects ({str(error).splitlines()[0]}). If you trust the "
-            "file, read it with torch.load(weights_only=False), and pass the state dict to fxtrain.load_state_dict."
-        ) from None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"expected weights in {file}, got a file that cannot be read ({error}).") from error
+
+
+def _read_file(file: pathlib.Path) -> Any:
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    instead = "pass the state dict to fxtrain.load_state_dict"
+    contents = load_tensors(file, what="weights", instead=instead, mmap=zipfile.is_zipfile(file))
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"expected a state dict in {file}, got {describe(contents)}.")
     return contents
