@@ -16,6 +16,11 @@ def stop_when(flag, kind=fx.StepEnd):
     return fx.on(kind, stop)
 
 
+def exhaust(state, event):
+    next(iter(()))
+    return state, fx.Control()
+
+
 def observe(state, event, control): ...
 
 
@@ -277,6 +282,20 @@ MISTAKES = {
             "AttributeError: expected a field of StepEnd (step, position, epochs_done, epoch_start, "
             "epoch_length, total_steps, total_epochs, time, previous_time, data_wait, metrics, duration, "
             "outputs), got 'total_step'. Did you mean 'total_steps'?"
+        ),
+    ),
+    "an iterator that ended": (
+        lambda: fit(fx.on(fx.StepEnd, exhaust)),
+        (
+            "RuntimeError: expected callbacks, steps and data that handle the ends of their own iterators, got "
+            "StopIteration. Give next() a default, or iterate with a for loop."
+        ),
+    ),
+    "an iterator that ended at the end": (
+        lambda: fit(fx.on(fx.FitEnd, exhaust)),
+        (
+            "RuntimeError: expected callbacks, steps and data that handle the ends of their own iterators, got "
+            "StopIteration. Give next() a default, or iterate with a for loop."
         ),
     ),
     "an unknown field of an event": (

@@ -179,11 +179,13 @@ class Run:
                 yield from self._train()
             except Exception as error:
                 yield from self._after_error(error)
+                _explain_stop_iteration(error)
                 raise
             try:
                 yield from self._end()
             except Exception as error:
                 self._report(error)
+                _explain_stop_iteration(error)
                 raise
             self._interrupts.adopt_own()
             self.exit_code = self._interrupts.exit_code  # read last, because a signal can arrive after the last step
@@ -368,3 +370,13 @@ class Run:
                 yield from self._saves.save_last()
         except Exception as error:  # the first error is the one to raise
             warn(f"Ending the run after an error raised another: {error!r}.", RuntimeWarning)
+
+
+def _explain_stop_iteration(error: Exception) -> None:
+    """Raises an error that explains another one, if that is of the user's code and Python has replaced it."""
+    # Python replaces StopIteration wherever it would leave a generator, as the loop is one.
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
+        raise RuntimeError(
+            "expected callbacks, steps and data that handle the ends of their own iterators, got StopIteration. Give "
+            "next() a default, or iterate with a for loop."
+        ) from error.__cause__
