@@ -310,6 +310,7 @@ def test_mistake_is_an_error_with_its_path_before_anything_is_created(shop, caps
         ([], "expected a YAML file or a function MODULE:FUNCTION, got none. See fxtrain train --help."),
         (["no.yaml"], "expected a readable YAML file, got no.yaml (No such file or directory). Check the path."),
         (["shop.py"], "expected YAML in shop.py, got "),
+        (["shop.py"], "got a Python file. Name its function: shop.py:FUNCTION."),
         (["list.yaml"], "expected a mapping in list.yaml, got a list of length 1. Write key: value."),
         (["twice.yaml"], "expected YAML in twice.yaml, got the key 'a' twice in line 2. Correct the file."),
         (["shop:baselin"], "which shop lacks. Did you mean 'baseline'?"),

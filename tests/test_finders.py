@@ -207,7 +207,9 @@ class TestBatchSize:
             find_batch_size(problem.start(), problem.step(), batch, limit=0)
         with pytest.raises(ValueError, match=r"expected start to be a multiple of multiple=8 .*, got 12\."):
             find_batch_size(problem.start(), problem.step(), batch, start=12, multiple=8)
-        with pytest.raises(ValueError, match=r"at most limit=4, got 8\."):
+        with pytest.raises(ValueError, match=r"limit to be at least multiple=7, got 5\. Raise limit\."):
+            find_batch_size(problem.start(), problem.step(), batch, limit=5, multiple=7)
+        with pytest.raises(ValueError, match=r"at most limit=4, got 8\. Use 4\."):
             find_batch_size(problem.start(), problem.step(), batch, start=8, limit=4)
 
     @pytest.mark.gpu

@@ -188,6 +188,8 @@ def _config(options: Options, saved: Mapping[str, Any] | None) -> dict[str, Any]
         if file is not None:
             raise CommandError(f"expected one configuration, got {target} and --config {file}. Give one of them.")
         file = pathlib.Path(target)
+        if file.suffix == ".py":
+            raise CommandError(f"expected YAML in {file}, got a Python file. Name its function: {file}:FUNCTION.")
     if file is not None:
         config = load(read_text(file), str(file))
         if not isinstance(config, dict):

@@ -85,11 +85,14 @@ def find_batch_size(
     check_callable("make_batch", make_batch, "(size) -> batch")
     for name, value in (("start", 1 if start is None else start), ("limit", limit), ("multiple", multiple)):
         check_positive_int(name, value)
+    if multiple > limit:
+        raise ValueError(f"expected limit to be at least multiple={multiple}, got {limit}. Raise limit.")
     if start is None:
         start = max(min(_START, limit) // multiple, 1) * multiple
     if start % multiple or start > limit:
         raise ValueError(
-            f"expected start to be a multiple of multiple={multiple} and at most limit={limit}, got {start}."
+            f"expected start to be a multiple of multiple={multiple} and at most limit={limit}, got {start}. "
+            f"Use {max(min(start, limit) // multiple, 1) * multiple}."
         )
     # Sizes are in units of ``multiple``. Sizes up to ``fits`` fit, and sizes from ``too_large`` on do not.
     largest, size, reason = limit // multiple, start // multiple, ""
