@@ -52,7 +52,7 @@ class Reader:
         return entries[-1].step if entries else None
 
     def best(self) -> int | None:
-        """Returns the step of the checkpoint with the best metric, or None if no checkpoint has the metric."""
+        """Returns the step of the checkpoint with the best metric, of those that callbacks requested, or None."""
         entry = self._policy.best_of(self._listed(), self._metrics_of)
         return None if entry is None else entry.step
 

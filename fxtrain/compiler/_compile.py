@@ -45,8 +45,8 @@ def compile(  # noqa: A001
     The first call traces and compiles the step. Changed values never recompile it, because counters and learning rates
     are tensors. Slots that only the loop uses stay outside the graph, so callbacks of the loop can be added or removed
     without recompiling. Everything else that the step reads besides its arguments (modules, closures, globals,
-    environment variables) is a constant of the graph and keeps its value from the time of the trace. Random samples
-    from Python and numpy, clocks and files are either read at each call or refused.
+    environment variables, autocast, the default dtype) is a constant of the graph and keeps its value from the time of
+    the trace. Random samples from Python and numpy, clocks and files are either read at each call or refused.
 
     A step whose Python code needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, has
     no such graph. The first of these routes that works is taken instead, with one warning that names the line:
@@ -129,9 +129,10 @@ def compile(  # noqa: A001
             ``"offload"`` keeps activations of 1 MiB or more in pinned memory of the host, at the cost of two transfers,
             for steps on one GPU. Such steps are not replayed as CUDA graphs.
             Results are those of ``"save"``, random samples included, bitwise if the compiler rounds the same operations
-            in the same way, as it does for float32. Compilation takes longer, because dropout masks are not batched,
-            and with ``"recompute"`` repeated layers are compiled one by one. Works on the step as one traced graph, and
-            excludes ``backend`` and ``dynamic``. Steps that take another route keep everything and say so.
+            in the same way. It may fuse a sum in another order, or round bfloat16 elsewhere. Compilation takes longer,
+            because dropout masks are not batched, and with ``"recompute"`` repeated layers are compiled one by one.
+            Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
+            route keep everything and say so.
             ``fxtrain.remat`` chooses by hand and works with any value.
         reshard: When the step of a sharded state frees whole parameters, see ``fxtrain.distributed.fsdp``.
             ``"after_forward"`` gathers each bucket of parameters, about a layer, before the forward pass uses it, and

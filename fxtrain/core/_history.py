@@ -39,7 +39,7 @@ class Series(NamedTuple):
 
 
 class History(Mapping[str, Series]):
-    """All scalars that a run has published: a read-only mapping from names to ``Series``.
+    """All scalars that a session of a run has published: a read-only mapping from names to ``Series``.
 
     A rewind removes the points of abandoned steps. That of an event, such as ``FitBegin.history``, is live: each read
     has the values of all events so far. On an accelerator, a read waits for the latest of them.

@@ -28,7 +28,7 @@ class Result:
         continue_from: The state to continue training from: the last state before ``FitEnd``. Without callbacks that
             change the state there, it is the same object as ``state``.
         reason: Why the run ended.
-        history: All published scalars.
+        history: All scalars published in this session. Those of earlier sessions are in the files of writers.
         exit_code: Exit code for the program: 0, or 128 plus the number of the signal that interrupted the run (130 for
             SIGINT, 143 for SIGTERM).
 
