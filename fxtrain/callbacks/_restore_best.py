@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -56,7 +57,7 @@ def restore_best(
         metric: Metric name at ``EvalEnd``, or a function of all metrics there.
         mode: ``"min"`` if lower is better, or ``"max"``. Or a function ``(value, best) -> improved`` of tensors of
             shape []. Its ``best`` is nan before the first evaluation.
-        checkpointer: The run's own checkpointer, which must retain the best checkpoint.
+        checkpointer: The run's own checkpointer, which must retain the best checkpoint. Not for a batch of runs.
         name: The slot.
 
     Raises:
@@ -94,7 +95,12 @@ def restore_best(
         saves = Control() if checkpointer is None else Control(save=improved, reason=f"{what} improved")
         return state.with_slot(name, slot), saves
 
-    return needing(slotted(name, init, update), metric)
+    handler = needing(slotted(name, init, update), metric)
+    if checkpointer is None:
+        return handler
+    # A checkpoint has the state of all members, but a member's callback sees its own.
+    own = "Leave out checkpointer=, and each member keeps its best parameters in the slot."
+    return dataclasses.replace(handler, needs=dataclasses.replace(handler.needs, one_run=own))
 
 
 def _with_best(state: TrainState, slot: RestoreBestState, checkpointer: Checkpoints | None, what: str) -> TrainState:

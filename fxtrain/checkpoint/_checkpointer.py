@@ -19,7 +19,7 @@ from fxtrain.checkpoint._ownership import Ownership
 from fxtrain.checkpoint._parts import OtherParts
 from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
-from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts
+from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts, of_batch
 from fxtrain.core import TrainState, check_choice, check_path, check_positive_int, describe, did_you_mean, warn
 from fxtrain.equivalents import with_known_arguments
 
@@ -125,8 +125,8 @@ class Checkpointer(Reader):
         process until ``close``.
 
         Args:
-            state: The state to save. It may be changed in place or donated once this method returns. A step that is
-                saved twice keeps its newer checkpoint.
+            state: The state to save: that of a run, or a stacked one of several. It may be changed in place or donated
+                once this method returns. A step that is saved twice keeps its newer checkpoint.
             metrics: Scalars by name, from which ``best`` selects.
             notes: Other conditions of bitwise equality, as text by name. ``read`` compares them.
             role: The purpose of the checkpoint. Rewinds do not return to a ``"session"`` checkpoint. A ``"snapshot"``
@@ -146,6 +146,7 @@ class Checkpointer(Reader):
         if not isinstance(state, TrainState):
             raise TypeError(f"expected state to be a TrainState, got {describe(state)}. fxtrain.save takes any tree.")
         check_choice("role", role, retention.ROLES)
+        state = of_batch(state)
         best = self.best_metric
         if metrics and best is not None and best not in metrics:
             raise KeyError(
@@ -355,7 +356,9 @@ def checkpointer(
         folder: The folder of the checkpoints, created at the first save.
         keep: The number of newest checkpoints to keep, or None to keep all.
         keep_every: Also keeps checkpoints whose step is a multiple of this.
-        best: The name of an evaluation metric. Also keeps the checkpoint with its best value.
+        best: The name of an evaluation metric. Also keeps the checkpoint with its best value, of those that callbacks
+            such as ``save`` and ``save_best`` request. The one at the end of a session does not count, because the best
+            must not depend on where a run was interrupted.
         mode: Whether the smallest (``"min"``) or largest (``"max"``) value of the metric is best.
         background: Whether ``save`` returns once the state is copied, at the cost of memory for one copy. If False,
             ``save`` blocks until the checkpoint is on disk.

@@ -21,7 +21,7 @@ class Part(NamedTuple):
         kind: The dtype and shape as text.
         leaf: The path of the leaf.
         leaf_kind: The leaf's dtype and shape as text.
-        element: The index in the leaf, or None for a whole leaf.
+        element: The index on the last axis of the leaf, or None for a whole leaf.
     """
 
     path: str
@@ -44,7 +44,7 @@ def parts_of(row: Leaf) -> list[Part]:
     if "elements" not in row:
         return [Part(path, keys, kind, path, kind)]
     return [
-        Part(path + as_code(tuple(element)), (*keys, *element), f"{row['dtype']}[]", path, kind, index)
+        Part(path + as_code(tuple(element)), (*keys, *element), f"{row['dtype']}{row['shape'][:-1]}", path, kind, index)
         for index, element in enumerate(row["elements"])
     ]
 

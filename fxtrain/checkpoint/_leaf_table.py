@@ -50,7 +50,7 @@ class Leaf(TypedDict):
     xxh3: NotRequired[str]  # checksum of the bytes, 16 hexadecimal digits
     axis: NotRequired[int]
     slices: NotRequired[list[Slice]]  # in the order of the axis
-    elements: NotRequired[list[list[Key]]]  # for a vector over parameters: the path of each element's parameter
+    elements: NotRequired[list[list[Key]]]  # for a last axis over parameters: their paths
 
 
 class Sliced(NamedTuple):

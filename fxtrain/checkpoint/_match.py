@@ -22,10 +22,11 @@ class Elements(NamedTuple):
     """The sources of some elements of a leaf.
 
     Args:
-        sources: For each element its index in the leaf, the source leaf, and the index in the source leaf.
+        sources: For each element its index on the last axis of the leaf, the source leaf, and the index on the last
+            axis of that. None stands for the whole leaf.
     """
 
-    sources: tuple[tuple[tuple[int, ...], Leaf, tuple[int, ...]], ...]
+    sources: tuple[tuple[int | None, Leaf, int | None], ...]
 
 
 class Match(NamedTuple):
@@ -205,13 +206,9 @@ def _sources(
             has_all and taken == [(index, first["path"], index) for index in elements]
         ):
             return first
-        return Elements(tuple((_index(part), stored[source.leaf], _index(source)) for part, source in pairs))
+        return Elements(tuple((part.element, stored[source.leaf], source.element) for part, source in pairs))
 
     return [source_of(path, row) for path, row in rows.items()]
-
-
-def _index(part: Part) -> tuple[int, ...]:
-    return () if part.element is None else (part.element,)
 
 
 def _refuse_unnamed_elements(

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from types import EllipsisType
 from typing import Literal, TypedDict, TypeVar
 
 import torch
@@ -342,7 +343,12 @@ def _read_elements(files: LeafFiles, leaf: Tensor | Shard, elements: Elements) -
     read = {row["path"]: files.read(row).to(device) for _, row, _ in elements.sources}
     found = torch.zeros_like(like, device="cpu") if like.is_meta else like.clone()
     for here, row, there in elements.sources:
-        own = tuple(index - begin for index in here)
-        if all(0 <= index < len(found) for index in own):
-            found[own] = read[row["path"]][there]
+        own = None if here is None else here - begin
+        if own is None or 0 <= own < found.shape[-1]:
+            found[_at(own)] = read[row["path"]][_at(there)]
     return found
+
+
+def _at(element: int | None) -> tuple[EllipsisType] | tuple[EllipsisType, int]:
+    """Returns the index of an element on the last axis, or of the whole leaf. A leading axis is that of members."""
+    return (...,) if element is None else (..., element)

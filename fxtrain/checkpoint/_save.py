@@ -22,7 +22,7 @@ from fxtrain.checkpoint._leaf_table import root_of
 from fxtrain.checkpoint._manifest import Facts
 from fxtrain.checkpoint._retention import Role
 from fxtrain.checkpoint._temporary_folder import clear_abandoned
-from fxtrain.core import Tree, check_path, describe, device_name
+from fxtrain.core import TrainState, Tree, check_path, describe, device_name
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.disk import make_folder
 
@@ -59,7 +59,7 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
 
     Args:
         path: The folder to create. Missing parent folders are created too.
-        state: A state, or any pytree of tensors.
+        state: A state, a stacked state of several runs, or any pytree of tensors.
         metrics: Scalars to store with the checkpoint, by name.
 
     Returns:
@@ -80,7 +80,7 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
     check_path("path", path, "Give the arguments in this order: save(path, state).")
     check_metrics(metrics)
     folder = pathlib.Path(path)
-    contents = Direct(state)
+    contents = Direct(of_batch(state))
     try:
         make_folder(folder.parent)
         clear_abandoned(folder.parent, is_file)
@@ -90,6 +90,15 @@ def save(path: str | os.PathLike[str], state: Tree, *, metrics: Mapping[str, flo
         ) from error
     write(folder, contents, facts(contents, metrics, environment(device_of(state))))
     return folder
+
+
+def of_batch(state: Tree) -> Tree:
+    """Returns a stacked state of several runs as a batch state, which is what checkpoints store of them."""
+    if not isinstance(state, TrainState) or state.step.ndim == 0:
+        return state
+    from fxtrain.core._members import batch_state  # keeps the import of fxtrain fast
+
+    return batch_state(state)
 
 
 def check_metrics(metrics: object) -> None:

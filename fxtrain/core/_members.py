@@ -28,6 +28,11 @@ class Members(NamedTuple):
     due: Due  # of [members]
     epoch: dict[str, Tensor]  # int64 [members]: the fields of `Epoch`, as of the last step of the member
     evaluating: Tensor  # bool [members]: takes part in the current or the last evaluation
+    ended: Tensor  # bool [members]: stopped at a step that the batch reaches later, or again after a rewind
+
+    def at(self, step: Tensor) -> Tensor:
+        """Returns which members have taken this step last, and take part in its events: bool [members]."""
+        return (self.step == step) & ~self.ended
 
     def as_slot(self) -> dict[str, Any]:
         """Returns the content of the slot: dicts, which a checkpoint restores without a target."""
@@ -116,7 +121,7 @@ def batch_state(state: TrainState) -> TrainState:
     if EPOCH in slots:
         kept[EPOCH] = _at(epoch, first)
     if EPOCH_METRICS in slots:
-        kept[EPOCH_METRICS] = _merged_sums(slots[EPOCH_METRICS])
+        kept[EPOCH_METRICS] = _batch_metrics(slots[EPOCH_METRICS])
     members = Members(
         step=state.step,
         position=state.position,
@@ -124,6 +129,7 @@ def batch_state(state: TrainState) -> TrainState:
         due=state.due._replace(begin_epoch=state.due.begin_epoch.clone()),
         epoch={name: value.clone() for name, value in epoch.items()},
         evaluating=torch.ones_like(state.due.stop),
+        ended=state.due.stop.clone(),
     )
     due = state.due
     return state.replace(
@@ -151,7 +157,7 @@ def stacked_state(state: TrainState) -> TrainState:
     members = members_of(state)
     if members is None:
         return state
-    count, current = members.step.shape[0], members.step == state.step
+    count, current = members.step.shape[0], members.at(state.step)
     slots: dict[str, Tree] = {}
     for name, slot in state.slots.items():
         if name in (MEMBERS, MEMBERS_EVALUATED, EVALUATED, EPOCH, EPOCH_METRICS):
@@ -164,9 +170,7 @@ def stacked_state(state: TrainState) -> TrainState:
     if MEMBERS_EVALUATED in state.slots:
         slots[EVALUATED] = state.slots[MEMBERS_EVALUATED]
     if EPOCH_METRICS in state.slots:
-        sums = _member_sums(state.slots[EPOCH_METRICS])
-        if sums:
-            slots[EPOCH_METRICS] = {"sums": sums}
+        slots[EPOCH_METRICS] = _member_metrics(state.slots[EPOCH_METRICS], count)
     due = members.due
     pending = {
         name: torch.where(current, getattr(state.due, name), getattr(due, name))
@@ -248,18 +252,29 @@ def gathered(flat: dict[str, Any] | Any, count: int) -> dict[str, Tensor]:
     return {name: torch.stack([flat[member_name(name, index)] for index in range(count)]) for name in names}
 
 
-# The sums of an epoch's metrics: `{"sums": {name: [members, 2]}}` in a stacked state, and the leaves of a
-# `fxtrain.metrics.MemberValues` (the last values, the totals and the weights) in a batch state.
+# The metrics of an epoch so far. In a stacked state, `sums` and `merged` are those of single runs, with a leading axis
+# of members. In a batch state, a mean has the leaves of a `fxtrain.metrics.MemberValues`: the last values, the totals
+# and the weights. `values` are those that a metric publishes.
 
 
-def _member_sums(slot: dict[str, Any]) -> dict[str, Tensor]:
-    leaves = {name: stored["leaves"] for name, stored in slot.get("merged", {}).items()}
-    return {name: torch.stack(parts[1:], -1) for name, parts in leaves.items() if len(parts) == 3}
+def _member_metrics(slot: dict[str, Any], count: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"sums": {}, "merged": {}}
+    for name, stored in slot.get("means", {}).items():
+        _, total, weight = stored["leaves"]
+        found["sums"][name] = torch.stack([total, weight], -1)
+    for name, stored in slot.get("merged", {}).items():
+        found["merged"][name] = {"leaves": stored["leaves"], "values": gathered(stored["values"], count)}
+    return {key: stored for key, stored in found.items() if stored}
 
 
-def _merged_sums(slot: dict[str, Any]) -> dict[str, Any]:
-    merged = {}
+def _batch_metrics(slot: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"means": {}, "merged": {}}
     for name, sums in slot.get("sums", {}).items():
         total, weight = (part.clone() for part in sums.unbind(-1))
-        merged[name] = {"leaves": [total / weight, total, weight], "values": summarized(name, total / weight)}
-    return {"merged": merged}
+        found["means"][name] = {"leaves": [total / weight, total, weight], "values": summarized(name, total / weight)}
+    for name, stored in slot.get("merged", {}).items():
+        values: dict[str, Tensor] = {}
+        for key, each in stored["values"].items():
+            values |= summarized(key, each)
+        found["merged"][name] = {"leaves": stored["leaves"], "values": values}
+    return {key: stored for key, stored in found.items() if stored}

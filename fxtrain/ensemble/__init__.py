@@ -15,7 +15,8 @@ A metric ``loss`` is published as its mean ``loss`` over the members, ``loss/min
 ``loss/member_<index>`` for each. A member that has stopped has the value nan in training metrics.
 
 Observers, checkpoints and ``steps`` see a batch state: its counters are those of the batch, and all other leaves are
-stacked. ``member`` and ``stacked`` accept it too.
+stacked. ``member`` and ``stacked`` accept it too. A stacked state is saved as a batch state, and ``restore`` returns it
+as a stacked one if ``like`` is stacked.
 """
 
 from fxtrain.ensemble._callbacks import across, each

@@ -50,7 +50,8 @@ def best(result: _Result, metric: str = "loss", *, mode: Literal["min", "max"] =
         raise ValueError(
             f"expected a value of {metric!r} for one or more members, got nan for all. Choose another metric."
         )
-    return member(state, int(torch.where(values.isnan(), float("inf"), values).argmin()))
+    known = (~values.isnan()).nonzero().flatten()  # not NaN as infinity, which members may have
+    return member(state, int(known[values[known].argmin()]))
 
 
 def _values(result: _Result, state: TrainState, metric: str) -> Tensor:

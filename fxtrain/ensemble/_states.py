@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import EVALUATED, Callback, TrainState, check_int, check_train_state, describe
+from fxtrain.core import EVALUATED, LOOP, Callback, TrainState, Tree, check_int, check_train_state, describe
 from fxtrain.core._members import check_stacked, is_stacked, stacked_state
 from fxtrain.fold import compose
 from fxtrain.fold._per_member import select_settings
@@ -64,7 +64,8 @@ def stack(states: Sequence[TrainState]) -> TrainState:
         if tree.structure(state) != tree.structure(states[0]):
             raise ValueError(
                 f"expected states of one model, got another architecture at index {index}. Make all of them with "
-                "fxtrain.init of modules of one class and configuration."
+                "fxtrain.init of modules of one class and configuration. Modules with lambdas or other attributes that "
+                "are not compared by value need one model for all: state.replace(model=states[0].model)."
             )
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 
@@ -167,7 +168,8 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
     Args:
         state: A stacked or batch state.
         members: As for ``select``.
-        others: The stacked or batch state of as many members. Slots that ``state`` lacks are left out.
+        others: The stacked or batch state of as many members. Slots that ``state`` lacks are left out, and so are those
+            of the loop that only one of the two has, such as the metrics of an epoch that has not ended.
 
     Raises:
         ValueError: If the numbers of members differ, or a slot of ``state`` is missing.
@@ -183,18 +185,36 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
     indices = _indices(members, check_stacked(state)).to(state.step.device)
     if len(indices) != check_stacked(others):
         raise ValueError(f"expected the states of {len(indices)} members, got {check_stacked(others)}. Give as many.")
-    missing = [name for name in state.slots if name not in others.slots]
-    if missing:
-        raise ValueError(
-            f"expected others with the slot {missing[0]!r} of state, got "
-            f"{', '.join(map(repr, others.slots)) or 'none'}. Train both with the same callbacks."
-        )
-    others = others.replace(slots={name: others.slots[name] for name in state.slots})
+    slots, given = dict(state.slots), dict(others.slots)
+    for name, slot in state.slots.items():
+        if name == EVALUATED and name not in given:
+            given[name] = tree.map(lambda leaf: _unknown(leaf, len(indices)), slot)
+        elif name.startswith(LOOP) and not (name in given and _same_rows(slot, given[name])):
+            del slots[name]
+        elif name not in given:
+            raise ValueError(
+                f"expected others with the slot {name!r} of state, got "
+                f"{', '.join(map(repr, others.slots)) or 'none'}. Train both with the same callbacks."
+            )
+    state, others = state.replace(slots=slots), others.replace(slots={name: given[name] for name in slots})
 
     def replaced(old: Tensor, new: Tensor) -> Tensor:
         return old.index_copy(0, indices, new)
 
     return tree.map(replaced, state, others)
+
+
+def _unknown(leaf: Tensor, count: int) -> Tensor:
+    """Returns what the evaluations of members have that were not evaluated: the step -1 and metrics nan."""
+    return leaf.new_full((count, *leaf.shape[1:]), float("nan") if leaf.is_floating_point() else -1)
+
+
+def _same_rows(one: Tree, other: Tree) -> bool:
+    """Whether the slots of two numbers of members have the same leaves, apart from their first dimensions."""
+    if tree.structure(one) != tree.structure(other):
+        return False
+    pairs = zip(tree.leaves(one), tree.leaves(other), strict=True)
+    return all(ours.shape[1:] == theirs.shape[1:] and ours.dtype == theirs.dtype for ours, theirs in pairs)
 
 
 def _indices(members: Sequence[int] | Tensor, count: int) -> Tensor:

@@ -47,6 +47,7 @@ class Needs(Record):
     events: tuple[type[Event], ...] = ()
     written: tuple[str, ...] = ()
     checks: tuple[Callable[[TrainState], None], ...] = ()
+    one_run: str = ""  # what to do instead, if the callback cannot be one of a batch of runs
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -243,6 +244,7 @@ def needs(
         (*old.events, *events),
         (*old.written, *written),
         (*old.checks, *(() if check is None else (check,))),
+        old.one_run,
     )
     return dataclasses.replace(handler, needs=both)
 

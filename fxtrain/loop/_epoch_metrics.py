@@ -11,6 +11,7 @@ from torch import Tensor
 from fxtrain import metrics, tree
 from fxtrain.core import EPOCH_METRICS, Metrics, StepOutput, TrainState, wide_dtype
 from fxtrain.loop._transfer import start_copy
+from fxtrain.metrics._members import MemberValues
 
 _STEPS_PER_TRANSFER = 64
 _NUMBERS = (int, float)
@@ -24,6 +25,7 @@ class _Stored(NamedTuple):
 
     leaves: list[Tensor]
     values: dict[str, Tensor]
+    is_mean: bool  # the mean of each member of a batch of runs
 
 
 class EpochMetrics:
@@ -74,13 +76,10 @@ class EpochMetrics:
         slot: dict[str, Any] = {}
         if self._sums:
             slot["sums"] = {name: torch.tensor(pair, dtype=wide_dtype(device)) for name, pair in self._sums.items()}
-        if self._merged:
-            slot["merged"] = {
-                name: metric._asdict()
-                if isinstance(metric, _Stored)
-                else {"leaves": tree.leaves(metric), "values": metrics.compute({name: metric})}
-                for name, metric in self._merged.items()
-            }
+        for name, metric in self._merged.items():
+            stored = metric if isinstance(metric, _Stored) else _stored(name, metric)
+            kind = slot.setdefault("means" if stored.is_mean else "merged", {})
+            kind[name] = {"leaves": stored.leaves, "values": stored.values}
         copied = tree.map(lambda leaf: leaf.to(device, non_blocking=True, copy=True), slot)
         return state.with_slot(EPOCH_METRICS, copied) if slot else state
 
@@ -90,8 +89,9 @@ class EpochMetrics:
         found, slot = cls(), slot or {}
         found._sums = {name: tuple(pair.tolist()) for name, pair in slot.get("sums", {}).items()}
         found._merged = {
-            name: _Stored([leaf.cpu() for leaf in stored["leaves"]], stored["values"])
-            for name, stored in slot.get("merged", {}).items()
+            name: _Stored([leaf.cpu() for leaf in stored["leaves"]], stored["values"], is_mean=kind == "means")
+            for kind in ("means", "merged")
+            for name, stored in slot.get(kind, {}).items()
         }
         return found
 
@@ -132,6 +132,10 @@ class EpochMetrics:
         if isinstance(before, _Stored):
             before = tree.unflatten(tree.structure(metric), before.leaves)
         self._merged[name] = metric if before is None else before.merge(metric)
+
+
+def _stored(name: str, metric: metrics.Metric) -> _Stored:
+    return _Stored(tree.leaves(metric), metrics.compute({name: metric}), isinstance(metric, MemberValues))
 
 
 def _on_host(value: Any, dtype: torch.dtype) -> Tensor:

@@ -75,6 +75,10 @@ def lift(callbacks: Composed) -> Composed:
 def _lifted(handler: Handler) -> MembersHandler:
     if isinstance(handler, MembersHandler):
         return handler
+    if handler.needs.one_run:
+        raise ValueError(
+            f"expected callbacks for a batch of runs, got {handler.name}, which is for one run. {handler.needs.one_run}"
+        )
     fields = {field.name: getattr(handler, field.name) for field in dataclasses.fields(handler)}
     needs = dataclasses.replace(handler.needs, checks=(functools.partial(_check_members, handler),))
     return MembersHandler(**{**fields, "needs": needs, "function": _Fold(handler)})
@@ -279,13 +283,20 @@ def live_members(state: TrainState, event: Event) -> Tensor:
     kind = type(event)
     if kind in SESSION:
         return torch.ones_like(members.due.stop)
-    if kind is StepBegin or kind is EpochBegin:
-        return ~members.due.stop
-    live = ~members.due.stop | (members.step == state.step)
     cause: object = event.event if isinstance(event, Published) else event
+    if isinstance(cause, StepBegin | EpochBegin):
+        live = ~members.due.stop
+        return live | _has_published(event, live) if isinstance(event, Published) else live
+    live = ~members.due.stop | members.at(state.step)
     if isinstance(cause, EvalBegin | EvalStepBegin | EvalStep | EvalEnd):
         live = live & members.evaluating
     return live
+
+
+def _has_published(event: Published, like: Tensor) -> Tensor:
+    """Returns which members have published a value, as those that stopped at this very event may have."""
+    names = [member_name("", index) for index in range(len(like))]
+    return torch.tensor([any(key.endswith(name) for key in event.log) for name in names], device=like.device)
 
 
 def of_members(control: Control, count: int, live: Tensor) -> Control:

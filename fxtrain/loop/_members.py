@@ -165,14 +165,14 @@ def _of_all(kind: str, reason: str, flag: Tensor, live: Tensor) -> Any:
 def from_step(state: TrainState, control: Control) -> Control:
     """Returns the requests that the step of a batch made, with logged values by published names."""
     members = cast(Members, members_of(state))
-    live = ~members.due.stop | (members.step == state.step)
+    live = ~members.due.stop | members.at(state.step)
     return of_members(control, live.shape[0], live)
 
 
 def begin_evaluation(state: TrainState) -> TrainState:
     """Chooses the members that take part in an evaluation: those that requested it, or all if the loop did."""
     members = cast(Members, members_of(state))
-    asked, current = members.due.evaluate, members.step == state.step
+    asked, current = members.due.evaluate, members.at(state.step)
     evaluating = torch.where(asked.any(), asked, current)
     due = members.due._replace(evaluate=torch.zeros_like(asked))
     return _with(state, members._replace(due=due, evaluating=evaluating))
@@ -195,6 +195,13 @@ def end_evaluation(state: TrainState, measured: dict[str, Tensor]) -> TrainState
     return state.with_slot(MEMBERS_EVALUATED, {"step": torch.where(mask, members.step, step), "metrics": metrics})
 
 
+def begin_epoch(state: TrainState) -> TrainState:
+    """Clears the pending begin of an epoch, except that of members that have stopped, before ``EpochBegin``."""
+    members = cast(Members, members_of(state))
+    due = members.due
+    return _with(state, members._replace(due=due._replace(begin_epoch=due.begin_epoch & due.stop)))
+
+
 def record_epoch(state: TrainState, *, ends: bool) -> TrainState:
     """Records the epoch of the batch as that of the members that are at its step.
 
@@ -203,7 +210,7 @@ def record_epoch(state: TrainState, *, ends: bool) -> TrainState:
         ends: Whether the epoch before has just ended.
     """
     members = cast(Members, members_of(state))
-    current = members.step == state.step
+    current = members.at(state.step)
     if ends:
         members = members._replace(due=members.due._replace(begin_epoch=members.due.begin_epoch | current))
     epoch = {name: torch.where(current, state.slots[EPOCH][name], members.epoch[name]) for name in Epoch._fields}
@@ -213,7 +220,7 @@ def record_epoch(state: TrainState, *, ends: bool) -> TrainState:
 def moved(state: TrainState) -> TrainState:
     """Moves the members that have not stopped to the data position of the batch."""
     members = cast(Members, members_of(state))
-    takes_part = members.step == state.step if bool(state.due.end_epoch) else ~members.due.stop
+    takes_part = members.at(state.step) if bool(state.due.end_epoch) else ~members.due.stop
     return _with(state, members._replace(position=torch.where(takes_part, state.position, members.position)))
 
 
@@ -228,6 +235,7 @@ def with_stopped(target: TrainState, state: TrainState) -> TrainState:
     names = [name for name in target.slots if name == MEMBERS or not name.startswith("loop/")]
     slots = {name: tree.map(keep, target.slots[name], state.slots[name]) for name in names}
     fields = {name: tree.map(keep, getattr(target, name), getattr(state, name)) for name in _STACKED}
+    slots[MEMBERS] = {**slots[MEMBERS], "ended": stopped.clone()}
     return target.replace(**fields, slots={**target.slots, **slots})
 
 

@@ -100,6 +100,10 @@ class Steps:
         if now.unread and now.read_flags():
             return
         now.set(begin_epoch=False)
+        if now.is_batch:
+            from fxtrain.loop._members import begin_epoch
+
+            now.state = begin_epoch(now.state)
         self._emitter.epoch_began = self._emitter.time()
         yield from self._emitter.emit(EpochBegin)
         now.set_mark()

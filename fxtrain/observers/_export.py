@@ -24,6 +24,7 @@ from fxtrain.core import (
     warn,
 )
 from fxtrain.core._rank import rank
+from fxtrain.core._slots import MEMBERS
 from fxtrain.disk import make_folder, replace_file, replace_folder, restore_replaced
 from fxtrain.fold import When, as_trigger
 from fxtrain.observers._artifacts import ArtifactLog, best_step
@@ -61,13 +62,15 @@ def export(
             ``restore_best``; or when to export: a number of steps or a trigger, evaluated at ``StepEnd``.
         best: For ``"best"``, the slot of ``save_best``, ``restore_best`` or ``early_stopping``.
         format: As in ``save_weights``: ``"auto"``, ``"safetensors"``, ``"state_dict"`` or ``"save_pretrained"``.
-        view: Maps the state to the one that is written: ``lambda state: fx.callbacks.averaged(state, "ema")``.
+        view: Maps the state to the one that is written: ``lambda state: fx.callbacks.averaged(state, "ema")``. A batch
+            of runs needs one: ``lambda state: fx.ensemble.member(state, 0)``.
         convert: Maps a copy of the module to the one that is written, as in ``save_weights``.
         writers: Writers that get each export as the artifact ``model``, with the alias ``best`` for ``"best"``.
 
     Raises:
         TypeError: ``at`` is neither a string, an int nor a trigger.
-        ValueError: ``at`` or ``format`` is unknown. At run time, if there is no slot ``best``.
+        ValueError: ``at`` or ``format`` is unknown. At run time, if there is no slot ``best``, or no ``view`` for a
+            batch of runs.
 
     Example:
         >>> import json, pathlib, tempfile, torch, fxtrain as fx
@@ -122,13 +125,14 @@ class Export:
                 self._begin(state, event)
             case EvalEnd():
                 self._evaluated[event.step] = event.epoch, self._scalars(event, control)
-                if self._at == "best" and best_step(state, self._best) == event.step:
+                if self._at == "best" and best_step(self._of_run(state), self._best) == event.step:
                     self._export(state, event, event.step, ("best",))
             case FitEnd() if self._at == "end":
                 from fxtrain.callbacks._restore_best import RestoreBestState
 
                 # The parameters may be those of an earlier step.
-                restored = [int(slot.step) for slot in state.slots.values() if isinstance(slot, RestoreBestState)]
+                slots = self._of_run(state).slots.values()
+                restored = [int(slot.step) for slot in slots if isinstance(slot, RestoreBestState)]
                 self._export(state, event, restored[-1] if restored and restored[-1] >= 0 else event.step, ())
             case _:
                 pass
@@ -140,11 +144,20 @@ class Export:
 
     def _begin(self, state: TrainState, event: FitBegin) -> None:
         self._log.begin(event)
+        if MEMBERS in state.slots and self._view is None:
+            raise ValueError(
+                "expected export to have a view that takes one run out of a batch of runs, got none. Choose a member: "
+                "export(folder, view=lambda state: fxtrain.ensemble.member(state, 0))."
+            )
         if self._at == "best":
-            best_step(state, self._best)  # raises before the first step
+            best_step(self._of_run(state), self._best)  # raises before the first step
         if "{step}" not in self._folder:
             restore_replaced(Path(self._folder))
             self._refuse_other_folder(Path(self._folder))
+
+    def _of_run(self, state: TrainState) -> TrainState:
+        """Returns the state whose slots count: that of a run, or of the member that the view takes out of a batch."""
+        return self._view(state) if self._view is not None and MEMBERS in state.slots else state
 
     def _refuse_other_folder(self, folder: Path) -> None:
         if folder.exists() and not (folder / _METRICS).exists():
