@@ -122,7 +122,8 @@ def test_kill_between_the_renames_of_a_replacement_is_repaired(tmp_path):
     run(observers.export(tmp_path / "best"))
     (tmp_path / "best").rename(tmp_path / ".replaced-best")
     (tmp_path / ".new-best").mkdir()
-    observers.export(tmp_path / "best", at="end")(None, fx.FitBegin(step=0), fx.Control())
+    state = fx.init({"w": torch.tensor(0.0)}, TX)
+    observers.export(tmp_path / "best", at="end")(state, fx.FitBegin(step=0), fx.Control())
     assert weights(tmp_path / "best") == 0.75
     run(observers.export(tmp_path / "best", at="end"))
     assert weights(tmp_path / "best") == 1.03125

@@ -37,7 +37,7 @@ def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> M
         ValueError: If ``entry`` does not name a state dict.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save({"model": {"weight": torch.ones(2)}}, f"{folder}/last.pt")
         ...     contents = read_weights(f"{folder}/last.pt", entry="model")
