@@ -217,7 +217,10 @@ def _comparable_tensor(value: Tensor) -> Hashable:
     if value.is_meta:
         return properties
     row_major = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return properties, hashlib.sha256(as_bytes(row_major).numpy().data).digest()
+    try:
+        return properties, hashlib.sha256(as_bytes(row_major).numpy().data).digest()
+    except RuntimeError:  # transforms of torch.func hide the values of their tensors
+        return _Itself()
 
 
 _IGNORED_ATTRIBUTES = (
