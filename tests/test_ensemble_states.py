@@ -4,13 +4,21 @@ import warnings
 
 import pytest
 import torch
-from batched_runs import assert_same, data, evaluation, module, starts, step
+from batched_runs import assert_same, data, evaluation, loss_fn, module, starts, step
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxtrain as fx
 from fxtrain import ensemble
+
+
+def stops_at(step):
+    def stop(state, event: fx.StepEnd):
+        return state, fx.Control(stop=(state.seed == 0) & (event.step == step), reason="early")
+
+    return stop
+
 
 # Models that are made separately
 
@@ -68,7 +76,7 @@ def test_other_tensors_are_another_model():
 
 def test_recurrent_members_train_as_alone():
     tx = fx.optim.adam(0.01)
-    train = fx.train_step(lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(), tx)
+    train = fx.train_step(loss_fn, tx)
     states = [fx.init(Recurrent(nn.LSTM).double(), tx, seed=seed) for seed in range(2)]
     together = fx.fit(ensemble.stack(states), train, data(), steps=3)
     for index, state in enumerate(states):
@@ -94,18 +102,14 @@ def test_model_that_cannot_be_compared_is_replaced():
 def adam_starts(count=3):
     tx = fx.optim.adam(0.01)  # counts updates of each parameter
     states = [fx.init(module(), tx, seed=seed) for seed in range(count)]
-    return states, fx.train_step(lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(), tx)
-
-
-def stops_first(state, event: fx.StepEnd):
-    return state, fx.Control(stop=(state.seed == 0) & (event.step == 1), reason="early")
+    return states, fx.train_step(loss_fn, tx)
 
 
 @pytest.mark.parametrize("save", ["save", "checkpointer"])
 @pytest.mark.parametrize("steps", [2, 4, 6])
 def test_stacked_state_is_saved_and_restored(tmp_path, save, steps):
     states, train = adam_starts()
-    result = fx.fit(ensemble.stack(states), train, data(), steps=steps, callbacks=stops_first)
+    result = fx.fit(ensemble.stack(states), train, data(), steps=steps, callbacks=stops_at(1))
     if save == "save":
         restored = fx.restore(fx.save(tmp_path / "state", result.state), like=ensemble.stack(states))
     else:
@@ -121,7 +125,7 @@ def test_resume_continues_counts_of_parameters(tmp_path, ended_at):
     states, train = adam_starts()
 
     def run(steps, **more):
-        return fx.fit(ensemble.stack(states), train, data(), steps=steps, callbacks=stops_first, **more).state
+        return fx.fit(ensemble.stack(states), train, data(), steps=steps, callbacks=stops_at(1), **more).state
 
     run(ended_at, checkpointer=fx.checkpointer(tmp_path))
     assert not run(6).diff(run(6, checkpointer=fx.checkpointer(tmp_path), resume=True))
@@ -191,13 +195,6 @@ def test_epoch_metrics_continue_from_every_form_of_the_state():
 
 def counting(kind, name="number"):
     return fx.stateful(name, lambda state: torch.tensor(0), fx.on(kind, lambda state, event, n: (n + 1, fx.Control())))
-
-
-def stops_at(step):
-    def stop(state, event: fx.StepEnd):
-        return state, fx.Control(stop=(state.seed == 0) & (event.step == step), reason="early")
-
-    return stop
 
 
 def test_stopped_member_sees_no_step_again_after_a_rewind():

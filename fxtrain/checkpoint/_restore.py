@@ -22,12 +22,11 @@ from fxtrain.checkpoint._manifest import MANIFEST, Manifest, read_manifest
 from fxtrain.checkpoint._match import Elements, Fresh, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._parts import rows_of
-from fxtrain.checkpoint._save import device_of, environment
+from fxtrain.checkpoint._save import device_of, environment, of_batch
 from fxtrain.core import (
     CHANGED_AT_END,
     LOOP,
     Record,
-    TrainState,
     Tree,
     check_choice,
     check_device,
@@ -248,11 +247,7 @@ def read(
                 f"expected like to be a tree of tensors, got {describe(leaf)} in it. Make a state of the same model "
                 "and optimizer: fxtrain.init(module, tx)."
             )
-    is_stacked = isinstance(like, TrainState) and like.step.ndim > 0
-    if is_stacked:
-        from fxtrain.core._members import batch_state, stacked_state  # keeps the import of fxtrain fast
-
-        like = batch_state(like)
+    given, like = like, of_batch(like)
     manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, tree.map(_whole_shape, like, is_leaf=is_shard), stored, where, fresh)
@@ -274,7 +269,9 @@ def read(
             state = state.replace(slots={**state.slots, **slots})
         if CHANGED_AT_END in matched.missing:  # `like` is the result of a run, and the checkpoint is not
             state = state.replace(slots={name: slot for name, slot in state.slots.items() if name != CHANGED_AT_END})
-    if is_stacked:
+    if like is not given:
+        from fxtrain.core._members import stacked_state  # keeps the import of fxtrain fast
+
         state = stacked_state(state)
     now = {**environment(device_of(state)), **(notes or {})}
     different = _differences(manifest["environment"], now)

@@ -88,11 +88,11 @@ def find_batch_size(
     if multiple > limit:
         raise ValueError(f"expected limit to be at least multiple={multiple}, got {limit}. Raise limit.")
     if start is None:
-        start = max(min(_START, limit) // multiple, 1) * multiple
+        start = _allowed(_START, limit, multiple)
     if start % multiple or start > limit:
         raise ValueError(
             f"expected start to be a multiple of multiple={multiple} and at most limit={limit}, got {start}. "
-            f"Use {max(min(start, limit) // multiple, 1) * multiple}."
+            f"Use {_allowed(start, limit, multiple)}."
         )
     # Sizes are in units of ``multiple``. Sizes up to ``fits`` fit, and sizes from ``too_large`` on do not.
     largest, size, reason = limit // multiple, start // multiple, ""
@@ -109,6 +109,11 @@ def find_batch_size(
             f"Not even a batch of {multiple} fits into memory ({reason}). Use a smaller model or a narrower dtype."
         )
     return fits * multiple
+
+
+def _allowed(size: int, limit: int, multiple: int) -> int:
+    """Returns the largest multiple up to a size and a limit, or the smallest one."""
+    return max(min(size, limit) // multiple, 1) * multiple
 
 
 def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> str | None:

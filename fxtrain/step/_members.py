@@ -82,9 +82,7 @@ def _step_members(single: Step, state: TrainState, batch: Batch) -> tuple[TrainS
         name: MemberMetrics(value) if isinstance(value, metrics.Metric) else MemberValues.of(value, live, weight)
         for name, value in output.metrics.items()
     }
-    # The loop keeps the pending begin of an epoch, except that of members that stopped at the end of one.
     due = {name: getattr(new.due, name) for name in Due._fields}
-    due["begin_epoch"] = due["begin_epoch"] & ~live
     slot = {**members.as_slot(), "step": new.step, "position": new.position, "due": due}
     counters = {"step": state.step, "position": state.position, "seed": state.seed, "due": state.due}
     return new.replace(**counters, slots={**state.slots, **new.slots, MEMBERS: slot}), StepOutput(
