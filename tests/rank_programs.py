@@ -58,10 +58,13 @@ def hanging(rank):
 
 
 def killed(rank):
-    """Is killed on one rank at step 3."""
+    """Is killed on one rank at step 3, when its collectives are done."""
     mesh = fx.distributed.mesh(timeout=30)
 
     def kill():
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        mesh.gather(None, "ends of step 3")
         if mesh.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
