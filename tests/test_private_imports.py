@@ -56,6 +56,7 @@ ALLOWED = {
     "compiler.passes._constants": PASS,
     "compiler.passes._in_place": PASS,
     "compiler.passes._matmuls": PASS,
+    "compiler.passes._reductions": PASS,
     "compiler.passes._repeats": PASS,
     "compiler.passes._scalars": PASS,
     "compiler.passes._splitting": PASS,

@@ -129,8 +129,9 @@ def compile(  # noqa: A001
             ``"offload"`` keeps activations of 1 MiB or more in pinned memory of the host, at the cost of two transfers,
             for steps on one GPU. Such steps are not replayed as CUDA graphs.
             Results are those of ``"save"``, random samples included, bitwise if the compiler rounds the same operations
-            in the same way. It may fuse a sum in another order, or round bfloat16 elsewhere. Compilation takes longer,
-            because dropout masks are not batched, and with ``"recompute"`` repeated layers are compiled one by one.
+            in the same way. It may fuse a sum in another order, recognize attention that is written out in other
+            layers, or round bfloat16 elsewhere. Compilation takes longer, because dropout masks are not batched, and
+            with ``"recompute"`` repeated layers are compiled one by one.
             Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
             route keep everything and say so.
             ``fxtrain.remat`` chooses by hand and works with any value.

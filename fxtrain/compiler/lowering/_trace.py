@@ -48,6 +48,7 @@ from fxtrain.compiler.passes._offload import offload
 from fxtrain.compiler.passes._offload import report as report_offload
 from fxtrain.compiler.passes._operators import register_lowerings
 from fxtrain.compiler.passes._recompute import recompute_regions
+from fxtrain.compiler.passes._reductions import reduce_from_memory
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.compiler.passes._transfer_buckets import Reshard
 from fxtrain.compiler.passes._transfers import place_transfers
@@ -143,12 +144,14 @@ def trace_step(
     # Only a training step keeps its masks in memory in any case, for its backward pass.
     if isinstance(step, Step) and symbolic is None and not recomputes:
         merge_dropout_masks(graph.graph)
-    # Only Inductor's ``expm1`` depends on the loop.
+    # Only Inductor's loops depend on the rest of the graph.
     if backend is None:
         make_bias_corrections_exact(graph.graph)
     replace_trivial_concatenations(graph.graph)
     # These passes compare sizes, which would add conditions on later batches.
     if symbolic is None:
+        if backend is None:
+            reduce_from_memory(graph.graph)
         hoist_scalars(speed_up_matmuls(graph.graph))
     # A step that returned new states instead would have other addresses at each call. Other backends may do on the host
     # what a capture leaves out.

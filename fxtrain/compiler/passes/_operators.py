@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,6 +36,21 @@ def once() -> Any:
 
     _set_lowering(operator, lowered)
     return operator
+
+
+def materialize(node: Any, readers: Iterable[Any] | None = None) -> None:
+    """Gives readers of a node the value in memory.
+
+    Args:
+        node: A node of a graph.
+        readers: Nodes that read it. Defaults to all.
+    """
+    graph, given = node.graph, list(node.users if readers is None else readers)
+    with graph.inserting_after(node):
+        kept = graph.call_function(once(), (node,))
+    kept.meta.update(node.meta)
+    for reader in given:
+        reader.replace_input_with(node, kept)
 
 
 @functools.cache

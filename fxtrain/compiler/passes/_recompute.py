@@ -18,7 +18,7 @@ from torch.fx import Graph
 from fxtrain._torch_internals.dispatch import Operator, argument_of, is_in_place, is_view
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
-from fxtrain.compiler.passes._operators import after, once
+from fxtrain.compiler.passes._operators import after, materialize
 from fxtrain.core._graph_marks import Pass, join_pass, pass_of, regions_of, set_backward, set_regions
 
 aten = torch.ops.aten
@@ -100,7 +100,9 @@ def recompute(graph: Graph, dropped: Iterable[Any]) -> dict[Any, Any]:
         if can_order(node):
             tokens[found.derivative] = node
     for node in kept:
-        _keep(graph, node)
+        # Compilers might keep the inputs of a value that copies begin from in memory instead.
+        if is_pointwise(node.target, ()):
+            materialize(node)
     return copies
 
 
@@ -228,16 +230,6 @@ def _base(node: Any) -> Any:
     while node.op == "call_function" and is_view(node.target):
         node = node.args[0]
     return node
-
-
-def _keep(graph: Graph, node: Any) -> None:
-    """Materializes a value that copies begin from. Compilers might keep its own inputs in memory instead."""
-    if not is_pointwise(node.target, ()):
-        return
-    with graph.inserting_after(node):
-        kept: Any = graph.call_function(once(), (node,))
-    kept.meta.update(node.meta)
-    node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
 
 
 def _size(value: Tensor) -> Any:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from fxtrain._torch_internals.dispatch import operator_name
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, replace, storages_written
-from fxtrain.compiler.passes._operators import expm1, once
+from fxtrain.compiler.passes._operators import expm1, materialize
 
 _MIN_ELEMENTS_PER_SCALAR = 8  # the elements of a vector
 
@@ -54,11 +54,7 @@ def hoist_scalars(graph: Graph) -> Any:
         ]
         if not readers or storage_id(value) in written:
             continue
-        with graph.inserting_after(node):
-            kept = graph.call_function(once(), (node,))
-        kept.meta.update(node.meta)
-        for user in readers:
-            user.replace_input_with(node, kept)
+        materialize(node, readers)
     return graph
 
 
