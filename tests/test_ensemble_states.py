@@ -20,6 +20,45 @@ def stops_at(step):
     return stop
 
 
+CALLS = {
+    "step(state, batch)": lambda runs, batch: step()(runs, batch),
+    "compiled step(state, batch)": lambda runs, batch: fx.compile(step())(runs, batch),
+    "eval_step(measure)(state, batch)": lambda runs, batch: fx.eval_step(loss_fn)(runs, batch),
+    "view(state)": lambda runs, _: fx.view(runs),
+    "attach(state, callbacks)": lambda runs, _: fx.attach(runs, fx.callbacks.ema(0.9)),
+    "explain(step, state, batch)": lambda runs, batch: fx.explain(step(), runs, batch),
+    "find_learning_rate(state, step, data)": lambda runs, batch: fx.finders.find_learning_rate(runs, step(), [batch]),
+    "find_batch_size(state, step, make_batch)": lambda runs, batch: fx.finders.find_batch_size(
+        runs, step(), lambda size: batch
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call_for_one_run_refuses_several(call):
+    with pytest.raises(TypeError) as caught:
+        CALLS[call](ensemble.stack(starts(3)), data()[0])
+    assert str(caught.value) == (
+        f"expected the state of one run in {call.removeprefix('compiled ')}, got one of 3 runs. Train them together "
+        "with fxtrain.fit, or take one out: fxtrain.ensemble.member(state, index)."
+    )
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.numpy, lambda mean: mean[mean > 0].sum()])
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_step_that_reads_a_value_says_that_runs_share_a_call(where, read):
+    def reading(model, batch):
+        loss, metrics = loss_fn(model, batch)
+        return loss + 0 * read(loss.detach()), metrics
+
+    step_of = fx.train_step(reading if where == "step" else loss_fn, fx.optim.sgd(0.1))
+    options = evaluation(eval_step=fx.eval_step(reading)) if where == "evaluation" else {}
+    runs = ensemble.stack([fx.init(module(), fx.optim.sgd(0.1)) for _ in range(2)])
+    with pytest.raises(RuntimeError) as caught:
+        fx.fit(runs, step_of, data(), steps=1, **options)
+    assert "The 2 runs of a batch take a step in one call of torch.func.vmap" in "".join(caught.value.__notes__)
+
+
 # Models that are made separately
 
 

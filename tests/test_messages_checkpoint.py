@@ -38,7 +38,39 @@ def written(value, steps=2):
     return fx.fit(start(), STEP, DATA, steps=steps, callbacks=logged(value), observers=observer)
 
 
+def link():
+    """A link to a folder that does not exist."""
+    pathlib.Path("latest").symlink_to("gone")
+    return "latest"
+
+
 MISTAKES = {
+    "an empty path for a checkpointer": (
+        lambda: fx.checkpointer(""),
+        "ValueError: expected folder to be a path, got ''. Pass '.' for the current folder.",
+    ),
+    "a link to nothing for a checkpointer": (
+        lambda: fx.checkpointer(link()),
+        (
+            "ValueError: expected folder to be a directory, got a link to gone, which does not exist. Create that "
+            "folder, or choose another path."
+        ),
+    ),
+    "a link to nothing for a checkpoint": (
+        lambda: fx.save(link(), start()),
+        (
+            "CheckpointError: expected a new folder, got latest, which exists. Checkpoints are never overwritten. "
+            "Choose another name."
+        ),
+    ),
+    "a part with a typo": (
+        lambda: fx.restore("first", saved(), where="state.parms"),
+        (
+            "CheckpointError: expected where='state.parms' to match a path of `like`, got only state.step, "
+            "state.params['bias'], state.params['weight'], state.seed, state.position, state.due.begin_epoch and 6 "
+            "more. Did you mean 'state.params'?"
+        ),
+    ),
     "a folder of checkpoints": (
         lambda: fx.restore("run", run()),
         (

@@ -389,5 +389,10 @@ def checkpointer(
     path = pathlib.Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"expected folder to be a directory, got the file {path}. Choose another path.")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"expected folder to be a directory, got a link to {path.readlink()}, which does not exist. Create that "
+            "folder, or choose another path."
+        )
     policy = RetentionPolicy(keep, keep_every, best, mode)
     return Checkpointer(path, policy, background=background, on_error=on_error, overwrite=overwrite)

@@ -46,7 +46,7 @@ def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Facts, others:
     Raises:
         CheckpointError: If the folder exists or cannot be written, or if another rank cannot write its part.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError(
             f"expected a new folder, got {path}, which exists. Checkpoints are never overwritten. Choose another name."
         )

@@ -12,7 +12,7 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._leaf_parts import Names, Part, parts_of, slots_of_one_side
 from fxtrain.checkpoint._leaf_table import Leaf, rows_of
 from fxtrain.checkpoint._mismatch import mismatch_message
-from fxtrain.core import TrainState, Tree, describe, first_names
+from fxtrain.core import TrainState, Tree, describe, did_you_mean, first_names
 
 Where = str | Iterable[str] | Mapping[str, str] | None
 Fresh = str | Sequence[str] | None
@@ -144,8 +144,9 @@ def _selection(
     for side, wheres, paths in (("`like`", renamed, here), ("the checkpoint", renamed.values(), there)):
         for one in wheres:
             if not any(_is_at(path, one) for path in paths):
+                meant = did_you_mean(one, dict.fromkeys(prefix for path in paths for prefix in _prefixes(path)))
                 shown = first_names(list(paths), 6)
-                raise CheckpointError(f"expected where={one!r} to match a path of {side}, got only {shown}.")
+                raise CheckpointError(f"expected where={one!r} to match a path of {side}, got only {shown}.{meant}")
     prefixes = {one: target for one, target in renamed.items() if not _is_pattern(one)}
     patterns = [one for one in renamed if _is_pattern(one)]
 
@@ -156,6 +157,16 @@ def _selection(
         return path if any(_is_at(path, pattern) for pattern in patterns) else None
 
     return select, lambda path: any(_is_at(path, target) for target in renamed.values())
+
+
+def _prefixes(path: str) -> list[str]:
+    """Returns what ``where`` can name a path by.
+
+    Example:
+        >>> _prefixes("state.params['w']")
+        ['state', 'state.params', "state.params['w']"]
+    """
+    return [path[:end] for end in range(1, len(path) + 1) if path[end : end + 1] in ("", ".", "[")]
 
 
 def _is_pattern(where: str) -> bool:

@@ -205,6 +205,7 @@ def check_path(name: str, value: object, remedy: str = "Pass a str or a pathlib.
 
     Raises:
         TypeError: ``value`` is neither a str nor an ``os.PathLike``.
+        ValueError: It is empty, as an environment variable that is not set.
 
     Example:
         >>> check_path("folder", None)
@@ -214,6 +215,8 @@ def check_path(name: str, value: object, remedy: str = "Pass a str or a pathlib.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"expected {name} to be a path, got {describe(value)}. {remedy}")
+    if not os.fspath(value):
+        raise ValueError(f"expected {name} to be a path, got ''. Pass '.' for the current folder.")
 
 
 def check_device(name: str, value: object) -> None:

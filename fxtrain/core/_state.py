@@ -251,13 +251,14 @@ def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
     return rows, total
 
 
-def check_train_state(value: object, call: str, *, takes_shards: bool = False) -> None:
-    """Raises TypeError unless ``value`` is a TrainState with whole tensors.
+def check_train_state(value: object, call: str, *, takes_shards: bool = False, takes_stacked: bool = False) -> None:
+    """Raises TypeError unless ``value`` is a TrainState with whole tensors, of one run.
 
     Args:
         value: The first argument of a call.
         call: The call with its arguments in order, for the error.
         takes_shards: Whether the state may be sharded.
+        takes_stacked: Whether the state may be that of several runs.
 
     Example:
         >>> check_train_state("runs/1", "save_weights(path, state)")
@@ -272,6 +273,22 @@ def check_train_state(value: object, call: str, *, takes_shards: bool = False) -
         )
     if not takes_shards:
         refuse_shards(value, call)
+    if not takes_stacked:
+        refuse_stacked(value, call)
+
+
+def refuse_stacked(state: TrainState, call: str) -> None:
+    """Raises TypeError for the state of several runs.
+
+    Args:
+        state: A state.
+        call: The call with its arguments in order, for the error.
+    """
+    if state.step.ndim:
+        raise TypeError(
+            f"expected the state of one run in {call}, got one of {len(state.step)} runs. Train them together with "
+            "fxtrain.fit, or take one out: fxtrain.ensemble.member(state, index)."
+        )
 
 
 class DonatedError(RuntimeError):

@@ -46,7 +46,7 @@ def stack(states: Sequence[TrainState]) -> TrainState:
     if not states:
         raise ValueError("expected the states of one or more runs, got none. Give a list of states.")
     for index, state in enumerate(states):
-        check_train_state(state, f"fxtrain.ensemble.stack(states), at index {index},")
+        check_train_state(state, f"fxtrain.ensemble.stack(states), at index {index},", takes_stacked=True)
         if state.step.ndim:
             raise ValueError(f"expected states of single runs, got one of several at index {index}. Give its members.")
     paths, leaves = tree.paths(states[0], "state"), tree.leaves(states[0])
@@ -79,7 +79,7 @@ def stacked(state: TrainState) -> TrainState:
     Raises:
         ValueError: If it is the state of one run.
     """
-    check_train_state(state, "fxtrain.ensemble.stacked(state)")
+    check_train_state(state, "fxtrain.ensemble.stacked(state)", takes_stacked=True)
     state = stacked_state(state)
     if not is_stacked(state):
         raise ValueError(

@@ -11,7 +11,18 @@ import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import Batch, Record, StepFn, StepOutput, TrainState, check_int, did_you_mean, new_figure, style
+from fxtrain.core import (
+    Batch,
+    Record,
+    StepFn,
+    StepOutput,
+    TrainState,
+    check_int,
+    check_train_state,
+    did_you_mean,
+    new_figure,
+    style,
+)
 from fxtrain.core._html import facts, html_view, view
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import Exhausted, SourceLike, as_source, to_device
@@ -119,7 +130,7 @@ def find_learning_rate(
             far.
 
     Raises:
-        TypeError: If ``steps`` is not an int.
+        TypeError: If ``state`` is not the state of one run, or ``steps`` is not an int.
         ValueError: If an argument is out of range, the learning rate is not in the optimizer state or follows a
             schedule, or the data ends before the search does.
         KeyError: If the step's output has no such metric.
@@ -133,6 +144,7 @@ def find_learning_rate(
         >>> found.diverged, 0.001 < found.suggestion < 1
         (True, True)
     """
+    check_train_state(state, "find_learning_rate(state, step, data)")
     if not 0 < low < high < math.inf:
         raise ValueError(f"expected 0 < low < high < inf, got low={low!r} and high={high!r}.")
     check_int("steps", steps, minimum=5)

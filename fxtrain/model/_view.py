@@ -9,6 +9,7 @@ from torch import nn
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, Tree, describe
 from fxtrain.core._shard import holds_shards, refuse_shards
+from fxtrain.core._state import refuse_stacked
 from fxtrain.model._model import model_of
 
 
@@ -39,6 +40,7 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
         )
     if holds_shards(state.params):
         refuse_shards(state.params, "view(state)")
+    refuse_stacked(state, "view(state)")
     key = key if key is not None else rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step)
     return View(state, train, key, lambda model: model)
 

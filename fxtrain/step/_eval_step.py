@@ -12,6 +12,7 @@ from fxtrain import rng
 from fxtrain.core import Batch, StepOutput, TrainState, name_of
 from fxtrain.core._shard import holds_shards, refuse_shards
 from fxtrain.core._short_tracebacks import shorten_traceback, with_short_traceback
+from fxtrain.core._state import refuse_stacked
 from fxtrain.data import for_step
 from fxtrain.equivalents import with_known_arguments
 from fxtrain.precision import Policy, policy_of
@@ -126,6 +127,7 @@ def eval_step(
     transform = None if transform_batch is None else seeded_transform(transform_batch, mesh)
 
     def step(state: TrainState, batch: Batch) -> StepOutput:
+        refuse_stacked(state, "eval_step(measure)(state, batch)")
         if mesh is not None and not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
             from fxtrain.distributed._sharded_step import gathered_params
 

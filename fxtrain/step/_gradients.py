@@ -16,6 +16,7 @@ from fxtrain import rng, tree
 from fxtrain.core import Batch, Metrics, TrainState, Tree, name_of, register_node
 from fxtrain.core._protocols import present
 from fxtrain.core._shard import holds_shards, refuse_shards
+from fxtrain.core._state import refuse_stacked
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
@@ -170,6 +171,7 @@ def gradients(
 
     def compute(state: TrainState, batch: Batch, index: int) -> Gradient:
         model = model_of(state)
+        refuse_stacked(state, "step(state, batch)")
         if mesh is None and not torch.compiler.is_dynamo_compiling() and holds_shards(state.params):
             refuse_shards(state.params, "gradients(loss_fn)(state, batch)")
         state, batch = ordinary((state, batch))

@@ -76,7 +76,7 @@ def _step_members(single: Step, state: TrainState, batch: Batch) -> tuple[TrainS
     live = ~members.due.stop
     slots = {name: slot for name, slot in state.slots.items() if name in single.enters}
     data, axis = _shared_or_own(batch, members)
-    new, output = torch.func.vmap(single, in_dims=(0, axis))(of_member(state, members, slots), data)
+    new, output = _over_members(single, of_member(state, members, slots), data, axis)
     weight = 1.0 if output.weight is None else output.weight
     measured = {
         name: MemberMetrics(value) if isinstance(value, metrics.Metric) else MemberValues.of(value, live, weight)
@@ -96,8 +96,23 @@ def _evaluate_members(single: EvalFunction, state: TrainState, batch: Batch) -> 
     # The evaluation sets the position of the batch state to the index of the batch.
     position = torch.zeros_like(members.position) + state.position
     seen = of_member(state, members._replace(position=position), {})
-    output = torch.func.vmap(single, in_dims=(0, axis))(seen, data)
+    output = _over_members(single, seen, data, axis)
     return StepOutput(dict(output.metrics), output.control, output.outputs, output.weight)
+
+
+def _over_members(single: Callable[..., Any], runs: TrainState, data: Any, axis: int | None) -> Any:
+    """Calls a step of one run for all runs at once."""
+    try:
+        return torch.func.vmap(single, in_dims=(0, axis))(runs, data)
+    except RuntimeError as error:
+        if str(error).startswith(("vmap: ", "Cannot access data pointer")):
+            error.add_note(
+                f"The {len(runs.step)} runs of a batch take a step in one call of torch.func.vmap, where values cannot "
+                "be read on the host, nor decide branches or shapes. torch.where selects without. BatchNorm with "
+                "momentum=None reads a count. If the step must read values, train the runs one by one: "
+                "fxtrain.ensemble.member(state, index)."
+            )
+        raise
 
 
 def _members(state: TrainState) -> Members:
