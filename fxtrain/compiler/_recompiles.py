@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Batch, TrainState, dtype_name, first_names, warn
+from fxtrain.core import Batch, TrainState, Tree, dtype_name, first_names, warn
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
 
 _MAX_SHOWN_CONDITIONS = 3
+_KEYS = ".keys()"
 
 
 OnRecompile = Literal["warn", "error", "allow"]
@@ -82,12 +83,27 @@ class Recompiles:
 
 
 def described(state: TrainState, batch: Batch) -> dict[str, str]:
-    """Returns the dtype, shape, strides and device that a graph assumes of each leaf, by path."""
-    return {
+    """Returns what a graph assumes, by path.
+
+    The dtype, shape, strides and device of each leaf, and the order of the keys in the batch.
+    """
+    kinds = {
         path: _kind(leaf)
         for name, part in (("state", state), ("batch", batch))
         for path, leaf in zip(tree.paths(part, name), tree.leaves(part), strict=True)
     }
+    return kinds | dict(_orders(batch, "batch"))
+
+
+def _orders(node: Tree, path: str) -> Iterator[tuple[str, str]]:
+    """Yields the keys of each dict in a batch, by path."""
+    if isinstance(node, dict):
+        yield f"{path}{_KEYS}", ", ".join(map(repr, node))
+        for key, child in node.items():
+            yield from _orders(child, f"{path}[{key!r}]")
+    elif isinstance(node, list | tuple):
+        for index, child in enumerate(node):
+            yield from _orders(child, f"{path}[{index}]")
 
 
 def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
@@ -120,6 +136,8 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: S
     paths = {path for each in known for path in {*new, *each} if new.get(path) != each.get(path)}
     if any(path.startswith("state.slots") for path in paths):
         return "A new traced callback recompiles the step once. A new callback of the loop does not."
+    if paths and all(path.endswith(_KEYS) for path in paths):
+        return "The step may iterate over the keys, so each order has a graph. Give all batches one order."
     if any(path.startswith("batch") for path in paths):
         return (
             'For a smaller last batch, set drop_last=True or drop_last="pad" in the data source. For many sizes, pad '

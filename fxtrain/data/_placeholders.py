@@ -62,12 +62,17 @@ def for_step(batch: Batch) -> Tree:
         return batch
     batch = as_tensors(batch)
     if all(isinstance(leaf, Tensor) for leaf in tree.leaves(batch, none_is_leaf=True)):
-        return tree.map(lambda leaf: leaf, batch)
+        return tree.map(_resolved, batch)
 
     def enter(path: str, part: object) -> Tensor | Placeholder:
-        return part if isinstance(part, Tensor) else Placeholder(path)
+        return _resolved(part) if isinstance(part, Tensor) else Placeholder(path)
 
     return tree.map_with_path(enter, batch, root="batch", is_leaf=_has_no_tensor)
+
+
+def _resolved(leaf: Tensor) -> Tensor:
+    """Returns a tensor without lazy conjugation or negation, which compiled code would not see."""
+    return leaf.resolve_conj().resolve_neg() if leaf.is_conj() or leaf.is_neg() else leaf
 
 
 def _has_no_tensor(part: object) -> bool:

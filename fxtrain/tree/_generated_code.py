@@ -49,7 +49,12 @@ class OtherStructureError(Exception):
 
 
 def generate_flatten(
-    tree: Tree, *, without: frozenset[str] = frozenset(), slots: frozenset[str] | None = None, exact: bool = False
+    tree: Tree,
+    *,
+    without: frozenset[str] = frozenset(),
+    slots: frozenset[str] | None = None,
+    exact: bool = False,
+    ordered: bool = False,
 ) -> Flatten | None:
     """Generates a function from a tree with the structure of ``tree`` to its leaves, in order, and its containers.
 
@@ -58,12 +63,13 @@ def generate_flatten(
         without: Fields of a state to skip.
         slots: The slots of a state to include, by default all. Other slots may be added or removed.
         exact: Whether to check the shape, dtype, strides and device of each leaf too.
+        ordered: Whether to check the order of keys too, which code that iterates over a dict sees.
 
     Returns:
         The function, or None if the type of a node is not supported. It raises ``OtherStructureError`` for a tree of
         another structure.
     """
-    writer = _FlattenWriter(without, slots, exact)
+    writer = _FlattenWriter(without, slots, exact, ordered)
     if not writer.node(tree, "root"):
         return None
     body = "\n".join(f"        {line}" for line in writer.lines)
@@ -78,9 +84,9 @@ def generate_flatten(
 class _FlattenWriter(_CodeWriter):
     """Writes the lines that flatten one tree."""
 
-    def __init__(self, without: frozenset[str], slots: frozenset[str] | None, exact: bool) -> None:
+    def __init__(self, without: frozenset[str], slots: frozenset[str] | None, exact: bool, ordered: bool) -> None:
         super().__init__()
-        self._without, self._slots, self._exact = without, slots, exact
+        self._without, self._slots, self._exact, self._ordered = without, slots, exact, ordered
         self.lines: list[str] = []
         self.leaves: list[str] = []
         self.containers: list[str] = []
@@ -106,7 +112,8 @@ class _FlattenWriter(_CodeWriter):
         if kind in NODES:
             return self._registered(node, name)
         if kind is dict:
-            self._unless(f"type({name}) is dict and len({name}) == {len(node)}")
+            keys = f"[*{name}] == {self.constant([*node])}" if self._ordered else f"len({name}) == {len(node)}"
+            self._unless(f"type({name}) is dict and {keys}")
             self.containers.append(name)
             return all(self._child(node[key], f"{name}[{self.key(key)}]") for key in _ordered(node))
         if kind in (list, tuple) or is_namedtuple_class(kind):
@@ -122,7 +129,7 @@ class _FlattenWriter(_CodeWriter):
             shape, dtype, stride, device = map(self.constant, (node.shape, node.dtype, node.stride(), node.device))
             self._unless(
                 f"{name}.shape == {shape} and {name}.dtype is {dtype} and {name}.stride() == {stride} "
-                f"and {name}.device == {device}"
+                f"and {name}.device == {device} and not {name}.is_neg() and not {name}.is_conj()"
             )
         self.leaves.append(name)
         return True

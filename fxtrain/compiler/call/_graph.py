@@ -61,7 +61,7 @@ class Graph:
         self._flatten = generate_flatten(state, without=without, slots=step.enters) or _general(
             self._structure, step.enter
         )
-        flatten_batch = generate_flatten(batch, exact=not dynamic)
+        flatten_batch = generate_flatten(batch, exact=not dynamic, ordered=True)
         self._flatten_batch = flatten_batch or _general(batch_structure, lambda batch: batch)
         self._is_checked = flatten_batch is not None and not dynamic
         self._seen: list[weakref.ref[Tensor]] = []  # the state leaves that it updates in place
@@ -74,7 +74,7 @@ class Graph:
             inputs, _ = self._flatten_batch(batch)
         except OtherStructureError:
             return None
-        if not self._is_checked and self._kinds_of_batch(inputs) != self._batch_kinds:
+        if not self._is_checked and (self._kinds_of_batch(inputs) != self._batch_kinds or any(map(_is_lazy, inputs))):
             return None
         if self._conditions is not None and not self._conditions(inputs):
             return None
@@ -164,6 +164,11 @@ class Graph:
 def loose_kinds(leaves: Sequence[Tensor]) -> list[Kind]:
     """Returns what a graph of symbolic sizes assumes of each tensor: its rank, dtype and device."""
     return [(leaf.ndim, leaf.dtype, leaf.device) for leaf in leaves]
+
+
+def _is_lazy(leaf: Tensor) -> bool:
+    """Whether the values of a tensor are those in its memory only once they are conjugated or negated."""
+    return leaf.is_conj() or leaf.is_neg()
 
 
 def _general(structure: PyTreeSpec, enter: Callable[[Tree], Tree]) -> Flatten:
