@@ -44,6 +44,19 @@ def test_call_for_one_run_refuses_several(call):
     )
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"x": torch.ones(2)}, {"x": torch.ones(2).double()}, r"one dtype .* float32 .*\['x'\] .* float64 .* member 1"),
+        ({"x": torch.ones(2)}, {"y": torch.ones(2)}, r"one structure .*\['x'\] for member 0 only, not for member 1"),
+        ({"x": torch.ones(2), "s": "a"}, {"x": torch.ones(2), "s": "b"}, r"of tensors .* got 'a' at batch\['s'\]"),
+    ],
+)
+def test_batches_of_members_that_cannot_be_stacked_are_refused(first, second, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ensemble.per_member([[first], [second]])[0]
+
+
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.numpy, lambda mean: mean[mean > 0].sum()])
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_step_that_reads_a_value_says_that_runs_share_a_call(where, read):

@@ -153,6 +153,29 @@ class TestCheckpoints:
         same(trained(compiled, starts[0], steps=1), trained(step, starts[1], steps=1))
 
 
+class Centered(nn.Module):
+    """Replaces a buffer inside a region, which reads it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def center(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.linear(x - self.mean)
+
+    def forward(self, x):
+        return self.how(self.center, self.how(self.center, x))
+
+
+@pytest.mark.parametrize("how", [without_reentry, reentrant, nested, marked, marked_but_matmuls])
+@pytest.mark.parametrize("options", [{}, {"differentiate": "autograd"}, {"accumulate": 2}])
+def test_buffer_that_a_region_replaces_is_replaced_once(how, options):
+    step = fx.train_step(squares, TX, **options)
+    same(trained(step, start(Centered, how)), trained(step, start(Centered, plain)))
+
+
 class TestRemat:
     def test_module_keeps_names_type_and_tensors(self):
         block = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))

@@ -26,8 +26,9 @@ def per_member(data: SourceLike | Sequence[SourceLike]) -> Source:
             tensors have a leading axis of members. A list of tensors or dicts is a source of batches.
 
     Raises:
-        ValueError: If there are no sources, or they differ in length. At a batch, if its leaves differ in shape between
-            the sources, or have no leading axis of members.
+        ValueError: If there are no sources, or they differ in length. At a batch, if its leaves differ in shape or
+            dtype between the sources, or have no leading axis of members.
+        TypeError: At a batch of several sources, if it has other leaves than tensors.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -97,13 +98,30 @@ class _MemberBatches(Source):
 
 
 def _stacked(*batches: Any) -> PerMember:
-    for index, batch in enumerate(batches[1:], start=1):
-        for path, ours, theirs in zip(
-            tree.paths(batches[0], "batch"), tree.leaves(batches[0]), tree.leaves(batch), strict=False
-        ):
-            if isinstance(ours, Tensor) and getattr(theirs, "shape", None) != ours.shape:
+    expected = dict(zip(tree.paths(batches[0], "batch"), tree.leaves(batches[0]), strict=True))
+    for index, batch in enumerate(batches):
+        found = dict(zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True))
+        for path in (*expected, *found):
+            ours, theirs = expected.get(path), found.get(path)
+            if ours is None or theirs is None:
+                has, lacks = (0, index) if theirs is None else (index, 0)
+                raise ValueError(
+                    f"expected batches of one structure for all members, got {path} for member {has} only, not for "
+                    f"member {lacks}. Give all members the same keys."
+                )
+            if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+                raise TypeError(
+                    f"expected batches of tensors for the members, got {describe(theirs)} at {path}. Leave it out, or "
+                    "convert it."
+                )
+            if ours.shape != theirs.shape:
                 raise ValueError(
                     f"expected batches of one shape for all members, got {describe(ours)} at {path} for member 0 and "
                     f"{describe(theirs)} for member {index}. Use batches of equal size, for example with drop_last."
+                )
+            if ours.dtype != theirs.dtype:
+                raise ValueError(
+                    f"expected batches of one dtype for all members, got {describe(ours)} at {path} for member 0 and "
+                    f"{describe(theirs)} for member {index}. Convert one of them."
                 )
     return PerMember(tree.map(lambda *leaves: torch.stack(leaves), *batches))

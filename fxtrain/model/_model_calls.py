@@ -201,7 +201,7 @@ class ModelCalls(ParameterTrees):
                 arguments=() if self._copies_arguments else tree.leaves(args),
                 captured=lambda: [*template.tensors(), *(captured_tensors(function) if examine else ())],
             )
-            with seeding(), _functional(key, writes, buffers), watch(), self._entered(inside, train):
+            with seeding(), _functional(key, writes, template.root), watch(), self._entered(inside, train):
                 output = _wrapped(function)(model, *given)
                 finished = output if finish is None else finish(output)
             return template.copy_containers(output), template.copy_containers(finished)
@@ -304,14 +304,19 @@ def named_modules(modules: Tree) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _functional(key: rng.Key | None, writes: WriteGuard, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+def _functional(key: rng.Key | None, writes: WriteGuard, root: nn.Module) -> Iterator[None]:
     if key is None:
         yield
         return
-    regions = contextlib.nullcontext() if is_forward_wrapped() else recomputing_regions(lambda: [*buffers.values()])
+    is_wrapped = is_forward_wrapped()
+    regions = (
+        contextlib.nullcontext()
+        if is_wrapped
+        else recomputing_regions(lambda: [module._buffers for module in root.modules()])
+    )
     with rng.functional(key) as mode, replayed(), regions:
         # torch.compile would trace the checks.
-        mode.watch = None if is_forward_wrapped() else writes
+        mode.watch = None if is_wrapped else writes
         yield
 
 

@@ -21,7 +21,10 @@ _lock = threading.Lock()
 _depth = 0
 _real: Any = None
 
-_buffers: ContextVar[Callable[[], Sequence[Tensor]] | None] = ContextVar("buffers of a model call", default=None)
+Owner = dict[str, Tensor | None]
+"""The buffers of one module by name, which it writes in place or replaces."""
+
+_owners: ContextVar[Callable[[], Sequence[Owner]] | None] = ContextVar("buffers of a model call", default=None)
 _is_refused: ContextVar[bool] = ContextVar("whether torch.func leaves checkpoints to torch.autograd", default=False)
 _saves: ContextVar[Saves | None] = ContextVar("values that the next region keeps", default=None)
 
@@ -44,20 +47,20 @@ def leaving_checkpoints_to_autograd() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recomputing_regions(buffers: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+def recomputing_regions(owners: Callable[[], Sequence[Owner]]) -> Iterator[None]:
     """Makes the checkpoints of a model call work in traces and in transforms of ``torch.func``.
 
     A trace marks each as a region, and a transform runs it without recomputation. Under ``torch.autograd``, torch
     recomputes it, and buffers that the region writes are written once.
 
     Args:
-        buffers: Returns the buffers that the call may write.
+        owners: Returns the buffers of the modules in the call.
     """
     global _depth, _real
     if "torch.utils.checkpoint" not in sys.modules or not can_replace_checkpoints():
         yield
         return
-    token = _buffers.set(buffers)
+    token = _owners.set(owners)
     with _lock:
         _depth += 1
         if _depth == 1:
@@ -65,7 +68,7 @@ def recomputing_regions(buffers: Callable[[], Sequence[Tensor]]) -> Iterator[Non
     try:
         yield
     finally:
-        _buffers.reset(token)
+        _owners.reset(token)
         with _lock:
             _depth -= 1
             if not _depth:
@@ -86,8 +89,8 @@ def _passes(
     function: Callable[..., Any], preserve: bool, context_fn: Callable[[], Any], *rest: Any, **kwargs: Any
 ) -> Generator[None]:
     """What ``checkpoint`` runs before and after its function."""
-    buffers = _buffers.get()
-    if buffers is None:
+    owners = _owners.get()
+    if owners is None:
         yield from _real[0](function, preserve, context_fn, *rest, **kwargs)
     elif is_traced() or is_transformed():
         if _is_refused.get() and not is_traced() and torch.is_grad_enabled():
@@ -95,7 +98,7 @@ def _passes(
         with _user_context(context_fn) as saves, marking_region(Region(saves)):
             yield
     else:
-        once = _WritesOnce(function, buffers())
+        once = _WritesOnce(function, owners())
         # Always preserved, because samples replay by the site that the state of the generator carries.
         yield from _real[0](once, True, context_fn, *rest, **kwargs)
         once.end_first_pass()
@@ -140,25 +143,39 @@ def _by_policy(policy: Callable[..., Any]) -> Saves:
 class _WritesOnce:
     """A function that a backward pass repeats, with the buffers that the first pass read, and without new writes."""
 
-    def __init__(self, function: Callable[..., Any], buffers: Sequence[Tensor]) -> None:
-        self._function, self._buffers = function, buffers
-        self._before = [buffer.detach().clone() for buffer in buffers]
+    def __init__(self, function: Callable[..., Any], owners: Sequence[Owner]) -> None:
+        self._function, self._owners = function, owners
+        self._assigned = [dict(owner) for owner in owners]
+        given = (buffer for owner in owners for buffer in owner.values() if buffer is not None)
+        self._buffers = list({id(buffer): buffer for buffer in given}.values())
+        self._before = [buffer.detach().clone() for buffer in self._buffers]
 
     def end_first_pass(self) -> None:
-        """Keeps the earlier values of buffers that the first pass has written."""
+        """Keeps the earlier values of buffers that the first pass has written, or replaced."""
         pairs = zip(self._buffers, self._before, strict=True)
         changed = [(buffer, before) for buffer, before in pairs if not torch.equal(buffer, before)]
         self._buffers, self._before = [pair[0] for pair in changed], [pair[1] for pair in changed]
+        both = zip(self._owners, self._assigned, strict=True)
+        replaced = [(owner, before) for owner, before in both if _identities(owner) != _identities(before)]
+        self._owners, self._assigned = [pair[0] for pair in replaced], [pair[1] for pair in replaced]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Selective checkpointing is a dispatch mode, which expects the operations of the first pass only.
         with without_dispatch_modes():
             after = [buffer.detach().clone() for buffer in self._buffers]
+        assigned_after = [dict(owner) for owner in self._owners]
+        self._assign(self._assigned)
         self._fill(self._before)
         try:
             return self._function(*args, **kwargs)
         finally:
+            self._assign(assigned_after)
             self._fill(after)
+
+    def _assign(self, values: Sequence[Owner]) -> None:
+        for owner, assigned in zip(self._owners, values, strict=True):
+            owner.clear()
+            owner.update(assigned)
 
     def _fill(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad(), without_dispatch_modes(), keeping_versions(self._buffers):
@@ -166,12 +183,16 @@ class _WritesOnce:
                 buffer.copy_(value)
 
 
+def _identities(owner: Owner) -> dict[str, int]:
+    return {name: id(buffer) for name, buffer in owner.items()}
+
+
 class _Reentrant:
     """Takes the place of the autograd function of reentrant checkpoints, which torch.func and ``grad`` refuse."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        if _buffers.get() is None:
+        if _owners.get() is None:
             return _real[1].apply(function, preserve, *args)
         from torch.utils.checkpoint import checkpoint
 
