@@ -176,6 +176,23 @@ def test_buffer_that_a_region_replaces_is_replaced_once(how, options):
     same(trained(step, start(Centered, how)), trained(step, start(Centered, plain)))
 
 
+class InPlace(nn.Module):
+    """Writes into the results of matmuls in place."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.cell, self.linear = how, nn.GRUCell(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.how(lambda y: self.linear(self.cell(y)).sigmoid_(), self.how(self.cell, x))
+
+
+@pytest.mark.parametrize("options", [{}, {"differentiate": "autograd"}, {"precision": "bf16"}])
+def test_kept_matmuls_are_not_written_in_place(options):
+    step = fx.train_step(squares, TX, **options)
+    same(trained(step, start(InPlace, marked_but_matmuls)), trained(step, start(InPlace, plain)))
+
+
 class TestRemat:
     def test_module_keeps_names_type_and_tensors(self):
         block = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fxtrain import tree
+from fxtrain._torch_internals.dispatch import TorchDispatchMode, without_dispatch_modes
 from fxtrain._torch_internals.modules import own_buffers, own_modules, own_parameters
 from fxtrain.core import describe
 from fxtrain.model._recomputed_regions import keeping
@@ -101,7 +104,40 @@ def _contexts(saves: Callable[[Any], bool]) -> Any:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if saves(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    first, again = create_selective_checkpoint_contexts(policy)
+    return _FirstPass(policy, first, saves), again
+
+
+class _FirstPass:
+    """The context of a first pass, whose operations get copies of the results that are kept.
+
+    Some write into them in place, as ``GRUCell`` does, and torch does not notice each such write.
+    """
+
+    def __init__(self, policy: Callable[..., Any], keeping: Any, saves: Callable[[Any], bool]) -> None:
+        self.policy_fn = policy  # read where the pass is traced instead
+        self._modes = (keeping, _CopyResults(saves))
+        self._entered = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            self._entered.enter_context(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+
+
+class _CopyResults(TorchDispatchMode):
+    def __init__(self, saves: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self._saves = saves
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._saves(func):
+            return result
+        with without_dispatch_modes():
+            return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 def _copy_of(module: nn.Module, save: Any) -> Any:
