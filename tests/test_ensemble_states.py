@@ -57,6 +57,30 @@ def test_batches_of_members_that_cannot_be_stacked_are_refused(first, second, me
         ensemble.per_member([[first], [second]])[0]
 
 
+@pytest.mark.parametrize(
+    "members", [None, slice(0, 2), ["a"], [True, 2], torch.tensor([1, 0, 1], dtype=torch.uint8), {0}]
+)
+def test_members_that_are_neither_indices_nor_a_mask_are_refused(members):
+    runs = ensemble.stack(starts(3))
+    with pytest.raises(TypeError, match=r"expected one or more indices of members, got .* Give ints or a mask"):
+        ensemble.select(runs, members)
+
+
+@pytest.mark.parametrize(
+    ("make", "members", "message"),
+    [
+        (lambda: nn.Linear(4, 1), [0], r"got no such leaf for float64 \[8\] at state.params\['0.bias'\] of each"),
+        (lambda: module().float(), [0], r"got float32 \[8\] for float64 \[8\] at state.params\['0.bias'\] of each"),
+        (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).double(), [0], "another architecture"),
+        (module, [1, 1], r"each member once, got \[1, 1\]"),
+    ],
+)
+def test_members_of_another_kind_are_not_put(make, members, message):
+    others = ensemble.stack(starts(len(members), make=make))
+    with pytest.raises(ValueError, match=message):
+        ensemble.put(ensemble.stack(starts(3)), members, others)
+
+
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.numpy, lambda mean: mean[mean > 0].sum()])
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_step_that_reads_a_value_says_that_runs_share_a_call(where, read):

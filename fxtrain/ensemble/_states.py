@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import EVALUATED, LOOP, Callback, TrainState, Tree, check_int, check_train_state, describe
+from fxtrain.core import EVALUATED, LOOP, Callback, TrainState, Tree, check_int, check_train_state, describe, dtype_name
 from fxtrain.core._members import check_stacked, is_stacked, stacked_state
 from fxtrain.fold import compose
 from fxtrain.fold._per_member import select_settings
@@ -144,6 +144,7 @@ def select(runs: TrainState | Callback, members: Sequence[int] | Tensor) -> Trai
         members: Indices in the new order, int64 [n], or a mask, bool [members].
 
     Raises:
+        TypeError: If ``members`` are neither ints nor flags.
         ValueError: If it is the state of one run, or no member is selected.
         IndexError: If there is no such member.
 
@@ -172,7 +173,8 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
             of the loop that only one of the two has, such as the metrics of an epoch that has not ended.
 
     Raises:
-        ValueError: If the numbers of members differ, or a slot of ``state`` is missing.
+        ValueError: If the numbers of members differ, a member is given twice, a slot of ``state`` is missing, or a
+            leaf has another shape or dtype.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -185,6 +187,8 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
     indices = _indices(members, check_stacked(state)).to(state.step.device)
     if len(indices) != check_stacked(others):
         raise ValueError(f"expected the states of {len(indices)} members, got {check_stacked(others)}. Give as many.")
+    if len(indices.unique()) < len(indices):
+        raise ValueError(f"expected each member once, got {indices.tolist()}. Give one state for each.")
     slots, given = dict(state.slots), dict(others.slots)
     for name, slot in state.slots.items():
         if name == EVALUATED and name not in given:
@@ -197,6 +201,22 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
                 f"{', '.join(map(repr, others.slots)) or 'none'}. Train both with the same callbacks."
             )
     state, others = state.replace(slots=slots), others.replace(slots={name: given[name] for name in slots})
+
+    expected, found = (dict(zip(tree.paths(each, "state"), tree.leaves(each), strict=True)) for each in (state, others))
+    for path in (*expected, *found):
+        ours, theirs = (
+            "no such leaf" if leaf is None else f"{dtype_name(leaf.dtype)} {list(leaf.shape[1:])}"
+            for leaf in (expected.get(path), found.get(path))
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"expected others of the structure of state, got {theirs} for {ours} at {path} of each member. Make "
+                "both with one architecture and one tx."
+            )
+    if tree.structure(state) != tree.structure(others):
+        raise ValueError(
+            "expected others of the model of state, got another architecture. Make both with one architecture."
+        )
 
     def replaced(old: Tensor, new: Tensor) -> Tensor:
         return old.index_copy(0, indices, new)
@@ -218,13 +238,20 @@ def _same_rows(one: Tree, other: Tree) -> bool:
 
 
 def _indices(members: Sequence[int] | Tensor, count: int) -> Tensor:
-    given = torch.as_tensor(members)
+    expected = f"expected one or more indices of members, got {describe(members)}. Give ints or a mask."
+    try:
+        given = torch.as_tensor(members)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(expected) from error
+    is_mixed = isinstance(members, list | tuple) and len(set(map(type, members))) > 1
+    if is_mixed or given.dtype == torch.uint8:  # torch has taken masks of this dtype
+        raise TypeError(expected)
     if given.dtype == torch.bool:
         if given.shape != (count,):
             raise ValueError(f"expected a mask of shape [{count}], got {describe(given)}. Give a flag for each member.")
         given = given.nonzero().flatten()
     if given.ndim != 1 or len(given) == 0 or given.is_floating_point():
-        raise ValueError(f"expected one or more indices of members, got {describe(members)}. Give ints or a mask.")
+        raise ValueError(expected)
     out = [index for index in given.tolist() if not -count <= index < count]
     if out:
         raise IndexError(f"expected indices of {count} members, got {out[0]}. The first has index 0.")
