@@ -14,7 +14,7 @@ import torch
 from fxtrain.compiler._background import BackgroundGraphs
 from fxtrain.compiler._compile_times import CompileTime, CompileWatcher, watched
 from fxtrain.compiler._rare_collection import collecting_rarely
-from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described
+from fxtrain.compiler._recompiles import OnRecompile, Recompiles, described_in_order
 from fxtrain.compiler.call._graph import Found, Graph, refuse_sparse
 from fxtrain.compiler.call._memory import keep_freed_memory
 from fxtrain.compiler.check._mismatch import MiscompiledError
@@ -312,7 +312,7 @@ class Compiled:
                 f"expected a step compiled without backend and dynamic for a sharded state, got one compiled by "
                 f"{self.route}, which cannot trace DTensors. Leave these options out."
             )
-        kinds = described(entered, batch)
+        kinds = described_in_order(entered, batch)
         is_again = self._pending.is_refused(kinds)
         if self._graphs and not is_again:
             broken = (graph.broken(batch) for graph in self._graphs)

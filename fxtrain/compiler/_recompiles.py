@@ -83,16 +83,17 @@ class Recompiles:
 
 
 def described(state: TrainState, batch: Batch) -> dict[str, str]:
-    """Returns what a graph assumes, by path.
-
-    The dtype, shape, strides and device of each leaf, and the order of the keys in the batch.
-    """
-    kinds = {
+    """Returns the dtype, shape, strides and device that a graph assumes of each leaf, by path."""
+    return {
         path: _kind(leaf)
         for name, part in (("state", state), ("batch", batch))
         for path, leaf in zip(tree.paths(part, name), tree.leaves(part), strict=True)
     }
-    return kinds | dict(_orders(batch, "batch"))
+
+
+def described_in_order(state: TrainState, batch: Batch) -> dict[str, str]:
+    """As ``described``, with the order of the keys in the batch, which a step that iterates over them sees."""
+    return described(state, batch) | dict(_orders(batch, "batch"))
 
 
 def _orders(node: Tree, path: str) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals.inductor import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
-from fxtrain.compiler._recompiles import described
+from fxtrain.compiler._recompiles import described, described_in_order
 from fxtrain.compiler.lowering._executable import Run
 from fxtrain.compiler.lowering._graph_breaks import break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
@@ -89,7 +89,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
     state, batch = _attached(pure, state).copy(), tree.clone(to_device(for_step(batch), state.step.device))
     entered = pure.enter(state)
     # Read before the copy is donated.
-    assumed, sizes = described(entered, batch), _sizes(state)
+    assumed, in_order, sizes = described(entered, batch), described_in_order(entered, batch), _sizes(state)
 
     counts, kept, breaks, graphs = Counts(), Activations(), [], 1
     try:
@@ -136,7 +136,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         seconds=seconds,
         first_seconds=first,
         assumed=assumed,
-        varied=_varied([*like._recompiles.known, assumed]),
+        varied=_varied([*like._recompiles.known, in_order]),
         constants=_constants(pure),
     )
 

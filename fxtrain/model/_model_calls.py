@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxtrain import rng, tree
-from fxtrain._torch_internals.modules import own_modules
+from fxtrain._torch_internals.modules import own_buffers, own_modules
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, name_of
 from fxtrain.core._shard import full_tensor, holds_shards, is_dtensor, refuse_shards
@@ -312,7 +312,7 @@ def _functional(key: rng.Key | None, writes: WriteGuard, root: nn.Module) -> Ite
     regions = (
         contextlib.nullcontext()
         if is_wrapped
-        else recomputing_regions(lambda: [module._buffers for module in root.modules()])
+        else recomputing_regions(lambda: [own_buffers(module) for module in root.modules()])
     )
     with rng.functional(key) as mode, replayed(), regions:
         # torch.compile would trace the checks.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph
 
@@ -58,4 +57,4 @@ def _name(node: Any) -> str | None:
 
 
 def _is_view(node: Any) -> bool:
-    return is_view(node.target) or node.target == torch.ops.aten._unsafe_view.default
+    return is_view(node.target) or _name(node) == "_unsafe_view"
