@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests. One thread, because bitwise equality holds for a fixed number of threads."""
 
+import importlib
 import os
 
 # Processes that tests start inherit the setting. Without it, each starts a thread per core, and the threads of parallel
@@ -122,3 +123,10 @@ def double():
 def without_pyav(monkeypatch):
     """Makes the import of PyAV fail, so that videos are GIFs wherever the tests run."""
     monkeypatch.setitem(sys.modules, "av", None)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs traced graphs operation by operation, which takes less time than to compile them."""
+    traced = importlib.import_module("fxtrain.compiler.lowering._trace")
+    monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))

@@ -1,7 +1,5 @@
 """Buffers that a forward pass adds, reshapes or removes: caches are recomputed, all others are rejected."""
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -182,13 +180,6 @@ def plain(module, batches):
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Runs graphs without Inductor."""
-    traced = importlib.import_module("fxtrain.compiler.lowering._trace")
-    monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
 
 
 @pytest.mark.parametrize("kind", CACHES)

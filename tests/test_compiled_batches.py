@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import fxtrain as fx
-from fxtrain.compiler.lowering import _trace as traced
 
 TX = fx.optim.sgd(0.1)
 
@@ -21,12 +20,6 @@ def parts(model, batch):
 
 def squares(model, batch):
     return model(batch).square().mean()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Runs traced graphs operation by operation, which takes less time than to compile them."""
-    monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
 
 
 def assert_like_uncompiled(loss, batches, **options):

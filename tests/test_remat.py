@@ -33,12 +33,6 @@ from fxtrain.compiler.passes._reductions import reduce_from_memory
 TX = fx.optim.sgd(0.1)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Runs traced graphs operation by operation, which takes less time than to compile them."""
-    monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
-
-
 class Residual(nn.Module):
     """Residual blocks of which each is recomputed."""
 
