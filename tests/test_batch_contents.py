@@ -103,7 +103,11 @@ def test_unsupported_value_is_rejected_with_path(value, message):
 
 
 @pytest.mark.parametrize(
-    "read", [str, len, bool, list, hash, lambda t: t == "a", lambda t: t[0] == "a", lambda t: t.upper()]
+    "read",
+    [
+        *(str, len, bool, list, hash, lambda t: t == "a", lambda t: t[0] == "a", lambda t: t.upper()),
+        *(torch.relu, lambda t: torch.stack([torch.ones(1), t]), lambda t: torch.ones(1).add(other=t)),
+    ],
 )
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 def test_loss_that_reads_text_is_rejected(read, kind):

@@ -202,6 +202,32 @@ class TestBatchSize:
         with pytest.raises(RuntimeError, match=r"batch of 1 fits into memory \(it takes about .* B, of which 0 B"):
             find_batch_size(*linear(), batch, limit=4)
 
+    @pytest.mark.parametrize(
+        ("make", "got"),
+        [
+            (
+                lambda size: {"x": torch.ones(20, 4)[:size], "weights": torch.ones(8)},
+                r"32 rows, got batch\['x'\]: \[20",
+            ),
+            (lambda size: {"x": torch.ones(8, 4)}, r"16 rows, got the shapes of make_batch\(8\)"),
+            (lambda size: {"x": torch.ones(3, 4)}, r"16 rows, got the shapes of make_batch\(8\)"),
+        ],
+    )
+    def test_batch_without_the_rows_asked_for_is_rejected(self, make, got):
+        with pytest.raises(ValueError, match=got):
+            find_batch_size(*linear(), make, limit=64)
+
+    def test_rows_may_be_in_any_dimension_and_other_leaves_constant(self):
+        def make(size):
+            return {"x": torch.ones(3, size, 4), "weights": torch.ones(8)}
+
+        assert find_batch_size(*linear(), make, limit=16) == 16
+
+    def test_estimate_of_a_step_that_fails_logs_nothing(self, capfd):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            find_batch_size(*linear(), lambda size: {"x": torch.ones(size, 5)})
+        assert "fake_tensor" not in capfd.readouterr().err
+
     def test_invalid_batch_size_options_are_rejected(self):
         with pytest.raises(ValueError, match="expected limit to be a positive int, got 0"):
             find_batch_size(problem.start(), problem.step(), batch, limit=0)

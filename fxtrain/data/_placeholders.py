@@ -42,6 +42,13 @@ class Placeholder:
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __mod__ = _refuse
 
+    @classmethod
+    def __torch_function__(cls, function: object, types: object, args: Tree = (), kwargs: Tree = None) -> NoReturn:
+        todo = [*args, *(kwargs or {}).values()]
+        while not isinstance(given := todo.pop(0), cls):
+            todo += given if isinstance(given, list | tuple) else ()
+        given._refuse()
+
     def __getitem__(self, key: object) -> Placeholder:
         return Placeholder(f"{self._path}[{key!r}]")
 

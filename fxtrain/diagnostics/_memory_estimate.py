@@ -24,6 +24,7 @@ def estimated_bytes(step: Compiled | Step, state: TrainState, batch: Batch) -> i
         [800000, 1600000]
     """
     # Imported here, because they load the compiler.
+    from fxtrain.compiler.lowering._muted_logs import without_torch_messages
     from fxtrain.diagnostics._activations import activations
     from fxtrain.diagnostics._analysis import trace
 
@@ -31,8 +32,10 @@ def estimated_bytes(step: Compiled | Step, state: TrainState, batch: Batch) -> i
     if not isinstance(pure, Step):
         return None
     state = attach(state, as_composed(pure))
+    memory = step.memory if isinstance(step, Compiled) else "save"
     try:
-        kept = activations(trace(pure, pure.enter(state), batch), step.memory if isinstance(step, Compiled) else "save")
+        with without_torch_messages():
+            kept = activations(trace(pure, pure.enter(state), batch), memory)
     except Exception:
         # The step cannot be traced, or raises an error of its own, which running it will raise too.
         return None

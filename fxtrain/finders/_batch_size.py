@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fxtrain import tree
 from fxtrain.compiler import Compiled
 from fxtrain.core import (
     Batch,
@@ -24,6 +25,7 @@ from fxtrain.data import to_device
 from fxtrain.diagnostics._memory_estimate import estimated_bytes
 from fxtrain.fold import attach
 from fxtrain.step import Step
+from fxtrain.tree import Path, as_code, leaf_paths
 
 _START = 8
 # The second step of a trial runs with the memory that the first one leaves allocated.
@@ -70,6 +72,7 @@ def find_batch_size(
     Raises:
         TypeError: If an argument is not an int.
         ValueError: If an argument is out of range.
+            Also if a batch does not have the rows asked for.
         RuntimeError: If not even the smallest size fits.
         Exception: Any other error of the step.
 
@@ -94,6 +97,7 @@ def find_batch_size(
             f"expected start to be a multiple of multiple={multiple} and at most limit={limit}, got {start}. "
             f"Use {_allowed(start, limit, multiple)}."
         )
+    make_batch = _with_all_rows(make_batch)
     # Sizes are in units of ``multiple``. Sizes up to ``fits`` fit, and sizes from ``too_large`` on do not.
     largest, size, reason = limit // multiple, start // multiple, ""
     fits, too_large = 0, largest + 1
@@ -114,6 +118,39 @@ def find_batch_size(
 def _allowed(size: int, limit: int, multiple: int) -> int:
     """Returns the largest multiple up to a size and a limit, or the smallest one."""
     return max(min(size, limit) // multiple, 1) * multiple
+
+
+def _with_all_rows(make_batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """Returns the function, which then raises a ValueError for a batch that lacks rows."""
+    first: tuple[int, dict[Path, Any]] | None = None
+
+    def make(size: int) -> Batch:
+        nonlocal first
+        batch = make_batch(size)
+        shapes = dict(zip(leaf_paths(batch), map(_shape, tree.leaves(batch)), strict=True))
+        if first is None:
+            first = size, shapes
+        first_size, first_shapes = first
+        # Other leaves may have a constant size, or the rows in another dimension.
+        by_row = [path for path, shape in first_shapes.items() if shape[:1] == (first_size,)]
+        changed = [path for path in first_shapes if shapes.get(path) != first_shapes[path]]
+        other = [path for path in by_row if path in changed and shapes.get(path, ())[:1] != (size,)]
+        if size != first_size and not changed:
+            got = f"the shapes of make_batch({first_size})"
+        elif other and all(shapes.get(path, ())[:1] != (size,) for path in by_row):
+            got = f"batch{as_code(other[0])}: {list(shapes.get(other[0], ()))}"
+        else:
+            return batch
+        raise ValueError(
+            f"expected make_batch({size}) to return a batch of {size} rows, got {got}. Repeat rows if there are too "
+            "few, or set limit to their number."
+        )
+
+    return make
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))
 
 
 def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> str | None:
