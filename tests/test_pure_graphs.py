@@ -1,11 +1,12 @@
-"""Passes that make graphs pure: in-place operations on intermediate results, and constants of one element."""
+"""Passes that make graphs pure: in-place operations on intermediate results, constants, and products with zero."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxtrain.compiler.passes._constants import replace_constants
+from fxtrain._torch_internals.inductor import compile_graph
+from fxtrain.compiler.passes._constants import keep_products_with_zero, replace_constants
 from fxtrain.compiler.passes._in_place import replace_in_place
 
 
@@ -106,3 +107,31 @@ def test_tensors_from_outside_stay_constants():
     graph.recompile()
     outside.fill_(3.0)
     assert torch.equal(graph(torch.ones(2)), torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x: x * 0,
+        lambda x: 0 * x,
+        lambda x: x * False,
+        lambda x: torch.ops.aten.mul.Scalar(x, 0),
+        lambda x: x.mul_(0),
+    ],
+)
+def test_product_with_the_integer_zero_is_nan_where_a_factor_is(product):
+    given = [torch.tensor([1.0, -1.0, float("nan"), float("inf")])]
+    graph = make_fx(lambda x: [product(x.clone())], tracing_mode="fake")(*given)
+    replace_in_place(graph.graph)
+    keep_products_with_zero(graph.graph)
+    graph.recompile()
+    fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    (found,) = compile_graph(graph, fakes, {})(list(given))
+    assert torch.equal(found.view(torch.int32), product(given[0].clone()).view(torch.int32))
+
+
+def test_integers_are_multiplied_by_the_integer_zero():
+    graph = make_fx(lambda x: x * 0, tracing_mode="fake")(torch.arange(3))
+    keep_products_with_zero(graph.graph)
+    (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert isinstance(node.args[1], int)

@@ -1,14 +1,15 @@
-"""Replaces tensors of one element that a step has created from a number, which a trace keeps as constants."""
+"""Passes on the numbers in a graph: constants that a trace keeps as tensors, and factors of zero."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fxtrain._torch_internals.dispatch import without_dispatch_modes
 from fxtrain.compiler.passes._nodes import replace
 
+_PRODUCTS = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
 _COPY = torch.ops.aten.lift_fresh_copy.default
 
 
@@ -38,3 +39,18 @@ def replace_constants(graph: GraphModule) -> GraphModule:
         if not any(other.target == node.target for other in graph.graph.find_nodes(op="get_attr")):
             delattr(graph, node.target)
     return graph
+
+
+def keep_products_with_zero(graph: Graph) -> None:
+    """Writes an integer 0 that multiplies floating values as 0.0.
+
+    Inductor replaces a product with the integer by zeros, even where it is nan.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place.
+    """
+    for product in _PRODUCTS:
+        for node in graph.find_nodes(op="call_function", target=product):
+            value, factor = node.meta.get("val"), node.args[1]
+            if isinstance(factor, int) and not factor and isinstance(value, Tensor) and value.is_floating_point():
+                node.update_arg(1, 0.0)
