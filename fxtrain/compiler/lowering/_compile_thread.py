@@ -12,9 +12,11 @@ import contextlib
 import contextvars
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
+from types import FrameType
 
 import torch
 
@@ -22,7 +24,7 @@ from fxtrain._torch_internals.dynamo import compile_lock, nested_calls_inlined
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
 
-_EXIT_TIMEOUT_SECONDS = 2.0
+_EXIT_TIMEOUT_SECONDS, _EXIT_RETRY_SECONDS = 2.0, 0.2
 
 _lock = threading.RLock()
 _current_job: Job | None = None
@@ -96,13 +98,21 @@ class Job:
     def leave(self) -> None:
         """Stops the thread where it runs Python, and waits a moment for it.
 
-        It raises SystemExit in the thread, which ends it without a report.
+        It raises SystemExit in the thread, which ends it without a report. Callbacks of the garbage collector ignore
+        the exception, so it is raised until the thread ends. A thread that imports a module is left alone meanwhile,
+        because it might never release the lock of all imports.
         """
-        identity = self._thread.ident
-        if self.is_over or identity is None:
-            return
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity), ctypes.py_object(SystemExit))
-        self._thread.join(_EXIT_TIMEOUT_SECONDS)
+        identity, deadline = self._thread.ident, time.monotonic() + _EXIT_TIMEOUT_SECONDS
+        while identity is not None and not self.is_over and time.monotonic() < deadline:
+            if not _is_importing(sys._current_frames().get(identity)):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity), ctypes.py_object(SystemExit))
+                self._thread.join(_EXIT_RETRY_SECONDS)
+            self._thread.join(_EXIT_RETRY_SECONDS / 100)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame is part of an import of Python, not of the module that is imported."""
+    return frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
 
 
 @contextlib.contextmanager
