@@ -230,6 +230,13 @@ def test_dtype_mismatch_is_refused_with_the_remedy(tmp_path):
     assert loaded.params["head.bias"].dtype == torch.float32
 
 
+def test_dtype_mismatch_of_a_slot_is_refused_without_another_dtype_of_the_model(tmp_path):
+    path = checkpoint(tmp_path, fx.attach(start(), fx.callbacks.early_stopping("loss", patience=2, unit="steps")))
+    with pytest.raises(fx.CheckpointError, match=r"To initialize 'early_stopping', restore") as refused:
+        fx.restore(path, like=fx.attach(start(), fx.callbacks.early_stopping("loss", patience=2, unit="epochs")))
+    assert "Only dtypes differ" not in str(refused.value)
+
+
 def test_slots_over_all_parameters_are_refused_with_the_remedy(tmp_path):
     monitor = fx.callbacks.weight_stats()
     path = checkpoint(tmp_path, fx.attach(start(), monitor))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from fxtrain.checkpoint._leaf_parts import Names, Part
 from fxtrain.core import first_names
 
@@ -67,11 +69,13 @@ def _lora_remedies(names: Names) -> list[str]:
 
 
 def _dtype_remedies(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence[Part]) -> list[str]:
-    """Returns the remedy if only dtypes differ."""
+    """Returns the remedy if only dtypes differ, as those of a model in another precision."""
     kinds = [(part.kind.split("["), source.kind.split("[")) for part, _, source in unlike if source is not None]
     if left_over or len(kinds) < len(unlike) or any(here[1:] != there[1:] for here, there in kinds):
         return []
     dtype = kinds[0][1][0]
+    if all(part.slot is not None for part, _, _ in unlike) or not getattr(torch, dtype).is_floating_point:
+        return []
     return [
         f"Only dtypes differ. Create `like` with fxtrain.init(..., dtype=torch.{dtype}), restore it, and pass "
         "fxtrain.state_dict of the result to fxtrain.load_state_dict(..., cast=True)."
