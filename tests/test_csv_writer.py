@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fxtrain.core import EvalEnd, StepEnd
 from fxtrain.disk import replace_file
-from fxtrain.writers import csv, read_csv
+from fxtrain.writers import csv, jsonl, read_csv, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("without_pyav")  # videos are GIFs
 
@@ -266,3 +266,13 @@ def test_replace_file_is_atomic_and_ignores_leftovers(tmp_path):
     replace_file(tmp_path / "a", b"two")
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"two"
+
+
+@pytest.mark.parametrize(("make", "read"), [(csv, read_csv), (jsonl, read_jsonl)])
+def test_complex_scalars_are_refused_and_nothing_is_written(make, read, tmp_path):
+    writer = make(tmp_path / "a")
+    writer.write_scalars(1, {"loss": 1.0})
+    with pytest.raises(TypeError, match=r"expected a scalar to write to be a real number, got .*complex"):
+        writer.write_scalars(2, {"loss": torch.tensor(1 + 2j)})
+    writer.close()
+    assert [record["step"] for record in read(tmp_path / "a")] == [1]

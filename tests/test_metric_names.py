@@ -85,3 +85,12 @@ def test_published_name_in_progress_is_refused():
         fit(observers=[observers.required(observers.progress(["train/loss"], file=io.StringIO()))])
     with pytest.raises(KeyError, match=r"the evaluation to include 'eval/loss', .* Did you mean 'loss'\?"):
         fit(observers=[observers.required(observers.progress(best="eval/loss", file=io.StringIO()))])
+
+
+def test_complex_metrics_are_refused():
+    value = torch.tensor(1 + 2j)
+    step = fx.train_step(lambda model, batch: (problem.loss_fn(model, batch)[0], {"phase": value}), problem.transform())
+    with pytest.raises(TypeError, match=r"the metric 'phase' .* got .*complex.*real part or its absolute value"):
+        step(problem.start(), problem.data(1)[0])
+    with pytest.raises(TypeError, match=r"the metric 'phase' .*take the real part of a complex one"):
+        fx.metrics.lift({"phase": value}, 1)

@@ -46,7 +46,8 @@ def reduce_on_plateau(
         value = max(factor * value, minimum) if bad > patience
 
     After a reduction ``bad`` restarts at 0, and the next ``cooldown`` evaluations are not counted. Defaults and
-    semantics are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
+    semantics are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``, except that the relative margin of a negative
+    best value is a fraction of its absolute value.
 
     Args:
         metric: Metric name at ``EvalEnd``, or a function of all metrics there.

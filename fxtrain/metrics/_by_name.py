@@ -93,11 +93,12 @@ def _flatten(name: str, value: Tree, into: dict[str, Tensor]) -> None:
 
 
 def _scalar(name: str, value: Tree) -> Tensor:
-    if isinstance(value, Tensor) and value.ndim == 0:
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
         return value
     raise TypeError(
         f"expected the metric {name!r} to be a tensor of shape [] or one of fxtrain.metrics, got {describe(value)}. "
-        "Reduce a tensor with .mean(), or convert a Python scalar with torch.tensor."
+        "Reduce a tensor with .mean(), take the real part of a complex one, or convert a Python scalar with "
+        "torch.tensor."
     )
 
 

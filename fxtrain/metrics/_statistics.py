@@ -73,7 +73,7 @@ class Sum(Metric):
     """The sum of values of any shape. Values whose mask is false do not count. The sum of no values is 0.
 
     Args:
-        total: float64 []. Integers are exact up to 2^53.
+        total: float64 []. Sums of integers are exact up to 2^53. ``compute`` rounds the total to the default dtype.
 
     Example:
         >>> Sum.from_model_output(torch.tensor([1, 2])).update(torch.tensor([3])).compute()

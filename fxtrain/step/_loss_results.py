@@ -201,7 +201,7 @@ def checked_metrics(function: object, metrics: Metrics) -> Metrics:
         metrics: Metrics by name.
 
     Raises:
-        TypeError: If a name is not a string, or a value is neither a 0-d tensor nor a metric.
+        TypeError: If a name is not a string, or a value is neither a real 0-d tensor nor a metric.
     """
     for name, value in metrics.items():
         if not isinstance(name, str):
@@ -212,6 +212,8 @@ def checked_metrics(function: object, metrics: Metrics) -> Metrics:
         if _is_metric(value):
             continue
         remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave it out."
+        if isinstance(value, Tensor) and value.is_complex():
+            remedy = "Return its real part or its absolute value."
         if isinstance(value, int | float):
             remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
         remedy = advice_on_metric(value) or remedy
@@ -223,7 +225,7 @@ def checked_metrics(function: object, metrics: Metrics) -> Metrics:
 
 
 def _is_metric(value: object) -> TypeGuard[Tensor | Metric]:
-    return isinstance(value, Metric) or (isinstance(value, Tensor) and value.ndim == 0)
+    return isinstance(value, Metric) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
 
 
 def _remedy(result: object, loss: object) -> str:

@@ -75,10 +75,20 @@ def kinds_logged(log: Mapping[str, Logged]) -> frozenset[Kind]:
 
 
 def plain_number(value: Value) -> Scalar | Wrapped:
-    """Converts scalars of NumPy and torch to Python scalars."""
+    """Converts scalars of NumPy and torch to Python scalars.
+
+    Raises:
+        TypeError: If a scalar is no real number.
+    """
     if type(value) is float or type(value) is int or isinstance(value, bool | Wrapped):
         return value
-    return value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else float(value)
+    number = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else float(value)
+    if not isinstance(number, int | float):
+        raise TypeError(
+            f"expected a scalar to write to be a real number, got {describe(value)}. Write its real part or its "
+            "absolute value."
+        )
+    return number
 
 
 def simplified(value: Value, kinds: Collection[Kind]) -> Value | None:
