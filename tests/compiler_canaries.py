@@ -143,26 +143,31 @@ def lowerings_are_registered_as_expected():
     assert {"device", "dtype", "inner_fn", "ranges"} <= set(inspect.signature(torch._inductor.ir.Pointwise).parameters)
 
 
-@canary("torch._inductor.ir.ExternKernel.require_contiguous")
-def lowerings_are_contiguous_if_required():
+@canary("torch._inductor.ir.ExternKernel.require_contiguous", "torch._inductor.ir.ExternKernel.require_exact_strides")
+def lowerings_have_the_required_strides():
     from torch._inductor import lowering
-
-    found = []
-
-    def second(x, y):
-        found.append(internals.inductor.contiguous_buffer(y))
-        return found[-1]
 
     operator, given = torch.ops.aten.hypot.default, [torch.ones(3, 2), torch.randn(2, 3)]
     before = lowering.lowerings.get(operator)
-    try:
+
+    def check(required, strides):
+        found = []
+
+        def second(x, y):
+            found.append(required(y))
+            return found[-1]
+
         internals.inductor.register_lowering(operator, second)
         graph = recorded(lambda x, y: [torch.hypot(x, (y + 1).t())], *given)
         (value,) = internals.inductor.compile_graph(graph, given, {})(*given)
+        assert torch.equal(value, (given[1] + 1).t())
+        assert [list(map(int, each.get_stride())) for each in found] == [strides]
+
+    try:
+        check(internals.inductor.contiguous_buffer, [2, 1])
+        check(lambda x: internals.inductor.strided_buffer(x, [1, 3]), [1, 3])
     finally:
         lowering.lowerings.pop(operator) if before is None else lowering.lowerings.update({operator: before})
-    assert torch.equal(value, (given[1] + 1).t())
-    assert [list(map(int, each.get_stride())) for each in found] == [[2, 1]]
 
 
 @canary("torch._inductor.aoti_compile_and_package", "torch._inductor.aoti_load_package")

@@ -12,7 +12,7 @@ from fxtrain import rng
 from fxtrain.compiler.passes import _matmuls as matmuls
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
-from fxtrain.compiler.passes._reductions import reduce_from_memory
+from fxtrain.compiler.passes._reductions import keep_softmax, reduce_from_memory
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 
 trace = importlib.import_module("fxtrain.compiler.lowering._trace")
@@ -28,10 +28,11 @@ PASSES = {
     "bias corrections": make_bias_corrections_exact,
     "concatenations": replace_trivial_concatenations,
     "scalars": hoist_scalars,
+    "softmax": keep_softmax,
     "reductions": reduce_from_memory,
     "matmuls": matmuls.speed_up_matmuls,
 }
-EXACT = ("dropout", "bias corrections", "concatenations", "scalars", "reductions")
+EXACT = ("dropout", "bias corrections", "concatenations", "scalars", "softmax", "reductions")
 """Passes that promise the same bits. A matmul with a separate bias rounds differently."""
 
 

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from recomputations import (
     HOWS,
     IN_GRAPH,
@@ -22,13 +21,11 @@ from recomputations import (
     without_reentry,
 )
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain.compiler.lowering import _trace as traced
-from fxtrain.compiler.passes._reductions import reduce_from_memory
 
 TX = fx.optim.sgd(0.1)
 
@@ -222,33 +219,6 @@ class TestMemory:
     def test_results_are_bitwise_unchanged(self, interpreted, memory, is_recomputed):
         step = fx.compile(fx.train_step(squares, TX), memory=memory)
         same(trained(step, start(network, IN_GRAPH, is_recomputed)), kept())
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("is_norm_first", [True, False])
-    def test_encoder_of_torch_keeps_its_bits_in_compiled_loops(self, is_norm_first):
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=is_norm_first)
-        encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        network = nn.Sequential(nn.Embedding(17, 16), encoder, nn.Linear(16, 17), nn.Flatten(0, 1))
-        tokens, tx, ends = torch.randint(0, 17, (2, 4, 7)), fx.optim.sgd(1.0), []
-        for memory in ("save", "recompute"):
-            step = fx.compile(
-                fx.train_step(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1].flatten()), tx),
-                memory=memory,
-            )
-            ends.append(step(fx.init(network, tx), tokens)[0])
-        same(*ends)
-
-    def test_sum_of_what_matmuls_read_is_taken_from_memory(self):
-        def gradients(slope, weight, x):
-            flat = (slope * 2).transpose(0, 1).reshape(6, 4)
-            return flat.sum(0), flat @ weight, flat.t() @ x, (slope * 3).sum(0), (slope * 4) @ weight
-
-        graph = make_fx(gradients)(torch.ones(2, 3, 4), torch.ones(4, 5), torch.ones(6, 5)).graph
-        reduce_from_memory(graph)
-        (kept,) = graph.find_nodes(op="call_function", target=torch.ops.fxtrain.once.default)
-        assert kept.args[0].target == torch.ops.aten.clone.default
-        assert len(list(kept.args[0].users)) == 1
 
     def test_options_of_steps_compose(self, interpreted):
         ends = []

@@ -31,6 +31,9 @@ OUTPUT = Interface("torch._inductor.output_code.CompiledFxGraph", "calls with lo
 LOWERING = Interface("torch._inductor.lowering.register_lowering", "operators of fxtrain", Feature.INDUCTOR)
 POINTWISE = Interface("torch._inductor.lowering.make_pointwise", "operators of fxtrain", Feature.INDUCTOR)
 LOOP = Interface("torch._inductor.ir.Pointwise", "operators of fxtrain", Feature.INDUCTOR)
+STRIDED_BUFFER = Interface(
+    "torch._inductor.ir.ExternKernel.require_exact_strides", "operators of fxtrain", Feature.INDUCTOR
+)
 BUFFER = Interface("torch._inductor.ir.ExternKernel.require_contiguous", "operators of fxtrain", Feature.INDUCTOR)
 LOOP_OPERATORS = Interface("torch._inductor.virtualized.ops", "operators of fxtrain", Feature.INDUCTOR)
 KERNELS = Interface("torch._inductor.metrics.generated_kernel_count", "the number of kernels in fx.explain")
@@ -136,6 +139,12 @@ def contiguous_buffer(x: Any) -> Any:
     """Returns a lowering of ``x`` in contiguous memory, which is that of ``x`` if possible."""
     x.realize()
     return BUFFER.get()(x)
+
+
+def strided_buffer(x: Any, strides: Sequence[int]) -> Any:
+    """Returns a lowering of ``x`` in memory with these strides, which is that of ``x`` if possible."""
+    x.realize()
+    return STRIDED_BUFFER.get()(x, strides)
 
 
 def loop_operators() -> Any:

@@ -48,7 +48,7 @@ from fxtrain.compiler.passes._offload import offload
 from fxtrain.compiler.passes._offload import report as report_offload
 from fxtrain.compiler.passes._operators import register_lowerings
 from fxtrain.compiler.passes._recompute import recompute_regions
-from fxtrain.compiler.passes._reductions import reduce_from_memory
+from fxtrain.compiler.passes._reductions import keep_softmax, reduce_from_memory
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.compiler.passes._transfer_buckets import Reshard
 from fxtrain.compiler.passes._transfers import place_transfers
@@ -148,6 +148,8 @@ def trace_step(
     # Only Inductor's loops depend on the rest of the graph.
     if backend is None:
         make_bias_corrections_exact(graph.graph)
+        if isinstance(step, Step):
+            keep_softmax(graph.graph)
     replace_trivial_concatenations(graph.graph)
     # These passes compare sizes, which would add conditions on later batches.
     if symbolic is None:

@@ -19,6 +19,7 @@ from fxtrain._torch_internals.inductor import (
     ordered_loop,
     pointwise,
     register_lowering,
+    strided_buffer,
 )
 
 
@@ -38,6 +39,32 @@ def once() -> Any:
     return operator
 
 
+@functools.cache
+def laid_out() -> Any:
+    """``laid_out(x, strides)``: the values of ``x`` in memory with these strides.
+
+    Inductor chooses the layout of other values.
+    """
+
+    def computed(x: Tensor, strides: list[int]) -> Tensor:
+        return x.new_empty_strided(x.shape, strides).copy_(x)
+
+    def shaped(x: Tensor, strides: list[int]) -> Tensor:
+        return x.new_empty_strided(x.shape, strides)
+
+    operator = _registered("laid_out(Tensor x, int[] strides) -> Tensor", computed, shaped, "CPU", "CUDA")
+    _set_lowering(operator, strided_buffer)
+    return operator
+
+
+@functools.cache
+def unrecognized() -> Any:
+    """``unrecognized(x)``: the identity, through which Inductor recognizes no pattern. It takes no time."""
+    operator = _registered("unrecognized(Tensor x) -> Tensor", torch.clone, torch.empty_like, "CPU", "CUDA")
+    _set_lowering(operator, lambda x: x)
+    return operator
+
+
 def materialize(node: Any, readers: Iterable[Any] | None = None) -> None:
     """Gives readers of a node the value in memory.
 
@@ -45,9 +72,21 @@ def materialize(node: Any, readers: Iterable[Any] | None = None) -> None:
         node: A node of a graph.
         readers: Nodes that read it. Defaults to all.
     """
+    read_through(once(), node, readers=readers)
+
+
+def read_through(identity: Any, node: Any, *arguments: object, readers: Iterable[Any] | None = None) -> None:
+    """Gives readers of a node its value through an operator that returns its first argument.
+
+    Args:
+        identity: The operator.
+        node: A node of a graph.
+        arguments: Further arguments of the operator.
+        readers: Nodes that read it. Defaults to all.
+    """
     graph, given = node.graph, list(node.users if readers is None else readers)
     with graph.inserting_after(node):
-        kept = graph.call_function(once(), (node,))
+        kept = graph.call_function(identity, (node, *arguments))
     kept.meta.update(node.meta)
     for reader in given:
         reader.replace_input_with(node, kept)

@@ -1,12 +1,14 @@
-"""A graph pass for reductions of values that matmuls read too, such as the gradients of biases.
+"""Graph passes that make the bits of reductions independent of the rest of the graph.
 
-A matmul reads its inputs from memory. If Inductor meets a reduction of the same value first, the reduction computes the
-value itself, in an order that suits the value's own inputs. So the bits of a sum would depend on the rest of the graph,
-such as on which activations are recomputed.
+Inductor computes the input of a reduction in the reduction's own loop, in an order that suits what the loop reads. It
+also replaces the arithmetic of patterns that it recognizes. Both depend on which values are in memory and on what else
+reads them, so without these passes, bits would depend on which activations are recomputed.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -14,15 +16,55 @@ from torch.fx import Graph
 
 from fxtrain._torch_internals.dispatch import Operator, is_view, operator_name
 from fxtrain._torch_internals.memory import storage_id
-from fxtrain.compiler.passes._nodes import numel, storages_written
-from fxtrain.compiler.passes._operators import materialize
+from fxtrain.compiler.passes._nodes import is_pointwise, numel, storages_written
+from fxtrain.compiler.passes._operators import after, laid_out, materialize, once, read_through, unrecognized
 
-_REDUCTIONS = ("sum", "mean", "var", "var_mean", "amax", "amin", "linalg_vector_norm")
-_MATMULS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward")
+_SUMS = {"sum", "mean", "var", "var_mean", "amax", "amin", "linalg_vector_norm"}
+_NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm"}
+_NORMS_BACKWARD = {f"{name}_backward" for name in _NORMS}
+_SOFTMAX = {"_softmax", "_log_softmax"}
+_REDUCTIONS = _SUMS | _NORMS | _NORMS_BACKWARD | _SOFTMAX
+_MATMULS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward"}
+_PERMUTATIONS = {"permute", "transpose", "t"}
+_COPIES = {"clone", "_to_copy"}
+_MAXIMA = _SOFTMAX | {"_safe_softmax", "amax"}
 
 
 def reduce_from_memory(graph: Graph) -> Graph:
-    """Materializes values that both matmuls and reductions read, before either does.
+    """Materializes values before a reduction reads them, where its loop would otherwise depend on them.
+
+    These are values that matmuls read too, and from memory in any case, values whose elements are permuted, so that a
+    loop may follow the memory of the inputs or of the result, and what the gradients of a norm are computed from.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned.
+    """
+    written, permuted, identities = storages_written(graph), set[Any](), (once(), after())
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        is_in_loops = _is_view(node) or is_pointwise(node.target, _COPIES) or node.target in identities
+        is_permuted = _name(node) in _PERMUTATIONS or (
+            is_in_loops and not (value.is_contiguous() and permuted.isdisjoint(node.all_input_nodes))
+        )
+        if is_permuted:
+            permuted.add(node)
+        if _is_view(node) or _name(node) in _MATMULS or storage_id(value) in written:
+            continue
+        readers = set(map(_name, _readers(node)))
+        if is_permuted:
+            if readers & _REDUCTIONS and _is_dense(value):
+                # Inductor would choose a layout that suits the loop.
+                read_through(laid_out(), node, value.stride())
+                permuted.remove(node)
+        elif (is_in_loops and readers & _NORMS_BACKWARD) or (readers & _SUMS and readers & _MATMULS):
+            materialize(node)
+    return graph
+
+
+def keep_softmax(graph: Graph) -> Graph:
+    """Keeps Inductor from replacing the arithmetic of a scaled softmax, or of attention that is written out.
 
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
@@ -30,13 +72,18 @@ def reduce_from_memory(graph: Graph) -> Graph:
     written = storages_written(graph)
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node) or _name(node) in _MATMULS:
+        if not any(_name(user) in _MAXIMA for user in node.users) or not isinstance(value, Tensor):
             continue
-        names = set(map(_name, _readers(node)))
-        if names.isdisjoint(_REDUCTIONS) or names.isdisjoint(_MATMULS) or storage_id(value) in written:
-            continue
-        materialize(node)
+        if storage_id(value) not in written and _is_dense(value):
+            read_through(unrecognized(), node)
     return graph
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether the elements fill a range of memory, each once."""
+    strides = sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1)
+    filled = itertools.accumulate((size for _, size in strides), operator.mul, initial=1)
+    return all(stride == place for (stride, _), place in zip(strides, filled, strict=False))
 
 
 def _readers(node: Any) -> list[Any]:
