@@ -342,6 +342,14 @@ class TestMemory:
         torch.cuda.synchronize()
         assert 4096 <= found < 2**20
 
+    def test_recomputed_batch_norms_update_their_statistics_once(self):
+        layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(3)]
+        tx, batch = fx.optim.sgd(0.1), torch.randn(16, 8, 8, 8, device="cuda")
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        state = fx.init(nn.Sequential(*layers).cuda(), tx, seed=0)
+        kept, recomputed = (fx.compile(step, memory=memory)(state, batch)[0] for memory in ("save", "recompute"))
+        torch.testing.assert_close(dict(recomputed.buffers), dict(kept.buffers))
+
     def test_offloaded_activations_lower_the_peak_and_keep_the_bits(self):
         """Inductor keeps each transfer at its place in the graph."""
         network = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.Tanh()))).cuda()

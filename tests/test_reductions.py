@@ -10,7 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing
+from fxtrain.compiler.passes._recompute import is_backward, recompute
 from fxtrain.compiler.passes._reductions import keep_softmax, reduce_from_memory
+from fxtrain.core._graph_marks import marking_pass
 
 
 class Attention(nn.Module):
@@ -159,3 +161,21 @@ def test_all_that_reads_scores_reads_what_is_not_recognized():
     graph = keep_softmax(make_fx(attention)(torch.ones(3, 4), torch.ones(4, 3)).graph)
     kept = [node for node in graph.nodes if node.target == torch.ops.fxtrain.unrecognized.default]
     assert [node.args[0].target for node in kept] == ["x_1", torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor]
+
+
+@pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+def test_recomputed_batch_norm_leaves_its_statistics_unchanged(name):
+    normalize = getattr(torch.ops.aten, name)
+
+    def step(x, weight, mean, variance):
+        with marking_pass("loss", is_backward=False):
+            normalized = normalize(x, weight, weight, mean, variance, True, 0.1, 1e-5)[0]
+            loss = normalized.sin().sum()
+        with marking_pass("loss", is_backward=True):
+            return loss, normalized.cos()
+
+    graph = make_fx(step, tracing_mode="fake")(torch.ones(4, 3), *torch.ones(3, 3)).graph
+    recompute(graph, [node for node in graph.nodes if node.op == "call_function" and not is_backward(node)])
+    once, again = graph.find_nodes(op="call_function", target=normalize.default)
+    assert None not in once.args
+    assert again.args[3:5] == (None, None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from fxtrain._torch_internals.dispatch import Operator, argument_of, is_in_place, is_view
+from fxtrain._torch_internals.dispatch import Operator, argument_of, hides_writes, is_in_place, is_view
 from fxtrain._torch_internals.memory import storage_id
 from fxtrain.compiler.passes._nodes import is_pointwise, storages_written
 from fxtrain.compiler.passes._operators import after, materialize
@@ -23,7 +23,8 @@ from fxtrain.core._graph_marks import Pass, join_pass, pass_of, regions_of, set_
 
 aten = torch.ops.aten
 
-_BATCH_NORMS = (aten.native_batch_norm.default,)
+# On GPUs, a batch norm is an operator of cuDNN or MIOpen, with the same arguments.
+_BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
 _STATISTICS = slice(3, 5)
 """The arguments of a batch norm that hold its running statistics."""
 _IS_TRAINING = 5
@@ -137,7 +138,7 @@ def _is_repeatable(node: Any, written: set[int]) -> bool:
         return False
     if node.target in _BATCH_NORMS:
         return bool(node.args[_IS_TRAINING])
-    if is_in_place(node.target) or _is_random(node):
+    if is_in_place(node.target) or hides_writes(node.target) or _is_random(node):
         return False
     if node.target.namespace in _COLLECTIVES:
         return False
