@@ -72,6 +72,11 @@ native_layer_norm native_layer_norm_backward renorm safe_softmax softmax softmax
 """
 _COMPOSITES = frozenset(_COMPOSITE_NAMES.split())
 
+# These may round float32 inputs to fewer bits, as ``torch.backends`` has settings for.
+_MATMULS = ("addbmm", "addmm", "addmv", "baddbmm", "bmm", "dot", "linear", "mm", "mv", "scaled_dot_product", "vdot")
+_INPUT_EPS = {"tf32": 2.0**-10, "bf16": torch.finfo(torch.bfloat16).eps}
+"""Machine precision of the inputs by setting. cuDNN rounds those of convolutions to TF32 by default."""
+
 _PLAIN: Any = Tensor
 
 
@@ -133,7 +138,7 @@ class RoundingNoise(TorchDispatchMode):
             args = tuple(self._untied(arg) if isinstance(arg, Tensor) else arg for arg in args)
         elif not is_pointwise:
             args = tuple(
-                self._noisy(arg) if isinstance(arg, Tensor) and is_kept else arg
+                self._noisy(arg, _input_errors(name, arg)) if isinstance(arg, Tensor) and is_kept else arg
                 for arg, is_kept in zip(args, arguments_kept(func), strict=False)
             )
         operands = [arg for arg in args if isinstance(arg, Tensor) and _is_noisy(arg)] if is_pointwise else []
@@ -252,6 +257,23 @@ def _is_rounded(before: Tree, after: Tree) -> bool:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not (_is_noisy(before) and _is_noisy(after)):
         return False
     return torch.finfo(after.dtype).eps > torch.finfo(before.dtype).eps
+
+
+def _input_errors(name: str, value: Tensor) -> float | None:
+    """Returns the largest noise of a float32 input that an operation rounds to fewer bits, or None for others."""
+    if value.dtype != torch.float32:
+        return None
+    settings: Any = torch.backends.mkldnn if value.device.type == "cpu" else torch.backends.cudnn
+    if "conv" in name:
+        setting = settings.conv
+    elif any(kind in name for kind in ("rnn", "lstm", "gru")):
+        setting = settings.rnn
+    elif name.startswith(_MATMULS):
+        setting = settings.matmul if value.device.type == "cpu" else torch.backends.cuda.matmul
+    else:
+        return None
+    eps = _INPUT_EPS.get(setting.fp32_precision)
+    return None if eps is None else _LOW_AMPLITUDE * eps / torch.finfo(torch.float32).eps
 
 
 def _terms(args: Sequence[Tree], result: Tensor) -> float:
