@@ -72,7 +72,9 @@ def keep_softmax(graph: Graph) -> Graph:
     written = storages_written(graph)
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if not any(_name(user) in _MAXIMA for user in node.users) or not isinstance(value, Tensor):
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        if not any(_name(user) in _MAXIMA for user in node.users):
             continue
         if storage_id(value) not in written and _is_dense(value):
             read_through(unrecognized(), node)
