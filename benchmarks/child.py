@@ -154,6 +154,8 @@ def memory(job: dict[str, Any], parent: TextIO) -> None:
     train(small, limited(small.batches, 2))  # loads libraries and compilers
     forget_compiled()
     trim()
+    if on_gpu:
+        torch.cuda.empty_cache()  # of the small workload
     before = torch.cuda.memory_reserved() if on_gpu else resident("VmRSS")
     peaks = []
 

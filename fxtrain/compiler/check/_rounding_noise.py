@@ -263,16 +263,16 @@ def _input_errors(name: str, value: Tensor) -> float | None:
     """Returns the largest noise of a float32 input that an operation rounds to fewer bits, or None for others."""
     if value.dtype != torch.float32:
         return None
-    settings: Any = torch.backends.mkldnn if value.device.type == "cpu" else torch.backends.cudnn
+    is_on_cpu = value.device.type == "cpu"
+    settings: Any = torch.backends.mkldnn if is_on_cpu else torch.backends.cudnn
+    setting: Any = None
     if "conv" in name:
         setting = settings.conv
     elif any(kind in name for kind in ("rnn", "lstm", "gru")):
         setting = settings.rnn
     elif name.startswith(_MATMULS):
-        setting = settings.matmul if value.device.type == "cpu" else torch.backends.cuda.matmul
-    else:
-        return None
-    eps = _INPUT_EPS.get(setting.fp32_precision)
+        setting = settings.matmul if is_on_cpu else torch.backends.cuda.matmul
+    eps = None if setting is None else _INPUT_EPS.get(setting.fp32_precision)
     return None if eps is None else _LOW_AMPLITUDE * eps / torch.finfo(torch.float32).eps
 
 
