@@ -1,7 +1,7 @@
 """Ranks on a GPU: one process, and two that share it. The checks are those of ranks on CPUs.
 
-Seen on an H200 with torch 2.11, but for a rank that is killed after a step is done. One that is killed within a step
-leaves the other in a collective of NCCL, whose watchdog ended it a minute later.
+Seen on an H200 with torch 2.11. A rank that is killed within a step leaves the other in a collective of NCCL, whose
+watchdog ended it a minute later.
 """
 
 import signal
