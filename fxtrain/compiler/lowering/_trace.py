@@ -52,7 +52,7 @@ from fxtrain.compiler.passes._reductions import keep_softmax, reduce_from_memory
 from fxtrain.compiler.passes._scalars import hoist_scalars, make_bias_corrections_exact
 from fxtrain.compiler.passes._transfer_buckets import Reshard
 from fxtrain.compiler.passes._transfers import place_transfers
-from fxtrain.core import Batch, TrainState, Tree, compiling
+from fxtrain.core import Batch, TrainState, Tree, compiling, warn
 from fxtrain.step import EvalFunction, Step
 
 R = TypeVar("R")
@@ -128,8 +128,15 @@ def trace_step(
             old[index].copy_(value)
         return values[len(changed) :]
 
+    if torch.is_anomaly_enabled():
+        warn(
+            "torch.autograd.detect_anomaly does not reach into a compiled step. Use it with the uncompiled step, or "
+            "observers=[fxtrain.observers.debug()].",
+            RuntimeWarning,
+        )
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
-    with compiling():
+    # Looking for nan would read values that a trace does not have.
+    with compiling(), torch.autograd.set_detect_anomaly(False):
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
     replace_in_place(replace_constants(graph).graph)
     keep_products_with_zero(graph.graph)
