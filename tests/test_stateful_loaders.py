@@ -213,3 +213,10 @@ def test_persistent_workers_are_seeded_by_epoch_from_any_start(kind):
         data.expect_epoch_length(8) if kind == "iterable" else None
         assert_same(take(data, range(start, 14)), whole[start:])
         data.close()
+
+
+@pytest.mark.parametrize(("kind", "length"), [("map", 3), ("iterable", None)])
+def test_length_of_a_map_style_dataset_is_known_in_the_first_epoch(kind, length):
+    data = from_stateful_loader(stateful(kind, 0))
+    assert data.epoch_length == length
+    assert len(take(data, range(4))) == 4

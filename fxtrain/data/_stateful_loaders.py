@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from fxtrain.core import Batch, describe
 from fxtrain.core._short_tracebacks import with_short_traceback
@@ -27,7 +28,7 @@ class StatefulLoaderBatches(IterableBatches):
     def __init__(self, loader: StatefulLoader, *, seed: int, dynamic: bool) -> None:
         dynamic_dims = dynamic_dimensions(loader, dynamic)
         super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, dynamic_dims=dynamic_dims)
-        self.loader = loader
+        self.loader, self.epoch_length = loader, _length(loader)
         self.interruptible = False  # rebuilding the loader's state would require rereading the epoch
         self._reads_ahead = False  # the loader's state would already include the next batch
         dataset = getattr(loader, "dataset", None)
@@ -127,6 +128,17 @@ class StatefulLoaderBatches(IterableBatches):
 
 
 @with_short_traceback
+def _length(loader: Any) -> int | None:
+    """Returns the number of batches of a loader over a map-style dataset, or None for others, which may be wrong."""
+    dataset = getattr(loader, "dataset", None)
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, IterableDataset):
+        return None
+    try:
+        return len(loader) or None
+    except TypeError:
+        return None
+
+
 def from_stateful_loader(loader: StatefulLoader, *, seed: int = 0, dynamic: bool = False) -> Source:
     """Returns the batches of a loader with a ``state_dict``, such as torchdata's ``StatefulDataLoader``.
 
