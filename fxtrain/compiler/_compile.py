@@ -149,7 +149,8 @@ def compile(  # noqa: A001
             that take another route gather as with ``"off"``.
         check: Whether the first two calls of each graph are checked against the uncompiled step. With ``dynamic``, the
             first call of each batch size is checked too, for up to 32 sizes. It takes memory for four more states
-            while it runs.
+            while it runs. Products that round their inputs, as convolutions on a GPU do by default, are compared less
+            strictly: ``torch.backends.cudnn.conv.fp32_precision``.
         artefacts: A folder for compiled graphs, which may be shared by processes and machines and may be a folder
             inside that of a run's checkpoints. A graph that is found there is loaded, so that a first step is
             as fast with an empty cache as with a full one, and gives the same bits. Otherwise one process compiles the
