@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,7 @@ def reduce_from_memory(graph: Graph) -> Graph:
     """Materializes values before a reduction reads them, where its loop would otherwise depend on them.
 
     These are values that matmuls read too, and from memory in any case, values whose elements are permuted, so that a
-    loop may follow the memory of the inputs or of the result, and what the gradients of a norm are computed from.
+    loop may follow the memory of the inputs or of the result, and gradients of the results of norms.
 
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
@@ -52,13 +53,15 @@ def reduce_from_memory(graph: Graph) -> Graph:
             permuted.add(node)
         if _is_view(node) or _name(node) in _MATMULS or storage_id(value) in written:
             continue
-        readers = set(map(_name, _readers(node)))
+        readers = list(_readers(node))
+        names = {_name(reader) for reader, _ in readers}
+        is_gradient = any(_name(reader) in _NORMS_BACKWARD and reader.args[0] is read for reader, read in readers)
         if is_permuted:
-            if readers & _REDUCTIONS and _is_dense(value):
+            if names & _REDUCTIONS and _is_dense(value):
                 # Inductor would choose a layout that suits the loop.
                 read_through(laid_out(), node, value.stride())
                 permuted.remove(node)
-        elif (is_in_loops and readers & _NORMS_BACKWARD) or (readers & _SUMS and readers & _MATMULS):
+        elif (is_in_loops and is_gradient) or (names & _SUMS and names & _MATMULS):
             materialize(node)
     return graph
 
@@ -88,17 +91,16 @@ def _is_dense(value: Tensor) -> bool:
     return all(stride == place for (stride, _), place in zip(strides, filled, strict=False))
 
 
-def _readers(node: Any) -> list[Any]:
-    """Returns the nodes that read all elements of a value, or a view of them."""
-    found, todo = list[Any](), [node]
+def _readers(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields the nodes that read all elements of a value, each with the value itself or the view that it reads."""
+    todo = [node]
     while todo:
         source = todo.pop()
         for user in source.users:
             if not _is_view(user):
-                found.append(user)
+                yield user, source
             elif numel(user) == numel(source):
                 todo.append(user)
-    return found
 
 
 def _name(node: Any) -> str | None:
