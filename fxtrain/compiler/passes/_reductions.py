@@ -46,9 +46,9 @@ def reduce_from_memory(graph: Graph) -> Graph:
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
         is_in_loops = _is_view(node) or is_pointwise(node.target, _COPIES) or node.target in identities
-        is_permuted = _name(node) in _PERMUTATIONS or (
-            is_in_loops and not (value.is_contiguous() and permuted.isdisjoint(node.all_input_nodes))
-        )
+        # A second permutation may restore the order.
+        inherits = _name(node) not in _PERMUTATIONS and not permuted.isdisjoint(node.all_input_nodes)
+        is_permuted = is_in_loops and (inherits or not value.is_contiguous())
         if is_permuted:
             permuted.add(node)
         if _is_view(node) or _name(node) in _MATMULS or storage_id(value) in written:
