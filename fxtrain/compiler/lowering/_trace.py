@@ -155,13 +155,11 @@ def trace_step(
     # Only Inductor's loops depend on the rest of the graph.
     if backend is None:
         make_bias_corrections_exact(graph.graph)
-        if isinstance(step, Step):
-            keep_softmax(graph.graph)
     replace_trivial_concatenations(graph.graph)
     # These passes compare sizes, which would add conditions on later batches.
     if symbolic is None:
         if backend is None:
-            reduce_from_memory(graph.graph)
+            reduce_from_memory(keep_softmax(graph.graph) if isinstance(step, Step) else graph.graph)
         hoist_scalars(speed_up_matmuls(graph.graph))
     # A step that returned new states instead would have other addresses at each call. Other backends may do on the host
     # what a capture leaves out.
