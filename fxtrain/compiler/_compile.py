@@ -128,11 +128,11 @@ def compile(  # noqa: A001
             before fusion. A limit below what recomputation can reach causes a warning and takes the lowest peak.
             ``"offload"`` keeps activations of 1 MiB or more in pinned memory of the host, at the cost of two transfers,
             for steps on one GPU. Such steps are not replayed as CUDA graphs.
-            Results are those of ``"save"``, random samples included. In float32, they have the same bits if the
-            compiler adds in the same order, as it does in linear layers, convolutions, attention and norms. It may add
-            in another order in reductions that a model writes itself, and round bfloat16 elsewhere. Compilation takes
-            longer, because dropout masks are not batched, and with ``"recompute"`` repeated layers are compiled one by
-            one.
+            Results are those of ``"save"``, random samples included. On a CPU and in float32, they have the same bits
+            if the compiler adds in the same order, as it does in linear layers, convolutions, attention and norms. It
+            may add in another order in reductions that a model writes itself and on a GPU, and round bfloat16
+            elsewhere. Compilation takes longer, because dropout masks are not batched, and with ``"recompute"``
+            repeated layers are compiled one by one.
             Works on the step as one traced graph, and excludes ``backend`` and ``dynamic``. Steps that take another
             route keep everything and say so.
             ``fxtrain.remat`` chooses by hand and works with any value.
