@@ -73,6 +73,7 @@ def made(): fx.init(Net, tx)
 def optimizer(): fx.optim.adamw("0.1")
 def schedule(): fx.schedules.warmup(0.1, 10)
 def data(): fx.data.padded([[1], []], 2)
+def resumable(): fx.data.from_stateful_loader([1])
 def composed(): fx.compose(fx.when(fx.every(2), late), 3)
 def slot(): fx.stateful("best", lambda state: 0, late)
 """
@@ -80,7 +81,7 @@ REPORT = """
 import json, logging, os, pickle, sys, traceback
 cases = [eager, traced, called, stepped, evaluated, refused, iterated]
 cases += [callback, evaluation, key, rows, worker, option, limit, module, made]
-cases += [optimizer, schedule, data, composed, slot]
+cases += [optimizer, schedule, data, resumable, composed, slot]
 
 def failed(case):
     try:
@@ -149,6 +150,7 @@ def found(tmp_path_factory):
         "optimizer": [],
         "schedule": [],
         "data": [],
+        "resumable": [],
         "composed": [],
         "slot": [],
     }.items(),

@@ -127,7 +127,6 @@ class StatefulLoaderBatches(IterableBatches):
         end_persistent(self.loader)  # torchdata's loader keeps its workers alive
 
 
-@with_short_traceback
 def _length(loader: Any) -> int | None:
     """Returns the number of batches of a loader over a map-style dataset, or None for others, which may be wrong."""
     dataset = getattr(loader, "dataset", None)
@@ -139,6 +138,7 @@ def _length(loader: Any) -> int | None:
         return None
 
 
+@with_short_traceback
 def from_stateful_loader(loader: StatefulLoader, *, seed: int = 0, dynamic: bool = False) -> Source:
     """Returns the batches of a loader with a ``state_dict``, such as torchdata's ``StatefulDataLoader``.
 
