@@ -25,7 +25,6 @@ from fxtrain.data import to_device
 from fxtrain.diagnostics._memory_estimate import estimated_bytes
 from fxtrain.fold import attach
 from fxtrain.step import Step
-from fxtrain.tree import Path, as_code, leaf_paths
 
 _START = 8
 # The second step of a trial runs with the memory that the first one leaves allocated.
@@ -71,8 +70,7 @@ def find_batch_size(
 
     Raises:
         TypeError: If an argument is not an int.
-        ValueError: If an argument is out of range.
-            Also if a batch does not have the rows asked for.
+        ValueError: If an argument is out of range, or a batch lacks rows.
         RuntimeError: If not even the smallest size fits.
         Exception: Any other error of the step.
 
@@ -122,23 +120,26 @@ def _allowed(size: int, limit: int, multiple: int) -> int:
 
 def _with_all_rows(make_batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
     """Returns the function, which then raises a ValueError for a batch that lacks rows."""
-    first: tuple[int, dict[Path, Any]] | None = None
+    first_size, first_shapes = 0, dict[str, Any]()
 
     def make(size: int) -> Batch:
-        nonlocal first
+        nonlocal first_size, first_shapes
         batch = make_batch(size)
-        shapes = dict(zip(leaf_paths(batch), map(_shape, tree.leaves(batch)), strict=True))
-        if first is None:
-            first = size, shapes
-        first_size, first_shapes = first
+        shapes: dict[str, Any] = {
+            path: getattr(leaf, "shape", None)
+            for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
+        }
+        if not first_size:
+            first_size, first_shapes = size, shapes
         # Other leaves may have a constant size, or the rows in another dimension.
-        by_row = [path for path, shape in first_shapes.items() if shape[:1] == (first_size,)]
-        changed = [path for path in first_shapes if shapes.get(path) != first_shapes[path]]
-        other = [path for path in by_row if path in changed and shapes.get(path, ())[:1] != (size,)]
-        if size != first_size and not changed:
+        by_row = [path for path, shape in first_shapes.items() if shape and shape[0] == first_size]
+        has_rows = any(shapes.get(path) and shapes[path][0] == size for path in by_row)
+        changed = [path for path in by_row if shapes.get(path) != first_shapes[path]]
+        if size != first_size and first_shapes.items() <= shapes.items():
             got = f"the shapes of make_batch({first_size})"
-        elif other and all(shapes.get(path, ())[:1] != (size,) for path in by_row):
-            got = f"batch{as_code(other[0])}: {list(shapes.get(other[0], ()))}"
+        elif changed and not has_rows:
+            shape = shapes.get(changed[0])
+            got = f"{changed[0]}: {shape and list(shape)}"
         else:
             return batch
         raise ValueError(
@@ -147,10 +148,6 @@ def _with_all_rows(make_batch: Callable[[int], Batch]) -> Callable[[int], Batch]
         )
 
     return make
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return tuple(getattr(leaf, "shape", ()))
 
 
 def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> str | None:
