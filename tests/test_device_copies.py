@@ -101,7 +101,8 @@ class TestPrefetch:
         Pinned(streams, monkeypatch)
 
     def read(self, batches, device):
-        data = prefetch(batches, 1, device=device)
+        """Reads an iterator, because the thread would already copy batches of the next epoch of a list."""
+        data = prefetch(iter(batches), 1, device=device)
         try:
             return [data[index] for index in range(len(batches))]
         finally:
