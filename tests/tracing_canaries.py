@@ -106,6 +106,12 @@ def operators_describe_themselves():
     assert internals.dispatch.arguments_kept(copy) == [False, True, True]
 
 
+@canary("torch._ops.HigherOrderOperator")
+def operators_that_take_functions_have_a_type():
+    assert isinstance(torch.ops.higher_order.cond, internals.dispatch.HigherOrderOperator)
+    assert not isinstance(torch.ops.aten.add, internals.dispatch.HigherOrderOperator)
+
+
 @canary("torch.ops.aten._local_scalar_dense.default")
 def reads_are_an_operator():
     seen = []

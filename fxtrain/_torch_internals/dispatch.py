@@ -24,6 +24,7 @@ KEY_GUARD = Interface("torch._C._ForceDispatchKeyGuard", "garbage collection aft
 SET_GRAD_ENABLED = Interface("torch._C._set_grad_enabled", "calls of Inductor's code with low dispatch overhead")
 OPERATOR = Interface("torch._ops.OpOverload", "telling operators from other functions", Feature.TRACED)
 PACKET = Interface("torch._ops.OpOverloadPacket", "telling operators from other functions", Feature.TRACED)
+HIGHER_ORDER = Interface("torch._ops.HigherOrderOperator", "models that call torch.cond or FlexAttention")
 SCHEMA = Interface("torch.ops.aten.copy_.default._schema", "finding in-place operators and views", Feature.TRACED)
 TRANSFORMS = Interface("torch._C._functorch.peek_interpreter_stack", "recognizing code inside torch.func")
 IS_WRAPPED = Interface("torch._C._functorch.is_functorch_wrapped_tensor", "telling which tensors share memory")
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 else:
     Operator = type(torch.ops.aten.add.Tensor)  # one signature of an operator, as in the nodes of graphs
     OperatorPacket = type(torch.ops.aten.add)  # an operator with all of its signatures
+
+HigherOrderOperator: Any = HIGHER_ORDER.get() if HIGHER_ORDER.exists else ()  # a type, or none for isinstance
 
 
 class LightDispatchMode(TorchDispatchMode):

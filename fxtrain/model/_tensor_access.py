@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
-from fxtrain._torch_internals.dispatch import unwrapped
+from fxtrain._torch_internals.dispatch import HigherOrderOperator, unwrapped
 from fxtrain._torch_internals.dynamo import inlined_only
 from fxtrain._torch_internals.memory import storage_id, write_count
 from fxtrain.core import Tree
@@ -236,6 +236,9 @@ class TensorReads(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        # torch compiles torch.cond and FlexAttention by Dynamo, which does not know the names of these operators.
+        if torch.compiler.is_dynamo_compiling() and isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
         if not _reads_shape_only(func):
             self.found.update(id(leaf) for leaf in tree.leaves((args, kwargs)) if id(leaf) in self._watched)
         self.written.update(id(target) for target in written_by(func.__name__, args, kwargs))

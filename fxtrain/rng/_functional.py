@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from fxtrain._torch_internals.dispatch import Operator, OperatorPacket, is_transformed
+from fxtrain._torch_internals.dispatch import HigherOrderOperator, Operator, OperatorPacket, is_transformed
 from fxtrain._torch_internals.dynamo import constant_in_dynamo, inlined_only, is_dynamo_loaded, show_to_modes
 from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.rng._philox import Key
@@ -143,9 +143,12 @@ class Functional(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        # torch compiles torch.cond and FlexAttention by Dynamo, which does not know the names of these operators.
+        if torch.compiler.is_dynamo_compiling() and isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
         # Dispatch by name, a constant while tracing. A table keyed by functions costs Dynamo several guards per key.
         name = func.__name__
-        kwargs = kwargs or {}
         if name == "__set__" and func == _ASSIGN_DATA:
             if args[1] is args[0]:
                 return None  # module.to(device) does this if the module is already there
