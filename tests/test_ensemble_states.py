@@ -344,6 +344,25 @@ def test_best_checkpoint_of_a_batch_is_refused_before_the_first_step(tmp_path):
         fx.fit(ensemble.stack(starts()), step(), data(), callbacks=callback, steps=2, **evaluation())
 
 
+@pytest.mark.parametrize(("best", "step_of_best"), [("loss", 2), ("loss/min", 3), ("loss/member_0", 1)])
+def test_checkpoint_of_a_batch_is_selected_by_a_summary_or_a_member(best, step_of_best, tmp_path):
+    # w: 0.8, 1.8, 2.8 and -2, -1, 0
+    tx, data = fx.optim.sgd(1.0), [torch.ones(())]
+    checkpointer = fx.checkpointer(tmp_path, best=best, keep=1)
+    fx.fit(
+        ensemble.stack([fx.init({"w": torch.tensor(w)}, tx) for w in (-0.2, -3.0)]),
+        fx.train_step(lambda model, batch: -model["w"] * batch, tx),
+        data,
+        steps=3,
+        callbacks=fx.callbacks.save(),
+        eval_step=fx.eval_step(lambda model, batch: model["w"].square() * batch),
+        eval_data=data,
+        eval_when=1,
+        checkpointer=checkpointer,
+    )
+    assert checkpointer.best() == step_of_best
+
+
 def test_export_of_a_batch_needs_the_view_of_a_member(tmp_path):
     options = {"callbacks": fx.callbacks.track_best("loss"), "epochs": 3, **evaluation()}
     runs = ensemble.stack(starts())

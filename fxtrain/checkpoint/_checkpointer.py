@@ -358,7 +358,8 @@ def checkpointer(
         keep_every: Also keeps checkpoints whose step is a multiple of this.
         best: The name of an evaluation metric. Also keeps the checkpoint with its best value, of those that callbacks
             such as ``save`` and ``save_best`` request. The one at the end of a session does not count, because the best
-            must not depend on where a run was interrupted.
+            must not depend on where a run was interrupted. For a batch of runs, ``"loss"`` is the mean of the members,
+            and the others are ``"loss/min"``, ``"loss/max"`` and ``"loss/member_0"``.
         mode: Whether the smallest (``"min"``) or largest (``"max"``) value of the metric is best.
         background: Whether ``save`` returns once the state is copied, at the cost of memory for one copy. If False,
             ``save`` blocks until the checkpoint is on disk.

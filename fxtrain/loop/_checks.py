@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxtrain import tree, writers
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
+from fxtrain.core._members import members_of, summarized
 from fxtrain.core._rank import rank
 from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.equivalents import refuse_foreign_callback
@@ -23,6 +24,8 @@ from fxtrain.step._check_function import place_of, refuse_unless_step, takes_mod
 from fxtrain.values import KINDS_BY_NAME, Kind, is_kept
 from fxtrain.writers._asynchronous import AsynchronousWriter
 from fxtrain.writers._multi import MultiWriter
+
+_CHECKPOINTER = "checkpointer(best=...)"
 
 
 def check_state(state: object, order: str) -> None:
@@ -176,7 +179,7 @@ def check_needs(
     if check is not None:
         check(state)
     needed = [(metric, handler.name) for handler in callbacks.handlers for metric in handler.needs.eval_metrics]
-    needed += [] if best is None else [(best, "checkpointer(best=...)")]
+    needed += [] if best is None else [(best, _CHECKPOINTER)]
     if not needed:
         return
     if eval_step is None:
@@ -185,12 +188,16 @@ def check_needs(
             f"expected the metric {metric!r} at EvalEnd for {reader}, got no evaluation. Give fit an eval_step and "
             "eval_data."
         )
-    measured = _measured(eval_step, state, eval_data)
+    measured, members = _measured(eval_step, state, eval_data), members_of(state)
     for metric, reader in needed:
-        if measured and metric not in measured:
+        names = shown = measured
+        if reader == _CHECKPOINTER and members is not None:  # callbacks see the metrics of one member
+            names = [key for name in measured for key in summarized(name, members.step)]
+            shown = [key for name in measured for key in summarized(name, members.step[:1])]
+        if names and metric not in names:
             raise ValueError(
-                f"expected the metric {metric!r} at EvalEnd for {reader}, got {', '.join(map(repr, measured))}."
-                f"{did_you_mean(metric, measured)} Return it from eval_step, or name one of these."
+                f"expected the metric {metric!r} at EvalEnd for {reader}, got {', '.join(map(repr, shown))}."
+                f"{did_you_mean(metric, shown)} Return it from eval_step, or name one of these."
             )
 
 
