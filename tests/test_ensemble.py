@@ -326,6 +326,10 @@ def test_errors_of_stacking():
         ensemble.stack([states[0], other])
     with pytest.raises(IndexError, match="expected the index of one of 3 members, got 3"):
         ensemble.member(ensemble.stack(states), 3)
+    with pytest.raises(IndexError, match="expected the index of one of 3 members, got -4"):
+        ensemble.member(ensemble.stack(states), -4)
+    with pytest.raises(TypeError, match=r"expected the index of a member to be an int, got 0\.5"):
+        ensemble.member(ensemble.stack(states), 0.5)
     with pytest.raises(ValueError, match="expected the state of a batch of runs, got that of one run"):
         ensemble.member(states[0], 0)
 

@@ -13,6 +13,7 @@ from fxtrain.core import Batch, describe
 from fxtrain.core._members import PerMember
 from fxtrain.core._short_tracebacks import with_short_traceback
 from fxtrain.data import Source, SourceLike, as_source
+from fxtrain.ensemble._states import paired_leaves
 
 
 @with_short_traceback
@@ -98,11 +99,8 @@ class _MemberBatches(Source):
 
 
 def _stacked(*batches: Any) -> PerMember:
-    expected = dict(zip(tree.paths(batches[0], "batch"), tree.leaves(batches[0]), strict=True))
     for index, batch in enumerate(batches):
-        found = dict(zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True))
-        for path in (*expected, *found):
-            ours, theirs = expected.get(path), found.get(path)
+        for path, ours, theirs in paired_leaves(batches[0], batch, "batch"):
             if ours is None or theirs is None:
                 has, lacks = (0, index) if theirs is None else (index, 0)
                 raise ValueError(

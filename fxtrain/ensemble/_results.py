@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fxtrain.core import EVALUATED, History, TrainState, check_choice, check_int, did_you_mean
+from fxtrain.core import EVALUATED, History, TrainState, check_choice, did_you_mean
 from fxtrain.core._members import is_stacked, member_name
-from fxtrain.ensemble._states import member, stacked
+from fxtrain.ensemble._states import index_of_member, member, stacked
 
 
 class _Result(Protocol):
@@ -82,12 +82,15 @@ def _last_number(history: History, name: str) -> float:
 def history(result: _Result, index: int) -> History:
     """Returns the history of one member, with the names of a single run, until it stopped.
 
+    If the others rewind to before its stop, the points of the steps that they take again are nan.
+
     Args:
         result: From ``fit`` with a batch of runs.
-        index: The member.
+        index: The member. Negative indices count from the end.
 
     Raises:
         ValueError: If it is the result of one run.
+        TypeError: If ``index`` is not an int.
         IndexError: If there is no such member.
 
     Example:
@@ -102,11 +105,8 @@ def history(result: _Result, index: int) -> History:
     state = result.state
     if not is_stacked(state):
         raise ValueError("expected the result of a batch of runs, got that of one run. Its history is result.history.")
-    count = len(state.step)
-    check_int("index", index, minimum=-count)
-    if index >= count:
-        raise IndexError(f"expected the index of one of {count} members, got {index}. The first has index 0.")
-    end, tail = int(state.step[index]), member_name("", index % count)
+    index = index_of_member(index, len(state.step))
+    end, tail = int(state.step[index]), member_name("", index)
     points: dict[str, tuple[list[int], list[float]]] = {}
     for name in result.history:
         if name.endswith(tail):

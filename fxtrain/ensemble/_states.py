@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import EVALUATED, LOOP, Callback, TrainState, Tree, check_int, check_train_state, describe, dtype_name
+from fxtrain.core import EVALUATED, LOOP, Callback, TrainState, Tree, check_train_state, describe, dtype_name
 from fxtrain.core._members import check_stacked, is_stacked, stacked_state
 from fxtrain.fold import compose
 from fxtrain.fold._per_member import select_settings
@@ -49,12 +50,8 @@ def stack(states: Sequence[TrainState]) -> TrainState:
         check_train_state(state, f"fxtrain.ensemble.stack(states), at index {index},", takes_stacked=True)
         if state.step.ndim:
             raise ValueError(f"expected states of single runs, got one of several at index {index}. Give its members.")
-    paths, leaves = tree.paths(states[0], "state"), tree.leaves(states[0])
-    expected = dict(zip(paths, leaves, strict=True))
     for index, state in enumerate(states[1:], start=1):
-        found = dict(zip(tree.paths(state, "state"), tree.leaves(state), strict=True))
-        for path in (*expected, *found):
-            first, other = expected.get(path), found.get(path)
+        for path, first, other in paired_leaves(states[0], state, "state"):
             if first is None or other is None or first.shape != other.shape or first.dtype != other.dtype:
                 ours, theirs = ("no such leaf" if leaf is None else describe(leaf) for leaf in (first, other))
                 raise ValueError(
@@ -99,6 +96,7 @@ def member(state: TrainState, index: int) -> TrainState:
 
     Raises:
         ValueError: If it is the state of one run.
+        TypeError: If ``index`` is not an int.
         IndexError: If there is no such member.
 
     Example:
@@ -108,15 +106,34 @@ def member(state: TrainState, index: int) -> TrainState:
         {'w': tensor(1.)}
     """
     state = stacked(state)
-    count = check_stacked(state)
-    check_int("index", index, minimum=-count)
-    if index >= count:
-        raise IndexError(f"expected the index of one of {count} members, got {index}. The first has index 0.")
+    index = index_of_member(index, check_stacked(state))
     one = tree.map(lambda leaf: leaf[index].clone(), state)
     if EVALUATED in one.slots and one.slots[EVALUATED]["step"] < 0:  # only other members were evaluated
         one = one.replace(slots={name: slot for name, slot in one.slots.items() if name != EVALUATED})
     none = torch.zeros_like(one.due.stop)
     return one.replace(due=one.due._replace(stop=none, skip_final_save=none.clone()))
+
+
+def index_of_member(index: int, count: int) -> int:
+    """Returns the index of a member from the first one on.
+
+    Args:
+        index: An int, or a NumPy or torch scalar of an integer dtype. Negative ones count from the end.
+        count: The number of members.
+
+    Raises:
+        TypeError: If it is not an int.
+        IndexError: If there is no such member.
+    """
+    try:
+        given = operator.index(index)
+    except TypeError:
+        given = None
+    if given is None or isinstance(index, bool):
+        raise TypeError(f"expected the index of a member to be an int, got {describe(index)}. The first has index 0.")
+    if not -count <= given < count:
+        raise IndexError(f"expected the index of one of {count} members, got {given}. The first has index 0.")
+    return given % count
 
 
 @overload
@@ -202,11 +219,9 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
             )
     state, others = state.replace(slots=slots), others.replace(slots={name: given[name] for name in slots})
 
-    expected, found = (dict(zip(tree.paths(each, "state"), tree.leaves(each), strict=True)) for each in (state, others))
-    for path in (*expected, *found):
+    for path, *leaves in paired_leaves(state, others, "state"):
         ours, theirs = (
-            "no such leaf" if leaf is None else f"{dtype_name(leaf.dtype)} {list(leaf.shape[1:])}"
-            for leaf in (expected.get(path), found.get(path))
+            "no such leaf" if leaf is None else f"{dtype_name(leaf.dtype)} {list(leaf.shape[1:])}" for leaf in leaves
         )
         if ours != theirs:
             raise ValueError(
@@ -222,6 +237,18 @@ def put(state: TrainState, members: Sequence[int] | Tensor, others: TrainState) 
         return old.index_copy(0, indices, new)
 
     return tree.map(replaced, state, others)
+
+
+def paired_leaves(one: Tree, other: Tree, root: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the path and both leaves, or None for one, of all leaves that either pytree has.
+
+    Example:
+        >>> list(paired_leaves({"x": 1, "y": 2}, {"x": 3, "z": 4}, "batch"))
+        [("batch['x']", 1, 3), ("batch['y']", 2, None), ("batch['z']", None, 4)]
+    """
+    ours, theirs = (dict(zip(tree.paths(each, root), tree.leaves(each), strict=True)) for each in (one, other))
+    for path in dict.fromkeys((*ours, *theirs)):
+        yield path, ours.get(path), theirs.get(path)
 
 
 def _unknown(leaf: Tensor, count: int) -> Tensor:
