@@ -167,3 +167,12 @@ def test_epoch_mean_keeps_float64_precision():
     state = fx.init({"w": torch.tensor(1.0, dtype=torch.float64)}, tx)
     result = fx.fit(state, step, data, callbacks=mean, epochs=1)
     assert result.history["epoch/loss"].values[-1] == pytest.approx(1.0 + 5e-13, rel=1e-15, abs=0)
+
+
+def test_end_of_a_source_within_a_batch_is_not_that_of_the_evaluation():
+    other = fx.data.from_iterable(iter([torch.zeros(2, 3)] * 2))
+    data = fx.data.batches(torch.ones(8, 3), 2, shuffle=False).map(
+        lambda batch, at: batch + other[at], with_position=True
+    )
+    with pytest.raises(ValueError, match="expected 4 batches of evaluation data, got 2, after which a source that it"):
+        fx.evaluate(STATE, MEAN, data)

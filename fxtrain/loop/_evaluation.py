@@ -213,7 +213,12 @@ def _batches(data: Source | Waits, device: torch.device) -> Iterator[tuple[int, 
     while data.epoch_length is None or index < data.epoch_length:
         try:
             batch = to_device(data[index], device)
-        except Exhausted:
+        except Exhausted as error:
+            if index and data.epoch_length not in (None, index):  # of another source that a function of map reads
+                raise ValueError(
+                    f"expected {data.epoch_length} batches of evaluation data, got {index}, after which a source that "
+                    "it reads ends. Give that source as many batches."
+                ) from error
             break
         yield index, batch
         index += 1
