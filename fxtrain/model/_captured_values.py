@@ -109,6 +109,19 @@ def values_read(function: Callable[..., object]) -> Iterator[tuple[object, str, 
                 yield part, name, value
 
 
+def globals_read(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields the global variables that a function reads, with their names.
+
+    Example:
+        >>> scale = 2.0
+        >>> list(globals_read(lambda x: x * scale))
+        [('scale', 2.0)]
+    """
+    for name in dict.fromkeys(_global_names(function.__code__)):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
 def _is_of_fxtrain(part: object) -> bool:
     """Whether this is code of fxtrain, such as a step around a loss function."""
     if isinstance(part, types.FunctionType):
@@ -132,9 +145,7 @@ def _read(part: object) -> Iterator[tuple[str, Any]]:
         for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
             if cell != types.CellType():
                 yield name, cell.cell_contents
-        for name in dict.fromkeys(_global_names(part.__code__)):
-            if name in part.__globals__:
-                yield name, part.__globals__[name]
+        yield from globals_read(part)
         names = part.__code__.co_varnames[: part.__code__.co_argcount]
         yield from zip(reversed(names), reversed(part.__defaults__ or ()), strict=False)
         yield from (part.__kwdefaults__ or {}).items()

@@ -83,7 +83,9 @@ def refuse_hidden_state(
 
     refusal = functools.partial(_refusal, who, frozenset(map(template.path, template.changed_buffers(buffers))))
     before, first = {**before, **changed_buffers}, leaves()
-    changed = _changed(before, first)
+    # A tensor in place of another may be state. Those on the meta device stand for parameters and buffers.
+    replaceable = {id(value) for value in before.values() if isinstance(value, Tensor) and not value.is_meta}
+    changed = _changed(before, first, replaceable)
     changed += [path for path in changed_buffers if path not in changed]
     if not changed:
         return

@@ -32,7 +32,8 @@ def init(
     Parameters that do not require gradients are frozen: they are not trained and have no optimizer state. Tied
     parameters stay tied: they are one leaf, under the first of their names. A module in eval mode is trained in
     training mode. Submodules in eval mode inside a module in training mode, such as frozen batch norms, stay in eval
-    mode.
+    mode. Hooks and other functions that a module holds see the modules of the state in place of those that they close
+    over.
 
     Args:
         model: A module, or a pytree (such as a dict) of modules and tensors. A bare tensor is a parameter.
@@ -47,8 +48,9 @@ def init(
     Raises:
         TypeError: If a leaf of ``model`` is neither a module nor a tensor, is lazy, compiled or distributed, or cannot
             be copied; if ``tx`` is not a gradient transformation; or if ``seed`` is not a 64-bit int.
-        ValueError: If the keys of ``tx`` are not those of ``model``, or if a parameter shares memory with another
-            parameter or buffer without being the same tensor.
+        ValueError: If the keys of ``tx`` are not those of ``model``; if a parameter shares memory with another
+            parameter or buffer without being the same tensor; or if a function of a module reaches a part of the model
+            as a global variable, or a parameter or buffer other than as an attribute.
 
     Example:
         >>> import torch, fxtrain as fx

@@ -14,6 +14,7 @@ from fxtrain._torch_internals.memory import write_count
 from fxtrain._torch_internals.modules import own_buffers, own_modules, own_parameters
 from fxtrain.core import Tree
 from fxtrain.model._attribute_snapshots import AttributeSnapshot, leaves
+from fxtrain.model._closures import bind_closures, hook_owners, refuse_other_references
 from fxtrain.rng._host_generators import global_generators
 
 # Marks a buffer that a call deleted.
@@ -202,6 +203,7 @@ class MetaModules:
 
     def __deepcopy__(self, memo: dict[int, object]) -> MetaModules:
         root = copy.deepcopy(self.root, memo)
+        bind_closures(root, memo)
         return MetaModules(root, frozenset(id(memo[part]) for part in self._owned if part in memo), self._paths)
 
     def __reduce__(self) -> tuple[type[MetaModules], tuple[nn.Module, frozenset[int], dict[str, str]]]:
@@ -213,6 +215,7 @@ def on_meta_device(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
 
     Raises:
         TypeError: If the module cannot be copied.
+        ValueError: If one of its functions reaches a part of it in a way that the copy cannot.
     """
     replacements: dict[int, Tensor] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
@@ -231,21 +234,25 @@ def copied_with(root: nn.Module, replacements: Mapping[int, Tensor]) -> tuple[nn
 
     Raises:
         TypeError: If the module cannot be copied.
+        ValueError: If one of its functions reaches a part of it in a way that the copy cannot.
     """
     # Tensors in deepcopy's memo take the place of the weights, also in other attributes that refer to them.
     memo: dict[int, Any] = {**replacements}
-    for _, tensor in AttributeSnapshot({"model": root}, ()).tensors:
+    searched = [id(owner()) for owner in hook_owners(root)]
+    for _, tensor in AttributeSnapshot({"model": root}, searched).tensors:
         # deepcopy refuses tensors with a graph, such as those that torch.nn.utils.weight_norm stores. Each call
         # recomputes them.
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return _copied(root, memo)
+        copied = _copied(root, memo)
     except Exception as error:
         raise TypeError(
             f"expected modules that copy.deepcopy can copy, got the error: {str(error).rstrip('.')}. Remove locks, "
             "open files and hooks that close over them from the modules."
         ) from error
+    refuse_other_references(root, memo)
+    return copied
 
 
 def in_eval_mode(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
@@ -258,6 +265,7 @@ def _copied(root: nn.Module, memo: dict[int, object]) -> tuple[nn.Module, frozen
     # Global generators are shared with the copy, because a copied one would not be seeded.
     memo |= {id(generator): generator for generator in global_generators()}
     made = copy.deepcopy(root, memo)
+    bind_closures(made, memo)
     # Loggers and enum members copy to themselves, so the copy does not own them.
     return made, frozenset(id(value) for key, value in memo.items() if key not in (id(value), id(memo)))
 

@@ -18,6 +18,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.modules import has_gradient_hooks
 from fxtrain.core import TrainState, Tree, describe
 from fxtrain.core._bits import as_bytes
+from fxtrain.model._closures import hook_owners
 from fxtrain.model._first_call_checks import hooks_error
 from fxtrain.model._meta_modules import MetaModules, in_eval_mode, on_meta_device
 from fxtrain.model._model_calls import ModelCalls
@@ -53,6 +54,7 @@ class Model(ModelCalls):
         module_paths = [path for path, leaf in found_at if isinstance(leaf, nn.Module)]
         paths = {str(index): path for index, path in enumerate(module_paths)}
         self._training, owned = on_meta_device(original)
+        self._hook_owners = hook_owners(original)
         for module in self._training.children():
             # A whole module in eval mode was probably just loaded or evaluated. A submodule in eval mode, such as a
             # frozen batch norm, is deliberate.
@@ -106,8 +108,8 @@ class Model(ModelCalls):
             raise hooks_error(self._hooks_at)
 
     def __getstate__(self) -> dict[str, object]:
-        # The user's functions must not be copied or pickled.
-        return {**self.__dict__, "_first": {}}
+        # The user's functions and objects must not be copied or pickled.
+        return {**self.__dict__, "_first": {}, "_hook_owners": ()}
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Model) and self._key == other._key)

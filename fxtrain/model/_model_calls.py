@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from fxtrain._torch_internals.tracing import is_traced
 from fxtrain.core import Tree, name_of
 from fxtrain.core._shard import full_tensor, holds_shards, is_dtensor, refuse_shards
 from fxtrain.model._captured_values import captured_tensors
+from fxtrain.model._closures import refuse_captured_hooks
 from fxtrain.model._first_call_checks import (
     CheckedFunctions,
     refuse_hidden_state,
@@ -55,6 +57,8 @@ class ModelCalls(ParameterTrees):
     _slots: Mapping[str, str]
     # Names of trainable parameters.
     _trained: frozenset[str]
+    # The user's objects whose methods are hooks of the modules.
+    _hook_owners: tuple[weakref.ref[Any], ...]
 
     def _forget_calls(self) -> None:
         """Clears what is known from earlier calls."""
@@ -176,6 +180,8 @@ class ModelCalls(ParameterTrees):
     ) -> CallResult:
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
+        if examine:
+            refuse_captured_hooks(name_of(function), function, self._hook_owners)
         cloned = flat_params.keys() - self._trained if probing else self._written
         tensors: dict[str, Tensor] = {}
         who = name_of(function)
