@@ -4,7 +4,7 @@ import shutil
 import signal
 
 import pytest
-from test_checkpoint_hostile import rewrite
+from saved_steps import rewrite
 
 import fxtrain as fx
 from fxtrain.checkpoint import DamagedError

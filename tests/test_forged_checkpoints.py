@@ -7,18 +7,10 @@ import random
 import problem
 import pytest
 import torch
-from saved_steps import put, saved
+from saved_steps import put, rewrite, saved
 
 import fxtrain as fx
 from fxtrain.checkpoint import DamagedError
-
-
-def rewrite(path, change):
-    """Changes the JSON lines of a manifest and recomputes its checksum."""
-    file = path / "manifest.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()][:-1]
-    lines = change(lines) or lines
-    put(file, b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
 
 
 class TestForged:
