@@ -82,8 +82,10 @@ class Differentiation:
                 "differentiate='autograd' inside one of them, whose derivatives would be lost. Choose "
                 "differentiate='func'."
             )
-        if self._way == "func" or nested or dynamo:
-            return (by_autograd if self._way == "autograd" else by_func)(objective, trainable)
+        if nested:
+            return by_func(objective, trainable)
+        if self._way == "func" or dynamo:
+            return _detached((by_autograd if self._way == "autograd" else by_func)(objective, trainable))
         # A forward pass compiled by torch.compile cannot run inside torch.func.
         # torch.func converts some sizes to ints, which would specialize a trace with symbolic sizes to one size.
         if self._way == "autograd" or is_forward_wrapped() or (self._way == "auto" and has_symbolic_sizes()):
@@ -92,7 +94,7 @@ class Differentiation:
             return self._by_autograd(objective, trainable)
         try:
             with leaving_checkpoints_to_autograd():
-                return by_func(objective, trainable)
+                return _detached(by_func(objective, trainable))
         except CheckpointReached:
             self._has_checkpoints = True
             return self._by_autograd(objective, trainable)
@@ -205,6 +207,19 @@ def by_func(objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
     found: Any = torch.func.vjp(differentiated, trainable, has_aux=True)
     grads, aux = found[2]
     return grads, used, aux
+
+
+def _detached(found: tuple[Tree, Tree, Tree]) -> tuple[Tree, Tree, Tree]:
+    """Returns results without the graphs of tensors outside the state that require gradients, such as a teacher's.
+
+    The state after the step would hold the graphs of all steps before.
+    """
+    grads, used, aux = found
+
+    def detached(leaf: Tensor) -> Tensor:
+        return leaf.detach() if leaf.requires_grad else leaf
+
+    return tree.map(detached, grads), used, tree.map(detached, aux)
 
 
 def by_autograd(objective: Objective, trainable: Tree, *, whole: bool = False) -> tuple[Tree, Tree, Tree]:

@@ -39,7 +39,7 @@ from fxtrain.compiler.lowering._side_effects import detecting_side_effects
 from fxtrain.compiler.lowering._stored import Compiled, GraphFiles, Turns
 from fxtrain.compiler.lowering._symbolic_sizes import SymbolicSizes, dense
 from fxtrain.compiler.passes._concatenation import replace_trivial_concatenations
-from fxtrain.compiler.passes._constants import keep_products_with_zero, replace_constants
+from fxtrain.compiler.passes._constants import detach_constants, keep_products_with_zero, replace_constants
 from fxtrain.compiler.passes._dropout import merge_dropout_masks
 from fxtrain.compiler.passes._in_place import replace_in_place
 from fxtrain.compiler.passes._matmuls import speed_up_matmuls
@@ -138,7 +138,7 @@ def trace_step(
     # Looking for nan would read values that a trace does not have.
     with compiling(), torch.autograd.set_detect_anomaly(False):
         graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
-    replace_in_place(replace_constants(graph).graph)
+    replace_in_place(replace_constants(detach_constants(graph)).graph)
     keep_products_with_zero(graph.graph)
     recomputes = recompute_regions(graph.graph)
     if memory == "offload":

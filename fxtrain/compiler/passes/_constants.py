@@ -41,6 +41,22 @@ def replace_constants(graph: GraphModule) -> GraphModule:
     return graph
 
 
+def detach_constants(graph: GraphModule) -> GraphModule:
+    """Replaces constants that require gradients, such as the weights of a teacher, by detached views of their memory.
+
+    The graph has its own backward pass. Autograd would record it once more at each call.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned.
+    """
+    for name in {node.target for node in graph.graph.find_nodes(op="get_attr")}:
+        constant = getattr(graph, name, None)
+        if isinstance(constant, Tensor) and constant.requires_grad:
+            delattr(graph, name)
+            graph.register_buffer(name, constant.detach())
+    return graph
+
+
 def keep_products_with_zero(graph: Graph) -> None:
     """Writes an integer 0 that multiplies floating values as 0.0.
 
