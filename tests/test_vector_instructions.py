@@ -1,5 +1,8 @@
 """The search for vector instructions: while a graph is compiled, Inductor knows only the set that it uses."""
 
+import os
+import signal
+import subprocess
 import sys
 import threading
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from fxtrain._torch_internals import inductor, tracing, vector_instructions
+from fxtrain.compiler.lowering import _compile_thread as worker
 
 cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
 
@@ -88,6 +92,62 @@ def test_error_of_the_search_is_raised_where_the_result_is_needed(searches, monk
     monkeypatch.setattr(vector_instructions, "FEATURES", Found(fail))
     with vector_instructions.widest_sought(), pytest.raises(OSError, match="no compiler"):
         listed()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_search_is_not_awaited_after_an_error(searches, monkeypatch, error):
+    go_on, ended = threading.Event(), threading.Event()
+
+    def wait():
+        go_on.wait(30)
+        ended.set()
+        return ["avx2"]
+
+    monkeypatch.setattr(vector_instructions, "FEATURES", Found(wait))
+    with pytest.raises(error), vector_instructions.widest_sought():
+        raise error
+    assert not ended.is_set()
+    go_on.set()
+    assert ended.wait(30)
+
+
+FORK = """
+import os, signal
+from fxtrain._torch_internals import vector_instructions
+
+vector_instructions._widest = lambda: "found"
+vector_instructions._lock.acquire()  # as the thread does that a child lacks
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    os._exit(vector_instructions.widest() != "found")
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_process_can_search_too():
+    assert subprocess.run([sys.executable, "-c", FORK], timeout=60).returncode == 0
+
+
+def interrupts_blocked():
+    """Whether Ctrl-C in a terminal leaves the processes alone that this thread starts."""
+    status = subprocess.run(["grep", "SigBlk", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
+    return bool(int(status.split()[1], 16) >> signal.SIGINT - 1 & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_compilers_of_threads_survive_an_interrupt(searches, monkeypatch):
+    """A compiler that is killed would count as missing instructions for the rest of the process."""
+    found = []
+    monkeypatch.setattr(vector_instructions, "FEATURES", Found(lambda: found.append(interrupts_blocked()) or ["avx2"]))
+    with vector_instructions.widest_sought():
+        pass
+    job = worker.Job(interrupts_blocked, torch.device("cpu"))
+    assert job._has_ended.wait(30)
+    job.close()
+    assert found == [job.result] == [True]
+    assert not interrupts_blocked()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="compiles C++")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
@@ -43,16 +44,25 @@ def widest_sought() -> Generator[None]:
             return
         thread = threading.Thread(target=_seek, name="fxtrain-instructions", daemon=True)
         thread.start()
-        try:
-            yield
-        finally:
-            thread.join()
+        yield
+        # Not after an error or Ctrl-C, because the search takes seconds.
+        thread.join()
 
 
 def _seek() -> None:
+    ignore_interrupts_of_compilers()
     # An error is raised again where Inductor needs the result.
     with contextlib.suppress(Exception):
         widest()
+
+
+def ignore_interrupts_of_compilers() -> None:
+    """Lets compilers that this thread starts run on after Ctrl-C, which a terminal sends to all processes of a program.
+
+    A search that fails because its compiler was killed would count as missing instructions for the whole process.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited by processes
 
 
 def widest() -> list[Any] | None:
@@ -77,6 +87,15 @@ def _widest_only(find_all: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
 
     return valid_vec_isa_list
 
+
+def _reset_after_fork() -> None:
+    # A forked child has no thread that would release the lock.
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 _FUNCTIONS = ReplacedMethods(
     OWNER, {"valid_vec_isa_list": _widest_only}, ALL, CANDIDATES, FEATURES, OPTIONS, WIDTH, CODE, LOCK

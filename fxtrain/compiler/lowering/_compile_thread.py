@@ -21,6 +21,7 @@ from types import FrameType
 import torch
 
 from fxtrain._torch_internals.dynamo import compile_lock, nested_calls_inlined
+from fxtrain._torch_internals.vector_instructions import ignore_interrupts_of_compilers
 from fxtrain.compiler.lowering._executable import Executable
 from fxtrain.compiler.lowering._muted_logs import without_torch_logs
 
@@ -83,6 +84,7 @@ class Job:
             restore()
 
     def _run(self) -> None:
+        ignore_interrupts_of_compilers()
         began = time.perf_counter()
         try:
             with _lock, compile_lock(), _without_generator_resets(), without_torch_logs(), _current(self._device):
@@ -145,7 +147,8 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def _leave() -> None:
     if _current_job is not None:
-        _current_job.leave()
+        with contextlib.suppress(KeyboardInterrupt):  # of a user who does not want to wait
+            _current_job.leave()
 
 
 def _reset_after_fork() -> None:
