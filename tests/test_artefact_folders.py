@@ -94,6 +94,16 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"expected artefacts to be a folder, got the file .*file"):
             make(path)
 
+    def test_path_that_is_none_is_refused(self, tmp_path):
+        with pytest.raises(TypeError, match="expected artefacts to be a path, got 5"):
+            make(5)
+        with pytest.raises(ValueError, match="expected artefacts to be a path, got 'xxx"):
+            make("x" * 300)
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / "gone")
+        with pytest.raises(ValueError, match=r"expected artefacts to be a folder, got a link to .*gone, which"):
+            make(link)
+
     @pytest.mark.parametrize("options", [{"backend": "eager"}, {"dynamic": True}])
     def test_options_that_exclude_it(self, tmp_path, options):
         with pytest.raises(ValueError, match="expected artefacts without backend and dynamic"):

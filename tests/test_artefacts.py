@@ -1,5 +1,6 @@
 """Compiled graphs as files: what is loaded elsewhere, and what is compiled instead."""
 
+import json
 import logging
 import os
 import pathlib
@@ -169,6 +170,24 @@ class TestFingerprint:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             step.fresh()(start(), BATCH)
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            {"facts": {"torch": "9.9", "processor features": ["avx2", "fma"]}, "time": 1.0},
+            {"facts": {"torch": None}, "time": 1.0},
+            {"facts": {"torch": "9.9"}, "time": "yesterday"},
+            {"facts": {"torch": "9.9"}, "time": 1.0, "seconds": "none"},
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:.*another environment:UserWarning")
+    def test_header_of_another_program_does_not_matter(self, header, tmp_path):
+        lines = b"fxtrain compiled graph 1", b"0" * 64, json.dumps({"graph": "0" * 64, "files": [], **header}).encode()
+        (tmp_path / f"{'0' * 32}-{'0' * 16}.fxc").write_bytes(b"\n".join([*lines, b""]))
+        step = make(tmp_path)
+        steps(step, 1)
+        assert step.route == "inductor, traced"
+        assert len(list(tmp_path.glob("*.fxc"))) == 2
 
     def test_both_environments_keep_their_files(self, monkeypatch, made, folder, compiled):
         with monkeypatch.context() as patch:

@@ -49,6 +49,17 @@ MISTAKES = {
         lambda: fx.checkpointer(""),
         "ValueError: expected folder to be a path, got ''. Pass '.' for the current folder.",
     ),
+    "a path that is too long for a checkpointer": (
+        lambda: fx.checkpointer("x" * 300),
+        (
+            "ValueError: expected folder to be a path, got "
+            "'xxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxx' (File name too long). Choose another."
+        ),
+    ),
+    "a null character in the path of a checkpointer": (
+        lambda: fx.checkpointer("a\0b"),
+        "ValueError: expected folder to be a path, got 'a\\x00b' (embedded null byte). Choose another.",
+    ),
     "a link to nothing for a checkpointer": (
         lambda: fx.checkpointer(link()),
         (

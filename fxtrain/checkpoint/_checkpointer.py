@@ -20,7 +20,7 @@ from fxtrain.checkpoint._parts import OtherParts
 from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Deletion, Entry, RetentionPolicy, Role
 from fxtrain.checkpoint._save import Committed, Save, device_of, environment, facts, of_batch
-from fxtrain.core import TrainState, check_choice, check_path, check_positive_int, describe, did_you_mean, warn
+from fxtrain.core import TrainState, check_choice, check_new_path, check_positive_int, describe, did_you_mean, warn
 from fxtrain.equivalents import with_known_arguments
 
 
@@ -380,7 +380,7 @@ def checkpointer(
         ...     checkpoints.steps()
         [2]
     """
-    check_path("folder", folder)
+    check_new_path("folder", folder)
     if keep is not None:
         check_positive_int("keep", keep)
     if keep_every is not None:

@@ -8,6 +8,7 @@ from fxtrain.core._checks import (
     check_device,
     check_fraction,
     check_int,
+    check_new_path,
     check_non_negative,
     check_path,
     check_positive,

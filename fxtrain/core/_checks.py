@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
 import os
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -217,6 +218,31 @@ def check_path(name: str, value: object, remedy: str = "Pass a str or a pathlib.
         raise TypeError(f"expected {name} to be a path, got {describe(value)}. {remedy}")
     if not os.fspath(value):
         raise ValueError(f"expected {name} to be a path, got ''. Pass '.' for the current folder.")
+
+
+def check_new_path(name: str, value: object) -> None:
+    """Raises unless ``value`` is a path at which a file or folder may be made, as far as its text tells.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+
+    Raises:
+        TypeError: As ``check_path``.
+        ValueError: It is empty, too long for the system, has a null character, or has links in a circle.
+
+    Example:
+        >>> check_new_path("folder", "runs/1")
+    """
+    check_path(name, value)
+    try:
+        os.stat(cast("str", value))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            reason = str(error) if isinstance(error, ValueError) else error.strerror
+            raise ValueError(
+                f"expected {name} to be a path, got {describe(value)} ({reason}). Choose another."
+            ) from None
 
 
 def check_device(name: str, value: object) -> None:

@@ -26,7 +26,7 @@ from fxtrain.compiler.artefacts._file import (
 )
 from fxtrain.compiler.artefacts._fingerprint import differences, digest, environment_facts
 from fxtrain.compiler.artefacts._lease import local_turn, turn
-from fxtrain.core import warn
+from fxtrain.core import check_new_path, warn
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Artefacts:
     def _explain_miss(self, graph: str, facts: Mapping[str, str]) -> None:
         """Says why no file works here, unless the folder is empty."""
         headers = [read_header(path) for path in sorted(self.folder.glob(f"*{SUFFIX}"))]
-        headers = [header for header in headers if isinstance(header.get("facts"), dict)]
+        headers = [header for header in headers if _is_readable(header)]
         same = [header for header in headers if header.get("graph") == graph]
         if not same and any(header["facts"] == dict(facts) for header in headers):
             _log.info("%s has %d graphs, but none of this step, state and batch.", self.folder, len(headers))
@@ -155,6 +155,13 @@ class _LocalArtefacts(Artefacts):
         _log.debug("%s", message)
 
 
+def _is_readable(header: Mapping[str, Any]) -> bool:
+    """Whether a header, which is read without its checksum, has values of the right types."""
+    facts = header.get("facts")
+    has_text = isinstance(facts, dict) and all(isinstance(value, str) for value in facts.values())
+    return has_text and isinstance(header.get("time", 0), int | float)
+
+
 def local_artefacts() -> Artefacts | None:
     """Returns the compiled graphs of this machine, or None if the user has switched off torch's cache."""
     try:
@@ -172,9 +179,16 @@ def artefacts_in(path: str | os.PathLike[str]) -> Artefacts:
     """Returns the compiled graphs in a folder.
 
     Raises:
-        ValueError: The path is that of a file.
+        TypeError: It is not a path.
+        ValueError: The path is that of a file, or of a link to nothing, or none that the system accepts.
     """
+    check_new_path("artefacts", path)
     folder = Path(path)
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"expected artefacts to be a folder, got a link to {folder.readlink()}, which does not exist. Create that "
+            "folder, or name another."
+        )
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"expected artefacts to be a folder, got the file {folder}. Name a folder. It is created if it is missing."
