@@ -20,6 +20,9 @@ SHAPE = (
     "The shape of the result depends on values here (a mask as an index, nonzero, unique or similar), but shapes in a "
     "graph are fixed. Use torch.where, or multiply by the mask."
 )
+NO_COMPILER = (
+    "Inductor finds no working C++ compiler. Install g++ or clang++, or name one in the environment variable CXX."
+)
 _BY_EXCEPTION = {
     "DataDependentOutputException": VALUE,
     "GuardOnDataDependentSymNode": VALUE,
@@ -34,6 +37,7 @@ _BY_MESSAGE = {
     "Data dependent operator": VALUE,
     "Unsupported Tensor.item() call": VALUE,
     "Dynamic shape operator": SHAPE,
+    "InvalidCxxCompiler": NO_COMPILER,
 }
 
 

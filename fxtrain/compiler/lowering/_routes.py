@@ -16,7 +16,7 @@ from fxtrain._torch_internals.dispatch import dispatch_keys_kept
 from fxtrain._torch_internals.interface import Feature, UnsupportedError, supports
 from fxtrain.compiler.lowering._dynamo import fails
 from fxtrain.compiler.lowering._executable import Executable
-from fxtrain.compiler.lowering._graph_breaks import Break, break_from_error
+from fxtrain.compiler.lowering._graph_breaks import NO_COMPILER, Break, break_from_error
 from fxtrain.compiler.lowering._muted_logs import without_torch_messages
 from fxtrain.core import Batch, TrainState, warn
 from fxtrain.core._tracebacks import is_raised_by_users
@@ -262,6 +262,8 @@ def _compiled(route: Route, step: Step | EvalFunction, state: TrainState, batch:
 
 
 def _fallback(step: Step | EvalFunction, found: Break, route: Route) -> str:
+    if found.reason == NO_COMPILER:
+        return f"{step!r} cannot be compiled:\n{_lines(found)}Compiled instead: {route.outcome}. Results are the same."
     return (
         f"{step!r} cannot be traced as one graph:\n{_lines(found)}"
         f"Compiled instead: {route.outcome}. Results are the same. fx.explain(step, state, batch) lists all such "
@@ -270,6 +272,8 @@ def _fallback(step: Step | EvalFunction, found: Break, route: Route) -> str:
 
 
 def _refused(step: Step | EvalFunction, found: Break) -> str:
+    if found.reason == NO_COMPILER:
+        return f"expected {step!r} to be compiled (fullgraph=True), got no compiler:\n{_lines(found)}".rstrip()
     return (
         f"expected a step that is one graph (fullgraph=True), got {step!r}:\n{_lines(found)}"
         "fx.explain(step, state, batch) lists all such places. Change them, or leave out fullgraph=True to compile "
