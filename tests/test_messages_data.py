@@ -70,6 +70,13 @@ MISTAKES = {
             "with numpy.asarray(...)."
         ),
     ),
+    "a tuple of inputs and targets": (
+        lambda: data.as_source((torch.zeros(6, 3), torch.zeros(6, dtype=torch.int64))),
+        (
+            "TypeError: expected batches, got a tuple of 2 arrays of 6 rows each, which differ like the columns of one "
+            "data set. Batch them with fxtrain.data.batches(columns, batch_size), or with a DataLoader."
+        ),
+    ),
     "windows of a list": (
         lambda: data.windows([1, 2, 3], 2, 1),
         (

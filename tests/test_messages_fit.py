@@ -180,6 +180,20 @@ MISTAKES = {
             "slots, due), got 'forward'. The model with its weights is fxtrain.view(state)."
         ),
     ),
+    "a call of the model of a state": (
+        lambda: start().model(torch.ones(1, 2)),
+        (
+            "TypeError: expected a model with parameters, got a call of state.model, which has none. Use the model "
+            "with the parameters of a state: fxtrain.view(state), or fxtrain.to_module(state, module)."
+        ),
+    ),
+    "a method of a module called on the model of a state": (
+        lambda: start().model.eval(),
+        (
+            "AttributeError: expected a field of Model (trainable), got 'eval'. Use the model with the parameters of a "
+            "state: fxtrain.view(state), or fxtrain.to_module(state, module)."
+        ),
+    ),
     "a loss read from a result": (
         lambda: fit().loss,
         (

@@ -118,6 +118,8 @@ def as_source(source: SourceLike, *, seed: int = 0) -> Source:
     if is_graph(data):
         return sequence([data])
     if isinstance(data, list | tuple):
+        if isinstance(data, tuple):
+            _refuse_columns(data)
         return sequence(data)
     if isinstance(data, Iterable) and has_state(data):
         return from_stateful_loader(data, seed=seed)
@@ -125,6 +127,17 @@ def as_source(source: SourceLike, *, seed: int = 0) -> Source:
         return from_loader(data, seed=seed)
     _refuse_all_but_batches(data)
     return from_iterable(data, seed=seed)
+
+
+def _refuse_columns(source: tuple[object, ...]) -> None:
+    """Raises for a tuple of the columns of one data set, such as inputs and targets."""
+    arrays = [value for value in source if isinstance(value, Tensor | np.ndarray) and value.ndim]
+    kinds, rows = {(value.shape[1:], value.dtype) for value in arrays}, {len(value) for value in arrays}
+    if len(arrays) == len(source) and len(rows) == 1 and len(kinds) > 1:
+        raise TypeError(
+            f"expected batches, got a tuple of {len(arrays)} arrays of {rows.pop()} rows each, which differ like the "
+            "columns of one data set. Batch them with fxtrain.data.batches(columns, batch_size), or with a DataLoader."
+        )
 
 
 def _refuse_all_but_batches(source: object) -> None:

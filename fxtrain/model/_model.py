@@ -9,6 +9,7 @@ import operator
 import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fxtrain import tree
 from fxtrain._torch_internals.modules import has_gradient_hooks
 from fxtrain.core import TrainState, Tree, describe
 from fxtrain.core._bits import as_bytes
+from fxtrain.core._field_access import missing_field
 from fxtrain.model._closures import hook_owners
 from fxtrain.model._first_call_checks import hooks_error
 from fxtrain.model._meta_modules import MetaModules, in_eval_mode, on_meta_device
@@ -117,8 +119,17 @@ class Model(ModelCalls):
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(f"expected a model with parameters, got a call of state.model, which has none. {_VIEW}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise missing_field(self, name, ["trainable"], lambda: _VIEW)
+
     def __repr__(self) -> str:
         return f"Model({', '.join(type(module).__name__ for module in self._training.children())})"
+
+
+_VIEW = "Use the model with the parameters of a state: fxtrain.view(state), or fxtrain.to_module(state, module)."
 
 
 def model_of(state: TrainState) -> Model:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 _MAX_NAMED = 3
 
 _WAYS_ON = (
-    "fxtrain.compile(step, check=False) leaves this check out. fxtrain.compile(step, backend='inductor') compiles by "
-    "torch.compile, which checks what Python reads at each call."
+    "fxtrain.compile(step, backend='inductor') compiles by torch.compile, which checks what Python reads at each call. "
+    "If the compiled result is the right one, fxtrain.compile(step, check=False) leaves this check out."
 )
 
 
