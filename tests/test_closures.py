@@ -54,6 +54,11 @@ def a_weak_reference(module):
     module.function = Child(module)
 
 
+def a_weak_method(module):
+    method = weakref.WeakMethod(module.layer.forward)
+    module.function = lambda x: method()(x) * 2
+
+
 def a_replaced_forward(module):
     before = module.layer.forward
     module.layer.forward = lambda x: before(x) * 2
@@ -113,7 +118,7 @@ def shared_variables(module):
 
 
 WAYS = (
-    *(a_lambda, a_hook, lists_and_tuples, a_weak_reference, a_replaced_forward, a_partial, defaults),
+    *(a_lambda, a_hook, lists_and_tuples, a_weak_reference, a_weak_method, a_replaced_forward, a_partial, defaults),
     *(a_recursive_function, a_decorated_function, a_write_to_a_buffer, features, shared_variables),
 )
 
@@ -260,6 +265,17 @@ def test_tensors_of_the_model_in_variables_are_refused(attach):
     message = r"got model\.function, .* which holds the tensor scale\. .* Read an attribute of self"
     with pytest.raises(ValueError, match=message):
         fx.init(made(attach), TX)
+
+
+def hooked_when_saved(*_):
+    return SAVED.scale
+
+
+SAVED = made(lambda module: module.register_state_dict_pre_hook(hooked_when_saved))
+
+
+def test_global_modules_in_hooks_of_saving_are_allowed():
+    fx.eval_step(loss_fn)(fx.init(SAVED, TX), X)
 
 
 class Features:

@@ -20,7 +20,8 @@ from fxtrain.core import describe, name_of
 from fxtrain.core._tracebacks import is_of_users, place
 from fxtrain.model._captured_values import captured_values, globals_read
 
-_BUILTINS = (list, tuple, set, frozenset, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
+_BUILTINS = (list, tuple, set, frozenset, dict, collections.OrderedDict, collections.defaultdict)
+_WEAK = (weakref.ref, weakref.WeakMethod)
 # Longer containers are taken for data.
 _MAX_ELEMENTS = 4096
 
@@ -169,7 +170,8 @@ def _functions(root: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
         found = [(f"{prefix}.forward", forward)]
         for key, value in vars(module).items():
             values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            found += [(f"{prefix}.{key}", each) for each in values if isinstance(each, types.FunctionType)]
+            if "state_dict" not in key:  # hooks of saving and loading, which no call runs
+                found += [(f"{prefix}.{key}", each) for each in values if isinstance(each, types.FunctionType)]
         for path, function in found:
             if id(function) not in seen and isinstance(function, types.FunctionType):
                 seen.add(id(function))
@@ -213,7 +215,7 @@ class _Bound:
         elif isinstance(value, functools.partial):
             made = type(value)(self(value.func), *map(self, value.args), **self._items(value.keywords))
         elif isinstance(value, weakref.ref):
-            made = weakref.ref(self(value()))
+            made = type(value)(self(value()))
         elif isinstance(value, dict):
             made = type(value)(value.default_factory) if isinstance(value, collections.defaultdict) else type(value)()
             made.update(self._items(value))
@@ -271,7 +273,7 @@ def _parts(value: Any) -> Collection[object]:
         return value.__func__, value.__self__
     if isinstance(value, functools.partial):
         return value.func, *value.args, *value.keywords.values()
-    if isinstance(value, weakref.ref):
+    if type(value) in _WEAK:
         return (value(),)
     if type(value) in _BUILTINS or hasattr(value, "_fields"):
         return (value.values() if isinstance(value, dict) else value) if len(value) <= _MAX_ELEMENTS else ()
