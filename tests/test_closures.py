@@ -303,3 +303,36 @@ def test_losses_that_read_the_owner_of_a_hook_are_refused(is_in_list):
     message = r"expected loss to read features from what the model returns, got found, .* a hook of the model"
     with pytest.raises(RuntimeError, match=message):
         fx.train_step(loss, TX)(fx.init(module, TX), X)
+
+
+@pytest.mark.parametrize("attach", WAYS)
+def test_models_of_one_module_are_equal(attach):
+    module = made(attach)
+    assert fx.init(module, TX, seed=0).model == fx.init(module, TX, seed=1).model
+
+
+def test_functions_are_compared_by_what_they_read():
+    def scaled(factor):
+        def attach(module):
+            module.function = lambda x: module.layer(x) * module.scale * factor
+
+        return attach
+
+    def model(attach):
+        return fx.init(made(attach), TX).model
+
+    one, same, other = model(scaled(2)), model(scaled(2)), model(scaled(3))
+    assert one == same
+    assert one != other
+    assert model(a_lambda) != one
+    # A list may change later.
+    factors = [2]
+    assert model(scaled(factors)) == model(scaled(factors)) != model(scaled([2]))
+
+
+def test_modules_with_lambdas_are_stacked():
+    states = [fx.init(made(a_lambda), TX, seed=seed) for seed in range(2)]
+    runs = fx.ensemble.stack(states)
+    result = fx.fit(runs, fx.train_step(loss_fn, TX), [X], steps=3)
+    expected = fx.fit(states[0], fx.train_step(loss_fn, TX), [X], steps=3)
+    torch.testing.assert_close(fx.ensemble.member(result.state, 0).params, expected.state.params)

@@ -61,8 +61,9 @@ def stack(states: Sequence[TrainState]) -> TrainState:
         if tree.structure(state) != tree.structure(states[0]):
             raise ValueError(
                 f"expected states of one model, got another architecture at index {index}. Make all of them with "
-                "fxtrain.init of modules of one class and configuration. Modules with lambdas or other attributes that "
-                "are not compared by value need one model for all: state.replace(model=states[0].model)."
+                "fxtrain.init of modules of one class and configuration. Modules with attributes that are not compared "
+                "by value, such as objects of other classes, need one model for all: "
+                "state.replace(model=states[0].model)."
             )
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import operator
-import types
-import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from typing import NoReturn
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fxtrain import tree
 from fxtrain._torch_internals.modules import has_gradient_hooks
 from fxtrain.core import TrainState, Tree, describe
-from fxtrain.core._bits import as_bytes
 from fxtrain.core._field_access import missing_field
 from fxtrain.model._closures import hook_owners
+from fxtrain.model._fingerprint import fingerprint
 from fxtrain.model._first_call_checks import hooks_error
 from fxtrain.model._meta_modules import MetaModules, in_eval_mode, on_meta_device
 from fxtrain.model._model_calls import ModelCalls
@@ -69,7 +64,7 @@ class Model(ModelCalls):
         )
         self._slots = self._templates[True].slots
         self._hooked = grouped(has_gradient_hooks)
-        self._fingerprint = _fingerprint(self._training)
+        self._fingerprint = fingerprint(self._training)
         self._choose(grouped(_is_trainable))
 
     def training_only(self, trainable: Tree) -> Model:
@@ -160,89 +155,3 @@ def models_of(state: TrainState) -> tuple[str, ...]:
 def _is_trainable(value: Tensor) -> bool:
     frozen = isinstance(value, nn.Parameter) and not value.requires_grad
     return (value.is_floating_point() or value.is_complex()) and not frozen
-
-
-def _fingerprint(root: nn.Module) -> Hashable:
-    """Returns the types, names, ties, shapes and settings of all modules below ``root``.
-
-    Modules with equal fingerprints compute the same function of parameters and buffers. Other tensors are compared by
-    value. Settings that cannot be compared by value equal only themselves.
-    """
-    # Index of the first occurrence of each tensor, by id. Tied tensors share it.
-    first_seen: dict[int, int] = {}
-    tensors = [
-        (name, tuple(value.shape), value.dtype, first_seen.setdefault(id(value), len(first_seen)))
-        for named in (root.named_parameters, root.named_buffers)
-        for name, value in named(remove_duplicate=False)
-    ]
-    modules = [
-        (name, _class_of(module), _settings(vars(module), first_seen))
-        for name, module in root.named_modules(remove_duplicate=False)
-    ]
-    return tuple(tensors), tuple(modules)
-
-
-def _class_of(module: nn.Module) -> Hashable:
-    # Each parametrized module has a class of its own. The parametrizations are submodules.
-    is_parametrized = parametrize.is_parametrized(module)
-    return parametrize.type_before_parametrizations(module) if is_parametrized else type(module), is_parametrized
-
-
-class _Itself:
-    """Equal only to itself."""
-
-
-def _settings(attributes: Mapping[str, object], indices: Mapping[int, int]) -> Hashable:
-    return tuple(
-        (name, _comparable(value, indices))
-        for name, value in sorted(attributes.items())
-        if name not in _IGNORED_ATTRIBUTES
-    )
-
-
-def _comparable(value: object, indices: Mapping[int, int]) -> Hashable:
-    """Returns what equals that of equal values.
-
-    Args:
-        value: A setting.
-        indices: Numbers of the parameters and buffers, by id.
-    """
-    if isinstance(value, _COMPARED_BY_VALUE):
-        return type(value), value
-    if isinstance(value, Tensor):
-        return indices[id(value)] if id(value) in indices else _comparable_tensor(value)
-    if isinstance(value, weakref.ref) and isinstance(value(), nn.Parameter):
-        return weakref.ref  # by which recurrent layers notice that a parameter has been replaced
-    if isinstance(value, list | tuple):
-        return type(value), tuple(_comparable(inner, indices) for inner in value)
-    if isinstance(value, set | frozenset):
-        return type(value), frozenset(_comparable(inner, indices) for inner in value)
-    if isinstance(value, Mapping):
-        items = ((_comparable(key, indices), _comparable(inner, indices)) for key, inner in value.items())
-        return type(value), tuple(items)
-    return _Itself()
-
-
-def _comparable_tensor(value: Tensor) -> Hashable:
-    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
-        return _Itself()
-    properties = type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if value.is_meta:
-        return properties
-    row_major = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    try:
-        return properties, hashlib.sha256(as_bytes(row_major).numpy().data).digest()
-    except RuntimeError:  # transforms of torch.func hide the values of their tensors
-        return _Itself()
-
-
-_IGNORED_ATTRIBUTES = (
-    *("_parameters", "_buffers", "_modules"),
-    # These run when weights are saved and loaded.
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-_COMPARED_BY_VALUE = (
-    *(bool, int, float, complex, str, bytes, type(None), type),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    *(types.FunctionType, types.BuiltinFunctionType),
-)
