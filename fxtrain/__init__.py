@@ -17,13 +17,11 @@ try:
         data,
         loop,
         metrics,
-        observers,
         optim,
         rng,
         schedules,
         tree,
         values,
-        writers,
     )
     from fxtrain.checkpoint import Checkpointer, CheckpointError, checkpointer, restore, save
     from fxtrain.compiler import Compiled, GraphBreakError, MiscompiledError, RecompileError
@@ -72,13 +70,15 @@ finally:
         _gc.enable()
 
 if _typing.TYPE_CHECKING:
-    from fxtrain import callbacks, diagnostics, distributed, ensemble, finders, interop
+    from fxtrain import callbacks, diagnostics, distributed, ensemble, finders, interop, observers, writers
     from fxtrain.diagnostics import Explanation, explain
     from fxtrain.distributed import shard
     from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
 
-_PACKAGES_IMPORTED_ON_USE = ("callbacks", "diagnostics", "distributed", "ensemble", "finders", "interop")
+_PACKAGES_IMPORTED_ON_USE = frozenset(
+    ("callbacks", "diagnostics", "distributed", "ensemble", "finders", "interop", "observers", "writers")
+)
 _NAMES_IMPORTED_ON_USE = {
     "Explanation": "fxtrain.diagnostics",
     "explain": "fxtrain.diagnostics",

@@ -132,6 +132,11 @@ def ipython_shell() -> Any:
     return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
 
 
+def in_notebook() -> bool:
+    """Whether this process is the IPython kernel of a notebook."""
+    return hasattr(ipython_shell(), "kernel")
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warns at the innermost line of the user's code, or if there is none, as in a worker thread, at the caller's line.
 

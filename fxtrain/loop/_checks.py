@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fxtrain import tree, writers
+from fxtrain import tree
 from fxtrain._torch_internals.tracing import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
 from fxtrain.core._members import members_of, summarized
@@ -22,8 +22,6 @@ from fxtrain.loop._types import EvalFn, LoopStep
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
 from fxtrain.values import KINDS_BY_NAME, Kind, is_kept
-from fxtrain.writers._asynchronous import AsynchronousWriter
-from fxtrain.writers._multi import MultiWriter
 
 _CHECKPOINTER = "checkpointer(best=...)"
 
@@ -224,6 +222,10 @@ def check_written(callbacks: Composed, kept: frozenset[Kind]) -> None:
 
 def _writers_of(name: str) -> list[str]:
     """Returns the functions of ``fxtrain.writers`` that make a writer of this kind of values."""
+    from fxtrain import writers  # here and in the next lines, because it keeps the import of fxtrain fast
+    from fxtrain.writers._asynchronous import AsynchronousWriter
+    from fxtrain.writers._multi import MultiWriter
+
     found: list[str] = []
     for made_by in writers.__all__:
         function = getattr(writers, made_by)

@@ -11,11 +11,11 @@ from fxtrain.core._field_access import missing_field
 from fxtrain.core._html import html_view, view
 from fxtrain.core._short_tracebacks import shorten_traceback
 from fxtrain.core._slots import MEMBERS
+from fxtrain.core._tracebacks import in_notebook
 from fxtrain.data import SourceLike
 from fxtrain.loop._plan import Plan, with_options, with_progress
 from fxtrain.loop._run import Run
 from fxtrain.loop._types import EventRecord
-from fxtrain.observers._display import in_notebook
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -27,7 +27,6 @@ from fxtrain.equivalents import refuse_foreign_callback, unknown_argument
 from fxtrain.fold import When, as_trigger
 from fxtrain.loop._checks import check_checkpointer, check_eval_step, check_mesh
 from fxtrain.loop._types import EvalFn
-from fxtrain.observers._progress import Progress, progress
 from fxtrain.values import HParams
 
 if TYPE_CHECKING:
@@ -120,6 +119,8 @@ def with_progress(plan: Plan, *, by_default: bool) -> Plan:
         return plan
     if plan.mesh is not None and not plan.mesh.is_main:
         return plan
+    from fxtrain.observers._progress import Progress, progress  # keeps the import of fxtrain fast
+
     given = list(plan.observers) if isinstance(plan.observers, Iterable) else [plan.observers]
     if any(isinstance(inspect.unwrap(observer), Progress) for observer in given):
         return dataclasses.replace(plan, observers=given)

@@ -55,12 +55,6 @@ class Frame(NamedTuple):
     evaluation: list[Column]  # the latest evaluation; empty before the first
 
 
-def in_notebook() -> bool:
-    """Whether this process is the IPython kernel of a notebook."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return hasattr(shell, "kernel")
-
-
 def display(file: TextIO | None, seconds: float) -> Lines | Panel:
     """Returns a panel for a terminal or a notebook, and lines for other outputs, such as a file.
 
