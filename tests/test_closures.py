@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import weakref
 
 import pytest
@@ -170,6 +171,7 @@ def test_steps_equal_a_plain_loop(attach, is_compiled):
 def test_copied_states_train_alike():
     state, step = fx.init(made(a_hook), TX, seed=0), fx.train_step(loss_fn, TX)
     expected = losses_of_steps(state, step)[1]
+    assert copy.deepcopy(state).model == state.model
     torch.testing.assert_close(losses_of_steps(copy.deepcopy(state), step)[1], expected, rtol=0, atol=0)
 
 
@@ -336,3 +338,25 @@ def test_modules_with_lambdas_are_stacked():
     result = fx.fit(runs, fx.train_step(loss_fn, TX), [X], steps=3)
     expected = fx.fit(states[0], fx.train_step(loss_fn, TX), [X], steps=3)
     torch.testing.assert_close(fx.ensemble.member(result.state, 0).params, expected.state.params)
+
+
+class Activated(nn.Module):
+    """Has a function of a module, and a method of its own, among its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.function, self.method = nn.Linear(4, 4), nn.functional.relu, self.doubled
+
+    def doubled(self, x):
+        return 2 * self.layer(x)
+
+    def forward(self, x):
+        return self.function(self.method(x))
+
+
+@pytest.mark.parametrize("make", [Activated, lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)])
+def test_models_with_functions_that_can_be_pickled_are_equal_after_it(make):
+    state, step = fx.init(make().double(), TX), fx.train_step(loss_fn, TX)
+    loaded = pickle.loads(pickle.dumps(state))
+    assert loaded.model == state.model
+    torch.testing.assert_close(losses_of_steps(loaded, step)[1], losses_of_steps(state, step)[1], rtol=0, atol=0)

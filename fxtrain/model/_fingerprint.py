@@ -64,6 +64,9 @@ class _Same:
     def __hash__(self) -> int:
         return id(self.value)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> _Same:
+        return self
+
 
 def _settings(attributes: Mapping[str, object], indices: dict[int, int]) -> Hashable:
     return tuple(
@@ -89,7 +92,7 @@ def _comparable(value: object, indices: dict[int, int]) -> Hashable:
     if isinstance(value, types.FunctionType):
         return _comparable_function(value, indices)
     if isinstance(value, types.MethodType):
-        return type(value), _comparable(value.__func__, indices), _comparable(value.__self__, indices)
+        return "method", _comparable(value.__func__, indices), _comparable(value.__self__, indices)
     if isinstance(value, functools.partial):
         parts = value.func, value.args, value.keywords
         return type(value), *(_comparable(part, indices) for part in parts)
@@ -108,14 +111,16 @@ def _comparable(value: object, indices: dict[int, int]) -> Hashable:
 
 
 def _comparable_function(function: types.FunctionType, indices: dict[int, int]) -> Hashable:
+    if not function.__closure__ and "<" not in function.__qualname__:
+        return function  # of a Python module. It can be pickled, and code cannot.
     if id(function) in indices:
-        return types.FunctionType, indices[id(function)]
+        return "function", indices[id(function)]
     indices[id(function)] = len(indices)
     cells = [_Same(cell) if cell == types.CellType() else cell.cell_contents for cell in function.__closure__ or ()]
     named = {**(function.__kwdefaults__ or {}), **vars(function)}
     variables = (*cells, *(function.__defaults__ or ()), *named.values())
     return (
-        *(types.FunctionType, function.__code__, id(function.__globals__), *named),
+        *("function", function.__code__, _Same(function.__globals__), *named),
         *(_comparable_variable(variable, indices) for variable in variables),
     )
 
