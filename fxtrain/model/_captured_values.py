@@ -109,6 +109,23 @@ def values_read(function: Callable[..., object]) -> Iterator[tuple[object, str, 
                 yield part, name, value
 
 
+def variables_read(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields the variables of outer functions that a function reads, and its defaults, with their names.
+
+    Example:
+        >>> def scaled(scale):
+        ...     return lambda x, shift=1: x * scale + shift
+        >>> list(variables_read(scaled(2)))
+        [('scale', 2), ('shift', 1)]
+    """
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != types.CellType():
+            yield name, cell.cell_contents
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    yield from zip(reversed(names), reversed(function.__defaults__ or ()), strict=False)
+    yield from (function.__kwdefaults__ or {}).items()
+
+
 def globals_read(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yields the global variables that a function reads, with their names.
 
@@ -142,13 +159,8 @@ def _read(part: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(part, types.FunctionType):
         if not is_of_users(part.__code__.co_filename) and not _is_of_fxtrain(part):
             return
-        for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
-            if cell != types.CellType():
-                yield name, cell.cell_contents
+        yield from variables_read(part)
         yield from globals_read(part)
-        names = part.__code__.co_varnames[: part.__code__.co_argcount]
-        yield from zip(reversed(names), reversed(part.__defaults__ or ()), strict=False)
-        yield from (part.__kwdefaults__ or {}).items()
     elif _is_of_fxtrain(part):
         yield from getattr(part, "__dict__", {}).items()
     elif not isinstance(part, nn.Module) and callable(part):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fxtrain.core import describe, name_of
 from fxtrain.core._tracebacks import is_of_users, place
-from fxtrain.model._captured_values import captured_values, globals_read
+from fxtrain.model._captured_values import captured_values, globals_read, variables_read
 
 _BUILTINS = (list, tuple, set, frozenset, dict, collections.OrderedDict, collections.defaultdict)
 _WEAK = (weakref.ref, weakref.WeakMethod)
@@ -104,13 +104,7 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, object]]:
         if not isinstance(part, types.FunctionType) or id(part) in seen:
             continue
         seen.add(id(part))
-        cells = zip(part.__code__.co_freevars, part.__closure__ or (), strict=True)
-        names = part.__code__.co_varnames[: part.__code__.co_argcount]
-        for name, value in (
-            *((name, cell.cell_contents) for name, cell in cells if cell != types.CellType()),
-            *zip(reversed(names), reversed(part.__defaults__ or ()), strict=False),
-            *(part.__kwdefaults__ or {}).items(),
-        ):
+        for name, value in variables_read(part):
             yield name, value
             todo.append(value)
 
